@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := artifacts/demo.plan
+PICTURE := cm_export/demo/images/teal-circle.png
+STAMP := .venv/.installed
+
+.PHONY: demo test lint clean accuracy
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("cm-export needs Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/cm-export build --recipe demo --out $(DEMO)
+	@echo
+	@echo '$$ cm-export run $(DEMO) --image $(PICTURE) --prompt "describe : what shape is in the image?"'
+	@$(BIN)/cm-export run $(DEMO) --image $(PICTURE) --prompt "describe : what shape is in the image?" --overlay artifacts/overlay.png
+	@echo '$$ the same with --dense'
+	@$(BIN)/cm-export run $(DEMO) --image $(PICTURE) --prompt "describe : what shape is in the image?" --dense
+	@echo 'Kept patches are drawn in artifacts/overlay.png'
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+# Every accuracy figure of README.md: all official test questions, dense and random controls beside (about an hour).
+accuracy: $(STAMP)
+	$(BIN)/cm-export build --recipe demo --out $(DEMO)
+	$(BIN)/cm-export eval $(DEMO) --task easy-vqa --threads 1 --out artifacts/easy-vqa.json
+
+lint: $(STAMP)
+	$(BIN)/ruff check . --fix
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv artifacts/* *.egg-info .pytest_cache .ruff_cache .hypothesis

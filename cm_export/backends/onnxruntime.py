@@ -1,0 +1,163 @@
+"""ONNX Runtime on CPU: sessions that share one mapped weight file, keys and values that never pass through Python.
+
+vision(feeds) -> embeddings      prefill(feeds) -> logits, scores, cache      Decoder.step(embedding) -> logits
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from ..errors import BundleError, CmExportError
+from ..weights import WeightFile
+from ._lower_onnxruntime import ROWS, lower
+
+
+class Backend:
+    """Sessions over the graphs of one bundle (or of a build under way), made when first asked for."""
+
+    def __init__(self, graph: Callable[[str], Path | onnx.ModelProto], weights: WeightFile, threads: int = 0):
+        self._graph, self.weights, self.threads = graph, weights, threads
+        self._sessions: dict[tuple[str, bool], ort.InferenceSession] = {}
+        self._views: dict[str, ort.OrtValue] = {}  # sessions read these buffers as long as they live
+
+    def session(self, name: str, rows_as_inputs: bool = True) -> ort.InferenceSession:
+        """The session of graph `name`. Raises BundleError if ONNX Runtime refuses the graph."""
+        key = (name, rows_as_inputs)
+        if key not in self._sessions:
+            self._sessions[key] = self._load(self._graph(name), rows_as_inputs)
+        return self._sessions[key]
+
+    def drop(self, *names: str) -> None:
+        """Free the sessions of these graphs, and the memory of weights that only they have read."""
+        for key in [k for k in self._sessions if k[0] in names]:
+            del self._sessions[key]
+        self.weights.release()
+
+    def _load(self, graph: Path | onnx.ModelProto, rows_as_inputs: bool) -> ort.InferenceSession:
+        where = graph if isinstance(graph, Path) else "a graph made in memory"
+        model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph
+        model = lower(model, rows_as_inputs)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = 3
+        # Prepacking would copy every weight into anonymous memory, once per session.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        names = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        missing = [n for n in names if n not in self.weights]
+        if missing:
+            raise BundleError(f"the weight file has no {missing[0]}", where=where, fix="build the bundle again")
+        # Every session reads the same mapping; the folder only satisfies the check of the graph's external paths.
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(self.weights.path.parent)
+        )
+        for name in names:
+            if name not in self._views:
+                self._views[name] = ort.OrtValue.ortvalue_from_numpy(self.weights[name])
+            options.add_initializer(name, self._views[name])
+        try:
+            return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        except Exception as e:
+            raise BundleError(f"ONNX Runtime refuses the graph ({e})", where=where) from e
+
+    def vision(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
+        """Image embeddings [I,D] of patches and the host's integers."""
+        return self.session("vision").run(["image_embeds"], feeds)[0]
+
+    def prefill(self, feeds: dict[str, np.ndarray], graph: str = "prefill") -> dict[str, ort.OrtValue]:
+        """Run a prefill graph; every output stays where ONNX Runtime put it."""
+        session = self.session(graph)
+        binding = session.io_binding()
+        for i in session.get_inputs():
+            binding.bind_cpu_input(i.name, np.ascontiguousarray(feeds[i.name]))
+        outputs = [o.name for o in session.get_outputs()]
+        for name in outputs:
+            binding.bind_output(name)
+        session.run_with_iobinding(binding)
+        return dict(zip(outputs, binding.get_outputs(), strict=True))
+
+
+class Rows(dict):
+    """Gathered rows by input name; `current` until the next request's rows take their place in the same buffers."""
+
+    current = True
+
+
+class CoreRows:
+    """Gathers the FFN rows that core_neurons names, once per request, into buffers that are kept between requests."""
+
+    def __init__(self, weights: WeightFile, names: list[tuple[str, str, str]], threads: int = 0):
+        self._sources = [tuple(weights[n] for n in layer) for layer in names]
+        self._buffers: dict[str, np.ndarray] = {}
+        self._given = Rows()
+        self._threads = threads or 2
+
+    def gather(self, core_neurons: np.ndarray) -> dict[str, np.ndarray]:
+        """core_neurons [L,B,K] int32, checked -> {ffn.i.gate|up|down: [B,K,D]}."""
+        _, batch, count = core_neurons.shape
+
+        def one(layer: int) -> None:
+            for part, source in zip(ROWS, self._sources[layer], strict=True):
+                name, shape = f"ffn.{layer}.{part}", (batch, count, source.shape[1])
+                if name not in self._buffers or self._buffers[name].shape != shape:
+                    self._buffers[name] = np.empty(shape, source.dtype)
+                # mode="clip" writes straight into `out`; the ids were checked.
+                np.take(source, core_neurons[layer], axis=0, out=self._buffers[name], mode="clip")
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            list(pool.map(one, range(len(self._sources))))
+        self._given.current = False
+        self._given = Rows(self._buffers)
+        return self._given
+
+    def all(self) -> dict[str, np.ndarray]:
+        """Every row, as views of the mapped file: [1,F,D] each, nothing is copied."""
+        return {
+            f"ffn.{layer}.{part}": source[None]
+            for layer, sources in enumerate(self._sources)
+            for part, source in zip(ROWS, sources, strict=True)
+        }
+
+
+class Decoder:
+    """One request's decode: holds the cache between steps and binds it without copies."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        graph: str,
+        cache: dict[str, ort.OrtValue],
+        constant: dict[str, np.ndarray],
+        rows_as_inputs: bool = True,
+    ):
+        """`cache`: present.i.key/value from the prefill; `constant`: inputs that stay the same (gathered rows)."""
+        self._session = backend.session(graph, rows_as_inputs)
+        self._binding = self._session.io_binding()
+        self._outputs = [o.name for o in self._session.get_outputs()]
+        self._inputs = {i.name for i in self._session.get_inputs()}
+        for name, value in constant.items():
+            if name in self._inputs:
+                self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value))
+        self._constant = constant
+        self.cache = {n.replace("present", "past", 1): v for n, v in cache.items() if n.startswith("present.")}
+
+    def step(self, feeds: dict[str, Any]) -> np.ndarray:
+        """Logits [B,V] after one more token; feeds: inputs_embeds, position_ids, attention_mask (and core_tokens)."""
+        if not getattr(self._constant, "current", True):
+            raise CmExportError("another request has replaced this decoder's rows", fix="decode one request at a time")
+        for name, value in feeds.items():
+            if name in self._inputs:
+                self._binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        for name, value in self.cache.items():
+            self._binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            self._binding.bind_output(name)
+        self._session.run_with_iobinding(self._binding)
+        values = dict(zip(self._outputs, self._binding.get_outputs(), strict=True))
+        logits = values.pop("logits").numpy()
+        self.cache = {n.replace("present", "past", 1): v for n, v in values.items()}
+        return logits

@@ -1,0 +1,232 @@
+"""Build a bundle: checkpoint -> trace -> weights -> surgery -> gates -> `--out`, in resumable stages.
+
+stage      reads                         writes
+trace      configuration                 vision, prefill, decode traced (no weights needed)
+weights    checkpoint                    weights.safetensors, processor files, PyTorch's answers to the probe
+graphs     trace, weights, recipe        five graphs
+gates      graphs, weights, reference    gate results; a failed gate ends the build
+"""
+
+import os
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnx
+
+from . import __version__, by_name, checkpoint, gates, model, plugins, weights
+from . import bundle as bundles
+from .backends.onnxruntime import Backend
+from .errors import InputError
+from .plugins.core_ffn.op import ACTIVATIONS
+from .probe import probe
+from .recipe import Recipe
+from .stages import Stages, key_of, source_key
+from .surgery import pipeline
+from .workers import workers
+
+Step = Callable[..., None]
+TRACED = ("vision", "prefill", "decode")
+_LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "numpy")
+_PACKAGE = Path(__file__).parent
+
+
+def build(
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    progress: Step = lambda what, done=None, total=None: None,
+    force: bool = False,
+    work_dir: Path | None = None,
+    threads: int = 0,
+) -> dict[str, Any]:
+    """Write the bundle `out` and return its manifest with `seconds`, `peak_memory_bytes` and `stages_reused`.
+
+    Raises InputError for what the user can mend, GateFailed when the export is not right; `out` is untouched then.
+    """
+    started, out = time.perf_counter(), Path(os.path.abspath(out))
+    bundles.check_out(out)
+    progress("check the checkpoint")
+    source = checkpoint.resolve(model, recipe.revision)
+    family = by_name.load("cm_export.families", source.model_type, "model type")
+    stages = Stages(work_dir or out.with_name(f".{out.name}.stages"), force, out)
+    with stages.lock():
+        bundles.sweep(out)
+        _check_disk(source, out)
+        manifest = _run(source, family, recipe, out, stages, progress, threads)
+    peak = max(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
+    return manifest | {
+        "path": str(out),
+        "seconds": time.perf_counter() - started,
+        "peak_memory_bytes": peak,
+        "stages_reused": stages.reused,
+    }
+
+
+def _run(source, family: ModuleType, recipe: Recipe, out: Path, stages: Stages, progress: Step, threads: int) -> dict:
+    config = model.read_config(source.path)
+    family.check_config(config)
+    shape = family.shape(config)
+    pipeline.check_recipe(recipe, shape)
+    if shape.activation not in ACTIVATIONS:
+        fix = by_name.nearest(shape.activation, [*ACTIVATIONS])
+        raise InputError(f"unknown hidden_act {shape.activation!r}", where=source.path / "config.json", fix=fix)
+    model.check_processor(source.path)
+    versions = {n: version(n) for n in _LIBRARIES}
+    sources = sorted(p for root in (_PACKAGE, *plugins.__path__) for p in Path(root).rglob("*.py"))
+    program = source_key(*(p for p in sources if "cli" not in p.parts))
+    trace_key = key_of(config=config, versions=versions, program=program)
+    weights_key = key_of(files=source.files, versions=versions, program=program)
+    inputs = probe(shape, config)  # not the recipe's seed: the weights stage keeps PyTorch's answers to it
+
+    staging = stages.folder / f"trace-{os.getpid()}.tmp"
+    with workers(2, staging) as submit:
+        # Tracing needs no weights, so it runs beside the loading of them, in processes of its own.
+        tracing: list[Future] = []
+        traced_done = not stages.force and stages.finished("trace", trace_key) is not None
+        if not traced_done:
+            tracing = [submit(model.trace_graph, source.path, n, staging / f"{n}.onnx") for n in TRACED]
+
+        def load_weights(folder: Path) -> dict[str, Any]:
+            progress("load the checkpoint")
+            return model.write_weights(source.path, family, folder, inputs, progress)
+
+        weight_dir, weight_state = stages.run("weights", weights_key, load_weights)
+
+        def collect(folder: Path) -> None:
+            for i, (name, future) in enumerate(zip(TRACED, tracing, strict=True)):
+                progress("trace the graphs", i, len(TRACED))
+                future.result()
+                (staging / f"{name}.onnx").rename(folder / f"{name}.onnx")
+
+        trace_dir, _ = stages.run("trace", trace_key, collect)
+
+    weight_file = stages.file("weights", weights.FILE)
+    index = weights.index(weight_file)
+
+    def rewrite(folder: Path) -> dict[str, Any]:
+        progress("rewrite the graphs")
+        return _rewrite(trace_dir, folder, index, family, shape, recipe)
+
+    graphs_key = key_of(trace=trace_key, weights=weights_key, recipe=recipe.to_dict())
+    graph_dir, graph_state = stages.run("graphs", graphs_key, rewrite)
+
+    def prove(folder: Path) -> dict[str, Any]:
+        progress("prove the graphs against PyTorch")
+        backend = Backend(lambda n: graph_dir / f"{n}.onnx", weights.WeightFile(weight_file), threads)
+        reference = model.read_reference(weight_dir)
+        results = gates.run_gates(backend, family, shape, recipe, inputs, reference)
+        return {"gates": [g.to_dict() for g in results]}
+
+    _, gate_state = stages.run("gates", key_of(graphs=graphs_key, threads=threads), prove)
+
+    progress("assemble the bundle")
+    manifest = {
+        "tool": {"name": "cm-export", "version": __version__},
+        "model": {
+            "source": source.source if not Path(source.source).exists() else source.path.name,
+            "type": source.model_type,
+            "revision": source.revision,
+            "files": source.files,
+            "config": config,
+            "embedding": family.EMBEDDING,  # the host looks token embeddings up in the weight file
+        },
+        "recipe": recipe.to_dict() | {"model": None},
+        "versions": versions | {"python": platform.python_version(), "platform": platform.machine()},
+        "graphs": graph_state["graphs"],
+        "passes": graph_state["passes"],
+        "gates": gate_state["gates"],
+        "links": _links(shape.layers),
+        "stages": {"trace": trace_key, "weights": weights_key, "graphs": graphs_key},
+    }
+    with bundles.assemble(out) as folder:
+        known = {}
+        for name in bundles.GRAPHS:
+            shutil.copyfile(graph_dir / f"{name}.onnx", folder / f"{name}.onnx")
+            known[f"{name}.onnx"] = graph_state["sha256"][f"{name}.onnx"]
+        _link(weight_file, folder / weights.FILE)
+        known[weights.FILE] = weight_state["sha256"][weights.FILE]
+        shutil.copytree(weight_dir / "processor", folder / "processor")
+        bundles.write_manifest(folder, manifest | {"known_sha256": known})
+    # One name is left for the weights: readers of external data refuse files with several hard links.
+    (weight_dir / weights.FILE).unlink(missing_ok=True)
+    return bundles.read_manifest(out)
+
+
+def _rewrite(trace_dir: Path, folder: Path, index: dict, family: ModuleType, shape: Any, recipe: Recipe) -> dict:
+    """All five graphs into `folder`; returns their description and the log of passes."""
+    passes, models = [], {}
+    for name in TRACED:
+        bound, log = pipeline.dense(name, onnx.load(trace_dir / f"{name}.onnx"), index, family)
+        models["vision" if name == "vision" else f"{name}_dense"] = bound
+        passes += log
+    for name, rewrite in (("prefill", pipeline.sparse_prefill), ("decode", pipeline.sparse_decode)):
+        models[name], log = rewrite(models[f"{name}_dense"], family, shape, recipe)
+        passes += log
+    for name, proto in models.items():
+        onnx.save(proto, folder / f"{name}.onnx")
+    return {
+        "graphs": {name: describe(proto) for name, proto in models.items()},
+        "passes": [p.__dict__ for p in passes],
+    }
+
+
+def describe(proto: onnx.ModelProto) -> dict[str, Any]:
+    """Inputs and outputs with dtype and axes, nodes, and how often each op is used."""
+
+    def io(values) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": v.name,
+                "dtype": onnx.TensorProto.DataType.Name(v.type.tensor_type.elem_type).lower(),
+                "shape": [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim],
+            }
+            for v in values
+        ]
+
+    ops: dict[str, int] = {}
+    for node in proto.graph.node:
+        op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        ops[op] = ops.get(op, 0) + 1
+    return {
+        "inputs": io(proto.graph.input),
+        "outputs": io(proto.graph.output),
+        "nodes": len(proto.graph.node),
+        "ops": dict(sorted(ops.items())),
+    }
+
+
+def _links(layers: int) -> list[dict[str, str]]:
+    """How the graphs are wired, as data: any runner can follow it."""
+    pairs = [("vision.image_embeds", "prefill.inputs_embeds"), ("prefill.core_scores", "decode.core_neurons")]
+    pairs += [("prefill.kept_mask", "decode.attention_mask"), ("prefill.kept_tokens", "decode.core_tokens")]
+    for i in range(layers):
+        for part in ("key", "value"):
+            pairs.append((f"prefill.present.{i}.{part}", f"decode.past.{i}.{part}"))
+            pairs.append((f"decode.present.{i}.{part}", f"decode.past.{i}.{part}"))
+    return [{"from": a, "to": b} for a, b in pairs]
+
+
+def _link(source: Path, target: Path) -> None:
+    """Hard-link a large file, or copy it across file systems."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _check_disk(source, out: Path) -> None:
+    """Refuse early when the weights cannot fit: float32 takes up to twice the bytes of a half-precision checkpoint."""
+    size = 2 * sum((source.path / n).stat().st_size for n in source.files if n.endswith(".safetensors"))
+    free = shutil.disk_usage(out.parent).free
+    if free < size:
+        raise InputError(
+            f"needs about {size / 1e9:.1f} GB on disk, {free / 1e9:.1f} GB are free", where=out.parent, fix="free some"
+        )

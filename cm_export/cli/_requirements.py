@@ -1,0 +1,53 @@
+"""What the installed distribution says it needs, beside what is here; read from its metadata, nothing is imported."""
+
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+STANDS_IN = {"onnxruntime": "onnxruntime-gpu"}  # the same module from another distribution
+
+
+def requirements(
+    distribution: str, enables: Mapping[str, str]
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """(required libraries, extras): each library as {name, needs, version, ok}; `enables` says what an extra is for."""
+    required: list[dict[str, Any]] = []
+    extras = {name: {"enables": what, "libraries": []} for name, what in enables.items()}
+    for line in metadata.requires(distribution) or ():
+        name, limits, extra = re.fullmatch(
+            r"([A-Za-z0-9._-]+)(?:\[.*?\])?\s*([^;]*?)\s*(?:;.*?extra == [\"'](\w+)[\"'].*)?", line
+        ).groups()
+        if name == distribution:  # dev includes the extra `eval`
+            continue
+        target = extras[extra]["libraries"] if extra else required
+        target.append(_library(name, limits))
+    for extra in extras.values():
+        extra["ok"] = all(library["ok"] for library in extra["libraries"])
+    return required, extras
+
+
+def _library(name: str, limits: str) -> dict[str, Any]:
+    for candidate in (name, STANDS_IN.get(name)):
+        try:
+            version = metadata.version(candidate) if candidate else None
+        except metadata.PackageNotFoundError:
+            version = None
+        if version:
+            break
+    return {"name": name, "needs": limits, "version": version, "ok": version is not None and fits(version, limits)}
+
+
+def fits(version: str, limits: str) -> bool:
+    """Whether `2.13.0+cpu` is within `>=2.11,<3`; only the two signs that pyproject.toml uses are known."""
+    have = _numbers(version)
+    for limit in filter(None, limits.split(",")):
+        sign, bound = re.fullmatch(r"\s*(>=|<)\s*([\d.]+)\s*", limit).groups()
+        if (sign == ">=" and have < _numbers(bound)) or (sign == "<" and have >= _numbers(bound)):
+            return False
+    return True
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    numbers = [int(part) for part in re.match(r"\d+(?:\.\d+)*", version)[0].split(".")]
+    return tuple([*numbers, 0, 0, 0][:3])

@@ -1,0 +1,118 @@
+"""`cm-export build`: a checkpoint becomes a bundle of ONNX graphs that passed every gate."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import InputError
+from ._console import (
+    ByName,
+    Count,
+    Share,
+    Verb,
+    emit_json,
+    json_option,
+    progress,
+    quiet_option,
+    seed_option,
+    threads_option,
+)
+
+NEURONS = ByName("cm_export.policies.neurons", "neuron policy")
+TOKENS = ByName("cm_export.policies.tokens", "token policy")
+BACKENDS = ByName("cm_export.backends", "backend")
+
+
+@click.command(
+    cls=Verb,
+    short_help="Export a checkpoint to a bundle of ONNX graphs.",
+    examples=(
+        "cm-export build --model demo --out demo.plan",
+        "cm-export build --model qwen2-vl --out engine.plan",
+        "cm-export build --model ./my-qwen2-vl --out my.plan --neurons griffin --neuron-share 0.5",
+        "cm-export build --recipe my-recipe.toml --out my.plan --force --json",
+    ),
+)
+@click.option("--model", help="demo, qwen2-vl, qwen2-vl-7b, a directory, or a hub id owner/name[@revision].")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The bundle directory to write.")
+@click.option("--recipe", help="Name of a shipped recipe, or a TOML file; the options below override it.")
+@click.option("--revision", help="Commit, branch or tag of a hub id.")
+@click.option("--neurons", type=NEURONS, help=f"Neuron policy: {', '.join(NEURONS.known())}.")
+@click.option("--neuron-share", type=Share(), help="Share of FFN neurons that decode computes, (0, 1].")
+@click.option("--tokens", type=TOKENS, help=f"Token policy: {', '.join(TOKENS.known())}.")
+@click.option("--token-share", type=Share(), help="Share of image tokens kept after the cut, (0, 1].")
+@click.option("--token-budget", type=click.Choice(("share", "count", "knee")), help="How the number kept is decided.")
+@click.option("--token-count", type=Count(1), help="Image tokens kept, with --token-budget count.")
+@click.option("--prune-layer", type=Count(1), help="Layers that run with every token before the cut.")
+@click.option("--voters", type=click.Choice(("all", "text", "last")), help="Whose activations judge the image tokens.")
+@click.option("--token-cache", type=click.Choice(("cut", "index")), help="Drop the KV of cut tokens, or skip its rows.")
+@seed_option
+@click.option("--backend", type=BACKENDS, help=f"What the bundle runs on: {', '.join(BACKENDS.known())}.")
+@click.option("--force", is_flag=True, help="Do every stage again. (An existing bundle is replaced anyway.)")
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where stages are kept, so that a rebuild skips the unchanged ones.  [default: .NAME.stages beside --out]",
+)
+@threads_option
+@quiet_option
+@json_option
+def command(
+    model: str | None, out: Path, recipe: str | None, revision: str | None, force: bool, work_dir: Path | None,
+    threads: int, quiet: bool, as_json: bool, **choices: Any,
+) -> None:  # fmt: skip
+    """Export a checkpoint to a bundle of ONNX graphs.
+
+    Every stage is proved against PyTorch before the bundle appears at --out. Options not given keep the value of the
+    recipe, or its default.
+    """
+    if model:
+        from ..checkpoint import locate
+
+        locate(model, revision)  # a mistyped name is told at once, before torch is imported
+    elif not recipe:
+        raise InputError("no model named", where="--model", fix="give one, such as --model demo")
+    from .. import recipe as recipes
+
+    chosen = recipes.load(recipe) if recipe else recipes.Recipe()
+    if model:  # a recipe's revision belongs to the recipe's model
+        chosen = dataclasses.replace(chosen, model=model, revision=None)
+    chosen = chosen.replace(
+        revision=revision,
+        seed=choices["seed"],
+        backend=choices["backend"],
+        neurons__policy=choices["neurons"],
+        neurons__share=choices["neuron_share"],
+        tokens__policy=choices["tokens"],
+        tokens__share=choices["token_share"],
+        # count and budget are checked together, so a count alone asks for the budget it belongs to
+        tokens__count=choices["token_count"],
+        tokens__budget=choices["token_budget"] or ("count" if choices["token_count"] else None),
+        tokens__prune_layer=choices["prune_layer"],
+        tokens__voters=choices["voters"],
+        tokens__cache=choices["token_cache"],
+    )
+    if not chosen.model:
+        raise InputError("names no model", where=recipe, fix="give --model as well, such as --model demo")
+    if chosen.tokens.budget != "count" and choices["token_count"]:
+        raise InputError(f"--token-count with --token-budget {chosen.tokens.budget}", fix="leave one of them out")
+
+    from ..build import build
+
+    silent = quiet or as_json
+    if silent:
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()  # of a download
+    with progress(silent) as step:
+        summary = build(
+            model=chosen.model, out=out, recipe=chosen, progress=step, force=force, work_dir=work_dir, threads=threads
+        )
+    if as_json:
+        emit_json(summary)
+    elif not quiet:
+        from ._tables import print_build
+
+        print_build(summary)

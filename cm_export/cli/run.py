@@ -1,0 +1,125 @@
+"""`cm-export run`: ask a bundle about pictures; the answer streams to stdout as it is decoded."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import InputError
+from ._console import (
+    Count,
+    Verb,
+    bundle_argument,
+    emit_json,
+    json_option,
+    neuron_share,
+    progress,
+    quiet_option,
+    seed_option,
+    threads_option,
+    token_share,
+)
+
+
+@click.command(
+    cls=Verb,
+    short_help="Ask a bundle about pictures.",
+    examples=(
+        'cm-export run demo.plan --image scene.png --prompt "what shape is it ?"',
+        'cm-export run engine.plan --image a.jpg --image b.jpg --prompt "What changed?" --token-share 0.25',
+        'cm-export run engine.plan --image a.jpg --prompt "Describe it." --overlay kept.png --json',
+        'cm-export run engine.plan --image a.jpg --prompt "Describe it." --dense',
+    ),
+)
+@bundle_argument
+@click.option("--image", "-i", "paths", multiple=True, help="A picture; repeat the option for several.")
+@click.option("--prompt", "-p", required=True, help="The question, after the pictures.")
+@click.option("--system", help="System message.  [default: the chat template's]")
+@click.option("--max-new-tokens", type=Count(1), default=128, show_default=True, help="Longest answer.")
+@click.option("--dense", is_flag=True, help="All neurons and all tokens, to compare with.")
+@neuron_share
+@token_share
+@click.option("--overlay", help="Write a picture of the image tokens that were kept (.png, .jpg, .webp).")
+@seed_option
+@threads_option
+@json_option
+@quiet_option
+def command(
+    bundle: Path, paths: tuple[str, ...], prompt: str, system: str | None, max_new_tokens: int, dense: bool,
+    neuron_share: float | None, token_share: float | None, overlay: str | None, seed: int | None, threads: int,
+    as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Ask a bundle about pictures; the answer streams to stdout, one summary line goes to stderr."""
+    if not prompt.strip():
+        raise InputError("the prompt is empty", where="--prompt", fix='ask something, such as "Describe the picture."')
+    if dense and (neuron_share or token_share):
+        raise InputError("--dense means all neurons and all tokens", fix="leave --neuron-share and --token-share out")
+    if overlay and not paths:
+        raise InputError("there is no picture to draw on", where="--overlay", fix="give --image")
+
+    from ..images import check_size, open_image
+
+    images = [open_image(path) for path in paths]
+    drawings = _drawings(overlay, len(images)) if overlay else []
+
+    from ..generate import load
+
+    with progress(quiet or as_json) as step:
+        engine = load(bundle, threads=threads, progress=step)
+    for path, picture in zip(paths, images, strict=True):
+        check_size(picture, engine.image_rule.patch * engine.image_rule.merge, where=path)
+    answer = engine.generate(
+        prompt,
+        images=images,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        dense=dense,
+        neuron_share=neuron_share,
+        token_share=token_share,
+        seed=seed,
+        on_text=None if as_json else _write,
+    )
+    if drawings:
+        from ..overlay import draw_overlay
+
+        for path, picture, kept in zip(drawings, images, answer.kept, strict=True):
+            draw_overlay(picture, kept, path, f"{int(kept.sum())} of {kept.size} image tokens kept\n{prompt}")
+    if as_json:
+        emit_json(
+            {
+                "text": answer.text,
+                "token_ids": answer.token_ids,
+                **answer.stats,
+                "notes": answer.notes,
+                "overlays": drawings,
+            }
+        )
+        return
+    print(flush=True)  # ends the streamed line
+    for line in [] if quiet else [*answer.notes, _summary(answer.stats)]:
+        print(f"cm-export: {line}", file=sys.stderr)
+
+
+def _drawings(overlay: str, images: int) -> list[Path]:
+    """Where the drawings go: kept.png, or kept-1.png, kept-2.png ... for several pictures."""
+    from ..overlay import check_output
+
+    path = check_output(overlay)
+    if images == 1:
+        return [path]
+    return [check_output(path.with_name(f"{path.stem}-{number}{path.suffix}")) for number in range(1, images + 1)]
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _summary(stats: dict[str, Any]) -> str:
+    parts = [f"{stats['neurons_kept']} of {stats['neurons']} neurons per layer", f"{stats['new_tokens']} tokens"]
+    if stats["image_tokens"]:
+        parts.insert(0, f"{stats['image_tokens_kept']} of {stats['image_tokens']} image tokens")
+    speed = f"first token after {stats['ttft_s']:.2f} s"
+    if stats["tokens_per_s"]:  # None after a single token
+        speed += f", then {stats['tokens_per_s']:.1f} tokens/s"
+    return ", ".join([*parts, speed])

@@ -1,0 +1,18 @@
+"""Axis letters, defined once; tensors in docstrings and graph inputs use them.
+
+B batch            S prompt tokens      T kept prompt tokens   P tokens in the cache   M cache rows read (core tokens)
+D hidden size      F FFN neurons        K kept neurons         L decoder layers        V vocabulary
+H query heads      Hk key/value heads   d head size            N image patches         I image tokens (N / merge^2)
+"""
+
+# Names of the dynamic axes as they appear in the ONNX graphs and the manifest.
+BATCH = "batch"
+PROMPT = "prompt"
+KEPT = "kept"
+PAST = "past"
+CONTEXT = "context"
+CORE_NEURONS = "core_neurons"
+CORE_TOKENS = "core_tokens"
+PATCHES = "patches"
+SEGMENTS = "segments"
+IMAGE_TOKENS = "image_tokens"

@@ -1,0 +1,173 @@
+"""Proofs that nothing broke, run by every build on CPU: traced equals PyTorch, full budget equals dense; and the drift.
+
+gate              compares                                               fails the build
+vision            vision graph with transformers' tower                  yes
+prefill           dense prefill: logits and cache                        yes
+decode            8 dense greedy steps: logits and token ids             yes
+full budget       sparse graphs with all tokens and all neurons, dense   yes
+drift             sparse graphs at the recipe's budget, dense            no: it is what the budget costs
+"""
+
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from .backends.onnxruntime import Backend, CoreRows, Decoder
+from .core_index import check_core_neurons, neuron_count, select_core_neurons
+from .errors import GateFailed
+from .recipe import Recipe
+from .request import Request, core_row_names, prefill_feeds, sparse_feeds
+
+# Largest difference allowed, relative to max(1, largest reference value). float32 differs from PyTorch by 1e-6 where
+# sums are short; sums over 10^4 terms in 28 layers bring it to some 1e-5, and a wrong mask or position to above 1e-2.
+LIMIT = 1e-4
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One proof: the measured difference, its limit (None: only reported) and what was compared."""
+
+    name: str
+    value: float
+    limit: float | None
+    passed: bool
+    detail: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_gates(
+    backend: Backend, family: ModuleType, shape: Any, recipe: Recipe, probe: dict, reference: dict
+) -> list[Gate]:
+    """All gates in order. Raises GateFailed at the first that does not hold, naming the graph and the output.
+
+    One large session lives at a time, so that memory stays at one mapping of the weights.
+    """
+    gates: list[Gate] = []
+
+    def gate(name: str, graph: str, pairs: dict[str, tuple[np.ndarray, np.ndarray]], detail: str) -> None:
+        worst, value = "", -1.0
+        for output, (ours, theirs) in pairs.items():
+            if ours.shape != theirs.shape:
+                raise GateFailed(f"shape {ours.shape}, expected {theirs.shape}", where=f"{graph}.onnx: {output}")
+            difference = float(np.abs(ours.astype(np.float64) - theirs).max() / max(1.0, np.abs(theirs).max()))
+            if not difference <= value:  # also takes nan
+                worst, value = output, difference
+        passed = value <= LIMIT
+        gates.append(Gate(name, value, LIMIT, passed, detail))
+        if not passed:
+            raise GateFailed(
+                f"differs by {value:.1e} (limit {LIMIT:.0e})",
+                where=f"gate {name!r}, {graph}.onnx: {worst}",
+                fix="no bundle was written; please report this checkpoint's config.json",
+            )
+
+    merge = shape.merge
+    embeds = backend.vision(family.vision_inputs(probe["pixel_values"], probe["grid"], merge))
+    gate("vision", "vision", {"image_embeds": (embeds, reference["image_embeds"])}, "PyTorch")
+    backend.drop("vision")
+
+    request = Request.of(probe["input_ids"], probe["grid"], family, shape, backend.weights, embeds)
+    gate(
+        "positions",
+        "host",
+        {"position_ids": (request.position_ids[:, 0], reference["position_ids"])},
+        "PyTorch's get_rope_index",
+    )
+    feeds = prefill_feeds(request)
+    dense = _numpy(backend.prefill(feeds, "prefill_dense"))
+    backend.drop("prefill_dense")
+    pairs = {"logits": (dense["logits"][0], reference["logits"])}
+    for i in range(shape.layers):
+        for part in ("key", "value"):
+            pairs[f"present.{i}.{part}"] = (dense[f"present.{i}.{part}"][0], reference[f"cache.{i}.{part}"])
+    gate("prefill", "prefill_dense", pairs, "PyTorch: logits, keys, values")
+
+    cache, rows = _cache(dense), CoreRows(backend.weights, core_row_names(family, shape.layers))
+    steps = _steps(Decoder(backend, "decode_dense", _ort(cache), {}), request, reference["tokens"])
+    backend.drop("decode_dense")
+    pairs = {
+        f"logits of step {i}": (a, b) for i, (a, b) in enumerate(zip(steps, reference["step_logits"], strict=True))
+    }
+    diverged = _first_difference(steps, reference["step_logits"])
+    gate("decode", "decode_dense", pairs, f"PyTorch: {len(steps)} greedy steps, {diverged}")
+
+    everything = sparse_feeds(request, recipe, token_share=1.0)
+    full = _numpy(backend.prefill(feeds | everything, "prefill"))
+    pairs = {n: (full[n], dense[n]) for n in dense}
+    gate("full budget, prefill", "prefill", pairs, "dense prefill")
+    chosen = _numpy(backend.prefill(feeds | sparse_feeds(request, recipe), "prefill"))
+    backend.drop("prefill")
+    decoder = Decoder(backend, "decode", _ort(cache), rows.all())
+    sparse = _steps(decoder, request, reference["tokens"], core_tokens=full.get("kept_tokens"), recipe=recipe)
+    backend.drop("decode")
+    pairs = {f"logits of step {i}": (a, b) for i, (a, b) in enumerate(zip(sparse, steps, strict=True))}
+    gate("full budget, decode", "decode", pairs, "dense decode with every neuron and token")
+
+    gates += _drift(backend, rows, shape, recipe, request, chosen, dense, reference["tokens"], steps)
+    return gates
+
+
+def _drift(backend, rows, shape, recipe, request, chosen, dense, tokens, steps) -> list[Gate]:
+    """What the recipe's budget costs on the probe: no limit, the quality of answers is what `eval` measures."""
+    count, read = shape.ffn, rows.all()  # views: nothing is copied where every neuron stays
+    if "core_scores" in chosen:
+        count = neuron_count(recipe.neurons.share, shape.ffn)
+        core = select_core_neurons(chosen["core_scores"], count)
+        check_core_neurons(core, shape.layers, 1, shape.ffn)
+        read = rows.gather(core)
+    mask = chosen.get("kept_mask") if recipe.tokens.cache == "cut" else None
+    decoder = Decoder(backend, "decode", _ort(_cache(chosen)), read)
+    sparse = _steps(decoder, request, tokens, mask=mask, core_tokens=chosen.get("kept_tokens"), recipe=recipe)
+    backend.drop("decode")
+    first = np.concatenate([chosen["logits"], sparse[:-1]]), np.concatenate([dense["logits"], steps[:-1]])
+    agree = float((first[0].argmax(-1) == first[1].argmax(-1)).mean())
+    kl = float(np.mean([_kl(b, a) for a, b in zip(*first, strict=True)]))
+    kept = chosen["kept_tokens"].shape[1] if "kept_tokens" in chosen else request.tokens
+    detail = f"{kept} of {request.tokens} prompt tokens, {count} of {shape.ffn} neurons, synthetic probe"
+    return [
+        Gate("drift: KL to dense", kl, None, True, detail),
+        Gate("drift: top-1 agreement", agree, None, True, detail),
+    ]
+
+
+def _steps(decoder, request, tokens, mask=None, core_tokens=None, recipe=None) -> np.ndarray:
+    """Teacher-forced decode steps; logits [steps, V]."""
+    return np.concatenate(
+        [
+            decoder.step(request.step_feeds(int(token), i, mask, core_tokens if _indexed(recipe) else None))
+            for i, token in enumerate(tokens)
+        ]
+    )
+
+
+def _indexed(recipe: Recipe | None) -> bool:
+    return recipe is not None and recipe.tokens.cache == "index"
+
+
+def _cache(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {n: v for n, v in outputs.items() if n.startswith("present.")}
+
+
+def _numpy(outputs: dict) -> dict[str, np.ndarray]:
+    return {n: v.numpy() for n, v in outputs.items()}
+
+
+def _ort(arrays: dict[str, np.ndarray]) -> dict:
+    import onnxruntime as ort
+
+    return {n: ort.OrtValue.ortvalue_from_numpy(v) for n, v in arrays.items()}
+
+
+def _first_difference(ours: np.ndarray, theirs: np.ndarray) -> str:
+    differ = np.flatnonzero(ours.argmax(-1) != theirs.argmax(-1))
+    return f"first diverging token at step {differ[0]}" if len(differ) else "every token the same"
+
+
+def _kl(p_logits: np.ndarray, q_logits: np.ndarray) -> float:
+    p, q = (x.astype(np.float64) - x.max() for x in (p_logits, q_logits))
+    p, q = p - np.log(np.exp(p).sum()), q - np.log(np.exp(q).sum())
+    return float((np.exp(p) * (p - q)).sum())

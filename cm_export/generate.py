@@ -1,0 +1,251 @@
+"""The one host loop: vision -> prefill -> core indices -> decode, over the sessions of a bundle; streams text.
+
+prefill -> core_scores [L,1,F] -> pick K -> gather rows once -> decode step by step, cache never copied
+"""
+
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from .backends.onnxruntime import Backend, CoreRows, Decoder
+from .bundle import Bundle
+from .chat import Chat
+from .core_index import check_core_neurons, neuron_count, select_core_neurons
+from .errors import InputError
+from .recipe import Recipe, from_dict
+from .request import Request, core_row_names, prefill_feeds, sparse_feeds
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one request may use; None takes the recipe's value."""
+
+    dense: bool = False
+    neuron_share: float | None = None
+    token_share: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Text and ids of an answer, its figures, kept patch groups per picture [gh,gw] bool, and remarks for the user."""
+
+    text: str
+    token_ids: list[int]
+    stats: dict[str, Any]
+    kept: list[np.ndarray]
+    notes: list[str]
+
+
+class Prefilled:
+    """A prompt after prefill: first logits, which tokens were kept, and how to make its decoder."""
+
+    def __init__(self, engine: "Engine", request: Request, budget: Budget):
+        self.request, self.budget, self._engine = request, budget, engine
+        feeds = prefill_feeds(request)
+        recipe = engine.recipe
+        for what, share in (("neurons", budget.neuron_share), ("tokens", budget.token_share)):
+            if share is not None and getattr(recipe, what).policy == "dense":
+                raise InputError(
+                    f"a share of {what} was asked of a bundle that prunes none",
+                    where=f"recipe: {what}.policy = 'dense'",
+                    fix="leave the share out, or build with another policy",
+                )
+        if not budget.dense:
+            feeds |= sparse_feeds(request, recipe, budget.token_share, seed=budget.seed)
+        outputs = engine.backend.prefill(feeds, "prefill_dense" if budget.dense else "prefill")
+        self.logits = outputs.pop("logits").numpy()
+        self.scores = outputs.pop("core_scores").numpy() if "core_scores" in outputs else None
+        kept = outputs.pop("kept_tokens", None)
+        mask = outputs.pop("kept_mask", None)
+        self.kept_tokens = kept.numpy() if kept is not None else np.arange(request.tokens, dtype=np.int32)[None]
+        self._kept_mask = mask.numpy() if mask is not None and recipe.tokens.cache == "cut" else None
+        self._core_tokens = self.kept_tokens if kept is not None and recipe.tokens.cache == "index" else None
+        self._cache = outputs
+        shape = engine.bundle.shape
+        self.neurons = shape.ffn
+        if self.scores is not None:
+            self.neurons = neuron_count(budget.neuron_share or recipe.neurons.share, shape.ffn)
+
+    @cached_property
+    def core_neurons(self) -> np.ndarray:
+        """[L,1,K] int32, ascending; every neuron where nothing was scored."""
+        shape = self._engine.bundle.shape
+        if self.scores is None:
+            return np.ascontiguousarray(
+                np.broadcast_to(np.arange(shape.ffn, dtype=np.int32), (shape.layers, 1, shape.ffn))
+            )
+        return select_core_neurons(self.scores, self.neurons)
+
+    def decoder(self) -> Decoder:
+        """A decoder over this prompt's cache, with its core rows gathered."""
+        engine, shape = self._engine, self._engine.bundle.shape
+        if self.budget.dense:
+            return Decoder(engine.backend, "decode_dense", self._cache, {})
+        if self.neurons == shape.ffn:
+            rows = engine.rows.all()
+        else:
+            check_core_neurons(self.core_neurons, shape.layers, 1, shape.ffn)
+            rows = engine.rows.gather(self.core_neurons)
+        return Decoder(engine.backend, "decode", self._cache, rows)
+
+    def step_feeds(self, token: int, step: int) -> dict[str, np.ndarray]:
+        return self.request.step_feeds(token, step, self._kept_mask, self._core_tokens)
+
+
+class Engine:
+    """A bundle with its sessions, ready for requests one at a time."""
+
+    def __init__(self, bundle: Bundle, threads: int = 0, recipe: Recipe | None = None, graph: Callable | None = None):
+        """`recipe` and `graph` replace the bundle's own: how `eval` runs control policies on the same weights."""
+        self.bundle, self.recipe = bundle, recipe or from_dict(bundle.manifest["recipe"], "manifest.json: recipe")
+        self.backend = Backend(graph or bundle.graph, bundle.weights, threads)
+        self.rows = CoreRows(bundle.weights, core_row_names(bundle.family, bundle.shape.layers), threads)
+
+    @cached_property
+    def chat(self) -> Chat:
+        return Chat(self.bundle)
+
+    @cached_property
+    def image_rule(self) -> Any:
+        vision, file = self.bundle.config["vision_config"], self.bundle.processor("preprocessor_config.json")
+        values = json.loads(file.read_bytes()) if file else {}
+        # The tower's own sizes: a checkpoint may come without a preprocessor_config.json.
+        values |= {"patch_size": vision["patch_size"], "merge_size": vision["spatial_merge_size"]}
+        values |= {"temporal_patch_size": vision["temporal_patch_size"]}
+        return self.bundle.family.image_rule(values)
+
+    def embed(self, images: list[Any]) -> tuple[np.ndarray | None, np.ndarray]:
+        """Image embeddings [I,D] (None without pictures) and grids [pictures,3] of PIL pictures."""
+        if not images:
+            return None, np.zeros((0, 3), np.int64)
+        family, merge, embeds, grids = self.bundle.family, self.bundle.shape.merge, [], []
+        for image in images:  # patches attend within their own picture, so one at a time needs the least memory
+            pixels, grid = family.patchify([image], self.image_rule)
+            self._check_memory(len(pixels))
+            embeds.append(self.backend.vision(family.vision_inputs(pixels, grid, merge)))
+            grids.append(grid)
+        return np.concatenate(embeds), np.concatenate(grids)
+
+    def _check_memory(self, patches: int) -> None:
+        """Raises InputError for a picture whose attention among patches cannot fit in memory."""
+        per_pair = (
+            4 * self.bundle.config["vision_config"]["num_heads"] + 24
+        )  # bytes: scores of every head, and the mask
+        need, free = per_pair * patches**2, psutil.virtual_memory().available
+        if need > 0.9 * free:
+            raise InputError(
+                f"{patches} patches need about {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free",
+                where="picture",
+                fix=f"shrink it to {(0.9 * free / need) ** 0.25:.0%} of its width and height or less",
+            )
+
+    def request(self, ids: np.ndarray, grid: np.ndarray, embeds: np.ndarray | None) -> Request:
+        """A prompt ready to run. Raises InputError, also when it is longer than the model can hold."""
+        self.check_length(len(ids))
+        return Request.of(ids, grid, self.bundle.family, self.bundle.shape, self.bundle.weights, embeds)
+
+    def check_length(self, tokens: int) -> None:
+        """Raises InputError when a prompt is longer than the model can hold."""
+        limit = self.bundle.config["text_config"].get("max_position_embeddings") or tokens
+        if tokens > limit:
+            fix = "use smaller or fewer pictures, or a shorter text"
+            raise InputError(f"{tokens} tokens, the model holds {limit}", where="prompt", fix=fix)
+
+    def prefill(self, request: Request, budget: Budget) -> Prefilled:
+        return Prefilled(self, request, budget)
+
+    def tokens(self, prefilled: Prefilled, limit: int, stop: frozenset[int]) -> Iterator[int]:
+        """Greedy token ids until a stop id (not yielded) or `limit` tokens."""
+        logits, decoder = prefilled.logits, None
+        for step in range(limit):
+            token = int(logits[0].argmax())
+            if token in stop:
+                return
+            yield token
+            if step + 1 < limit:
+                decoder = decoder or prefilled.decoder()
+                logits = decoder.step(prefilled.step_feeds(token, step))
+
+    def generate(
+        self,
+        prompt: str,
+        images: list[Any] | None = None,
+        system: str | None = None,
+        max_new_tokens: int = 128,
+        dense: bool = False,
+        neuron_share: float | None = None,
+        token_share: float | None = None,
+        seed: int | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Answer one question about PIL pictures, greedily; `on_text` gets the text as it comes.
+
+        Nothing is shown before the weights match their hash. Raises InputError, BundleError.
+        """
+        started = time.perf_counter()
+        chat, merge = self.chat, self.bundle.shape.merge
+        embeds, grid = self.embed(images or [])
+        seen_at = time.perf_counter()
+        counts = self.bundle.family.image_tokens(grid, merge)
+        request = self.request(chat.encode(prompt, system, counts), grid, embeds)
+        prefilled = self.prefill(request, Budget(dense, neuron_share, token_share, seed))
+        prefilled_at = time.perf_counter()
+        self.bundle.wait_verified()
+        ids, pieces, first_at = [], [], None
+        for token, text in chat.stream(self.tokens(prefilled, max_new_tokens, chat.stop_ids)):
+            first_at = first_at or time.perf_counter()
+            if token >= 0:
+                ids.append(token)
+            pieces.append(text)
+            if on_text and text:
+                on_text(text)
+        ended = time.perf_counter()
+        kept = _kept_groups(prefilled.kept_tokens[0], request.is_image[0], grid, merge)
+        first_at = first_at or ended
+        stats = {
+            "dense": dense,
+            "prompt_tokens": request.tokens,
+            "image_tokens": request.image_tokens,
+            "kept_tokens": prefilled.kept_tokens.shape[1],
+            "image_tokens_kept": int(sum(k.sum() for k in kept)),
+            "neurons": self.bundle.shape.ffn,
+            "neurons_kept": prefilled.neurons,
+            "new_tokens": len(ids),
+            "ttft_s": first_at - started,
+            "vision_s": seen_at - started,
+            "prefill_s": prefilled_at - seen_at,
+            "decode_s": ended - first_at,
+            "tokens_per_s": (len(ids) - 1) / (ended - first_at) if len(ids) > 1 else None,
+            "stopped": "stop token" if len(ids) < max_new_tokens else "max-new-tokens",
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        unknown = chat.unknown_words(prompt)
+        notes = [f"unknown to this model's vocabulary: {', '.join(unknown)}"] if unknown else []
+        return Answer("".join(pieces), ids, stats, kept, notes)
+
+
+def load(path: str | Path, threads: int = 0, progress: Callable[..., None] = lambda what, *_: None) -> Engine:
+    """Open a bundle for running. Raises InputError, BundleError."""
+    progress("open the bundle")
+    return Engine(Bundle(path), threads)
+
+
+def _kept_groups(kept: np.ndarray, is_image: np.ndarray, grid: np.ndarray, merge: int) -> list[np.ndarray]:
+    """Per picture, [rows, columns] bool: which image tokens (patch groups) stayed."""
+    flags = np.zeros(len(is_image), bool)
+    flags[kept] = True
+    flags, out, at = flags[is_image], [], 0
+    for t, h, w in grid.tolist():
+        n = t * h * w // merge**2
+        out.append(flags[at : at + n].reshape(t, h // merge, w // merge)[0])
+        at += n
+    return out

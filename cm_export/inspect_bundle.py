@@ -1,0 +1,48 @@
+"""What is inside a bundle, as plain values: recipe, graphs, weights, gates, passes, and what is pruned and why."""
+
+from pathlib import Path
+from typing import Any
+
+from .bundle import WEIGHTS, Bundle
+from .core_index import neuron_count
+from .recipe import Recipe, from_dict
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Everything `cm-export inspect` shows. Raises InputError, BundleError; reads (and verifies) the whole bundle."""
+    bundle = Bundle(path)
+    bundle.wait_verified()
+    m, recipe = bundle.manifest, from_dict(bundle.manifest["recipe"], "manifest.json: recipe")
+    graphs = [{"name": n, "bytes": m["files"][f"{n}.onnx"]["bytes"], **g} for n, g in m["graphs"].items()]
+    source = m["model"]
+    return {
+        "path": str(path),
+        "model": f"{source['source']}, {source['type']}" + (f", {source['revision']}" if source["revision"] else ""),
+        "recipe": {k: v for k, v in m["recipe"].items() if v is not None},
+        "graphs": graphs,
+        "weights": {"file": WEIGHTS, "bytes": m["files"][WEIGHTS]["bytes"], "tensors": len(bundle.weights.tensors)},
+        "gates": m["gates"],
+        "passes": m["passes"],
+        "pruned": _pruned(recipe, bundle.shape),
+        "links": m["links"],
+        "versions": m["versions"],
+    }
+
+
+def _pruned(recipe: Recipe, shape: Any) -> dict[str, str]:
+    """In words, which tokens and neurons leave the computation, where, and by whose vote."""
+    n, t = recipe.neurons, recipe.tokens
+    tokens = "none: every image token stays"
+    if t.policy != "dense":
+        budget = {
+            "share": f"{t.share:g} of the image tokens stay",
+            "count": f"{t.count} image tokens stay",
+            "knee": f"image tokens up to the knee of the score curve stay, {t.min_share:g} to {t.max_share:g} of them",
+        }[t.budget]
+        where = "leave the computation and the cache of all layers" if t.cache == "cut" else "are not read by decode"
+        tokens = f"{budget}, by {t.policy} after layer {t.prune_layer} of {shape.layers} (votes: {t.voters}); the rest {where}"
+    neurons = "none: decode computes every neuron"
+    if n.policy != "dense":
+        kept = neuron_count(n.share, shape.ffn)
+        neurons = f"decode computes {kept} of {shape.ffn} neurons per layer, by {n.policy} over the prompt (votes: {n.voters})"
+    return {"tokens": tokens, "neurons": neurons}

@@ -1,0 +1,162 @@
+"""A recipe: model x policies x budgets x target, frozen, read from TOML with unknown keys refused.
+
+    [neurons]                     [tokens]
+    policy = "griffin"            policy = "attention"   # a file in policies/tokens/
+    share = 0.6                   share = 0.5            # of the image tokens
+
+The defaults are what won on the demo model (LOG.md); the paper's own pair is `coreinfer` with `overlap`.
+"""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import by_name
+from .errors import InputError
+
+VOTERS = ("all", "text", "last")
+BUDGETS = ("share", "count", "knee")
+CACHES = ("cut", "index")
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """Which FFN neurons decode computes (METHOD: core neurons; CoreInfer arXiv 2410.18311)."""
+
+    policy: str = "griffin"
+    share: float = 0.6  # K / F, at run time changeable
+    voters: str = "all"  # whose activations are counted
+    rho: float = 0.2  # token-wise share of positive activations (coreinfer)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Which image tokens run from `prune_layer` on (METHOD: core tokens; CoreMatching arXiv 2505.19235, section 4)."""
+
+    policy: str = "attention"
+    budget: str = "share"  # share | count | knee
+    share: float = 0.5  # of the image tokens; the fallback of `knee`
+    count: int = 0  # image tokens kept, when budget = "count"
+    min_share: float = 0.1  # clamp of `knee`
+    max_share: float = 0.9
+    prune_layer: int = 2  # layers that run with every token before the cut
+    voters: str = "all"  # whose attention or activations judge the image tokens
+    rho: float = 0.2
+    beta: float = 0.4  # share of neurons in that core set
+    cache: str = "cut"  # cut: dropped tokens leave the computation and the KV; index: decode reads listed rows
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a bundle is, besides the checkpoint itself."""
+
+    model: str | None = None
+    revision: str | None = None
+    neurons: Neurons = field(default_factory=Neurons)
+    tokens: Tokens = field(default_factory=Tokens)
+    dtype: str = "float32"
+    backend: str = "onnxruntime"
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the manifest and for hashing."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **overrides: Any) -> "Recipe":
+        """A copy with `neurons__share=0.4`-style overrides; None means `as it was`. Validated."""
+        top: dict[str, Any] = {}
+        for key, value in overrides.items():
+            if value is None:
+                continue
+            section, _, name = key.partition("__")
+            if name:
+                top[section] = dataclasses.replace(top.get(section, getattr(self, section)), **{name: value})
+            else:
+                top[section] = value
+        return check(dataclasses.replace(self, **top))
+
+
+def from_dict(values: dict[str, Any], where: str = "recipe") -> Recipe:
+    """A validated recipe from nested plain values. Raises InputError that names an unknown key and the nearest one."""
+    return check(_build(Recipe, values, where), where)
+
+
+def load(name_or_path: str) -> Recipe:
+    """A recipe by the name of a file in recipes/ or by path. Raises InputError."""
+    path = Path(name_or_path)
+    if path.suffix != ".toml" and not path.exists():
+        folder = Path(__import__("cm_export.recipes", fromlist=["recipes"]).__path__[0])
+        known = sorted(p.stem for p in folder.glob("*.toml"))
+        if name_or_path not in known:
+            raise InputError(f"unknown recipe {name_or_path!r}", fix=by_name.nearest(name_or_path, known))
+        path = folder / f"{name_or_path}.toml"
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"cannot read the recipe ({e.strerror})", where=path) from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise InputError(f"not valid TOML ({e})", where=path) from e
+    return from_dict(values, str(path))
+
+
+def check(recipe: Recipe, where: str = "recipe") -> Recipe:
+    """The same recipe, or InputError naming the first field that cannot hold."""
+    n, t = recipe.neurons, recipe.tokens
+    by_name.load("cm_export.policies.neurons", n.policy, "neuron policy")
+    by_name.load("cm_export.policies.tokens", t.policy, "token policy")
+    by_name.load("cm_export.backends", recipe.backend, "backend")
+    for label, value, allowed in (
+        ("neurons.voters", n.voters, VOTERS),
+        ("tokens.voters", t.voters, VOTERS),
+        ("tokens.budget", t.budget, BUDGETS),
+        ("tokens.cache", t.cache, CACHES),
+        ("dtype", recipe.dtype, ("float32",)),
+    ):
+        if value not in allowed:
+            raise InputError(f"{label} = {value!r}", where=where, fix=by_name.nearest(str(value), list(allowed)))
+    for label, share in (
+        ("neurons.share", n.share),
+        ("neurons.rho", n.rho),
+        ("tokens.share", t.share),
+        ("tokens.min_share", t.min_share),
+        ("tokens.max_share", t.max_share),
+        ("tokens.rho", t.rho),
+        ("tokens.beta", t.beta),
+    ):
+        if not 0 < share <= 1:  # also refuses nan
+            raise InputError(f"{label} = {share} is not a share", where=where, fix="give a number above 0 and up to 1")
+    if t.min_share > t.max_share:
+        raise InputError("tokens.min_share is above tokens.max_share", where=where, fix="swap them")
+    if t.budget == "count" and t.count < 1:
+        raise InputError("tokens.budget is 'count' without a count", where=where, fix="set tokens.count to 1 or more")
+    if t.prune_layer < 1:
+        raise InputError(
+            f"tokens.prune_layer = {t.prune_layer}", where=where, fix="at least one layer must run to score"
+        )
+    if not 0 <= recipe.seed < 2**31:
+        raise InputError(f"seed = {recipe.seed}", where=where, fix="give an integer from 0 to 2147483647")
+    return recipe
+
+
+def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+    """A dataclass from a mapping; nested dataclasses from nested mappings, types checked."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    out = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise InputError(f"unknown key {key!r}", where=where, fix=by_name.nearest(key, sorted(fields)))
+        default = fields[key].default_factory() if callable(fields[key].default_factory) else fields[key].default
+        if dataclasses.is_dataclass(default):
+            if not isinstance(value, dict):
+                raise InputError(f"{key} must be a table", where=where, fix=f"write [{key}] and its keys below it")
+            out[key] = _build(type(default), value, f"{where} [{key}]")
+            continue
+        wanted = str if default is None else type(default)
+        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if value is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
+            raise InputError(f"{key} = {value!r} is not a {wanted.__name__}", where=where, fix="correct its type")
+        out[key] = value
+    return cls(**out)

@@ -1,0 +1,120 @@
+"""One prompt on the host: token ids and picture grids become the feeds of the prefill and of every decode step.
+
+ids [S], grids -> embeddings [1,S,D], M-RoPE positions [3,1,S], masks; original positions survive any token cut
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from .core_index import image_token_count
+from .errors import InputError
+from .recipe import Recipe
+from .surgery.names import stored_name
+from .weights import WeightFile
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt ready to run; arrays as the graphs take them, batch 1."""
+
+    is_image: np.ndarray  # [1,S] bool
+    position_ids: np.ndarray  # [3,1,S] int64
+    next_position: int  # of the first answer token
+    inputs_embeds: np.ndarray  # [1,S,D]
+    embedding: np.ndarray  # [V,D], the mapped token embedding
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: np.ndarray,
+        grid: np.ndarray,
+        family: ModuleType,
+        shape: Any,
+        weights: WeightFile,
+        image_embeds: np.ndarray | None,
+    ) -> "Request":
+        """Raises InputError if ids are outside the vocabulary or image tokens and embeddings do not match."""
+        ids = np.asarray(input_ids, np.int64)
+        if not ids.size or ids.min() < 0 or ids.max() >= shape.vocab:
+            raise InputError(f"token ids must lie in 0..{shape.vocab - 1}", where="prompt")
+        is_image = ids == shape.image_token
+        expected = sum(family.image_tokens(grid, shape.merge))
+        if is_image.sum() != expected:
+            raise InputError(f"{is_image.sum()} image tokens for pictures that need {expected}", where="prompt")
+        embedding = weights[family.EMBEDDING]
+        embeds = embedding[ids].astype(np.float32)
+        if expected:
+            embeds[is_image] = image_embeds
+        positions, nxt = family.position_ids(is_image, grid, shape.merge)
+        return cls(is_image[None], positions[:, None], nxt, embeds[None], embedding)
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens S, image tokens included."""
+        return self.is_image.shape[1]
+
+    @property
+    def image_tokens(self) -> int:
+        return int(self.is_image.sum())
+
+    def step_feeds(
+        self, token: int, step: int, kept_mask: np.ndarray | None = None, core_tokens: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Feeds of decode step `step` (0 = the first answer token, `token`).
+
+        kept_mask [1,T]: the prefill cut the cache to T rows. core_tokens [1,M]: the cache is whole, only these prompt
+        rows (and the answer's own) are read.
+        """
+        base = kept_mask if kept_mask is not None else np.ones((1, self.tokens), np.int64)
+        feeds = {
+            "inputs_embeds": self.embedding[token].astype(np.float32)[None, None],
+            "position_ids": np.full((3, 1, 1), self.next_position + step, np.int64),
+            "attention_mask": np.concatenate([base, np.ones((1, step + 1), np.int64)], 1),
+        }
+        if core_tokens is not None:
+            answer = np.arange(self.tokens, self.tokens + step + 1, dtype=np.int32)[None]
+            feeds["core_tokens"] = np.concatenate([core_tokens, answer], 1)
+        return feeds
+
+
+def prefill_feeds(request: Request) -> dict[str, np.ndarray]:
+    """What every prefill graph takes: embeddings, positions and the two masks."""
+    return {
+        "inputs_embeds": request.inputs_embeds,
+        "position_ids": request.position_ids,
+        "attention_mask": np.ones((1, request.tokens), np.int64),
+        "image_mask": request.is_image,
+    }
+
+
+def sparse_feeds(
+    request: Request,
+    recipe: Recipe,
+    token_share: float | None = None,
+    seed: int | None = None,
+) -> dict[str, np.ndarray]:
+    """The token budget of one request: image_keep [1] (with its clamp for the knee rule) and the seed of random policies.
+
+    `token_share` overrides the recipe's budget and pins the knee rule to it.
+    """
+    t, n = recipe.tokens, request.image_tokens
+    share = t.share if token_share is None else token_share
+    count = min(t.count, n) if t.budget == "count" and token_share is None else image_token_count(share, n)
+    knee = t.budget == "knee" and token_share is None
+    low, high = (image_token_count(s, n) for s in (t.min_share, t.max_share)) if knee else (count, count)
+    values = {"image_keep": count, "image_keep_low": low, "image_keep_high": high}
+    values["seed"] = recipe.seed if seed is None else seed
+    return {k: np.array([v], np.int64) for k, v in values.items()}
+
+
+def core_row_names(family: ModuleType, layers: int) -> list[tuple[str, str, str]]:
+    """Names in the weight file of every layer's gate, up and (transposed) down matrix."""
+    return [
+        tuple(
+            stored_name(family.LAYER.format(layer=i) + part, family) for part in (family.GATE, family.UP, family.DOWN)
+        )
+        for i in range(layers)
+    ]

@@ -1,0 +1,88 @@
+"""The rewrites in order: traced graph -> dense graph -> sparse graph. Read this file to know what happens to a graph.
+
+traced --bind_weights--> dense prefill --replace_ffn, replace_attention, choose_tokens, cut_tokens, score_neurons--> prefill
+                         dense decode  --replace_ffn, replace_attention (indexed)----------------------------------> decode
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import onnx
+
+from .. import by_name
+from ..errors import InputError
+from ..recipe import Recipe
+from ..weights import Tensor
+from .bind_weights import bind_weights
+from .cut_tokens import choose_tokens, cut_tokens, report_tokens
+from .edit import Edit
+from .replace_attention import replace_attention
+from .replace_ffn import replace_ffn
+from .score_neurons import score_neurons
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one rewrite did, for the manifest."""
+
+    graph: str
+    name: str
+    count: int
+
+
+def check_recipe(recipe: Recipe, shape: Any) -> None:
+    """Raises InputError for a recipe that this model cannot follow; cheap, before any work."""
+    policy = by_name.load("cm_export.policies.tokens", recipe.tokens.policy, "token policy")
+    if policy.FUNCTION is not None and recipe.tokens.prune_layer >= shape.layers:
+        raise InputError(
+            f"prune_layer {recipe.tokens.prune_layer} leaves no layer to run on kept tokens",
+            where="recipe: tokens.prune_layer",
+            fix=f"this model has {shape.layers} layers: "
+            + (f"give 1 to {shape.layers - 1}" if shape.layers > 1 else "build with --tokens dense"),
+        )
+
+
+def dense(
+    name: str, traced: onnx.ModelProto, weights: dict[str, Tensor], family: ModuleType
+) -> tuple[onnx.ModelProto, list[Pass]]:
+    """The traced graph with its weights bound; changes `traced` in place."""
+    return traced, [Pass(name, "bind_weights", bind_weights(traced, weights, family))]
+
+
+def sparse_prefill(
+    model: onnx.ModelProto, family: ModuleType, shape: Any, recipe: Recipe
+) -> tuple[onnx.ModelProto, list[Pass]]:
+    """Dense prefill -> prefill that reports core scores and keeps core tokens. Raises SurgeryError, InputError."""
+    edit, tokens, log = Edit(model), recipe.tokens, []
+    token_policy = by_name.load("cm_export.policies.tokens", tokens.policy, "token policy")
+    neuron_policy = by_name.load("cm_export.policies.neurons", recipe.neurons.policy, "neuron policy")
+    ffns = replace_ffn(edit, family, shape.layers, shape.activation, indexed=False)
+    attentions = replace_attention(edit, family, shape.layers, indexed=False)
+    log += [Pass("prefill", "replace_ffn", len(ffns)), Pass("prefill", "replace_attention", len(attentions))]
+    cut = None
+    if token_policy.FUNCTION is not None:
+        keep, kept_mask = choose_tokens(edit, token_policy, tokens, ffns, attentions)
+        report_tokens(edit, keep, kept_mask)
+        log.append(Pass("prefill", "choose_tokens", 1))
+        if tokens.cache == "cut":
+            cut = (keep, kept_mask, tokens.prune_layer)
+            cut_tokens(edit, ffns, keep, kept_mask, tokens.prune_layer, shape.layers, [shape.kv_heads, shape.head_dim])
+            log.append(Pass("prefill", "cut_tokens", 2 * tokens.prune_layer + 1))
+    if neuron_policy.FUNCTION is not None:
+        score_neurons(edit, neuron_policy, recipe.neurons, ffns, cut)
+        log.append(Pass("prefill", "score_neurons", len(ffns)))
+    return edit.export(), log
+
+
+def sparse_decode(
+    model: onnx.ModelProto, family: ModuleType, shape: Any, recipe: Recipe
+) -> tuple[onnx.ModelProto, list[Pass]]:
+    """Dense decode -> decode with core_neurons [L,B,K] (and core_tokens [B,M]) as inputs. Raises SurgeryError."""
+    edit = Edit(model)
+    token_policy = by_name.load("cm_export.policies.tokens", recipe.tokens.policy, "token policy")
+    indexed = token_policy.FUNCTION is not None and recipe.tokens.cache == "index"
+    ffns = replace_ffn(edit, family, shape.layers, shape.activation, indexed=True)
+    attentions = replace_attention(edit, family, shape.layers, indexed)
+    log = [Pass("decode", "replace_ffn", len(ffns)), Pass("decode", "replace_attention", len(attentions))]
+    return edit.export(), log

@@ -1,0 +1,38 @@
+"""Every decoder FFN becomes one CoreFFN node.
+
+before: x -> MatMul(Wg) -> act -+-> Mul -> MatMul(Wd) -> y        after: x, Wg, Wu, Wd_t[, core_neurons] -> CoreFFN -> y, z
+        x -> MatMul(Wu) --------+
+"""
+
+from types import ModuleType
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from .. import dims
+from ..plugins.core_ffn.op import OP
+from .edit import Edit
+from .find_sites import FFN, ffn_sites
+
+
+def replace_ffn(edit: Edit, family: ModuleType, layers: int, activation: str, indexed: bool) -> list[FFN]:
+    """Rewrite all layers; the returned sites carry the new node's z. `indexed`: rows named by core_neurons [L,B,K]."""
+    sites = ffn_sites(edit, family, layers)
+    form = {"index": "request" if indexed else "none", "activation": activation}
+    index = edit.add_input("core_neurons", np.int32, [layers, dims.BATCH, dims.CORE_NEURONS]) if indexed else None
+    out = []
+    for s in sites:
+        s.y.inputs.clear()
+        z = gs.Variable(f"ffn.{s.layer}.z", dtype=np.float32)
+        rows = [edit.op("Gather", index, edit.constant(s.layer, np.int64), axis=0)] if indexed else []
+        edit.core_node(
+            OP,
+            form,
+            f"ffn.{s.layer}",
+            s.layer,
+            [s.x, s.w_gate, s.w_up, s.w_down_t, *rows],
+            [s.y, z],
+            activation=activation,
+        )
+        out.append(FFN(s.layer, s.x, z, s.y, s.w_gate, s.w_up, s.w_down_t))
+    return out

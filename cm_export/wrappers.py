@@ -1,0 +1,108 @@
+"""Thin torch modules around a transformers model that say what one exported graph computes, through four official seams.
+
+    vision  : patches, host-computed integers          -> image embeddings
+    prefill : embeddings, positions, padding mask      -> last-token logits, keys and values of every layer
+    decode  : one token's embedding + past keys/values -> logits, keys and values one row longer
+
+The seams: `AttentionInterface` (which attention op is emitted), a duck-typed cache (only `update` is called), the
+decoder's own layers in our loop, and host-computed integers as keywords of the vision tower.
+"""
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+TEXT_ATTENTION = "cm_export_text"
+# transformers hands `cu_seq_lens_q` to implementations whose name contains "flash" and loops over lengths otherwise.
+VISION_ATTENTION = "cm_export_vision_flash"
+
+
+def _attention(module, query, key, value, mask, scaling=None, **_):
+    """One ai.onnx Attention-23 node: q [B,H,S,d], k and v [B,Hk,P,d], additive mask [B,1,S,P]."""
+    return torch.onnx.ops.attention(query, key, value, mask, scale=scaling)[0].transpose(1, 2), None
+
+
+def _segment_attention(module, query, key, value, attention_mask=None, scaling=None, cu_seq_lens_q=None, **_):
+    """Attention among the patches of one picture: [1,H,N,d] with segment borders [segments+1]."""
+    patch = torch.arange(query.shape[2])
+    segment = (patch[:, None] >= cu_seq_lens_q[None, 1:]).sum(-1)
+    mask = torch.where(segment[:, None] == segment[None, :], 0.0, torch.finfo(query.dtype).min)
+    return _attention(module, query, key, value, mask.to(query.dtype)[None, None], scaling)
+
+
+AttentionInterface.register(TEXT_ATTENTION, _attention)
+AttentionInterface.register(VISION_ATTENTION, _segment_attention)
+
+
+class _Rows:
+    """What the attention modules see as a cache: past rows, then the new ones."""
+
+    def __init__(self, past=None):
+        self.past, self.rows = past, {}
+
+    def update(self, key, value, layer, *_, **__):
+        if self.past is not None:
+            key = torch.cat([self.past[2 * layer], key], 2)
+            value = torch.cat([self.past[2 * layer + 1], value], 2)
+        self.rows[layer] = (key, value)
+        return key, value
+
+    def flat(self):
+        return [x for layer in sorted(self.rows) for x in self.rows[layer]]
+
+
+class _Decoder(nn.Module):
+    """The shared loop over a transformers decoder."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        model.get_decoder().config._attn_implementation = TEXT_ATTENTION
+
+    def run(self, hidden, position_ids, mask, past=None):
+        decoder, cache = self.model.get_decoder(), _Rows(past)
+        rope = decoder.rotary_emb(hidden, position_ids)
+        for layer in decoder.layers:
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=cache, use_cache=True)
+        logits = self.model.get_output_embeddings()(decoder.norm(hidden[:, -1:]))[:, 0]
+        return (logits, *cache.flat())
+
+
+def _additive(allowed, dtype):
+    """Boolean [.., S, P] -> additive mask [.., 1, S, P]: a large negative number where attention is not allowed."""
+    return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+
+
+class Prefill(_Decoder):
+    """inputs_embeds [B,S,D], position_ids [3,B,S], attention_mask [B,S] -> logits [B,V], key/value [B,Hk,S,d] x L."""
+
+    def forward(self, inputs_embeds, position_ids, attention_mask):
+        row = torch.arange(inputs_embeds.shape[1])
+        allowed = (row[None, :] <= row[:, None])[None] & (attention_mask[:, None, :] > 0)
+        return self.run(inputs_embeds, position_ids, _additive(allowed, inputs_embeds.dtype))
+
+
+class Decode(_Decoder):
+    """inputs_embeds [B,1,D], position_ids [3,B,1], attention_mask [B,P+1], past -> logits [B,V], key/value [B,Hk,P+1,d]."""
+
+    def forward(self, inputs_embeds, position_ids, attention_mask, past):
+        mask = _additive((attention_mask > 0)[:, None, :], inputs_embeds.dtype)
+        return self.run(inputs_embeds, position_ids, mask, past)
+
+
+class Vision(nn.Module):
+    """pixel_values [N,C*T*p*p] and the host's integers -> image embeddings [I,D]."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        tower = model.get_encoder("image")
+        for module in tower.modules():
+            if hasattr(module, "config"):
+                module.config._attn_implementation = VISION_ATTENTION
+
+    def forward(self, pixel_values, position_ids, cu_seqlens):
+        tower = self.model.get_encoder("image")
+        return tower(
+            pixel_values, grid_thw=None, position_ids=position_ids, cu_seqlens=cu_seqlens, max_seqlen=1
+        ).pooler_output

@@ -1,0 +1,76 @@
+"""Fixtures that are dear: one export per random configuration, one demo bundle built by the real command."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """seed -> Exported of a random configuration, made once."""
+    from random_models import Exported, random_checkpoint, random_config
+
+    made = {}
+
+    def export(seed: int) -> Exported:
+        if seed not in made:
+            folder = tmp_path_factory.mktemp(f"model{seed}")
+            (folder / "out").mkdir()
+            made[seed] = Exported(random_checkpoint(random_config(seed), folder / "checkpoint", seed), folder / "out")
+        return made[seed]
+
+    return export
+
+
+def cm_export(*args: object, timeout: float = 600, **kwargs) -> subprocess.CompletedProcess:
+    """The real command in a process of its own."""
+    command = [str(Path(sys.executable).parent / "cm-export"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **kwargs)
+
+
+def session(leader: int) -> list[int]:
+    """Processes of the session that `leader` started (Popen(start_new_session=True)), those that are not yet dead."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except (OSError, psutil.Error):
+            continue  # it has just ended
+    return found
+
+
+@pytest.fixture(scope="session")
+def bare_checkpoint(tmp_path_factory) -> Path:
+    """A random checkpoint of two layers and nothing besides: no tokenizer, no chat template, no picture rules."""
+    from random_models import random_checkpoint, random_config
+
+    config = random_config(0)
+    assert config["text_config"]["num_hidden_layers"] == 2
+    return random_checkpoint(config, tmp_path_factory.mktemp("bare") / "model")
+
+
+@pytest.fixture(scope="session")
+def bare_bundle(bare_checkpoint, tmp_path_factory) -> Path:
+    """That checkpoint built by the real command, on one thread: repeatable to the byte. Its stages lie beside it."""
+    out = tmp_path_factory.mktemp("bare") / "x.plan"
+    done = cm_export("build", "--model", bare_checkpoint, "--out", out, "--prune-layer", "1", "--quiet", env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(tmp_path_factory) -> Path:
+    """The demo model built by `cm-export build --recipe demo`."""
+    out = tmp_path_factory.mktemp("demo") / "demo.plan"
+    done = cm_export("build", "--recipe", "demo", "--out", out, "--quiet")
+    assert done.returncode == 0, done.stderr
+    return out

@@ -1,0 +1,156 @@
+"""Random tiny Qwen2-VL checkpoints, generated and not hand-picked, and what tests need of one after export."""
+
+import json
+import random
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from cm_export import model as hf
+from cm_export import trace, weights
+from cm_export.backends.onnxruntime import Backend
+from cm_export.families import qwen2_vl as family
+from cm_export.recipe import Recipe
+from cm_export.surgery import pipeline
+
+IMAGE, VIDEO, START, END = 5, 6, 3, 4
+
+
+def random_config(seed: int) -> dict[str, Any]:
+    """A valid Qwen2-VL configuration: head counts, widths, rope, activation, tying and vision sizes drawn at random."""
+    r = random.Random(seed)
+    kv, group, head_dim = r.choice([1, 2, 3]), r.choice([1, 2, 3, 7]), r.choice([8, 12, 16])
+    hidden = kv * group * head_dim
+    half = head_dim // 2
+    a = r.randint(1, half - 2)
+    b = r.randint(1, half - a - 1)
+    rope = {"rope_type": "default", "rope_theta": r.choice([50.0, 1e4, 1e6]), "mrope_section": [a, b, half - a - b]}
+    if r.random() < 0.3:
+        rope |= {"rope_type": "linear", "factor": 2.0}
+    tied = r.random() < 0.5
+    vision_heads = r.choice([1, 2, 4])
+    return {
+        "text_config": {
+            "vocab_size": r.choice([61, 96, 131]),
+            "hidden_size": hidden,
+            "intermediate_size": r.choice([33, 64, 97, 160]),
+            "num_hidden_layers": r.randint(2, 3),
+            "num_attention_heads": kv * group,
+            "num_key_value_heads": kv,
+            "hidden_act": r.choice(["silu", "silu", "gelu", "gelu_pytorch_tanh", "relu", "quick_gelu"]),
+            "rms_norm_eps": r.choice([1e-5, 1e-6]),
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": tied,
+            "rope_parameters": rope,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        "vision_config": {
+            "depth": r.randint(1, 2),
+            "embed_dim": vision_heads * r.choice([8, 16]),
+            "hidden_size": hidden,
+            "num_heads": vision_heads,
+            "mlp_ratio": r.choice([2, 4]),
+            "patch_size": r.choice([2, 4, 6]),
+            "spatial_merge_size": r.choice([1, 2, 3]),
+            "temporal_patch_size": r.choice([1, 2]),
+            "in_channels": 3,
+        },
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+        "vision_start_token_id": START,
+        "vision_end_token_id": END,
+        "tie_word_embeddings": tied,
+    }
+
+
+def random_checkpoint(config: dict[str, Any], folder: Path, seed: int = 0) -> Path:
+    """Save a stock transformers checkpoint with weights large enough that a wrong mask or position shows."""
+    torch.manual_seed(seed)
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**config)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim > 1:
+                p.normal_(0, 0.8 / p[0].numel() ** 0.5)
+            elif "bias" in name:
+                p.normal_(0, 0.2)
+            else:
+                p.normal_(1, 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A checkpoint with its traced and bound graphs; sparse graphs are made for a recipe on demand."""
+
+    path: Path
+    folder: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return hf.read_config(self.path)
+
+    @cached_property
+    def shape(self) -> family.Shape:
+        return family.shape(self.config)
+
+    @cached_property
+    def model(self) -> Any:
+        """Stock transformers, untouched by our wrappers."""
+        return hf.load(self.path, family)
+
+    @cached_property
+    def weights(self) -> weights.WeightFile:
+        file = self.folder / weights.FILE
+        weights.write(file, [hf.planned(n, p, family) for n, p in self.model.named_parameters()])
+        return weights.WeightFile(file)
+
+    @cached_property
+    def dense(self) -> dict[str, onnx.ModelProto]:
+        skeleton = hf.skeleton(self.path, family)
+        out = {}
+        for spec in trace.specs(skeleton, self.shape):
+            out[spec.name], _ = pipeline.dense(spec.name, trace.trace(spec), self.weights.tensors, family)
+        return out
+
+    def graphs(self, recipe: Recipe) -> dict[str, onnx.ModelProto]:
+        """All five graphs under a recipe, as fresh copies."""
+        prefill, _ = pipeline.sparse_prefill(copy(self.dense["prefill"]), family, self.shape, recipe)
+        decode, _ = pipeline.sparse_decode(copy(self.dense["decode"]), family, self.shape, recipe)
+        dense = {n if n == "vision" else f"{n}_dense": copy(p) for n, p in self.dense.items()}
+        return dense | {"prefill": prefill, "decode": decode}
+
+    def backend(self, recipe: Recipe | None = None) -> Backend:
+        graphs = self.graphs(recipe or Recipe())
+        return Backend(lambda n: copy(graphs[n]), self.weights, threads=1)
+
+
+def copy(proto: onnx.ModelProto) -> onnx.ModelProto:
+    out = onnx.ModelProto()
+    out.CopyFrom(proto)
+    return out
+
+
+def prompt(shape: Any, grids: list[tuple[int, int]], rng: np.random.Generator, words: int = 3) -> np.ndarray:
+    """Token ids: words, pictures of the given merged sizes (rows, columns) with words between, words."""
+
+    def text(n):
+        return rng.integers(7, shape.vocab, n).tolist()
+
+    ids = text(words)
+    for h, w in grids:
+        ids += [START] + [IMAGE] * (h * w) + [END] + text(words)
+    return np.array(ids, np.int64)
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", **config}))

@@ -1,0 +1,489 @@
+"""The command as a user meets it: bad input is one line on stderr, --help is instant, Ctrl-C is quiet."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cm_export import __version__
+from cm_export.by_name import names_in
+from cm_export.cli import _tables, main
+from cm_export.cli._console import emit_json, progress, write_json
+from cm_export.cli._requirements import fits, requirements
+from cm_export.errors import BundleError, InputError
+
+VERBS = names_in("cm_export.cli")
+COMMAND = (sys.executable, "-c", "import sys; from cm_export.cli import main; sys.exit(main())")
+HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "numpy", "PIL", "rich", "huggingface_hub")
+
+
+def cm_export(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=120, cwd=cwd)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    path = tmp_path / "x.plan"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "x.png")
+    return tmp_path / "x.png"
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Puts a module of the given functions in the place of the real one, so that only the verb itself is tested."""
+
+    def put(name: str, **functions: object) -> None:
+        module = ModuleType(f"cm_export.{name}")
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, f"cm_export.{name}", module)
+
+    return put
+
+
+# ---------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_a_purpose_options_and_examples(verb):
+    done = cm_export(verb, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"Usage: cm-export {verb}" in done.stdout and "--debug" in done.stdout
+    examples = done.stdout.split("Examples:")[1].strip().splitlines()
+    assert examples and all(line.strip().startswith(f"cm-export {verb}") for line in examples)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_example_in_help_parses(verb):
+    """Each example line goes through the real parser; the work itself is not started."""
+    import shlex
+
+    import click
+
+    from cm_export.by_name import load
+
+    command = load("cm_export.cli", verb, "verb").command
+    for example in command.examples:
+        values = shlex.split(example)[2:]
+        with click.Context(command, obj={}) as ctx:
+            parser = command.make_parser(ctx)
+            _, rest, _ = parser.parse_args(values)
+        assert rest == [], example
+        for word in re.findall(r"--neurons (\S+)", example):
+            assert word in names_in("cm_export.policies.neurons")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_imports_nothing_heavy(verb):
+    code = (
+        "import sys; from cm_export.cli import main; code = main([sys.argv[1], '--help']);"
+        f"print('LOADED', [m for m in {HEAVY!r} if m in sys.modules]); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, verb], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "LOADED []"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_answers_within_a_third_of_a_second(verb):
+    def seconds() -> float:
+        start = time.perf_counter()
+        cm_export(verb, "--help")
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.3
+
+
+def test_without_arguments_the_verbs_are_listed():
+    done = cm_export()
+    assert done.returncode == 0
+    assert all(re.search(rf"^  {verb} ", done.stdout, re.M) for verb in VERBS)
+
+
+def test_version_is_the_packages():
+    assert cm_export("--version").stdout.strip().endswith(__version__)
+
+
+# ---------------------------------------------------------------- bad input
+
+BAD = [
+    (("biuld",), "did you mean 'build'?"),
+    (("xyzzy",), "known: bench, build"),
+    (("--colour", "build"), "--colour"),
+    (("build", "--modle", "demo"), "--model"),
+    (("build", "--out", "o.plan", "extra"), "extra"),
+    (("build", "--model", "demo"), "--out"),
+    (("build", "--out", "o.plan"), "no model named"),
+    (("build", "--model", "qwen2vl", "--out", "o.plan"), "did you mean 'qwen2-vl'?"),
+    (("build", "--model", "./none", "--out", "o.plan"), "no such directory"),
+    (("build", "--model", ".", "--out", "o.plan"), "no config.json"),
+    (("build", "--model", "demo", "--out", "o.plan", "--recipe", "none.toml"), "none.toml"),
+    (("build", "--model", "demo", "--out", "o.plan", "--neurons", "grifin"), "did you mean 'griffin'?"),
+    (("build", "--model", "demo", "--out", "o.plan", "--tokens", "overlapp"), "did you mean 'overlap'?"),
+    (("build", "--model", "demo", "--out", "o.plan", "--backend", "onxruntime"), "did you mean 'onnxruntime'?"),
+    (("build", "--model", "demo", "--out", "o.plan", "--token-budget", "half"), "'half'"),
+    (("build", "--model", "demo", "--out", "o.plan", "--token-budget", "count"), "count"),
+    (("build", "--model", "demo", "--out", "o.plan", "--token-budget", "knee", "--token-count", "3"), "--token-count"),
+    (("build", "--model", "demo", "--out", "o.plan", "--token-count", "0"), "--token-count"),
+    (("build", "--model", "demo", "--out", "o.plan", "--prune-layer", "0"), "--prune-layer"),
+    (("build", "--model", "demo", "--out", "o.plan", "--voters", "nobody"), "'nobody'"),
+    (("build", "--model", "demo", "--out", "o.plan", "--seed", "-1"), "--seed"),
+    (("run", "none.plan", "--prompt", "x"), "no such bundle"),
+    (("run", "x.png", "--prompt", "x"), "is a file"),
+    (("run", "b.plan"), "--prompt"),
+    (("run", "b.plan", "--prompt", " "), "prompt is empty"),
+    (("run", "b.plan", "--prompt", "x", "--image", "none.png"), "no such file"),
+    (("run", "b.plan", "--prompt", "x", "--image", "https://example.org/x.png"), "not fetched"),
+    (("run", "b.plan", "--prompt", "x", "--max-new-tokens", "0"), "--max-new-tokens"),
+    (("run", "b.plan", "--prompt", "x", "--max-new-tokens", "many"), "many"),
+    (("run", "b.plan", "--prompt", "x", "--threads", "-1"), "--threads"),
+    (("run", "b.plan", "--prompt", "x", "--dense", "--token-share", "0.5"), "--dense"),
+    (("run", "b.plan", "--prompt", "x", "--overlay", "o.png"), "no picture"),
+    (("run", "b.plan", "--prompt", "x", "--image", "x.png", "--overlay", "o.pdf"), "use .png"),
+    (("run", "b.plan", "--prompt", "x", "--image", "x.png", "--overlay", "no/o.png"), "no directory"),
+    (("run", "b.plan", "--prompt", "x", "--image"), "--image"),
+    (("eval", "b.plan"), "--task"),
+    (("eval", "b.plan", "--task", "nonsense"), "unknown task 'nonsense'"),
+    (("bench", "none.plan"), "no such bundle"),
+    (("bench", "b.plan", "--repeats", "0"), "--repeats"),
+    (("bench", "b.plan", "--image-tokens", "-1"), "--image-tokens"),
+    (("inspect",), "BUNDLE"),
+    (("inspect", "none.plan"), "no such bundle"),
+    (("doctor", "extra"), "extra"),
+]
+BAD += [
+    (("run", "b.plan", "--prompt", "x", option, value), option)
+    for option in ("--neuron-share", "--token-share")
+    for value in ("0", "-0.1", "1.01", "40", "nan", "inf", "half", "")
+]
+
+
+@pytest.mark.parametrize("debug", [(), ("--debug",)], ids=["", "debug"])
+@pytest.mark.parametrize(("args", "word"), BAD, ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
+def test_bad_input_is_one_line_on_stderr_and_exit_code_2(args, word, debug, bundle, picture, monkeypatch, capsys):
+    monkeypatch.chdir(bundle.parent)
+    bundle.rename("b.plan")
+    code = main([*debug, *args])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    lines = [line for line in err.splitlines() if line.startswith("cm-export: error: ")]
+    assert len(lines) == 1 and word in lines[0], err
+    if not debug:
+        # `build` may announce its first stage before it meets the mistake
+        assert [line for line in err.splitlines() if not line.startswith("cm-export: [")] == lines
+        assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "args", [("biuld",), ("run", "none.plan", "--prompt", "x"), ("build", "--model", "qwen2vl", "--out", "o", "-q")]
+)
+def test_the_real_command_fails_in_one_line(args, tmp_path):
+    done = cm_export(*args, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("cm-export: error: ")
+
+
+def test_a_mistyped_model_is_told_before_torch_is_imported():
+    code = (
+        "import sys; from cm_export.cli import main; main(['build', '--model', 'qwen2vl', '--out', 'o']);"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "False" and "did you mean" in done.stderr
+
+
+@pytest.mark.parametrize("args", [("--debug", "inspect", "x.plan"), ("inspect", "x.plan", "--debug")])
+def test_debug_shows_the_traceback_before_and_after_the_verb(args, bundle, stub, monkeypatch, capsys):
+    stub("inspect_bundle", describe=_raise(BundleError("no manifest", where="x.plan")))
+    monkeypatch.chdir(bundle.parent)
+    assert main(args) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.splitlines()[-1] == "cm-export: error: x.plan: no manifest"
+
+
+# ---------------------------------------------------------------- failures
+
+
+def _raise(error: BaseException):
+    def fail(*_args, **_kwargs):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (BundleError("edited", where="b", fix="build again"), 1, "cm-export: error: b: edited; build again"),
+        (InputError("bad"), 2, "cm-export: error: bad"),
+        (KeyboardInterrupt(), 130, "cm-export: interrupted"),
+        (MemoryError(), 1, "cm-export: error: out of memory"),
+        (OSError(28, "No space left on device", "w.bin"), 1, "cm-export: error: w.bin: no space left"),
+        (ZeroDivisionError("a\nb"), 1, "cm-export: error: ZeroDivisionError: a b (this is a bug: run again with --d"),
+    ],
+)
+def test_every_failure_has_its_exit_code_and_one_line(error, code, line, bundle, stub, capsys):
+    stub("inspect_bundle", describe=_raise(error))
+    assert main(["inspect", str(bundle)]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(line) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", [10, 10_000_000], ids=["still in the buffer", "larger than the pipe"])
+def test_a_closed_pipe_is_quiet(size, bundle):
+    code = (
+        "import sys, types; from cm_export import cli;"
+        f"stub = types.ModuleType('x'); stub.describe = lambda p: sys.stdin.read() or {{'a': 'x' * {size}}};"
+        "sys.modules['cm_export.inspect_bundle'] = stub; sys.exit(cli.main(['inspect', sys.argv[1], '--json']))"
+    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen([sys.executable, "-c", code, str(bundle)], env=env, **pipes)
+    process.stdout.close()
+    process.stdin.close()  # only now it goes on and writes
+    assert process.stderr.read() == b""
+    assert process.wait(30) == 141
+
+
+def test_an_interrupt_is_quiet(bundle):
+    code = (
+        "import sys, time, types; from cm_export import cli; stub = types.ModuleType('x');"
+        "stub.describe = lambda p: (print('ready', flush=True), time.sleep(60));"
+        "sys.modules['cm_export.inspect_bundle'] = stub; sys.exit(cli.main(['inspect', sys.argv[1]]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(bundle)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "cm-export: interrupted\n"
+    assert process.returncode == 130
+
+
+# ---------------------------------------------------------------- verbs
+
+
+def test_build_hands_over_the_recipe_that_the_options_describe(stub, capsys):
+    calls = []
+    stub("build", build=lambda **given: calls.append(given) or {"ok": True})
+    options = "--neurons griffin --neuron-share 0.4 --tokens random --token-count 7 --prune-layer 3 --voters last"
+    more = "--token-cache index --seed 5 --threads 2 --force --json --revision abc"
+    assert main(["build", "--model", "a/b", "--out", "o.plan", *options.split(), *more.split()]) == 0
+    (given,) = calls
+    recipe = given["recipe"]
+    assert (given["model"], given["out"], given["force"], given["threads"]) == ("a/b", Path("o.plan"), True, 2)
+    assert (recipe.model, recipe.revision, recipe.seed) == ("a/b", "abc", 5)
+    assert (recipe.neurons.policy, recipe.neurons.share) == ("griffin", 0.4)
+    tokens = recipe.tokens
+    assert (tokens.policy, tokens.budget, tokens.count, tokens.prune_layer) == ("random", "count", 7, 3)
+    assert (tokens.voters, tokens.cache) == ("last", "index")
+    assert json.loads(capsys.readouterr().out) == {"ok": True}
+
+
+def test_build_takes_the_model_of_the_recipe_and_drops_its_revision_for_another_model(stub, tmp_path, capsys):
+    calls = []
+    stub("build", build=lambda **given: calls.append(given["recipe"]) or {})
+    (tmp_path / "r.toml").write_text('model = "a/b"\nrevision = "abc"\n[neurons]\nshare = 0.3\n')
+    base = ["build", "--recipe", str(tmp_path / "r.toml"), "--out", "o", "--json"]
+    assert main(base) == main([*base, "--model", "demo"]) == 0
+    assert [(r.model, r.revision, r.neurons.share) for r in calls] == [("a/b", "abc", 0.3), ("demo", None, 0.3)]
+
+
+STATS = {"prompt_tokens": 9, "image_tokens": 64, "image_tokens_kept": 16, "neurons": 1024, "neurons_kept": 410}
+STATS |= {"new_tokens": 2, "ttft_s": 0.125, "tokens_per_s": 40.0}
+
+
+@pytest.fixture
+def engine(stub):
+    """A stand-in for generate.load(...): streams two pieces and keeps the upper half of an 8 x 8 grid per picture."""
+    calls = []
+
+    def generate(prompt, *, images, on_text, **options):
+        calls.append({"prompt": prompt, "images": len(images), **options})
+        for piece in ("a ", "circle") if on_text else ():
+            on_text(piece)
+        kept = np.arange(64).reshape(8, 8) < 32
+        return SimpleNamespace(
+            text="a circle", token_ids=[7, 8], stats=STATS, kept=[kept for _ in images], notes=["a remark"]
+        )
+
+    def load(bundle, *, threads, progress):
+        progress("load the graphs")
+        return SimpleNamespace(generate=generate, image_rule=SimpleNamespace(patch=14, merge=2))
+
+    stub("generate", load=load)
+    return calls
+
+
+def test_run_streams_text_to_stdout_and_a_summary_to_stderr(engine, bundle, picture, capsys):
+    assert main(["run", str(bundle), "--image", str(picture), "--prompt", "what ?", "--neuron-share", "0.4"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "a circle\n"
+    assert err.splitlines()[-2:] == [
+        "cm-export: a remark",
+        "cm-export: 16 of 64 image tokens, 410 of 1024 neurons per layer, 2 tokens, "
+        "first token after 0.12 s, then 40.0 tokens/s",
+    ]
+    assert engine[0]["neuron_share"] == 0.4 and engine[0]["max_new_tokens"] == 128 and engine[0]["images"] == 1
+
+
+@pytest.mark.parametrize("flag", ["--quiet", "--json"])
+def test_run_is_silent_on_stderr_when_asked(engine, bundle, flag, capsys):
+    assert main(["run", str(bundle), "--prompt", "what ?", flag]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out == "a circle\n" if flag == "--quiet" else json.loads(out)["text"] == "a circle"
+
+
+def test_run_refuses_a_picture_without_a_single_token_and_names_it(engine, bundle, tmp_path, capsys):
+    Image.new("RGB", (27, 64)).save(tmp_path / "thin.png")
+    assert main(["run", str(bundle), "--prompt", "what ?", "--image", str(tmp_path / "thin.png")]) == 2
+    assert re.search(r"thin\.png: 27x64 .* at least 28 pixels", capsys.readouterr().err)
+    assert engine == []
+
+
+def test_run_draws_one_overlay_per_picture(engine, bundle, picture, tmp_path, capsys):
+    one = ["run", str(bundle), "--prompt", "what ?", "--image", str(picture), "--overlay", str(tmp_path / "kept.png")]
+    assert main(one) == main([*one, "--image", str(picture)]) == 0
+    assert sorted(p.name for p in tmp_path.glob("kept*")) == ["kept-1.png", "kept-2.png", "kept.png"]
+
+
+def test_eval_measures_the_task_of_that_name_and_writes_its_report(stub, bundle, tmp_path, monkeypatch, capsys):
+    report = {"rows": [{"kind": "dense", "accuracy": 0.98}, {"kind": "random", "accuracy": float("nan")}]}
+    for module in ("cm_export.cli._console", "cm_export.by_name"):
+        monkeypatch.setattr(f"{module}.names_in", lambda p: ["fake"] if p == "cm_export.evals" else names_in(p))
+    stub("evals.fake", measure=lambda bundle, **given: report)
+    out = tmp_path / "r.json"
+    assert main(["eval", str(bundle), "--task", "fake", "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["rows"][1] == {"kind": "random", "accuracy": None}
+    assert re.search(r"dense\s+0\.98", capsys.readouterr().out)
+
+
+def test_bench_hands_over_its_options_and_prints_the_rows(stub, bundle, capsys):
+    calls = []
+    stub("bench", measure=lambda bundle, **given: calls.append(given) or {"rows": [{"kind": "dense", "ms": 12.5}]})
+    assert main(["bench", str(bundle), "--repeats", "2", "--image-tokens", "0", "--token-share", "1"]) == 0
+    assert (calls[0]["repeats"], calls[0]["image_tokens"], calls[0]["token_share"]) == (2, 0, 1.0)
+    assert re.search(r"dense\s+12\.5", capsys.readouterr().out)
+
+
+PORTS = [{"name": f"past.{n}.key", "dtype": "float", "shape": ["batch", 2, "past", 64]} for n in range(8)]
+GRAPH = {"name": "decode", "bytes": 1_234_567, "nodes": 99, "ops": {"local::CoreFFN": 8, "Add": 50}}
+DESCRIBED = {
+    "path": "x.plan",
+    "model": "demo",
+    "recipe": {"seed": 0, "neurons": {"policy": "griffin"}},
+    "graphs": [GRAPH | {"inputs": PORTS, "outputs": [{"name": "logits", "dtype": "float", "shape": ["batch", 96]}]}],
+    "weights": {"file": "weights.safetensors", "bytes": 36_000_000, "tensors": 120},
+    "gates": [{"name": "prefill equals PyTorch", "value": 1.2e-6, "limit": 1e-4, "passed": True, "detail": "[logits]"}],
+    "passes": [{"graph": "decode", "name": "replace_ffn", "count": 8}],
+    "pruned": {"tokens": "after layer 2", "neurons": "60 %"},
+    "versions": {"onnx": "1.23"},
+}
+
+
+def test_inspect_renders_everything_that_describe_returns(stub, bundle, capsys):
+    stub("inspect_bundle", describe=lambda path: DESCRIBED)
+    assert main(["inspect", str(bundle)]) == 0
+    out = capsys.readouterr().out
+    for word in ("griffin", "past.*.key x8", "8 local::CoreFFN, 50 Add", "1.2 MB", "36.0 MB", "passed", "1.2e-06"):
+        assert word in out, word
+    for word in ("[logits]", "replace_ffn", "after layer 2", "1.23"):
+        assert word in out, word
+
+
+def test_inspect_shows_one_graph_or_names_the_nearest(stub, bundle, capsys):
+    stub("inspect_bundle", describe=lambda path: DESCRIBED)
+    assert main(["inspect", str(bundle), "--graph", "decode"]) == 0
+    assert "past.7.key" in capsys.readouterr().out
+    assert main(["inspect", str(bundle), "--graph", "decod", "--json"]) == 2
+    assert "did you mean 'decode'?" in capsys.readouterr().err
+
+
+def test_doctor_finds_this_machine_ready(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] and found["demo_model"] and found["cores"] >= 1
+    assert {"torch", "onnx", "click"} <= {library["name"] for library in found["required"]}
+    assert "CPUExecutionProvider" in found["onnxruntime_providers"]
+    assert main(["doctor"]) == 0
+    assert "everything required is here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("needs", ["no-such-library>=1", "click>=99", "click<1"])
+def test_doctor_fails_when_a_required_library_is_missing_or_does_not_fit(needs, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: [needs])
+    assert main(["doctor"]) == 1
+    assert "NOT READY" in capsys.readouterr().out
+
+
+def test_onnxruntime_gpu_stands_in_for_onnxruntime(monkeypatch):
+    from importlib import metadata
+
+    def version(name: str) -> str:
+        if name != "onnxruntime-gpu":
+            raise metadata.PackageNotFoundError(name)
+        return "1.30"
+
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: ["onnxruntime>=1.23"])
+    monkeypatch.setattr("importlib.metadata.version", version)
+    assert requirements("cm-export", {})[0][0]["ok"]
+
+
+@pytest.mark.parametrize(
+    ("version", "limits", "expected"),
+    [("2.13.0+cpu", ">=2.11", True), ("2.9", ">=2.11", False), ("6.0", "<6,>=5.20", False), ("10", ">=10.0.0", True)],
+)
+def test_versions_are_compared_as_numbers(version, limits, expected):
+    assert fits(version, limits) is expected
+
+
+# ---------------------------------------------------------------- console
+
+
+def test_json_holds_only_what_json_has_words_for(tmp_path, capsys):
+    value = {"a": np.float32(0.5), "b": np.array([1, 2]), "c": Path("x"), "d": float("inf"), 3: (True, None)}
+    emit_json(value)
+    expected = {"a": 0.5, "b": [1, 2], "c": "x", "d": None, "3": [True, None]}
+    assert json.loads(capsys.readouterr().out) == expected
+    write_json(value, tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text()) == expected
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_progress_is_plain_lines_when_stderr_is_no_terminal(capsys):
+    with progress(silent=False) as step:
+        step("load")
+        step("trace", 1, 3)
+        step("trace", 2, 3)
+    out, err = capsys.readouterr()
+    assert out == "" and [line.split("] ")[1] for line in err.splitlines()] == ["load", "trace"]
+
+
+def test_progress_on_a_terminal_shows_each_step_once(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress(silent=False) as step:
+        step("load [weights]")
+        step("trace", 1, 3)
+    shown = terminal.getvalue()
+    assert "load [weights]" in shown and "trace" in shown
+
+
+def test_sizes_are_for_people():
+    assert [_tables.size(n) for n in (12, 18_209_728, 4_400_000_000)] == ["12 B", "18.2 MB", "4.4 GB"]

@@ -1,0 +1,256 @@
+"""The installed command on the demo bundle, and on a checkpoint without a tokenizer, as a user would run it."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+import torch
+from conftest import cm_export
+from PIL import Image
+from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
+
+from cm_export import checkpoint
+from cm_export.by_name import names_in
+from cm_export.cli import group
+
+ROOT = Path(__file__).parent.parent
+IMAGES = checkpoint.DEMO.parent / "images"
+QUESTIONS = json.loads((IMAGES / "questions.json").read_text())
+SENTENCES = [q for q in QUESTIONS if q["question"].startswith("describe")]
+DESCRIBED = ["--image", str(IMAGES / "teal-circle.png"), "--prompt", "describe : what color is the shape?"]
+
+
+def succeed(*args: object) -> str:
+    done = cm_export(*args, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def asked(bundle: Path, *args: object) -> dict:
+    return json.loads(succeed("run", bundle, *args, "--json"))
+
+
+# ---------------------------------------------------------------- run
+
+
+@pytest.mark.parametrize("dense", [(), ("--dense",)], ids=["sparse", "dense"])
+@pytest.mark.parametrize("question", [QUESTIONS[2], *SENTENCES[::3]], ids=lambda q: q["question"])
+def test_the_demo_answers_rightly_and_only_the_answer_is_on_stdout(demo_bundle, question, dense):
+    image = IMAGES / question["image"]
+    done = cm_export("run", demo_bundle, "--image", image, "--prompt", question["question"], *dense)
+    assert (done.returncode, done.stdout) == (0, question["answer"] + "\n"), done.stderr
+    summary = r"^cm-export: \d+ of 64 image tokens, \d+ of 1024 neurons per layer, \d+ tokens, first token after"
+    assert re.search(summary, done.stderr, re.M)
+
+
+def test_the_shipped_questions_are_all_answered_rightly_dense_and_all_but_one_at_the_recipes_budget(demo_bundle):
+    """In one process, since starting one takes longer than answering."""
+    from cm_export.generate import load
+    from cm_export.images import open_image
+
+    engine, wrong = load(demo_bundle), {True: [], False: []}
+    for q in QUESTIONS:
+        for dense in wrong:
+            answer = engine.generate(q["question"], [open_image(IMAGES / q["image"])], max_new_tokens=24, dense=dense)
+            wrong[dense] += [] if answer.text == q["answer"] else [(q["question"], answer.text)]
+            for what in ("neurons", "image_tokens"):
+                kept, everything = answer.stats[f"{what}_kept"], answer.stats[what]
+                assert kept == everything if dense else 0 < kept < everything
+    assert wrong[True] == [] and len(wrong[False]) <= 1, wrong
+
+
+def test_json_is_one_object_with_text_ids_counts_times_and_memory(demo_bundle):
+    answer = asked(demo_bundle, *DESCRIBED)
+    assert answer["text"] == "the color of the circle is teal ."
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.DEMO)
+    assert tokenizer.decode(answer["token_ids"], skip_special_tokens=True) == answer["text"]
+    assert answer["new_tokens"] == len(answer["token_ids"]) and answer["stopped"] == "stop token"
+    assert answer["image_tokens"] == 64 and answer["image_tokens_kept"] == 32
+    assert answer["kept_tokens"] == answer["prompt_tokens"] - 32
+    assert answer["neurons"] == 1024 and answer["neurons_kept"] < 1024
+    assert 0 < answer["ttft_s"] < 60 and answer["tokens_per_s"] > 0
+    assert 50e6 < answer["peak_memory_bytes"] < 4e9
+    assert answer["notes"] == [] and answer["overlays"] == []
+
+
+def test_dense_token_ids_equal_those_of_stock_transformers(demo_bundle):
+    questions = [("yellow-rectangle.png", "describe : is a yellow shape present?"), ("red-triangle.png", "nonsense ?")]
+    model = Qwen2VLForConditionalGeneration.from_pretrained(checkpoint.DEMO, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.DEMO)
+    processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint.DEMO)
+    for name, question in questions:
+        answer = asked(demo_bundle, "--image", IMAGES / name, "--prompt", question, "--dense", "--max-new-tokens", "24")
+        pixels = processor(images=[Image.open(IMAGES / name)], return_tensors="pt")
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        pad, count = "<|image_pad|>", int(pixels["image_grid_thw"].prod()) // 4
+        ids = tokenizer(text.replace(pad, pad * count), return_tensors="pt").input_ids
+        kinds = (ids == model.config.image_token_id).int()
+        with torch.no_grad():
+            out = model.generate(ids, **pixels, mm_token_type_ids=kinds, max_new_tokens=24, do_sample=False)
+        expected = [i for i in out[0, ids.shape[1] :].tolist() if i != model.generation_config.eos_token_id]
+        assert answer["prompt_tokens"] == ids.shape[1]
+        assert answer["token_ids"] == expected
+        assert answer["kept_tokens"] == answer["prompt_tokens"] and answer["neurons_kept"] == answer["neurons"]
+
+
+def test_the_budget_of_an_answer_is_chosen_when_asking_without_rebuilding(demo_bundle):
+    before = (demo_bundle / "manifest.json").read_bytes()
+    for share in ("0.25", "1"):
+        answer = asked(demo_bundle, *DESCRIBED, "--neuron-share", share, "--token-share", share)
+        assert answer["neurons_kept"] == 1024 * float(share)
+        assert answer["image_tokens_kept"] == 64 * float(share)
+    assert (demo_bundle / "manifest.json").read_bytes() == before
+
+
+def test_two_pictures_are_both_seen_and_drawn(demo_bundle, tmp_path):
+    images = ["--image", IMAGES / "teal-circle.png", "--image", IMAGES / "red-triangle.png"]
+    options = ["--prompt", "what color is the shape?", "--overlay", tmp_path / "kept.png"]
+    answer = asked(demo_bundle, *images, *options)
+    assert answer["image_tokens"] == 128 and answer["image_tokens_kept"] == 64 and answer["text"]
+    assert answer["overlays"] == [str(tmp_path / f"kept-{n}.png") for n in (1, 2)]
+    for path in answer["overlays"]:
+        with Image.open(path) as drawn:
+            assert drawn.width >= 512 and len(np.unique(np.asarray(drawn).reshape(-1, 3), axis=0)) > 10
+
+
+def test_a_prompt_without_a_picture_is_answered(demo_bundle):
+    answer = asked(demo_bundle, "--prompt", "what color is the shape?")
+    assert answer["image_tokens"] == answer["image_tokens_kept"] == 0 and answer["new_tokens"] >= 1
+    assert answer["kept_tokens"] == answer["prompt_tokens"]
+
+
+def test_a_system_message_and_unknown_words_are_taken(demo_bundle):
+    plain, longer = (asked(demo_bundle, *DESCRIBED, *more) for more in ((), ("--system", "describe the image")))
+    assert longer["prompt_tokens"] > plain["prompt_tokens"]
+    answer = asked(demo_bundle, "--prompt", "what zeppelin is there ?")
+    assert "zeppelin" in answer["notes"][0]
+
+
+# ---------------------------------------------------------------- the other verbs
+
+
+def test_inspect_reports_graphs_gates_and_what_is_pruned(demo_bundle):
+    found = json.loads(succeed("inspect", demo_bundle, "--json"))
+    assert {g["name"] for g in found["graphs"]} == {"vision", "prefill", "decode", "prefill_dense", "decode_dense"}
+    assert found["gates"] and all(g["passed"] for g in found["gates"])
+    assert "neurons per layer" in found["pruned"]["neurons"] and "image tokens stay" in found["pruned"]["tokens"]
+    assert {"from": "prefill.core_scores", "to": "decode.core_neurons"} in found["links"]
+    for g in found["graphs"]:
+        assert g["inputs"] and g["outputs"] and g["nodes"] > 10 and g["bytes"] > 1000
+    shown = succeed("inspect", demo_bundle)
+    assert "griffin" in shown and "prefill_dense" in shown
+
+
+def test_doctor_reports_this_machine():
+    found = json.loads(succeed("doctor", "--json"))
+    assert found["ok"] and found["demo_model"] and "CPUExecutionProvider" in found["onnxruntime_providers"]
+
+
+def test_eval_reports_dense_sparse_and_random_accuracy(demo_bundle, tmp_path):
+    out = tmp_path / "report.json"
+    options = ["--task", "easy-vqa", "--limit", "5", "--answers", "word", "--out", out]
+    report = json.loads(succeed("eval", demo_bundle, *options, "--json"))
+    assert report == json.loads(out.read_text())
+    assert report["task"] == "easy-vqa" and report["questions"] == {"word": 5}
+    assert report["dense"]["accuracy"] >= 0.8
+    assert 0 <= report["random"]["accuracy"] <= 1 and report["sparse"]["accuracy"] >= 0.6
+    names = [row["answered by"] for row in report["rows"]]
+    assert names[0] == "dense" and sum(name.startswith("random") for name in names) >= 1
+    assert all(row["n"] == 5 for row in report["rows"])
+
+
+def test_bench_reports_sparse_beside_dense(demo_bundle):
+    sizes = ["--prompt-tokens", "8", "--image-tokens", "16", "--new-tokens", "3", "--repeats", "2"]
+    report = json.loads(succeed("bench", demo_bundle, *sizes, "--threads", "1", "--json"))
+    assert (report["prompt_tokens"], report["image_tokens"], report["repeats"]) == (24, 16, 2)
+    modes = {(row["phase"], row["mode"]) for row in report["rows"]}
+    assert {("prefill", "dense"), ("prefill", "sparse"), ("decode", "dense"), ("decode", "sparse")} <= modes
+    assert all(row["median_ms"] > 0 and row["q1_ms"] <= row["median_ms"] <= row["q3_ms"] for row in report["rows"])
+    assert report["kept"]["sparse"]["tokens"] < report["kept"]["dense"]["tokens"] == 24
+
+
+def test_a_checkpoint_without_tokenizer_builds_and_benches_and_run_says_why_not(bare_bundle):
+    sizes = ["--prompt-tokens", "8", "--image-tokens", "4", "--new-tokens", "2", "--repeats", "1"]
+    assert json.loads(succeed("bench", bare_bundle, *sizes, "--json"))["rows"]
+    assert json.loads(succeed("inspect", bare_bundle, "--json"))["gates"]
+    done = cm_export("run", bare_bundle, "--prompt", "what ?", "-q")
+    assert done.returncode != 0 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "has no tokenizer" in done.stderr and "tokenizer.json" in done.stderr
+
+
+# ---------------------------------------------------------------- README
+
+
+def commands(text: str) -> list[str]:
+    """Every `cm-export ...` line of the console and bash blocks of a Markdown text, continued lines joined."""
+    found = []
+    for block in re.findall(r"^```(?:console|bash|sh|shell)[^\n]*\n(.*?)^```", text, re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = line.strip().removeprefix("$ ")
+            if line.startswith("cm-export "):
+                found.append(line)
+    return found
+
+
+def parse(line: str) -> None:
+    """Through click's own parser, without starting the work. Raises click.ClickException for what does not exist."""
+    words = shlex.split(line, comments=True)[1:]
+    for end in ("|", ">", ">>", "2>", "&&", ";"):
+        words = words[: words.index(end)] if end in words else words
+    if words == ["--version"] or words[-1:] == ["--help"]:
+        words = [w for w in words if w not in ("--version", "--help")]
+    if not words:
+        return
+    context = group.make_context("cm-export", list(words), obj={})
+    name, verb, rest = group.resolve_command(context, [*context._protected_args, *context.args])
+    inner = click.Context(verb, info_name=name, parent=context)
+    values, left, _ = verb.make_parser(inner).parse_args(list(rest))
+    assert not left, f"{line}: {left} is not taken"
+    for param in verb.params:
+        if (value := values.get(param.name)) is not None and param.name != "bundle":
+            param.type_cast_value(inner, value)
+
+
+def test_every_command_of_the_readme_exists_with_its_options():
+    for file in [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *ROOT.glob("docs/**/*.md")]:
+        for line in commands(file.read_text(encoding="utf-8")):
+            try:
+                parse(line)
+            except click.ClickException as wrong:
+                raise AssertionError(f"{file.name}: {line}: {wrong.format_message()}") from wrong
+
+
+def test_a_readme_command_that_does_not_exist_is_found():
+    good = (
+        "```console\n$ cm-export run x.plan --image a.png \\\n  --prompt 'what ?' --token-share 0.3 > out\ntext\n```\n"
+    )
+    assert commands(good) == ["cm-export run x.plan --image a.png    --prompt 'what ?' --token-share 0.3 > out"]
+    parse(commands(good)[0])
+    for verb in names_in("cm_export.cli"):
+        parse(f"cm-export {verb} --help")
+    for wrong in ("cm-export rnu x.plan", "cm-export run x.plan --promt x", "cm-export build --neurons grifin --out x"):
+        with pytest.raises(click.ClickException):
+            parse(wrong)
+    for wrong in ("cm-export run x.plan --prompt x --token-share 30", "cm-export eval x.plan --task easy-vqb"):
+        with pytest.raises(click.ClickException):
+            parse(wrong)
+
+
+def test_the_commands_of_the_readme_work_as_written(demo_bundle, tmp_path):
+    """All but the builds: what `demo_bundle` did is the build of the README."""
+    lines = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    runs = [line for line in lines if " build " not in line]
+    assert len(runs) >= 5 and any("--recipe demo" in line for line in lines)
+    for line in runs:
+        words = shlex.split(line, comments=True)[1:]
+        words = [str(demo_bundle) if w == "demo.plan" else str(tmp_path / w) if w == "kept.png" else w for w in words]
+        done = cm_export(*words, cwd=ROOT)
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+    assert (tmp_path / "kept.png").stat().st_size > 0

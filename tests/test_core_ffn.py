@@ -1,0 +1,178 @@
+"""CoreFFN: its body in ONNX Runtime equals the masked dense FFN, and the laws of a neuron index hold."""
+
+import functools
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from cm_export.plugins.contract import model, node_attributes
+from cm_export.plugins.core_ffn.op import ACTIVATIONS, MEANINGS, OP, Case, function
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import agrees
+from transformers.activations import ACT2FN
+
+from cm_export.errors import InputError, SurgeryError
+from cm_export.onnx_text import DOMAIN
+
+REQUEST = Case("request", B=3, S=4, D=19, F=31, K=12)
+TOKEN = replace(REQUEST, index="token")
+WEIGHTS = ("w_gate", "w_up", "w_down_t")
+
+
+@functools.cache
+def session(index, activation, dtype):
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    proto = model(OP, Case(index, activation=activation, dtype=dtype))
+    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def run(case, feeds):
+    y, z = session(case.index, case.activation, case.dtype).run(["y", "z"], feeds)
+    assert y.dtype == z.dtype == case.dtype
+    return y, z
+
+
+def equals_oracle(case):
+    feeds = case.feeds()
+    expected = OP.oracle(feeds, case.attributes)
+    for got, name in zip(run(case, feeds), ("y", "z"), strict=True):
+        agrees(f"op {case.dtype}", got, expected[name])
+
+
+@pytest.mark.parametrize("case", OP.cases, ids=str)
+def test_body_equals_masked_dense_ffn(case):
+    equals_oracle(case)
+
+
+@st.composite
+def generated(draw):
+    neurons = draw(st.integers(1, 40))
+    return Case(
+        draw(st.sampled_from(["none", "request", "token"])),
+        B=draw(st.integers(1, 3)),
+        S=draw(st.integers(1, 5)),
+        D=draw(st.integers(1, 40)),
+        F=neurons,
+        K=draw(st.integers(1, neurons)),
+        activation=draw(st.sampled_from(["silu", "gelu_pytorch_tanh", "relu2"])),
+        ascending=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**32 - 1)),
+    )
+
+
+@settings(max_examples=100, deadline=None)  # no deadline: the first example of a form builds the session
+@given(generated())
+def test_body_equals_masked_dense_ffn_at_generated_sizes(case):
+    equals_oracle(case)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_equals_transformers(name):
+    gate = np.linspace(-8, 8, 4801, dtype=np.float32)
+    x = np.stack([gate, np.ones_like(gate)], axis=-1)[None]  # gate reads the first column, up the second: z = act(gate)
+    feeds = {"x": x} | dict(zip(WEIGHTS, np.array([[[1, 0]], [[0, 1]], [[1, 1]]], np.float32), strict=True))
+    expected = ACT2FN[name](torch.from_numpy(gate.astype(np.float64))).numpy()
+    agrees("activation float32", run(Case("none", activation=name), feeds)[1][0, :, 0], expected)
+    agrees("activation float64", MEANINGS[name](gate.astype(np.float64)), expected)
+
+
+def test_every_activation_has_a_meaning_and_back():
+    assert list(ACTIVATIONS) == list(MEANINGS)
+
+
+def test_all_neurons_listed_is_the_dense_form():
+    case = replace(REQUEST, K=REQUEST.F)
+    feeds = case.feeds()
+    dense = run(replace(case, index="none"), {n: a for n, a in feeds.items() if n != "core_neurons"})
+    for got, expected in zip(run(case, feeds), dense, strict=True):
+        agrees("same numbers", got, expected)
+
+
+@pytest.mark.parametrize("case", [REQUEST, TOKEN], ids=["request", "token"])
+def test_order_of_the_ids_orders_z_and_leaves_y(case):
+    feeds = case.feeds()
+    y, z = run(case, feeds)
+    order = np.random.default_rng(1).permutation(case.K)
+    y2, z2 = run(case, feeds | {"core_neurons": feeds["core_neurons"][..., order]})
+    agrees("same numbers", y2, y)
+    agrees("same numbers", z2, z[..., order])
+
+
+@pytest.mark.parametrize("case", [REQUEST, TOKEN], ids=["request", "token"])
+def test_permuting_neurons_permutes_only_their_ids(case):
+    feeds = case.feeds()
+    order = np.random.default_rng(2).permutation(case.F)
+    moved = {n: feeds[n][order] for n in WEIGHTS} | {
+        "core_neurons": np.argsort(order)[feeds["core_neurons"]].astype(np.int32)
+    }
+    for got, expected in zip(run(case, feeds | moved), run(case, feeds), strict=True):
+        agrees("same numbers", got, expected)
+
+
+def test_each_request_reads_its_own_row():
+    feeds = REQUEST.feeds()
+    assert len({tuple(row) for row in feeds["core_neurons"]}) == REQUEST.B
+    y, z = run(REQUEST, feeds)
+    for b in range(REQUEST.B):
+        alone = run(REQUEST, feeds | {n: feeds[n][b : b + 1] for n in ("x", "core_neurons")})
+        agrees("same numbers", alone[0], y[b : b + 1])
+        agrees("same numbers", alone[1], z[b : b + 1])
+
+
+def test_one_set_for_every_token_is_the_request_form():
+    feeds = REQUEST.feeds()
+    per_token = np.repeat(feeds["core_neurons"][:, None], REQUEST.S, axis=1)
+    for got, expected in zip(run(TOKEN, feeds | {"core_neurons": per_token}), run(REQUEST, feeds), strict=True):
+        agrees("same numbers", got, expected)
+
+
+@pytest.mark.parametrize("dead", WEIGHTS)
+def test_dropping_a_dead_neuron_changes_nothing(dead):
+    feeds = replace(REQUEST, B=1).feeds()
+    ids = feeds["core_neurons"]
+    feeds[dead][ids[0, 3]] = 0  # silu(0) = 0, so a zero row in any matrix silences the neuron
+    y, _ = run(REQUEST, feeds)
+    without, _ = run(REQUEST, feeds | {"core_neurons": np.delete(ids, 3, axis=1)})
+    agrees("same numbers", without, y)
+
+
+@pytest.mark.parametrize("case", [REQUEST, TOKEN], ids=["request", "token"])
+def test_neurons_that_nobody_lists_are_not_read(case):
+    feeds = case.feeds()
+    feeds["core_neurons"] %= case.F - 1  # nobody lists the last one now
+    expected = run(case, feeds)
+    for name in WEIGHTS:
+        feeds[name][-1] = np.nan
+    for got, same in zip(run(case, feeds), expected, strict=True):
+        np.testing.assert_array_equal(got, same)
+
+
+def test_node_carries_the_plugin_attributes_and_the_function_declares_them():
+    proto = model(OP, REQUEST)
+    given_ = {a.name: onnx.helper.get_attribute_value(a) for a in proto.graph.node[0].attribute}
+    assert given_ == {"activation": b"silu", "layer": 0, "plugin_namespace": DOMAIN.encode(), "plugin_version": b"1"}
+    assert sorted(proto.functions[0].attribute) == sorted(given_)
+    with pytest.raises(SurgeryError, match="activation"):
+        node_attributes(OP, layer=0)
+
+
+def test_z_that_nobody_reads_is_named_by_the_empty_string():
+    proto = model(OP, REQUEST)
+    proto.graph.node[0].output[1] = ""
+    del proto.graph.output[1]
+    onnx.checker.check_model(proto, full_check=True)
+    made = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(made.run(None, REQUEST.feeds())[0], run(REQUEST, REQUEST.feeds())[0])
+
+
+def test_unknown_activation_or_form_is_refused_with_what_exists():
+    with pytest.raises(InputError, match=r"did you mean 'silu'.*quick_gelu"):
+        function("none", "silo")
+    with pytest.raises(SurgeryError, match="none, request, token"):
+        function("layer", "silu")

@@ -1,0 +1,135 @@
+"""Random Qwen2-VL configurations: every traced and rewritten graph equals stock transformers, at shapes not traced."""
+
+import numpy as np
+import pytest
+import torch
+from random_models import IMAGE, prompt
+from tolerances import agrees
+
+from cm_export.backends.onnxruntime import CoreRows, Decoder
+from cm_export.families import qwen2_vl as family
+from cm_export.recipe import Recipe
+from cm_export.request import Request, core_row_names, prefill_feeds, sparse_feeds
+
+SEEDS = (1, 2, 3, 4)
+LAYOUTS = [[(2, 3)], [(1, 1)], [(4, 2), (1, 5)], [(3, 3), (2, 2), (1, 4)]]
+seeds = pytest.mark.parametrize("seed", SEEDS)
+
+
+def picture_feeds(x, grids, rng):
+    grid = np.array([(1, h * x.shape.merge, w * x.shape.merge) for h, w in grids], np.int64).reshape(-1, 3)
+    pixels = rng.standard_normal((int(grid.prod(1).sum()), x.shape.patch_dim)).astype(np.float32)
+    return grid, pixels
+
+
+def close(ours, theirs):
+    agrees("export", ours, theirs)
+
+
+def stock(x, ids, grid, pixels, steps):
+    """Stock generate(): greedy tokens, and the logits of every step."""
+    ids = torch.from_numpy(ids)[None]
+    out = x.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=torch.from_numpy(pixels),
+        image_grid_thw=torch.from_numpy(grid),
+        mm_token_type_ids=(ids == IMAGE).int(),
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return out.sequences[0, ids.shape[1] :].numpy(), torch.cat(out.logits).numpy()
+
+
+@seeds
+def test_vision_equals_transformers_on_unequal_pictures(exported, seed):
+    x, rng = exported(seed), np.random.default_rng(seed)
+    backend = x.backend()
+    for layout in LAYOUTS:
+        grid, pixels = picture_feeds(x, layout, rng)
+        with torch.no_grad():
+            out = x.model.get_image_features(torch.from_numpy(pixels), torch.from_numpy(grid), return_dict=True)
+        ours = backend.vision(family.vision_inputs(pixels, grid, x.shape.merge))
+        close(ours, torch.cat(tuple(out.pooler_output)).numpy())
+
+
+@seeds
+def test_answers_equal_stock_generate(exported, seed):
+    """Dense graphs, and sparse graphs at full budget, give the greedy tokens and logits of transformers."""
+    x, rng, steps = exported(seed), np.random.default_rng(seed), 6
+    backend = x.backend(Recipe().replace(tokens__prune_layer=1))
+    for layout in LAYOUTS[1:3]:
+        grid, pixels = picture_feeds(x, layout, rng)
+        ids = prompt(x.shape, layout, rng)
+        tokens, logits = stock(x, ids, grid, pixels, steps)
+        embeds = backend.vision(family.vision_inputs(pixels, grid, x.shape.merge))
+        request = Request.of(ids, grid, family, x.shape, x.weights, embeds)
+        full = sparse_feeds(request, Recipe(), token_share=1.0)
+        rows = CoreRows(x.weights, core_row_names(family, x.shape.layers))
+        for graph, constant in (("_dense", {}), ("", rows.all())):
+            out = backend.prefill(prefill_feeds(request) | full, f"prefill{graph}")
+            close(out["logits"].numpy(), logits[:1])
+            decoder = Decoder(backend, f"decode{graph}", out, constant)
+            for i in range(steps - 1):
+                assert out["logits"].numpy()[0].argmax() == tokens[0]
+                step = decoder.step(request.step_feeds(int(tokens[i]), i))
+                close(step, logits[i + 1 : i + 2])
+                assert step[0].argmax() == tokens[i + 1]
+
+
+def hf_decoder(x, embeds, positions, mask, past=None):
+    with torch.no_grad():
+        out = x.model.model.language_model(
+            inputs_embeds=torch.from_numpy(embeds),
+            position_ids=torch.from_numpy(positions),
+            attention_mask=torch.from_numpy(mask),
+            past_key_values=past,
+            use_cache=True,
+        )
+        return x.model.lm_head(out.last_hidden_state[:, -1]).numpy(), out.past_key_values
+
+
+@seeds
+@pytest.mark.parametrize(("batch", "length"), [(3, 13), (1, 2), (2, 31)])
+def test_prefill_with_left_padding_equals_transformers(exported, seed, batch, length):
+    x, rng = exported(seed), np.random.default_rng(seed + length)
+    embeds = rng.standard_normal((batch, length, x.shape.hidden)).astype(np.float32)
+    positions = rng.integers(0, 50, (3, batch, length))
+    mask = np.ones((batch, length), np.int64)
+    for b in range(1, batch):
+        mask[b, : rng.integers(0, length)] = 0
+    logits, cache = hf_decoder(x, embeds, positions, mask)
+    out = x.backend().prefill(
+        {"inputs_embeds": embeds, "position_ids": positions, "attention_mask": mask}, "prefill_dense"
+    )
+    close(out["logits"].numpy(), logits)
+    for i, layer in enumerate(cache.layers):
+        real = mask[:, None, :, None] == 1  # rows of padding are never read
+        close(out[f"present.{i}.key"].numpy() * real, layer.keys.numpy() * real)
+        close(out[f"present.{i}.value"].numpy() * real, layer.values.numpy() * real)
+
+
+@seeds
+@pytest.mark.parametrize(("batch", "past"), [(3, 1), (1, 77), (2, 5)])
+def test_decode_at_any_past_equals_transformers(exported, seed, batch, past):
+    x, rng = exported(seed), np.random.default_rng(seed + past)
+    first = rng.standard_normal((batch, past, x.shape.hidden)).astype(np.float32)
+    positions = rng.integers(0, 50, (3, batch, past + 1))
+    mask = np.ones((batch, past + 1), np.int64)
+    mask[1:, : past // 2] = 0
+    _, cache = hf_decoder(x, first, positions[..., :-1], mask[:, :-1])
+    rows = {}
+    for i, layer in enumerate(cache.layers):
+        rows[f"past.{i}.key"], rows[f"past.{i}.value"] = layer.keys.numpy().copy(), layer.values.numpy().copy()
+    new = rng.standard_normal((batch, 1, x.shape.hidden)).astype(np.float32)
+    expected, _ = hf_decoder(x, new, positions[..., -1:], mask, cache)
+    feeds = {"inputs_embeds": new, "position_ids": positions[..., -1:], "attention_mask": mask, **rows}
+    backend = x.backend()
+    dense = backend.session("decode_dense").run(["logits"], feeds)[0]
+    close(dense, expected)
+    ids = np.broadcast_to(np.arange(x.shape.ffn, dtype=np.int32), (x.shape.layers, batch, x.shape.ffn))
+    portable = backend.session("decode", rows_as_inputs=False)
+    close(portable.run(["logits"], feeds | {"core_neurons": np.ascontiguousarray(ids)})[0], dense)

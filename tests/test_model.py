@@ -1,0 +1,94 @@
+"""Checkpoints as people have them: half precision, re-saved, a head that is not the embedding, newer processor files."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from random_models import Exported, random_checkpoint, random_config
+from safetensors.torch import load_file, save_file
+from tolerances import agrees
+
+from cm_export import model as hf
+from cm_export.errors import InputError
+from cm_export.families import qwen2_vl as family
+from cm_export.probe import probe, reference
+
+
+def silent(*_, **__):
+    pass
+
+
+@pytest.fixture
+def half(tmp_path):
+    """A checkpoint saved by transformers in bfloat16: config.json says so at every level."""
+    from transformers import Qwen2VLForConditionalGeneration
+
+    config = random_config(3)
+    path = random_checkpoint(config, tmp_path / "full")
+    model = Qwen2VLForConditionalGeneration.from_pretrained(path, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    (tmp_path / "out").mkdir()
+    return Exported(tmp_path / "half", tmp_path / "out")
+
+
+def test_a_bfloat16_checkpoint_is_traced_in_float32_and_equals_stock(half):
+    assert {p.dtype for p in hf.skeleton(half.path, family).parameters()} == {torch.float32}
+    inputs = probe(half.shape, half.config)
+    hf.write_weights(half.path, family, half.folder, inputs, silent)
+    expected = reference(half.model, inputs)  # stock, loaded as float32
+    recorded = hf.read_reference(half.folder)
+    for name in ("image_embeds", "logits", "step_logits"):
+        agrees("same numbers", recorded[name], expected[name])
+    embeds = half.backend().vision(family.vision_inputs(inputs["pixel_values"], inputs["grid"], half.shape.merge))
+    agrees("export", embeds, expected["image_embeds"])
+
+
+def test_weights_are_taken_as_stored_whatever_config_json_claims(tmp_path):
+    path = random_checkpoint(random_config(1), tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    assert hf.stored_dtype(path) == "float32"
+    loaded = dict(hf.load(path, family, hf.stored_dtype(path)).named_parameters())
+    raw = load_file(path / "model.safetensors")
+    assert all(torch.equal(loaded[name], raw[name]) for name in loaded if name in raw)
+
+
+def test_a_head_that_differs_from_the_embedding_is_not_tied_in_silence(tmp_path):
+    config = random_config(1)
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+    path = random_checkpoint(config, tmp_path / "model")
+    raw = load_file(path / "model.safetensors")
+    embedding = next(n for n in raw if n.endswith("embed_tokens.weight"))
+    save_file(raw | {"lm_head.weight": raw[embedding] + 1}, path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match=r"lm_head.weight.*tie_word_embeddings"):
+        hf.write_weights(path, family, tmp_path / "out", {}, silent)
+
+
+def test_the_picture_rule_of_a_newer_processor_file_is_used(tmp_path):
+    rule = {"image_mean": [0.1, 0.2, 0.3], "size": {"shortest_edge": 64, "longest_edge": 4096}}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": rule, "processor_class": "x"}))
+    hf.copy_processor(tmp_path, tmp_path / "processor")
+    read = family.image_rule(json.loads((tmp_path / "processor" / "preprocessor_config.json").read_text()))
+    assert (read.mean, read.min_pixels, read.max_pixels) == ((0.1, 0.2, 0.3), 64, 4096)
+
+
+def test_an_image_token_outside_the_vocabulary_is_refused(tmp_path):
+    config = hf.read_config(random_checkpoint(random_config(1), tmp_path / "m"))
+    with pytest.raises(InputError, match="image_token_id"):
+        family.check_config(config | {"image_token_id": config["text_config"]["vocab_size"]})
+
+
+def test_rows_of_an_older_request_are_not_used_again(exported):
+    from cm_export.backends.onnxruntime import CoreRows, Decoder
+    from cm_export.errors import CmExportError
+    from cm_export.request import core_row_names
+
+    x = exported(1)
+    rows = CoreRows(x.weights, core_row_names(family, x.shape.layers))
+    ids = np.zeros((x.shape.layers, 1, 1), np.int32)
+    first = Decoder(x.backend(), "decode", {}, rows.gather(ids))
+    rows.gather(ids + 1)
+    with pytest.raises(CmExportError, match="another request"):
+        first.step({})

@@ -1,0 +1,48 @@
+"""Recipes are read strictly: unknown keys, wrong types and impossible values are named."""
+
+import pytest
+
+from cm_export import recipe
+from cm_export.errors import InputError
+
+
+def test_the_shipped_recipes_are_valid():
+    assert recipe.load("demo").model == "demo"
+
+
+def test_overrides_touch_only_what_they_name():
+    base = recipe.Recipe()
+    changed = base.replace(tokens__share=0.25, neurons__policy="coreinfer", seed=None)
+    assert (changed.tokens.share, changed.neurons.policy, changed.seed) == (0.25, "coreinfer", base.seed)
+    assert changed.replace(tokens__share=base.tokens.share, neurons__policy=base.neurons.policy) == base
+
+
+def test_a_recipe_survives_the_manifest():
+    base = recipe.Recipe().replace(tokens__budget="knee", tokens__min_share=0.2)
+    assert recipe.from_dict(base.to_dict() | {"model": None}) == base
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"nerons": {}}, "did you mean 'neurons'"),
+        ({"tokens": {"shar": 0.5}}, "did you mean 'share'"),
+        ({"tokens": {"share": "half"}}, "not a float"),
+        ({"tokens": {"share": True}}, "not a float"),
+        ({"tokens": {"share": 0}}, "not a share"),
+        ({"neurons": {"share": 1.5}}, "not a share"),
+        ({"neurons": {"share": float("nan")}}, "not a share"),
+        ({"neurons": {"policy": "grifin"}}, "did you mean 'griffin'"),
+        ({"tokens": {"voters": "some"}}, "tokens.voters"),
+        ({"tokens": {"budget": "count"}}, "without a count"),
+        ({"tokens": {"min_share": 0.9, "max_share": 0.1}}, "min_share is above"),
+        ({"tokens": {"prune_layer": 0}}, "prune_layer"),
+        ({"tokens": 3}, "must be a table"),
+        ({"dtype": "int4"}, "dtype"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_what_cannot_hold_is_refused_in_one_line(values, words):
+    with pytest.raises(InputError, match=words) as caught:
+        recipe.from_dict(values)
+    assert "\n" not in str(caught.value)
