@@ -51,10 +51,25 @@ def skeleton(path: Path, family: ModuleType) -> Any:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         for part in (config, config.text_config, config.vision_config):
             part.dtype = torch.float32  # direct construction would follow what the checkpoint was saved as
+        if _head_differs(path):  # from_pretrained ties nothing then, whatever config.json says
+            config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
         with initialization.no_init_weights():
             model = getattr(transformers, family.MODEL_CLASS)(config)
         model.tie_weights()
     return model.eval()
+
+
+def _head_differs(path: Path) -> bool:
+    """Whether the checkpoint holds an embedding and an lm_head with other values."""
+    import torch
+    from safetensors import safe_open
+
+    with contextlib.ExitStack() as stack:
+        where = {}
+        for file in path.glob("*.safetensors"):
+            f = stack.enter_context(safe_open(file, "pt"))
+            where |= {n: f for n in f.keys() if n.endswith(("lm_head.weight", "embed_tokens.weight"))}  # noqa: SIM118
+        return len(where) == 2 and not torch.equal(*(f.get_tensor(n) for n, f in where.items()))
 
 
 def trace_graph(path: Path, name: str, target: Path) -> None:
@@ -165,7 +180,7 @@ def reading(path: Path, file: Path, family: ModuleType) -> Any:
             raise InputError(
                 f"config.json and weights disagree about {odd[0]}",
                 where=path,
-                fix="if lm_head.weight is not the embedding, set tie_word_embeddings to false in config.json",
+                fix="the checkpoint does not fit its config.json",
             )
         for name, parameter in model.named_parameters():
             value = f.get_tensor(stored_name(name, family))

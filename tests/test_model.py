@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tolerances import agrees
 
 from cm_export import model as hf
+from cm_export import weights
 from cm_export.errors import InputError
 from cm_export.families import qwen2_vl as family
 from cm_export.probe import probe, reference
@@ -54,16 +55,22 @@ def test_weights_are_taken_as_stored_whatever_config_json_claims(tmp_path):
     assert all(torch.equal(loaded[name], raw[name]) for name in loaded if name in raw)
 
 
-def test_a_head_that_differs_from_the_embedding_is_not_tied_in_silence(tmp_path):
+def test_a_head_that_differs_from_the_embedding_is_not_tied(tmp_path):
+    """As in from_pretrained, which believes the weights and not tie_word_embeddings."""
     config = random_config(1)
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
     path = random_checkpoint(config, tmp_path / "model")
     raw = load_file(path / "model.safetensors")
     embedding = next(n for n in raw if n.endswith("embed_tokens.weight"))
+    tied = dict(hf.skeleton(path, family).named_parameters())
+    assert "lm_head.weight" not in tied
     save_file(raw | {"lm_head.weight": raw[embedding] + 1}, path / "model.safetensors", {"format": "pt"})
     (tmp_path / "out").mkdir()
-    with pytest.raises(InputError, match=r"lm_head.weight.*tie_word_embeddings"):
-        hf.write_weights(path, family, tmp_path / "out", {}, silent)
+    shape = family.shape(hf.read_config(path))
+    hf.write_weights(path, family, tmp_path / "out", probe(shape, config), silent)
+    written = hf.reading(path, tmp_path / "out" / weights.FILE, family)
+    assert torch.equal(written.lm_head.weight, raw[embedding] + 1)
+    assert set(dict(hf.skeleton(path, family).named_parameters())) == {*tied, "lm_head.weight"}
 
 
 def test_the_picture_rule_of_a_newer_processor_file_is_used(tmp_path):
