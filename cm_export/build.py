@@ -79,6 +79,7 @@ def _run(source, family: ModuleType, recipe: Recipe, out: Path, stages: Stages, 
         fix = by_name.nearest(shape.activation, [*ACTIVATIONS])
         raise InputError(f"unknown hidden_act {shape.activation!r}", where=source.path / "config.json", fix=fix)
     model.check_processor(source.path)
+    family.image_rule(model.read_picture_rule(source.path))
     versions = {n: version(n) for n in _LIBRARIES}
     sources = sorted(p for root in (_PACKAGE, *plugins.__path__) for p in Path(root).rglob("*.py"))
     program = source_key(*(p for p in sources if "cli" not in p.parts))

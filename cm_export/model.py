@@ -227,6 +227,15 @@ def check_processor(path: Path) -> None:
             raise InputError(f"cannot be read ({_in_short(e)})", where=path / name, fix=fix) from e
 
 
+def read_picture_rule(path: Path) -> dict[str, Any]:
+    """The checkpoint's preprocessor_config.json; newer transformers keep it inside the processor's own file."""
+    if (path / "preprocessor_config.json").is_file():
+        return json.loads((path / "preprocessor_config.json").read_bytes())
+    if (path / "processor_config.json").is_file():
+        return json.loads((path / "processor_config.json").read_bytes()).get("image_processor") or {}
+    return {}
+
+
 def copy_processor(path: Path, folder: Path) -> None:
     """Tokenizer (always as tokenizer.json), chat template and picture rules of a checkpoint, those that it has."""
     folder.mkdir()
@@ -234,9 +243,8 @@ def copy_processor(path: Path, folder: Path) -> None:
         if (path / name).is_file():
             shutil.copyfile(path / name, folder / name)
     if not (folder / "preprocessor_config.json").is_file() and (path / "processor_config.json").is_file():
-        # Newer transformers keep the picture rule inside the processor's own file.
-        rule = json.loads((path / "processor_config.json").read_bytes()).get("image_processor") or {}
-        (folder / "preprocessor_config.json").write_text(json.dumps(rule, indent=1, sort_keys=True))
+        rule = json.dumps(read_picture_rule(path), indent=1, sort_keys=True)
+        (folder / "preprocessor_config.json").write_text(rule)
     if (path / "tokenizer.json").is_file():
         shutil.copyfile(path / "tokenizer.json", folder / "tokenizer.json")
     elif (path / "vocab.json").is_file():

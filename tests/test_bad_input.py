@@ -242,6 +242,11 @@ CHECKPOINTS = {
         lambda f: (f / "preprocessor_config.json").write_text("["),
         "preprocessor_config.json",
     ),
+    "pictures that keep their size": (
+        lambda f: (f / "preprocessor_config.json").write_text('{"do_resize": false}'),
+        "preprocessor_config.json",
+        "do_resize",
+    ),
     "generation rules are no JSON": (
         lambda f: (f / "generation_config.json").write_text("["),
         "generation_config.json",

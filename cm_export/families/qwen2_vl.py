@@ -111,18 +111,22 @@ class ImageRule:
 
 
 def image_rule(processor: dict[str, Any]) -> ImageRule:
-    """The rule in a preprocessor_config.json; absent keys take Qwen2-VL's defaults."""
+    """The rule in a preprocessor_config.json; absent keys take Qwen2-VL's defaults. Raises InputError."""
+    if processor.get("do_resize") is False:
+        # Then pictures of most sizes could not be cut into merged patches at all.
+        raise InputError("do_resize = false is not supported", where="preprocessor_config.json", fix="remove the key")
     d, size = ImageRule(), processor.get("size") or {}
+    normalize = processor.get("do_normalize") is not False
     return ImageRule(
         patch=processor.get("patch_size", d.patch),
         merge=processor.get("merge_size", d.merge),
         temporal=processor.get("temporal_patch_size", d.temporal),
         min_pixels=processor.get("min_pixels") or size.get("shortest_edge", d.min_pixels),
         max_pixels=processor.get("max_pixels") or size.get("longest_edge", d.max_pixels),
-        mean=tuple(processor.get("image_mean") or d.mean),
-        std=tuple(processor.get("image_std") or d.std),
+        mean=tuple(processor.get("image_mean") or d.mean) if normalize else (0.0, 0.0, 0.0),
+        std=tuple(processor.get("image_std") or d.std) if normalize else (1.0, 1.0, 1.0),
         resample=processor.get("resample", d.resample),
-        rescale=processor.get("rescale_factor", d.rescale),
+        rescale=1.0 if processor.get("do_rescale") is False else processor.get("rescale_factor", d.rescale),
     )
 
 
