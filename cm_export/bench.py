@@ -3,8 +3,6 @@
 random token ids and image embeddings -> prefill, row gather, decode steps, each timed, dense and sparse in turn
 """
 
-import os
-import platform
 import resource
 import statistics
 import time
@@ -14,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from . import environment
 from .bundle import Bundle
 from .errors import InputError
 from .generate import Budget, Engine
@@ -76,12 +75,7 @@ def measure(
         "speedup": {p["phase"]: p["speedup"] for p in phases if p["speedup"]},
         "rows": rows,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "environment": {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "threads": threads or os.cpu_count(),
-            "versions": bundle.manifest["versions"],
-        },
+        "environment": environment.describe(threads, bundle.manifest["versions"]),
         "notes": [
             f"{request.tokens} prompt tokens of which {request.image_tokens} are image tokens; "
             f"sparse keeps {kept['sparse']['tokens']} tokens and {kept['sparse']['neurons']} of {bundle.shape.ffn} neurons",
@@ -123,11 +117,3 @@ def _phase(phase: str, times: dict, repeats: int) -> dict[str, Any]:
     for row in rows:
         row["speedup"] = speedup if row["mode"] == "sparse" else None
     return {"phase": phase, "rows": rows, "speedup": speedup}
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -21,12 +21,13 @@ from typing import Any
 
 import onnx
 
-from . import __version__, by_name, checkpoint, gates, model, plugins, weights
+from . import __version__, by_name, checkpoint, gates, model, plugins, quality, weights
 from . import bundle as bundles
 from .backends.onnxruntime import Backend
 from .errors import InputError
 from .plugins.core_ffn.op import ACTIVATIONS
 from .probe import probe
+from .quality import Requirement
 from .recipe import Recipe
 from .stages import Stages, key_of, source_key
 from .surgery import pipeline
@@ -46,6 +47,7 @@ def build(
     force: bool = False,
     work_dir: Path | None = None,
     threads: int = 0,
+    required: Requirement | None = None,
 ) -> dict[str, Any]:
     """Write the bundle `out` and return its manifest with `seconds`, `peak_memory_bytes` and `stages_reused`.
 
@@ -60,7 +62,7 @@ def build(
     with stages.lock():
         bundles.sweep(out)
         _check_disk(source, out)
-        manifest = _run(source, family, recipe, out, stages, progress, threads)
+        manifest = _run(source, family, recipe, out, stages, progress, threads, required)
     peak = max(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
     return manifest | {
         "path": str(out),
@@ -70,7 +72,9 @@ def build(
     }
 
 
-def _run(source, family: ModuleType, recipe: Recipe, out: Path, stages: Stages, progress: Step, threads: int) -> dict:
+def _run(
+    source, family: ModuleType, recipe: Recipe, out: Path, stages: Stages, progress: Step, threads: int, required
+) -> dict:
     config = model.read_config(source.path)
     family.check_config(config)
     shape = family.shape(config)
@@ -156,6 +160,10 @@ def _run(source, family: ModuleType, recipe: Recipe, out: Path, stages: Stages, 
         known[weights.FILE] = weight_state["sha256"][weights.FILE]
         shutil.copytree(weight_dir / "processor", folder / "processor")
         bundles.write_manifest(folder, manifest | {"known_sha256": known})
+        if required:
+            manifest["gates"] = manifest["gates"] + quality.check(folder, required, recipe, threads, progress)
+            (folder / bundles.MANIFEST).unlink()
+            bundles.write_manifest(folder, manifest | {"known_sha256": known})
     # One name is left for the weights: readers of external data refuse files with several hard links.
     (weight_dir / weights.FILE).unlink(missing_ok=True)
     return bundles.read_manifest(out)

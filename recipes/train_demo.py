@@ -274,17 +274,17 @@ def see(model, pictures):
     return tokens.view(b, rows * columns, -1)
 
 
-def pack(tok, items):
+def pack(tok, items, grid=GRID):
     """Pack (label, pairs) items into tensors, one row a picture: the image, then its questions and answers.
 
     Each question sees the image and itself, and its positions start right after the image, so a row trains
     like its questions one by one but computes the image once. ``labels`` is -100 outside answers; ``match``,
     ``last`` and ``negated`` are targets of the auxiliary heads, -1 where there is none.
     """
-    head, cells = tok("<|im_start|>user\n<|vision_start|>").input_ids, torch.arange(GRID * GRID)
+    head, cells = tok("<|im_start|>user\n<|vision_start|>").input_ids, torch.arange(grid * grid)
     prefix = [*head, *[IMAGE] * len(cells), *tok("<|vision_end|>").input_ids]
-    k, after = len(head), len(head) + GRID  # M-RoPE: the picture takes as many positions as it has rows
-    axes = [[*range(k), *(k + c).tolist(), after] for c in (cells * 0, cells // GRID, cells % GRID)]
+    k, after = len(head), len(head) + grid  # M-RoPE: the picture takes as many positions as it has rows
+    axes = [[*range(k), *(k + c).tolist(), after] for c in (cells * 0, cells // grid, cells % grid)]
     rows, places = [], []
     for label, pairs in items:
         row, place = [(token, -100, 0, -1, -1, -1) for token in prefix], []

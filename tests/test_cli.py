@@ -157,6 +157,13 @@ BAD = [
     (("run", "b.plan", "--prompt", "x", "--image", "x.png", "--overlay", "no/o.png"), "no directory"),
     (("run", "b.plan", "--prompt", "x", "--image"), "--image"),
     (("eval", "b.plan"), "--task"),
+    (("eval", "b.plan", "--task", "easy-vqa", "--data", "x.jsonl"), "one of the two"),
+    (("eval", "b.plan", "--data", "none.jsonl"), "cannot be read"),
+    (("eval", "b.plan", "--task", "scenes", "--kinds", "wher"), "did you mean 'where'?"),
+    (("eval", "b.plan", "--task", "scenes", "--neurons", "grifin"), "did you mean 'griffin'?"),
+    (("eval", "b.plan", "--task", "scenes", "--token-share", "0.5,2"), "for 2 % write 0.02"),
+    (("build", "--model", "demo", "--out", "o.plan", "--require-accuracy", "0.9"), "--data or --task"),
+    (("build", "--model", "demo", "--out", "o.plan", "--task", "scenes"), "--require-accuracy"),
     (("eval", "b.plan", "--task", "nonsense"), "unknown task 'nonsense'"),
     (("bench", "none.plan"), "no such bundle"),
     (("bench", "b.plan", "--repeats", "0"), "--repeats"),
@@ -362,14 +369,27 @@ def test_run_draws_one_overlay_per_picture(engine, bundle, picture, tmp_path, ca
     assert sorted(p.name for p in tmp_path.glob("kept*")) == ["kept-1.png", "kept-2.png", "kept.png"]
 
 
-def test_eval_measures_the_task_of_that_name_and_writes_its_report(stub, bundle, tmp_path, monkeypatch, capsys):
-    report = {"rows": [{"kind": "dense", "accuracy": 0.98}, {"kind": "random", "accuracy": float("nan")}]}
-    for module in ("cm_export.cli._console", "cm_export.by_name"):
-        monkeypatch.setattr(f"{module}.names_in", lambda p: ["fake"] if p == "cm_export.evals" else names_in(p))
-    stub("evals.fake", measure=lambda bundle, **given: report)
+def test_eval_hands_over_what_to_compare_and_writes_its_report(stub, bundle, tmp_path, capsys):
+    calls, table = [], [{"answered by": "dense", "accuracy": 0.98}, {"answered by": "random", "accuracy": float("nan")}]
+    report = {"task": "easy-vqa", "table": table, "notes": []}
+    stub("evals._compare", compare=lambda *given: calls.append(given) or report, Sweep=SimpleNamespace)
+    stub("evals._task", load=lambda *given: given)
+    monkey = sys.modules["cm_export.evals._compare"]
+    monkey.Sweep = lambda *given: given
     out = tmp_path / "r.json"
-    assert main(["eval", str(bundle), "--task", "fake", "--out", str(out)]) == 0
-    assert json.loads(out.read_text())["rows"][1] == {"kind": "random", "accuracy": None}
+    policies = ["--neurons", "griffin,coreinfer", "--neuron-share", "0.6, 0.4", "--tokens", "dense"]
+    asked = ["--task", "easy-vqa", "--kinds", "word", "--limit", "7", "--seed", "3", *policies]
+    assert main(["eval", str(bundle), *asked, "--out", str(out)]) == 0
+    (given,) = calls
+    assert given[:5] == (
+        bundle,
+        ("easy_vqa", ("word",), 7, 3),
+        (("griffin", "coreinfer"), ("dense",), (0.6, 0.4), ()),
+        3,
+        0,
+    )
+    assert given[5] == out
+    assert json.loads(out.read_text())["table"][1] == {"answered by": "random", "accuracy": None}
     assert re.search(r"dense\s+0\.98", capsys.readouterr().out)
 
 

@@ -153,19 +153,6 @@ def test_doctor_reports_this_machine():
     assert found["ok"] and found["demo_model"] and "CPUExecutionProvider" in found["onnxruntime_providers"]
 
 
-def test_eval_reports_dense_sparse_and_random_accuracy(demo_bundle, tmp_path):
-    out = tmp_path / "report.json"
-    options = ["--task", "easy-vqa", "--limit", "5", "--answers", "word", "--out", out]
-    report = json.loads(succeed("eval", demo_bundle, *options, "--json"))
-    assert report == json.loads(out.read_text())
-    assert report["task"] == "easy-vqa" and report["questions"] == {"word": 5}
-    assert report["dense"]["accuracy"] >= 0.8
-    assert 0 <= report["random"]["accuracy"] <= 1 and report["sparse"]["accuracy"] >= 0.6
-    names = [row["answered by"] for row in report["rows"]]
-    assert names[0] == "dense" and sum(name.startswith("random") for name in names) >= 1
-    assert all(row["n"] == 5 for row in report["rows"])
-
-
 def test_bench_reports_sparse_beside_dense(demo_bundle):
     sizes = ["--prompt-tokens", "8", "--image-tokens", "16", "--new-tokens", "3", "--repeats", "2"]
     report = json.loads(succeed("bench", demo_bundle, *sizes, "--threads", "1", "--json"))

@@ -22,6 +22,7 @@ from ._console import (
 
 NEURONS = ByName("cm_export.policies.neurons", "neuron policy")
 TOKENS = ByName("cm_export.policies.tokens", "token policy")
+TASKS = ByName("cm_export.evals", "task")
 BACKENDS = ByName("cm_export.backends", "backend")
 
 
@@ -33,6 +34,7 @@ BACKENDS = ByName("cm_export.backends", "backend")
         "cm-export build --model qwen2-vl --out engine.plan",
         "cm-export build --model ./my-qwen2-vl --out my.plan --neurons griffin --neuron-share 0.5",
         "cm-export build --recipe my-recipe.toml --out my.plan --force --json",
+        "cm-export build --model ./my-qwen2-vl --out my.plan --require-retained 0.985 --data my.jsonl",
     ),
 )
 @click.option("--model", help="demo, qwen2-vl, qwen2-vl-7b, a directory, or a hub id owner/name[@revision].")
@@ -49,6 +51,11 @@ BACKENDS = ByName("cm_export.backends", "backend")
 @click.option("--voters", type=click.Choice(("all", "text", "last")), help="Whose activations judge the image tokens.")
 @click.option("--token-cache", type=click.Choice(("cut", "index")), help="Drop the KV of cut tokens, or skip its rows.")
 @seed_option
+@click.option("--require-accuracy", type=Share(), help="Fail unless this share of --data or --task is answered right.")
+@click.option("--require-retained", type=Share(), help="Fail unless this share of the dense model's accuracy is kept.")
+@click.option("--data", type=click.Path(path_type=Path), help="Questions for the two above; see `cm-export eval`.")
+@click.option("--task", type=TASKS, help=f"The same from a task: {', '.join(TASKS.known())}.")
+@click.option("--limit", type=Count(1), help="Questions of each kind, with --task.  [default: all]")
 @click.option("--backend", type=BACKENDS, help=f"What the bundle runs on: {', '.join(BACKENDS.known())}.")
 @click.option("--force", is_flag=True, help="Do every stage again. (An existing bundle is replaced anyway.)")
 @click.option(
@@ -61,7 +68,8 @@ BACKENDS = ByName("cm_export.backends", "backend")
 @json_option
 def command(
     model: str | None, out: Path, recipe: str | None, revision: str | None, force: bool, work_dir: Path | None,
-    threads: int, quiet: bool, as_json: bool, **choices: Any,
+    threads: int, quiet: bool, as_json: bool, require_accuracy: float | None, require_retained: float | None,
+    data: Path | None, task: str | None, limit: int | None, **choices: Any,
 ) -> None:  # fmt: skip
     """Export a checkpoint to a bundle of ONNX graphs.
 
@@ -99,6 +107,19 @@ def command(
     if chosen.tokens.budget != "count" and choices["token_count"]:
         raise InputError(f"--token-count with --token-budget {chosen.tokens.budget}", fix="leave one of them out")
 
+    required = None
+    if require_accuracy or require_retained:
+        from ..quality import Requirement
+        from .eval import load_questions
+
+        required = Requirement(
+            load_questions(task, data, (), limit, chosen.seed, 64), require_accuracy, require_retained
+        )
+    elif data or task or limit:
+        raise InputError(
+            "questions without a requirement", where="build", fix="add --require-accuracy or --require-retained"
+        )
+
     from ..build import build
 
     silent = quiet or as_json
@@ -108,7 +129,7 @@ def command(
         disable_progress_bars()  # of a download
     with progress(silent) as step:
         summary = build(
-            model=chosen.model, out=out, recipe=chosen, progress=step, force=force, work_dir=work_dir, threads=threads
+            chosen.model, out, chosen, progress=step, force=force, work_dir=work_dir, threads=threads, required=required
         )
     if as_json:
         emit_json(summary)

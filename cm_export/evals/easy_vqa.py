@@ -7,32 +7,14 @@ Source of pictures and questions: PyPI `easy-vqa` 1.0 (MIT). Sentences are ours,
 label, which follows from the picture's own official questions.
 """
 
-import random
-from pathlib import Path
-from typing import Any
-
 from ..errors import InputError
-from ._controls import Question, compare
+from ..images import open_image
+from ._task import Question
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-MAX_NEW_TOKENS = {"word": 4, "sentence": 20}
-
-
-def measure(
-    bundle: Path, limit: int | None = None, answers: str = "both", seed: int | None = None, **rest: Any
-) -> dict:
-    """Exact match of free-running greedy answers, beside dense and random controls; see `_controls.compare`.
-
-    `limit` questions of each kind, drawn at random with the seed. Raises InputError if the package is missing.
-    """
-    kinds = ("word", "sentence") if answers == "both" else (answers,)
-    rng = random.Random(seed or 0)
-    chosen = []
-    for kind in kinds:
-        pool = questions(kind)
-        chosen += rng.sample(pool, min(limit, len(pool))) if limit else pool
-    return compare(bundle, "easy-vqa", chosen, MAX_NEW_TOKENS, seed=seed, **rest)
+KINDS = {"word": 4, "sentence": 20}
+open_picture = open_image
 
 
 def questions(kind: str) -> list[Question]:
@@ -46,12 +28,14 @@ def questions(kind: str) -> list[Question]:
     paths = get_test_image_paths()
     asked = list(zip(*get_test_questions(), strict=True))
     if kind == "word":
-        return [Question(kind, paths[i], q, a) for q, a, i in asked]
+        return [Question(kind, (paths[i],), q, (a,)) for q, a, i in asked]
     by_image: dict[int, list[tuple[str, str]]] = {}
     for q, a, i in asked:
         by_image.setdefault(i, []).append((q, a))
     labels = {i: label(pairs) for i, pairs in by_image.items()}
-    return [Question(kind, paths[i], f"describe : {q}", sentence(q, a, labels[i])) for q, a, i in asked if labels[i]]
+    return [
+        Question(kind, (paths[i],), f"describe : {q}", (sentence(q, a, labels[i]),)) for q, a, i in asked if labels[i]
+    ]
 
 
 def sentence(question: str, answer: str, seen: tuple[str, str]) -> str:

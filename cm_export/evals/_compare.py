@@ -1,0 +1,350 @@
+"""Accuracy beside its controls: the same questions dense, with the recipe's policies, at random, and by attention.
+
+row = policies and budget ->  accuracy   exact match of free-running greedy answers, 95 % Wilson interval
+                              kept       accuracy over dense accuracy, questions paired
+                              kl, top1   next tokens against the dense model's, along the dense model's own answer
+                              prefill_ms, gather_ms, ms_per_token
+
+The report is one JSON object: `task`, `rule`, `bundle`, `n`, `environment`, `rows` (one object per row, keys as `_result`
+gives them), the three that everybody wants as `dense`, `sparse`, `random`, and `table`, the same rows for people.
+"""
+
+import hashlib
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from .. import environment
+from ..bundle import Bundle
+from ..generate import Budget, Engine, Prefilled
+from ..recipe import Recipe
+from ..surgery import pipeline
+from ._journal import Journal, key_of
+from ._metrics import divergence, kept_of_dense, spread, wilson
+from ._task import Question, Task
+
+# (neuron share, token share) of the rows below the recipe's own budget: what less gives, whatever it is.
+LOWER = ((0.4, 0.25), (0.2, 0.11))
+_KL_QUESTIONS, _KL_BYTES = 200, 2**28  # questions whose dense next-token distributions are kept for comparison
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Policies and budgets to compare, every one with every other; nothing named: the recipe, and two lower budgets."""
+
+    neurons: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
+    neuron_shares: tuple[float, ...] = ()
+    token_shares: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to answer: its policies and its budget."""
+
+    recipe: Recipe
+    budget: Budget
+
+    @property
+    def policies(self) -> str:
+        return "dense" if self.budget.dense else f"{self.recipe.neurons.policy} + {self.recipe.tokens.policy}"
+
+    @property
+    def key(self) -> str:
+        return key_of(recipe=self.recipe.to_dict(), budget=asdict(self.budget))
+
+
+def compare(
+    path: Path,
+    task: Task,
+    sweep: Sweep = Sweep(),
+    seed: int | None = None,
+    threads: int = 0,
+    report: Path | None = None,
+    progress: Callable[..., None] = lambda what, done=None, total=None: None,
+) -> dict[str, Any]:
+    """Ask every question in every row. Raises InputError, BundleError.
+
+    `report`: where the caller will write the result; answers are noted beside it as they come, and a killed run goes on.
+    """
+    bundle = Bundle(path)
+    engine = Engine(bundle, threads)
+    bundle.wait_verified()
+    desk = _Desk(engine, task, progress)
+    run = key_of(
+        bundle=bundle.manifest,
+        questions=[asdict(q) for q in task.questions],
+        pictures=desk.fingerprint,
+        threads=threads,
+    )
+    with Journal(report, run) as journal:
+        if journal.resumed:
+            progress(f"go on after {journal.resumed} answers of an earlier run")
+        if journal.discarded:
+            progress("start again: the earlier answers are of another bundle or other questions")
+        dense = desk.ask(Row(engine.recipe, Budget(dense=True)), engine, journal)
+        results = [dense]
+        engines = {engine.recipe.replace(): engine}
+        for row in _rows(engine.recipe, sweep, seed):
+            results.append(desk.ask(row, _engine_for(row, engine, engines), journal, dense))
+            control = _random_like(row, results[-1])
+            # Several policies at one budget share one control.
+            if control.key not in {r["key"] for r in results}:
+                results.append(desk.ask(control, _engine_for(control, engine, engines), journal, dense))
+        found = {
+            "task": task.name,
+            "rule": task.rule,
+            "bundle": str(path),
+            "n": len(task.questions),
+            "environment": environment.describe(threads, bundle.manifest["versions"]),
+            "dense": dense,
+            "sparse": results[1],
+            "random": next((r for r in results[1:] if r["is_random"]), None),  # none where nothing is pruned
+            "rows": results,
+            "table": [_flat(r) for r in results],
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "notes": [
+                f"accuracy: {task.rule}, greedy, free-running; in brackets: 95 % Wilson interval",
+                "of dense: 95 % interval over paired questions; KL and top-1 along the dense model's own answers",
+            ],
+        }
+    return found
+
+
+def with_policies(engine: Engine, recipe: Recipe) -> Engine:
+    """The same bundle under other policies: its dense graphs are rewritten in memory."""
+    bundle = engine.bundle
+    pipeline.check_recipe(recipe, bundle.shape)
+
+    def graph(name: str) -> Path | onnx.ModelProto:
+        rewrite = {"prefill": pipeline.sparse_prefill, "decode": pipeline.sparse_decode}.get(name)
+        if rewrite is None:
+            return bundle.graph(name)
+        dense = onnx.load(bundle.graph(f"{name}_dense"), load_external_data=False)
+        return rewrite(dense, bundle.family, bundle.shape, recipe)[0]
+
+    return Engine(bundle, engine.backend.threads, recipe, graph)
+
+
+def _engine_for(row: Row, engine: Engine, engines: dict[Recipe, Engine]) -> Engine:
+    """The bundle under this row's policies. The last one only: each holds sessions of its own."""
+    if row.recipe not in engines:
+        for recipe in [r for r, e in engines.items() if e is not engine and r.neurons.policy != "random"]:
+            del engines[recipe]
+        engines[row.recipe] = with_policies(engine, row.recipe)
+    return engines[row.recipe]
+
+
+def _rows(recipe: Recipe, sweep: Sweep, seed: int | None) -> list[Row]:
+    """What was asked for, or the recipe's policies at its own budget and below; and attention as a control."""
+    budgets = [(n, t) for n in sweep.neuron_shares or (None,) for t in sweep.token_shares or (None,)]
+    if sweep == Sweep():
+        budgets += LOWER
+    out = []
+    for neuron_share, token_share in budgets:
+        policies = [
+            (n, t) for n in sweep.neurons or (recipe.neurons.policy,) for t in sweep.tokens or (recipe.tokens.policy,)
+        ]
+        if any(t not in ("attention", "dense") for _, t in policies):
+            policies.append((policies[0][0], "attention"))
+        for neurons, tokens in dict.fromkeys(policies):
+            chosen = recipe.replace(neurons__policy=neurons, tokens__policy=tokens)
+            if token_share is not None:
+                chosen = chosen.replace(tokens__budget="share")
+            budget = Budget(
+                neuron_share=None if neurons == "dense" else neuron_share,
+                token_share=None if tokens == "dense" else token_share,
+                seed=seed,
+            )
+            out.append(Row(chosen, budget))
+    return list(dict.fromkeys(out))
+
+
+def _random_like(row: Row, result: dict[str, Any]) -> Row:
+    """Random choices of the size that the row was measured to keep; what it does not prune stays whole."""
+    policies = {part: "random" for part in ("neurons", "tokens") if getattr(row.recipe, part).policy != "dense"}
+    recipe = row.recipe.replace(**{f"{part}__policy": name for part, name in policies.items()}, tokens__budget="share")
+    budget = Budget(
+        neuron_share=result["neuron_share"] if "neurons" in policies else None,
+        token_share=result["token_share"] if "tokens" in policies else None,
+        seed=row.budget.seed,
+    )
+    return Row(recipe, budget)
+
+
+class _Desk:
+    """The questions with their pictures already seen, and the dense model's own answers to compare with."""
+
+    def __init__(self, engine: Engine, task: Task, progress: Callable[..., None]):
+        self.engine, self.task, self.progress = engine, task, progress
+        names = sorted({p for q in task.questions for p in q.pictures})
+        digest, self._seen = hashlib.sha256(), {}
+        for i, name in enumerate(names):
+            if i % 50 == 0:
+                progress("look at the pictures", i, len(names))
+            picture = task.open_picture(name)
+            digest.update(repr(picture.size).encode() + picture.tobytes())
+            self._seen[name] = engine.embed([picture])
+        self.fingerprint = digest.hexdigest()
+        longest = max((task.limits[q.kind] for q in task.questions), default=1)
+        n = len(task.questions)
+        room = max(1, _KL_BYTES // (4 * longest * engine.bundle.shape.vocab))
+        self._compared = set(np.linspace(0, n - 1, min(n, _KL_QUESTIONS, room)).round().astype(int).tolist())
+        self._reference: dict[int, tuple[list[int], np.ndarray]] = {}
+
+    @cached_property
+    def _unseen(self) -> tuple[None, np.ndarray]:
+        return self.engine.embed([])
+
+    def prefill(self, engine: Engine, question: Question, budget: Budget) -> Prefilled:
+        embeds, grids = zip(*(self._seen[p] for p in question.pictures), strict=True) if question.pictures else ((), ())
+        grid = np.concatenate(grids) if grids else self._unseen[1]
+        ids = engine.chat.encode(
+            question.text, None, engine.bundle.family.image_tokens(grid, engine.bundle.shape.merge)
+        )
+        return engine.prefill(engine.request(ids, grid, np.concatenate(embeds) if embeds else None), budget)
+
+    def reference(self, number: int) -> tuple[list[int], np.ndarray]:
+        """The dense model's answer to a question and the logits [T,V] from which it was read."""
+        if number not in self._reference:
+            question = self.task.questions[number]
+            prefilled = self.prefill(self.engine, question, Budget(dense=True))
+            ids, logits, _, _ = _decode(self.engine, prefilled, self.task.limits[question.kind])
+            self._reference[number] = ids, logits
+        return self._reference[number]
+
+    def ask(self, row: Row, engine: Engine, journal: Journal, dense: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Every question in one row; those in the journal are taken from it."""
+        shape = engine.bundle.shape
+        name = row.policies if row.budget.dense else f"{row.policies} {row.key[:4]}"
+        answers = []
+        for i, q in enumerate(self.task.questions):
+            if i % 25 == 0:
+                self.progress(name, i, len(self.task.questions))
+            answers.append(journal.get(row.key, i) or journal.add(row.key, i, **self._answer(row, engine, i, q)))
+        kept, pictures = (sum(a[k] for a in answers) for k in ("image_tokens_kept", "image_tokens"))
+        result = {
+            "key": row.key,
+            "policies": row.policies,
+            "is_random": "random" in (row.recipe.neurons.policy, row.recipe.tokens.policy) and not row.budget.dense,
+            "neurons": "dense" if row.budget.dense else row.recipe.neurons.policy,
+            "tokens": "dense" if row.budget.dense else row.recipe.tokens.policy,
+            "prune_layer": row.recipe.tokens.prune_layer,
+            "neuron_share": answers[0]["neurons_kept"] / shape.ffn,  # measured, as is the next
+            "token_share": kept / pictures if pictures else 1.0,
+        }
+        return result | _result(self.task.questions, answers, dense)
+
+    def _answer(self, row: Row, engine: Engine, number: int, question: Question) -> dict[str, Any]:
+        # A random control that drops the same positions in every question would measure those positions.
+        seed = (row.budget.seed or 0) + number
+        budget = Budget(row.budget.dense, row.budget.neuron_share, row.budget.token_share, seed)
+        started = time.perf_counter()
+        prefilled = self.prefill(engine, question, budget)
+        prefill_ms = 1000 * (time.perf_counter() - started)
+        limit = self.task.limits[question.kind]
+        ids, logits, gather_ms, step_ms = _decode(engine, prefilled, limit)
+        said = engine.chat.decode(ids).strip()
+        request = prefilled.request
+        out = {
+            "right": any(self.task.same(said, right) for right in question.answers),
+            "said": said,
+            "image_tokens": request.image_tokens,
+            "image_tokens_kept": int(request.is_image[0, prefilled.kept_tokens[0]].sum()),
+            "neurons_kept": prefilled.neurons,
+            "prefill_ms": prefill_ms,
+            "gather_ms": gather_ms,
+            "step_ms": float(np.median(step_ms)) if step_ms else None,
+        }
+        if number in self._compared:
+            if row.budget.dense:
+                self._reference[number] = ids, logits
+            wanted, reference = self.reference(number)
+            if ids != wanted:
+                _, logits, _, _ = _decode(engine, prefilled, limit, wanted)
+            out["kl"], out["top1"] = divergence(reference, logits)
+            out["next_tokens"] = len(reference)
+        return out
+
+
+def _decode(
+    engine: Engine, prefilled: Prefilled, limit: int, forced: list[int] | None = None
+) -> tuple[list[int], np.ndarray, float | None, list[float]]:
+    """Greedy ids up to a stop id (or `forced` ids), the logits [T,V] before each of them and before the stop, and times."""
+    ids, rows, decoder, gather_ms, step_ms = [], [prefilled.logits[0]], None, None, []
+    while len(ids) < limit:
+        token = int(rows[-1].argmax()) if forced is None else forced[len(ids)] if len(ids) < len(forced) else None
+        if token is None or (forced is None and token in engine.chat.stop_ids):
+            break
+        ids.append(token)
+        if len(ids) == limit:
+            break
+        started = time.perf_counter()
+        if decoder is None:
+            decoder = prefilled.decoder()
+            gather_ms, started = 1000 * (time.perf_counter() - started), time.perf_counter()
+        rows.append(decoder.step(prefilled.step_feeds(token, len(ids) - 1))[0])
+        step_ms.append(1000 * (time.perf_counter() - started))
+    return ids, np.stack(rows), gather_ms, step_ms
+
+
+def _result(questions: list[Question], answers: list[dict], dense: dict[str, Any] | None) -> dict[str, Any]:
+    """The figures of one row over its answers."""
+    right = np.array([a["right"] for a in answers])
+    base = right if dense is None else np.array(dense["right"])
+    kinds = {}
+    for kind in dict.fromkeys(q.kind for q in questions):
+        chosen = np.array([q.kind == kind for q in questions])
+        kinds[kind] = _accuracy(right[chosen], base[chosen])
+    compared = [a for a in answers if "kl" in a]
+    weight = sum(a["next_tokens"] for a in compared)
+    out = _accuracy(right, base) | {
+        "kinds": kinds,
+        "kl": sum(a["kl"] * a["next_tokens"] for a in compared) / weight if weight else None,
+        "top1": sum(a["top1"] * a["next_tokens"] for a in compared) / weight if weight else None,
+        "next_tokens": weight,
+        "right": right.tolist(),
+    }
+    for key, name in (("prefill_ms", "prefill_ms"), ("gather_ms", "gather_ms"), ("step_ms", "ms_per_token")):
+        values = [a[key] for a in answers if a[key] is not None]
+        out[name] = spread(values) if values else None
+    for key in ("image_tokens", "image_tokens_kept", "neurons_kept"):
+        out[key] = float(np.mean([a[key] for a in answers]))
+    return out
+
+
+def _accuracy(right: np.ndarray, base: np.ndarray) -> dict[str, Any]:
+    n, good = len(right), int(right.sum())
+    kept, interval = kept_of_dense(base, right)
+    low, high = wilson(good, n)
+    return {"accuracy": good / n, "ci": [low, high], "of_dense": kept, "of_dense_ci": interval, "n": n}
+
+
+def _flat(result: dict[str, Any]) -> dict[str, Any]:
+    """One row of the table for people."""
+    budget = f"{result['neuron_share']:.0%} neurons, {result['token_share']:.0%} tokens".replace("%", " %")
+    out: dict[str, Any] = {"answered by": result["policies"] + ("" if result["policies"] == "dense" else f", {budget}")}
+    kinds = result["kinds"] if len(result["kinds"]) > 1 else {}
+    for kind, k in {**kinds, "all": result}.items():
+        low, high = k["ci"]
+        out[kind] = (
+            f"{k['accuracy']:.4f} [{low:.3f}, {high:.3f}]"
+            if kind == "all" or len(kinds) < 4
+            else f"{k['accuracy']:.3f}"
+        )
+    if result["of_dense"] is not None and result["policies"] != "dense":
+        low, high = result["of_dense_ci"]
+        out["of dense"] = f"{result['of_dense']:.4f} [{low:.3f}, {high:.3f}]"
+    else:
+        out["of dense"] = "-"
+    out["KL"] = None if result["kl"] is None else round(result["kl"], 4)
+    out["top-1"] = None if result["top1"] is None else round(result["top1"], 4)
+    out["ms/token"] = round(result["ms_per_token"]["median"], 2) if result["ms_per_token"] else None
+    return out | {"n": result["n"]}

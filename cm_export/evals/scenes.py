@@ -1,0 +1,28 @@
+"""Scenes: generated pictures of one to four shapes, seven kinds of question, answers of up to 40 words; the test split.
+
+    describe, colors      long answers: what decode says            count_all, count_some    how many
+    where, what_at        places on a 3x3 board                     relation                 left of, above ...
+
+Pictures and answers follow from a seed (`_scene.py`), and no picture of the test split was trained on. The vocabulary
+is that of the models `demo` and `scenes`; bring your own questions (`--data`) for other models.
+"""
+
+from PIL import Image
+
+from . import _scene
+from ._task import Question
+
+KINDS = {kind: 48 if kind == "describe" else 20 for kind in _scene.KINDS}
+PICTURES = 500
+
+
+def questions(kind: str) -> list[Question]:
+    """One question of this kind about each of the 500 test pictures that allow it."""
+    asked = ((n, _scene.ask(_scene.scene("test", n), kind)) for n in range(PICTURES))
+    return [Question(kind, (f"test-{n}",), pair[0], (pair[1],)) for n, pair in asked if pair]
+
+
+def open_picture(name: str) -> Image.Image:
+    """`split-number`, such as test-17."""
+    split, number = name.split("-")
+    return _scene.draw(_scene.scene(split, int(number)))
