@@ -6,8 +6,9 @@ left to `cm-export eval`.
     python recipes/train_scenes.py --work WORK --out MODEL [--minutes 60] [--init MODEL]
 
 Each picture is read once and followed by a question of every kind, each of which sees the picture and itself. While
-training, the image tokens of a middle layer also name the shape they show and its place on the board, which is what
-later layers look up; those heads are dropped. The rotary base is small (30): a picture is 12 image tokens wide, and
+training, the image tokens of a middle layer also name the shape they show and its place on the board; a later layer says,
+at the name of a shape, where that shape is, and at the name of a place, what is there. Without these steps looking
+things up is hardly learnt; their heads are dropped. The rotary base is small (30): a picture is 12 image tokens wide, and
 with the usual base the slow half of the frequencies, which Qwen2-VL gives to the columns, would hardly turn.
 A run that was killed goes on from its last checkpoint.
 """
@@ -22,32 +23,70 @@ from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.nn import functional as F
-from train_demo import Qwen2VL, build_model, build_tokenizer, forward, pack, save
+from train_demo import TOKENS, Qwen2VL, build_model, build_tokenizer, forward, pack, save
 
 import cm_export
 from cm_export.evals import _scene
 
 GRID = _scene.SIZE // 8  # image tokens along one side
 ROPE_BASE = 30.0
-AUXILIARY_LAYER = 4
+SEEN_AFTER, FOUND_AFTER = 4, 6  # layers after which the auxiliary heads read
+
+
+def rms(x: torch.Tensor) -> torch.Tensor:
+    x = x.float()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def thing_class(thing) -> int:
+    return 1 + list(_scene.COLORS).index(thing.color) * len(_scene.SHAPES) + _scene.SHAPES.index(thing.shape)
 
 
 class Heads(nn.Module):
-    """What an image token shows (0: ground) and the cell it lies in; only shapes training."""
+    """Read-outs that only shape training: things (0: ground) and cells of the board, of image tokens and of words."""
 
     def __init__(self, width: int = 256):
         super().__init__()
-        self.thing, self.cell = nn.Linear(width, 1 + len(_scene.COLORS) * len(_scene.SHAPES)), nn.Linear(width, 9)
+        things = 1 + len(_scene.COLORS) * len(_scene.SHAPES)
+        self.thing, self.cell = nn.Linear(width, things), nn.Linear(width, 9)
+        self.found_thing, self.found_cell = nn.Linear(width, things), nn.Linear(width, 9)
 
-    def loss(self, states: torch.Tensor, scenes: list) -> torch.Tensor:
+    def seen(self, states: torch.Tensor, scenes: list) -> torch.Tensor:
         """states [B,S,D] of one layer; the image tokens start at the third place of every row."""
-        x = states.float()
-        x = (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).flatten(0, 1)
+        x = rms(states[:, 2 : 2 + GRID * GRID]).flatten(0, 1)
         seen = torch.tensor(np.stack([_scene.labels(s, GRID) for s in scenes])).flatten()
         row = torch.arange(GRID) * 3 // GRID
         cell = (row[:, None] * 3 + row).flatten().repeat(len(scenes))
         weight = torch.tensor([0.2] + [1.0] * (len(self.thing.bias) - 1))
         return F.cross_entropy(self.thing(x), seen, weight=weight) + F.cross_entropy(self.cell(x), cell)
+
+    def found(self, states: torch.Tensor, scenes: list, batch: dict) -> torch.Tensor:
+        """At "red circle": the cell of the red circle. At "top left", in a question: what is there."""
+        cells, things = [], []  # (row, place, target)
+        names = [(TOKENS.index(c), TOKENS.index(s), (c, s)) for c in _scene.COLORS for s in _scene.SHAPES]
+        pairs = {(c, s): name for c, s, name in names}
+        places = {
+            tuple(TOKENS.index(w) for w in f"the {_scene.place((r, c))}".split()[-2:]): (r, c)
+            for r in range(3)
+            for c in range(3)
+        }
+        asks = (batch["labels"] == -100).tolist()
+        for b, (scene, ids) in enumerate(zip(scenes, batch["ids"].tolist(), strict=True)):
+            by_name = {(t.color, t.shape): t for t in scene.things}
+            by_cell = {t.cell: t for t in scene.things}
+            for at in range(1, len(ids)):
+                two = ids[at - 1], ids[at]
+                if two in pairs and pairs[two] in by_name:
+                    row, column = by_name[pairs[two]].cell
+                    cells.append((b, at, 3 * row + column))
+                if two in places and asks[b][at]:
+                    thing = by_cell.get(places[two])
+                    things.append((b, at, thing_class(thing) if thing else 0))
+        loss = 0.0
+        for head, where in ((self.found_cell, cells), (self.found_thing, things)):
+            rows, columns, targets = torch.tensor(where).unbind(1)
+            loss = loss + F.cross_entropy(head(rms(states[rows, columns])), targets)
+        return loss
 
 
 def batch_of(tok, split: str, numbers: list[int], salt: int):
@@ -102,7 +141,7 @@ def train(args, tok):
     decay = [p for p in parts.parameters() if p.ndim > 1]
     groups = [dict(params=decay, weight_decay=0.05), dict(params=[p for p in parts.parameters() if p.ndim == 1])]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
-    budget, began, seen = 60 * args.minutes, time.time() - spent, []
+    budget, began, losses = 60 * args.minutes, time.time() - spent, []
     first = step
     while (elapsed := time.time() - began) < budget:
         rate = args.lr * min(1, (step - first + 1) / 40) * (0.02 + 0.98 * min(1, 1.6 * (1 - elapsed / budget)))
@@ -112,16 +151,20 @@ def train(args, tok):
         images, scenes, batch, _ = batch_of(tok, "train", numbers, 7)
         logits, target, states = forward(model, images, batch)
         answer = F.cross_entropy(logits, target)
-        place = heads.loss(states[AUXILIARY_LAYER][:, 2 : 2 + GRID * GRID], scenes)
+        seen = heads.seen(states[SEEN_AFTER], scenes)
+        found = heads.found(states[FOUND_AFTER], scenes, batch)
         optimizer.zero_grad()
-        (answer + 0.3 * place).backward()
+        (answer + 0.2 * seen + 0.4 * found).backward()
         nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
         optimizer.step()
         step += 1
-        seen.append((answer.item(), place.item()))
+        losses.append((answer.item(), seen.item(), found.item()))
         if step % 25 == 0:
-            means = np.mean(seen[-25:], 0)
-            print(f"step {step} {elapsed:.0f} s answers {means[0]:.4f} image tokens {means[1]:.4f}", flush=True)
+            means = np.mean(losses[-25:], 0)
+            print(
+                f"step {step} {elapsed:.0f} s answers {means[0]:.4f} seen {means[1]:.4f} found {means[2]:.4f}",
+                flush=True,
+            )
         if step % 100 == 0:
             print({k: round(v, 3) for k, v in validate(model, tok).items()}, flush=True)
             facts = {"step": str(step), "seconds": str(time.time() - began)}

@@ -33,6 +33,7 @@ TYPES = {
     "k": "float[B,G,S,D]",
     "mask": "float[B,1,S,S]",
     "seed": "int64[1]",
+    "embeds": "float[B,S,E]",
     "image_mask": "bool[B,S]",
     "attention_mask": "int64[B,S]",
     "score": "int64[B,S]",
@@ -136,7 +137,7 @@ def test_a_policy_says_its_wires_and_attributes_once(policy):
 
 def test_all_policies_of_the_method_exist():
     assert {"coreinfer", "griffin", "random", "dense"} <= set(NEURONS)
-    assert {"overlap", "attention", "random", "dense"} <= set(TOKENS)
+    assert {"overlap", "anchor", "diverse", "distinct", "attention", "random", "dense"} <= set(TOKENS)
 
 
 def test_bad_text_names_the_function():
@@ -360,6 +361,41 @@ def test_attention_is_the_mean_mass_a_token_receives_from_the_voters(case):
     score = token_score("attention", q=q, k=k, mask=mask, vote=vote, scale=scale)
     np.testing.assert_allclose(score, expected * 2**30, atol=0.501)  # rounded to a whole number
     assert np.abs(score.sum(1) - 2**30).max() <= prompt
+
+
+def mean_cosine_by_loops(x, weight):
+    """[B,S]: mean over the weighted tokens of the cosine with each; a token without length has none."""
+    out = np.zeros(x.shape[:2])
+    for b in range(x.shape[0]):
+        unit = [v / np.linalg.norm(v) if np.linalg.norm(v) > 1e-14 else 0 * v for v in x[b].astype(np.float64)]
+        for t in range(x.shape[1]):
+            cosines = [w * (unit[t] @ u) for u, w in zip(unit, weight[b].astype(float), strict=True)]
+            out[b, t] = sum(cosines) / max(1.0, weight[b].sum())
+    return out
+
+
+@CASES
+@given(activations(20), st.integers(1, 12), st.integers(0, 2**32 - 1))
+def test_anchor_distinct_and_diverse_are_mean_cosines(case, width, seed):
+    z, weight = case
+    vote = (weight > 0).astype(np.float32)
+    rng = np.random.default_rng(seed)
+    embeds = rng.standard_normal((*z.shape[:2], width)).astype(np.float32)
+    image_mask = rng.random(z.shape[:2]) < 0.7
+    relevant, alike = 1 + mean_cosine_by_loops(z, vote), mean_cosine_by_loops(embeds, image_mask)
+    for name, expected in (("anchor", relevant), ("distinct", 1 - alike), ("diverse", relevant * (1 - alike) / 2)):
+        wires = {"z": z, "vote": vote, "embeds": embeds, "image_mask": image_mask}
+        score = token_score(name, **{w: wires[w] for w in TOKENS[name].WIRES})
+        np.testing.assert_allclose(score, expected.clip(0) * 2**30, atol=0.51)  # rounded to a whole number
+        assert score.min() >= 0 and score.max() <= 2**31
+
+
+def test_distinct_prefers_what_the_picture_has_little_of():
+    """Nine tokens of ground and one object; the object differs from all, the ground from one."""
+    ground, thing = np.array([1.0, 0.1, 0.0]), np.array([0.0, 0.2, 1.0])
+    embeds = np.stack([ground] * 4 + [thing] + [ground] * 5)[None].astype(np.float32)
+    score = token_score("distinct", embeds=embeds, image_mask=np.ones((1, 10), bool))
+    assert score[0].argmax() == 4 and len(set(np.delete(score[0], 4))) == 1
 
 
 @pytest.mark.parametrize("name", ["overlap", "attention"])

@@ -30,7 +30,7 @@ def choose_tokens(
     image_mask = edit.add_input("image_mask", bool, [dims.BATCH, dims.PROMPT])
     mask = edit.input("attention_mask")
     node = attentions[recipe.prune_layer - 1]
-    wires = {"z": ffns[recipe.prune_layer - 1].z, "image_mask": image_mask}
+    wires = {"z": ffns[recipe.prune_layer - 1].z, "image_mask": image_mask, "embeds": edit.input("inputs_embeds")}
     wires |= dict(zip(("q", "k", "mask"), (node.inputs[0], node.inputs[1], node.inputs[3]), strict=True))
     if "vote" in policy.WIRES:
         wires["vote"] = edit.call(voting.FUNCTIONS[recipe.voters], image_mask, mask)[0]
