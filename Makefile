@@ -5,7 +5,7 @@ DEMO := artifacts/demo.plan
 PICTURE := cm_export/demo/images/teal-circle.png
 STAMP := .venv/.installed
 
-.PHONY: demo test lint clean accuracy
+.PHONY: demo test lint clean accuracy bench-quality
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("cm-export needs Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
@@ -30,6 +30,12 @@ test: $(STAMP)
 accuracy: $(STAMP)
 	$(BIN)/cm-export build --recipe demo --out $(DEMO)
 	$(BIN)/cm-export eval $(DEMO) --task easy-vqa --threads 1 --out artifacts/easy-vqa.json
+
+# Neuron policies on a real language model: benchmarks/quality/*.json and the table of docs/quality.md (about 20 minutes).
+bench-quality: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python recipes/fetch_smollm2.py --out artifacts/smollm2-135m
+	$(BIN)/python benchmarks/neuron_quality.py --model artifacts/smollm2-135m --out benchmarks/quality/smollm2-135m.json --docs docs/quality.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check . --fix

@@ -10,7 +10,8 @@ with sparse FFNs; the prompt was read densely, as a bundle's prefill does. Figur
 
 A method scores neurons, from the prompt (one set per answer), from calibration text, or anew for every token; the K best
 rows are read. Bytes: K rows of three matrices in 16 bits, plus what the predictor reads. Calibration text is what the
-model answers to other prompts. Sources: CoreInfer (arXiv 2410.18311), GRIFFIN (2404.01365), GLASS (2508.14302), CATS (2404.08763).
+model answers to other prompts. Sources: CoreInfer (arXiv 2410.18311), GRIFFIN (2404.01365), GLASS (2508.14302),
+CATS (2404.08763).
 """
 
 import argparse
@@ -59,11 +60,15 @@ class Model:
     def __init__(self, path: Path):
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._keep: Score | None = None
+        self.adopt()
+
+    def adopt(self) -> None:
+        """Put our forward into every FFN."""
         self.ffns = [layer.mlp for layer in self.model.model.layers]
         self.ffn, self.hidden = self.ffns[0].up_proj.weight.shape
         self.norms = [m.down_proj.weight.norm(dim=0) for m in self.ffns]
-        self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._keep: Score | None = None
         for i, module in enumerate(self.ffns):
             module.forward = lambda x, i=i: self._forward(i, x)
 
@@ -316,8 +321,18 @@ def table(report: dict) -> str:
         cells = [f"{rows[s]['agreement']:.3f} / {rows[s]['perplexity']:.2f}" if s in rows else "" for s in shares]
         if name == "dense":
             cells = [f"{some['agreement']:.3f} / {some['perplexity']:.2f}"] * len(shares)
-        lines.append(f"| {name} | {some['predictor_share']:.1%} | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {name.replace(chr(124), chr(92) + chr(124))} | {some['predictor_share']:.1%} | "
+            + " | ".join(cells)
+            + " |"
+        )
     return "\n".join(lines) + "\n"
+
+
+def into(docs: str, report: dict) -> str:
+    """The page with the report's table between its two marks."""
+    before, rest = docs.split("<!-- table -->")
+    return f"{before}<!-- table -->\n{table(report)}<!-- end -->{rest.split('<!-- end -->')[1]}"
 
 
 def main() -> None:
@@ -325,6 +340,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a Llama-like checkpoint directory")
     parser.add_argument("--name", default="SmolLM2-135M-Instruct (weights of a Q4_1 file)")
     parser.add_argument("--out", type=Path, required=True, help="the report (.json)")
+    parser.add_argument("--docs", type=Path, help="a page whose table is written anew (.md)")
     parser.add_argument("--shares", default="0.4,0.5,0.6,0.7", help="shares of the FFN's bytes read per token")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -347,6 +363,8 @@ def main() -> None:
     part = args.out.with_suffix(".part")
     part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     part.replace(args.out)
+    if args.docs:
+        args.docs.write_text(into(args.docs.read_text(encoding="utf-8"), report), encoding="utf-8")
     print(table(report))
 
 

@@ -1,6 +1,7 @@
 """Axis letters, defined once; tensors in docstrings and graph inputs use them.
 
 B batch            S prompt tokens      T kept prompt tokens   P tokens in the cache   M cache rows read (core tokens)
+N new tokens of one decode step (N image patches, in the vision graph)
 D hidden size      F FFN neurons        K kept neurons         L decoder layers        V vocabulary
 H query heads      Hk key/value heads   d head size            N image patches         I image tokens (N / merge^2)
 """
@@ -10,6 +11,7 @@ BATCH = "batch"
 PROMPT = "prompt"
 KEPT = "kept"
 PAST = "past"
+NEW = "new"
 CONTEXT = "context"
 CORE_NEURONS = "core_neurons"
 CORE_TOKENS = "core_tokens"

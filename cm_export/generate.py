@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from . import guard as guards
 from .backends.onnxruntime import Backend, CoreRows, Decoder
 from .bundle import Bundle
 from .chat import Chat
@@ -95,7 +96,11 @@ class Prefilled:
         else:
             check_core_neurons(self.core_neurons, shape.layers, 1, shape.ffn)
             rows = engine.rows.gather(self.core_neurons)
-        return Decoder(engine.backend, "decode", self._cache, rows)
+        return self.decoder_over(rows)
+
+    def decoder_over(self, rows: dict[str, np.ndarray]) -> Decoder:
+        """A decoder over this prompt's cache that computes these FFN rows."""
+        return Decoder(self._engine.backend, "decode", self._cache, rows)
 
     def step_feeds(self, token: int, step: int) -> dict[str, np.ndarray]:
         return self.request.step_feeds(token, step, self._kept_mask, self._core_tokens)
@@ -185,12 +190,16 @@ class Engine:
         neuron_share: float | None = None,
         token_share: float | None = None,
         seed: int | None = None,
+        guard: int | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> Answer:
         """Answer one question about PIL pictures, greedily; `on_text` gets the text as it comes.
 
-        Nothing is shown before the weights match their hash. Raises InputError, BundleError.
+        `guard`: check drafts of that many tokens against the dense model (see guard.py). Nothing is shown before the
+        weights match their hash. Raises InputError, BundleError.
         """
+        if guard:
+            guards.check_bundle(self.recipe)
         started = time.perf_counter()
         chat, merge = self.chat, self.bundle.shape.merge
         embeds, grid = self.embed(images or [])
@@ -201,7 +210,13 @@ class Engine:
         prefilled_at = time.perf_counter()
         self.bundle.wait_verified()
         ids, pieces, first_at = [], [], None
-        for token, text in chat.stream(self.tokens(prefilled, max_new_tokens, chat.stop_ids)):
+        report = guards.Report(guard) if guard else None
+        source = (
+            guards.guarded(self, prefilled, max_new_tokens, chat.stop_ids, report)
+            if report
+            else self.tokens(prefilled, max_new_tokens, chat.stop_ids)
+        )
+        for token, text in chat.stream(source):
             first_at = first_at or time.perf_counter()
             if token >= 0:
                 ids.append(token)
@@ -228,6 +243,8 @@ class Engine:
             "stopped": "stop token" if len(ids) < max_new_tokens else "max-new-tokens",
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
+        if report:
+            stats["guard"] = report.to_dict()
         unknown = chat.unknown_words(prompt)
         notes = [f"unknown to this model's vocabulary: {', '.join(unknown)}"] if unknown else []
         return Answer("".join(pieces), ids, stats, kept, notes)

@@ -61,21 +61,27 @@ class Request:
         return int(self.is_image.sum())
 
     def step_feeds(
-        self, token: int, step: int, kept_mask: np.ndarray | None = None, core_tokens: np.ndarray | None = None
+        self,
+        tokens: int | list[int],
+        step: int,
+        kept_mask: np.ndarray | None = None,
+        core_tokens: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
-        """Feeds of decode step `step` (0 = the first answer token, `token`).
+        """Feeds of a decode step that reads one or several answer tokens, the first of them being answer token `step`.
 
         kept_mask [1,T]: the prefill cut the cache to T rows. core_tokens [1,M]: the cache is whole, only these prompt
         rows (and the answer's own) are read.
         """
+        ids = np.atleast_1d(np.asarray(tokens, np.int64))
         base = kept_mask if kept_mask is not None else np.ones((1, self.tokens), np.int64)
+        positions = self.next_position + step + np.arange(len(ids))
         feeds = {
-            "inputs_embeds": self.embedding[token].astype(np.float32)[None, None],
-            "position_ids": np.full((3, 1, 1), self.next_position + step, np.int64),
-            "attention_mask": np.concatenate([base, np.ones((1, step + 1), np.int64)], 1),
+            "inputs_embeds": self.embedding[ids].astype(np.float32)[None],
+            "position_ids": np.ascontiguousarray(np.broadcast_to(positions, (3, 1, len(ids)))),
+            "attention_mask": np.concatenate([base, np.ones((1, step + len(ids)), np.int64)], 1),
         }
         if core_tokens is not None:
-            answer = np.arange(self.tokens, self.tokens + step + 1, dtype=np.int32)[None]
+            answer = np.arange(self.tokens, self.tokens + step + len(ids), dtype=np.int32)[None]
             feeds["core_tokens"] = np.concatenate([core_tokens, answer], 1)
         return feeds
 

@@ -51,9 +51,9 @@ def cache_names(layers: int, prefix: str) -> list[str]:
 
 def specs(model: nn.Module, shape: Any) -> list[GraphSpec]:
     """The three graphs of a vision-language model. `shape` is the family's Shape."""
-    batch, prompt, past = Dim(dims.BATCH), Dim(dims.PROMPT, min=2), Dim(dims.PAST, min=1)
+    batch, prompt, past, new = Dim(dims.BATCH), Dim(dims.PROMPT, min=2), Dim(dims.PAST, min=1), Dim(dims.NEW, min=1)
     patches, segments = 4 * shape.merge**2, 2
-    b, s, p, layers = 2, 9, 7, shape.layers
+    b, s, p, n, layers = 2, 9, 7, 3, shape.layers
     rows = [b, shape.kv_heads, p, shape.head_dim]
 
     def kv_out(axis: str) -> dict[str, list[str | int]]:
@@ -97,19 +97,19 @@ def specs(model: nn.Module, shape: Any) -> list[GraphSpec]:
         "decode",
         wrappers.Decode(model),
         {
-            "inputs_embeds": torch.zeros(b, 1, shape.hidden),
-            "position_ids": torch.zeros(3, b, 1, dtype=torch.int64),
-            "attention_mask": torch.ones(b, p + 1, dtype=torch.int64),
+            "inputs_embeds": torch.zeros(b, n, shape.hidden),
+            "position_ids": torch.zeros(3, b, n, dtype=torch.int64),
+            "attention_mask": torch.ones(b, p + n, dtype=torch.int64),
             "past": [torch.zeros(rows) for _ in range(2 * layers)],
         },
         {
-            "inputs_embeds": {0: batch},
-            "position_ids": {1: batch},
-            "attention_mask": {0: batch, 1: past + 1},
+            "inputs_embeds": {0: batch, 1: new},
+            "position_ids": {1: batch, 2: new},
+            "attention_mask": {0: batch, 1: Dim.DYNAMIC},  # past + new, which torch can only infer
             "past": [{0: batch, 2: past}] * (2 * layers),
         },
         ["inputs_embeds", "position_ids", "attention_mask", *cache_names(layers, "past")],
-        logits | kv_out(dims.CONTEXT),
+        {"logits": [dims.BATCH, dims.NEW, shape.vocab]} | kv_out(dims.CONTEXT),
     )
     return [vision, prefill, decode]
 
@@ -144,10 +144,10 @@ def trace(spec: GraphSpec) -> onnx.ModelProto:
 
 
 _INPUT_AXES: dict[str, dict[str, list[str | int | None]]] = {
-    "inputs_embeds": {"prefill": [dims.BATCH, dims.PROMPT, None], "decode": [dims.BATCH, 1, None]},
+    "inputs_embeds": {"prefill": [dims.BATCH, dims.PROMPT, None], "decode": [dims.BATCH, dims.NEW, None]},
     "position_ids": {
         "prefill": [3, dims.BATCH, dims.PROMPT],
-        "decode": [3, dims.BATCH, 1],
+        "decode": [3, dims.BATCH, dims.NEW],
         "vision": [dims.PATCHES, 2],
     },
     "attention_mask": {"prefill": [dims.BATCH, dims.PROMPT], "decode": [dims.BATCH, dims.CONTEXT]},

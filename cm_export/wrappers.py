@@ -2,7 +2,7 @@
 
     vision  : patches, host-computed integers          -> image embeddings
     prefill : embeddings, positions, padding mask      -> last-token logits, keys and values of every layer
-    decode  : one token's embedding + past keys/values -> logits, keys and values one row longer
+    decode  : new tokens' embeddings + past keys/values -> logits of each, keys and values with their rows added
 
 The seams: `AttentionInterface` (which attention op is emitted), a duck-typed cache (only `update` is called), the
 decoder's own layers in our loop, and host-computed integers as keywords of the vision tower.
@@ -64,8 +64,10 @@ class _Decoder(nn.Module):
         rope = decoder.rotary_emb(hidden, position_ids)
         for layer in decoder.layers:
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=cache, use_cache=True)
-        logits = self.model.get_output_embeddings()(decoder.norm(hidden[:, -1:]))[:, 0]
-        return (logits, *cache.flat())
+        return hidden, cache.flat()
+
+    def logits(self, hidden):
+        return self.model.get_output_embeddings()(self.model.get_decoder().norm(hidden))
 
 
 def _additive(allowed, dtype):
@@ -79,15 +81,22 @@ class Prefill(_Decoder):
     def forward(self, inputs_embeds, position_ids, attention_mask):
         row = torch.arange(inputs_embeds.shape[1])
         allowed = (row[None, :] <= row[:, None])[None] & (attention_mask[:, None, :] > 0)
-        return self.run(inputs_embeds, position_ids, _additive(allowed, inputs_embeds.dtype))
+        hidden, cache = self.run(inputs_embeds, position_ids, _additive(allowed, inputs_embeds.dtype))
+        return (self.logits(hidden[:, -1:])[:, 0], *cache)
 
 
 class Decode(_Decoder):
-    """inputs_embeds [B,1,D], position_ids [3,B,1], attention_mask [B,P+1], past -> logits [B,V], key/value [B,Hk,P+1,d]."""
+    """inputs_embeds [B,N,D], position_ids [3,B,N], attention_mask [B,P+N], past -> logits [B,N,V], key/value [B,Hk,P+N,d].
+
+    N is 1 when an answer is written, more when several tokens are read at once: drafted ones, or another question.
+    """
 
     def forward(self, inputs_embeds, position_ids, attention_mask, past):
-        mask = _additive((attention_mask > 0)[:, None, :], inputs_embeds.dtype)
-        return self.run(inputs_embeds, position_ids, mask, past)
+        row = torch.arange(attention_mask.shape[1])
+        new = row[attention_mask.shape[1] - inputs_embeds.shape[1] :]
+        allowed = (row[None, :] <= new[:, None])[None] & (attention_mask[:, None, :] > 0)
+        hidden, cache = self.run(inputs_embeds, position_ids, _additive(allowed, inputs_embeds.dtype), past)
+        return (self.logits(hidden), *cache)
 
 
 class Vision(nn.Module):

@@ -17,6 +17,7 @@ from cm_export import trace, weights
 from cm_export.backends.onnxruntime import Backend
 from cm_export.families import qwen2_vl as family
 from cm_export.recipe import Recipe
+from cm_export.request import Request
 from cm_export.surgery import pipeline
 
 IMAGE, VIDEO, START, END = 5, 6, 3, 4
@@ -154,3 +155,12 @@ def prompt(shape: Any, grids: list[tuple[int, int]], rng: np.random.Generator, w
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", **config}))
+
+
+def request(x, seed, layout=((3, 4), (2, 2))):
+    """A prompt with pictures of random embeddings, ready to run."""
+    rng = np.random.default_rng(seed)
+    ids = prompt(x.shape, list(layout), rng)
+    grid = np.array([(1, h * x.shape.merge, w * x.shape.merge) for h, w in layout], np.int64)
+    embeds = rng.standard_normal((int((ids == x.shape.image_token).sum()), x.shape.hidden)).astype(np.float32)
+    return Request.of(ids, grid, family, x.shape, x.weights, embeds)

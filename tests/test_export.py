@@ -113,23 +113,27 @@ def test_prefill_with_left_padding_equals_transformers(exported, seed, batch, le
 
 
 @seeds
-@pytest.mark.parametrize(("batch", "past"), [(3, 1), (1, 77), (2, 5)])
-def test_decode_at_any_past_equals_transformers(exported, seed, batch, past):
+@pytest.mark.parametrize(("batch", "past", "new"), [(3, 1, 1), (1, 77, 1), (2, 5, 1), (1, 7, 2), (3, 5, 6), (2, 1, 17)])
+def test_decode_at_any_past_and_of_any_length_equals_transformers(exported, seed, batch, past, new):
     x, rng = exported(seed), np.random.default_rng(seed + past)
     first = rng.standard_normal((batch, past, x.shape.hidden)).astype(np.float32)
-    positions = rng.integers(0, 50, (3, batch, past + 1))
-    mask = np.ones((batch, past + 1), np.int64)
+    positions = rng.integers(0, 50, (3, batch, past + new))
+    mask = np.ones((batch, past + new), np.int64)
     mask[1:, : past // 2] = 0
-    _, cache = hf_decoder(x, first, positions[..., :-1], mask[:, :-1])
+    _, cache = hf_decoder(x, first, positions[..., :past], mask[:, :past])
     rows = {}
     for i, layer in enumerate(cache.layers):
         rows[f"past.{i}.key"], rows[f"past.{i}.value"] = layer.keys.numpy().copy(), layer.values.numpy().copy()
-    new = rng.standard_normal((batch, 1, x.shape.hidden)).astype(np.float32)
-    expected, _ = hf_decoder(x, new, positions[..., -1:], mask, cache)
-    feeds = {"inputs_embeds": new, "position_ids": positions[..., -1:], "attention_mask": mask, **rows}
+    added = rng.standard_normal((batch, new, x.shape.hidden)).astype(np.float32)
+    expected = []
+    for i in range(new):  # transformers reads them one by one
+        here = slice(past + i, past + i + 1)
+        logits, cache = hf_decoder(x, added[:, i : i + 1], positions[..., here], mask[:, : past + i + 1], cache)
+        expected.append(logits)
+    feeds = {"inputs_embeds": added, "position_ids": positions[..., past:], "attention_mask": mask, **rows}
     backend = x.backend()
     dense = backend.session("decode_dense").run(["logits"], feeds)[0]
-    close(dense, expected)
+    close(dense, np.stack(expected, 1))
     ids = np.broadcast_to(np.arange(x.shape.ffn, dtype=np.int32), (x.shape.layers, batch, x.shape.ffn))
     portable = backend.session("decode", rows_as_inputs=False)
     close(portable.run(["logits"], feeds | {"core_neurons": np.ascontiguousarray(ids)})[0], dense)

@@ -3,7 +3,7 @@
 import numpy as np
 import onnx
 import pytest
-from random_models import copy, prompt
+from random_models import copy, request
 from tolerances import agrees
 
 from cm_export.backends.onnxruntime import CoreRows, Decoder
@@ -11,21 +11,13 @@ from cm_export.core_index import select_core_neurons
 from cm_export.errors import InputError, SurgeryError
 from cm_export.families import qwen2_vl as family
 from cm_export.recipe import Recipe
-from cm_export.request import Request, core_row_names, prefill_feeds, sparse_feeds
+from cm_export.request import core_row_names, prefill_feeds, sparse_feeds
 from cm_export.surgery import pipeline
 from cm_export.surgery.edit import Edit
 from cm_export.surgery.find_sites import attention_sites, ffn_sites
 
 SEEDS = (1, 2)
 seeds = pytest.mark.parametrize("seed", SEEDS)
-
-
-def request(x, seed, layout=((3, 4), (2, 2))):
-    rng = np.random.default_rng(seed)
-    ids = prompt(x.shape, list(layout), rng)
-    grid = np.array([(1, h * x.shape.merge, w * x.shape.merge) for h, w in layout], np.int64)
-    embeds = rng.standard_normal((int((ids == x.shape.image_token).sum()), x.shape.hidden)).astype(np.float32)
-    return Request.of(ids, grid, family, x.shape, x.weights, embeds)
 
 
 def arrays(outputs):

@@ -146,7 +146,11 @@ class Decoder:
         self.cache = {n.replace("present", "past", 1): v for n, v in cache.items() if n.startswith("present.")}
 
     def step(self, feeds: dict[str, Any]) -> np.ndarray:
-        """Logits [B,V] after one more token; feeds: inputs_embeds, position_ids, attention_mask (and core_tokens)."""
+        """Logits [B,V] after the new tokens; feeds: inputs_embeds, position_ids, attention_mask (and core_tokens)."""
+        return self.read(feeds)[:, -1]
+
+    def read(self, feeds: dict[str, Any]) -> np.ndarray:
+        """Logits [B,N,V] after each of N new tokens; their keys and values are in the cache from now on."""
         if not getattr(self._constant, "current", True):
             raise CmExportError("another request has replaced this decoder's rows", fix="decode one request at a time")
         for name, value in feeds.items():

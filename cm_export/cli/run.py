@@ -30,6 +30,7 @@ from ._console import (
         'cm-export run engine.plan --image a.jpg --image b.jpg --prompt "What changed?" --token-share 0.25',
         'cm-export run engine.plan --image a.jpg --prompt "Describe it." --overlay kept.png --json',
         'cm-export run engine.plan --image a.jpg --prompt "Describe it." --dense',
+        'cm-export run engine.plan --image a.jpg --prompt "Describe it." --guard',
     ),
 )
 @bundle_argument
@@ -40,6 +41,8 @@ from ._console import (
 @click.option("--dense", is_flag=True, help="All neurons and all tokens, to compare with.")
 @neuron_share
 @token_share
+@click.option("--guard", is_flag=True, help="Check every draft against the dense model: its answer, at sparse speed.")
+@click.option("--guard-every", type=Count(2), default=16, show_default=True, help="Tokens of a draft, with --guard.")
 @click.option("--overlay", help="Write a picture of the image tokens that were kept (.png, .jpg, .webp).")
 @seed_option
 @threads_option
@@ -47,14 +50,16 @@ from ._console import (
 @quiet_option
 def command(
     bundle: Path, paths: tuple[str, ...], prompt: str, system: str | None, max_new_tokens: int, dense: bool,
-    neuron_share: float | None, token_share: float | None, overlay: str | None, seed: int | None, threads: int,
-    as_json: bool, quiet: bool,
+    neuron_share: float | None, token_share: float | None, guard: bool, guard_every: int, overlay: str | None,
+    seed: int | None, threads: int, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Ask a bundle about pictures; the answer streams to stdout, one summary line goes to stderr."""
     if not prompt.strip():
         raise InputError("the prompt is empty", where="--prompt", fix='ask something, such as "Describe the picture."')
     if dense and (neuron_share or token_share):
         raise InputError("--dense means all neurons and all tokens", fix="leave --neuron-share and --token-share out")
+    if dense and guard:
+        raise InputError("--dense needs no guard", fix="leave --guard out")
     if overlay and not paths:
         raise InputError("there is no picture to draw on", where="--overlay", fix="give --image")
 
@@ -78,6 +83,7 @@ def command(
         neuron_share=neuron_share,
         token_share=token_share,
         seed=seed,
+        guard=guard_every if guard else None,
         on_text=None if as_json else _write,
     )
     if drawings:
@@ -122,4 +128,14 @@ def _summary(stats: dict[str, Any]) -> str:
     speed = f"first token after {stats['ttft_s']:.2f} s"
     if stats["tokens_per_s"]:  # None after a single token
         speed += f", then {stats['tokens_per_s']:.1f} tokens/s"
-    return ", ".join([*parts, speed])
+    return ", ".join([*parts, speed]) + _guarded(stats.get("guard"))
+
+
+def _guarded(report: dict[str, Any] | None) -> str:
+    if not report:
+        return ""
+    text = f"; guard: {report['checks']} checks, {report['kept']} of {report['drafted']} drafted tokens kept"
+    spent = report["draft_s"] + report["check_s"]
+    if spent:
+        text += f", {report['check_s'] / spent:.0%} of the decode time".replace("%", " %")
+    return text + "".join(f", {action}" for action in report["actions"])

@@ -1,0 +1,103 @@
+"""The guard gives the dense model's answer whatever the sparse model says, and costs little when that is right."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import cm_export
+from random_models import request
+from tolerances import agrees
+
+from cm_export import checkpoint, guard
+from cm_export.backends.onnxruntime import Decoder
+from cm_export.bundle import Bundle
+from cm_export.evals import easy_vqa
+from cm_export.evals._compare import with_policies
+from cm_export.generate import Budget, Engine
+from cm_export.images import open_image
+from cm_export.recipe import Recipe
+from cm_export.request import prefill_feeds
+
+PICTURE = Path(checkpoint.__file__).parent / "demo" / "images" / "teal-circle.png"
+
+
+@pytest.fixture(scope="module")
+def engine(demo_bundle):
+    whole = Engine(Bundle(demo_bundle), 1)
+    return with_policies(whole, whole.recipe.replace(tokens__cache="index"))
+
+
+def answers(engine, question, every, **budget):
+    """Token ids: dense, sparse, guarded; and the guard's report."""
+    embeds, grid = engine.embed([open_image(question.pictures[0])])
+    ids = engine.chat.encode(question.text, None, engine.bundle.family.image_tokens(grid, engine.bundle.shape.merge))
+    asked = engine.request(ids, grid, embeds)
+    stop, report = engine.chat.stop_ids, guard.Report(every)
+    dense = list(engine.tokens(engine.prefill(asked, Budget(dense=True)), 20, stop))
+    sparse = list(engine.tokens(engine.prefill(asked, Budget(**budget)), 20, stop))
+    guarded = list(guard.guarded(engine, engine.prefill(asked, Budget(**budget)), 20, stop, report))
+    return dense, sparse, guarded, report
+
+
+@pytest.mark.parametrize("every", [2, 5, 16])
+def test_a_failing_case_becomes_the_dense_answer(engine, every):
+    """At 10 % of the neurons and 11 % of the tokens hardly an answer is right without the guard."""
+    questions, failed = easy_vqa.questions("sentence")[:240:20], 0
+    for question in questions:
+        dense, sparse, guarded, report = answers(engine, question, every, neuron_share=0.1, token_share=0.11)
+        assert guarded == dense
+        failed += sparse != dense
+        assert report.kept <= report.drafted and (sparse == dense or report.kept < report.drafted)
+    assert failed >= len(questions) // 2, "these budgets must break answers for this test to say anything"
+
+
+def test_where_nothing_is_wrong_the_guard_only_checks(engine):
+    """One dense pass for every 16 tokens, each reading the weights once: at most 1 / 16 dense reads a token, and one more."""
+    for question in easy_vqa.questions("sentence")[:100:20]:
+        dense, sparse, guarded, report = answers(engine, question, 16, neuron_share=0.9, token_share=0.9)
+        assert dense == sparse == guarded
+        assert (report.drifts, report.dense_steps, report.actions) == (0, 0, [])
+        assert report.checks <= len(dense) / 16 + 1 and report.kept == report.drafted
+
+
+def test_it_climbs_from_more_neurons_over_tokens_to_dense(engine):
+    question = easy_vqa.questions("sentence")[0]
+    _, _, _, report = answers(engine, question, 3, neuron_share=0.001, token_share=0.02)
+    what = [a.split(" after")[0] for a in report.actions]
+    assert what == sorted(what, key=guard.LADDER.index) and what.count("more neurons") >= 1
+    assert report.drifts == len(report.actions)
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_a_truncated_cache_is_the_cache_before(exported, seed):
+    x = exported(seed)
+    backend = x.backend(Recipe().replace(tokens__prune_layer=1))
+    asked = request(x, seed)
+    out = backend.prefill(prefill_feeds(asked), "prefill_dense")
+    one, other = (Decoder(backend, "decode_dense", out, {}) for _ in range(2))
+    one.read(asked.step_feeds([3, 4], 0))
+    other.read(asked.step_feeds([3, 4, 5, 6], 0))
+    other.cache = guard._truncated(other.cache, asked.tokens + 2)
+    a, b = (d.step(asked.step_feeds(7, 2)) for d in (one, other))
+    agrees("same numbers", a, b)
+    assert not np.array_equal(a, one.step(asked.step_feeds(7, 3)))
+
+
+def test_run_reports_what_the_guard_did_and_refuses_a_bundle_that_cannot_be_checked(demo_bundle, tmp_path):
+    run = ["run", demo_bundle, "--image", PICTURE, "--prompt", "describe : what shape is in the image?", "--guard"]
+    done = cm_export(*run, "--quiet")
+    assert done.returncode == 2 and "--token-cache index" in done.stderr and done.stderr.count("\n") == 1
+    out = tmp_path / "x.plan"
+    work = demo_bundle.with_name(f".{demo_bundle.name}.stages")
+    built = cm_export(
+        "build", "--recipe", "demo", "--token-cache", "index", "--out", out, "--quiet", "--work-dir", work
+    )
+    assert built.returncode == 0, built.stderr
+    run[1] = out
+    found = json.loads(cm_export(*run, "--neuron-share", "0.05", "--guard-every", "4", "--json").stdout)
+    dense = json.loads(cm_export(*[w for w in run if w != "--guard"], "--dense", "--json").stdout)
+    assert found["token_ids"] == dense["token_ids"] and "guard" not in dense
+    assert found["guard"]["checks"] >= 2 and found["guard"]["regenerated"] >= 1 and found["guard"]["every"] == 4
+    told = cm_export(*run).stderr
+    assert "guard: 1 checks, 9 of 9 drafted tokens kept" in told
