@@ -243,8 +243,9 @@ class Engine:
             "stopped": "stop token" if len(ids) < max_new_tokens else "max-new-tokens",
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
-        if report:
-            stats["guard"] = report.to_dict()
+        if report:  # tokens come a draft at a time, the first ones after the first check
+            spent = report.draft_s + report.check_s
+            stats |= {"guard": report.to_dict(), "decode_s": spent, "tokens_per_s": len(ids) / spent if ids else None}
         unknown = chat.unknown_words(prompt)
         notes = [f"unknown to this model's vocabulary: {', '.join(unknown)}"] if unknown else []
         return Answer("".join(pieces), ids, stats, kept, notes)

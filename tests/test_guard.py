@@ -99,5 +99,6 @@ def test_run_reports_what_the_guard_did_and_refuses_a_bundle_that_cannot_be_chec
     dense = json.loads(cm_export(*[w for w in run if w != "--guard"], "--dense", "--json").stdout)
     assert found["token_ids"] == dense["token_ids"] and "guard" not in dense
     assert found["guard"]["checks"] >= 2 and found["guard"]["regenerated"] >= 1 and found["guard"]["every"] == 4
+    assert found["tokens_per_s"] == len(found["token_ids"]) / (found["guard"]["draft_s"] + found["guard"]["check_s"])
     told = cm_export(*run).stderr
-    assert "guard: 1 checks, 9 of 9 drafted tokens kept" in told
+    assert "guard: 1 checks, 10 of 10 drafted tokens kept" in told  # nine and the stop token
