@@ -14,6 +14,7 @@ import onnx
 
 from ..bundle import Bundle
 from ..generate import Budget, Engine
+from ..neuron_constants import neuron_constants
 from ..recipe import Recipe
 from ..surgery import pipeline
 
@@ -94,11 +95,13 @@ def with_policies(engine: Engine, recipe: Recipe) -> Engine:
     pipeline.check_recipe(recipe, bundle.shape)
 
     def graph(name: str) -> Path | onnx.ModelProto:
-        rewrite = {"prefill": pipeline.sparse_prefill, "decode": pipeline.sparse_decode}.get(name)
-        if rewrite is None:
+        if name not in ("prefill", "decode"):
             return bundle.graph(name)
         dense = onnx.load(bundle.graph(f"{name}_dense"), load_external_data=False)
-        return rewrite(dense, bundle.family, bundle.shape, recipe)[0]
+        if name == "decode":
+            return pipeline.sparse_decode(dense, bundle.family, bundle.shape, recipe)[0]
+        constants = neuron_constants(recipe, bundle.weights, bundle.family, bundle.shape, bundle.calibration)
+        return pipeline.sparse_prefill(dense, bundle.family, bundle.shape, recipe, constants)[0]
 
     return Engine(bundle, engine.backend.threads, recipe, graph)
 
