@@ -32,19 +32,18 @@ class CoreSet:
     def constants(self, rows: Any) -> Arrays:
         """The inputs of decode that stay for the whole answer, rows gathered; `rows`: the backend's CoreRows."""
         if (self.counts == self.ffn).all():
-            return everything(rows)
+            return every_neuron(rows)
         check_core_neurons(self.neurons, *self.neurons.shape[:2], self.ffn, self.counts)
         out = rows.gather(self.neurons, self.counts)
         out["core_neurons"], out["core_counts"] = self.neurons, self.counts
-        if self.mean_z is not None:
-            out["core_bias"] = self.bias([out[f"ffn.{i}.down"] for i in range(len(self.counts))])
+        out["core_bias"] = self.bias([out[f"ffn.{i}.down"] for i in range(len(self.counts))])
         return out
 
     def bias(self, down: list[np.ndarray]) -> np.ndarray:
-        """[L,B,D] float32 of the kept neurons' down rows [B,K_l,D]; zero in a layer that keeps all of them."""
-        out = np.zeros(self.mean_y.shape, np.float32)
+        """[L,B,D] float32 of the kept neurons' down rows [B,K_l,D]; zero without means, and in a layer that keeps all."""
+        out = np.zeros((*self.neurons.shape[:2], down[0].shape[-1]), np.float32)
         for layer, (count, kept) in enumerate(zip(self.counts, down, strict=True)):
-            if count < self.ffn:
+            if self.mean_z is not None and count < self.ffn:
                 ids = self.neurons[layer, :, :count].astype(np.int64)
                 z = np.take_along_axis(self.mean_z[layer], ids, axis=-1)
                 out[layer] = self.mean_y[layer] - (z[:, None] @ kept)[:, 0]
@@ -74,7 +73,7 @@ def choose(
     return CoreSet(index, counts, shape.ffn, mean_z, mean_y)
 
 
-def everything(rows: Any) -> Arrays:
+def every_neuron(rows: Any) -> Arrays:
     """Every neuron: rows are views of the weight file, nothing is left to stand in for."""
     out = rows.all()
     layers, hidden = len(rows.sources), rows.sources[0][2].shape[1]

@@ -16,7 +16,7 @@ import numpy as np
 
 from .backends.onnxruntime import Backend, CoreRows, Decoder
 from .calibration import Calibration
-from .core_set import choose
+from .core_set import choose, every_neuron
 from .errors import GateFailed
 from .recipe import Recipe
 from .request import Request, core_row_names, prefill_feeds, sparse_feeds
@@ -108,7 +108,7 @@ def run_gates(
     gate("full budget, prefill", "prefill", pairs, "dense prefill")
     chosen = _numpy(backend.prefill(feeds | sparse_feeds(request, recipe), "prefill"))
     backend.drop("prefill")
-    decoder = Decoder(backend, "decode", _ort(cache), everything(rows))
+    decoder = Decoder(backend, "decode", _ort(cache), every_neuron(rows))
     sparse = _steps(decoder, request, reference["tokens"], core_tokens=full.get("kept_tokens"), recipe=recipe)
     backend.drop("decode")
     pairs = {f"logits of step {i}": (a, b) for i, (a, b) in enumerate(zip(sparse, steps, strict=True))}

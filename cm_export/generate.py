@@ -65,8 +65,8 @@ class Prefilled:
             feeds |= sparse_feeds(request, recipe, budget.token_share, seed=budget.seed)
         outputs = engine.backend.prefill(feeds, "prefill_dense" if budget.dense else "prefill")
         self.logits = outputs.pop("logits").numpy()
-        self._measured = {n: outputs.pop(n).numpy() for n in MEASURED if n in outputs}
-        self.scores = self._measured.get("core_scores")
+        self.measured = {n: outputs.pop(n).numpy() for n in MEASURED if n in outputs}
+        self.scores = self.measured.get("core_scores")
         kept = outputs.pop("kept_tokens", None)
         mask = outputs.pop("kept_mask", None)
         self.kept_tokens = kept.numpy() if kept is not None else np.arange(request.tokens, dtype=np.int32)[None]
@@ -82,7 +82,7 @@ class Prefilled:
         """The neurons that decode computes, under the recipe and the budget; all of them where nothing was scored."""
         engine = self._engine
         calibration = engine.bundle.calibration
-        return choose(self._measured, engine.recipe.neurons, engine.bundle.shape, calibration, self.budget.neuron_share)
+        return choose(self.measured, engine.recipe.neurons, engine.bundle.shape, calibration, self.budget.neuron_share)
 
     @property
     def core_neurons(self) -> np.ndarray:
