@@ -34,13 +34,14 @@ def allot(sensitivity: np.ndarray, shares: np.ndarray, total: int, most: int) ->
     curves = [_convex(np.append(shares, 1.0), np.append(row, 0.0)) for row in sensitivity.astype(np.float64)]
     counts = np.full(layers, least, np.int64)
     left = total - counts.sum()
+    scale = max(float(curve[1].max()) for curve in curves) or 1.0
 
     def entry(layer: int) -> tuple[float, int, int]:
         grown = min(step, most - counts[layer])
         ends = np.array([counts[layer], counts[layer] + max(1, grown)]) / most
         fall = float(np.subtract(*np.interp(ends, *curves[layer]))) / max(1, grown)
-        # Of layers that gain the same, the one with fewer neurons: equal curves get equal counts.
-        return -fall, int(counts[layer]), layer
+        # Of layers that gain the same (up to rounding), the one with fewer neurons: equal curves get equal counts.
+        return -round(fall / scale, 12), int(counts[layer]), layer
 
     heap = [entry(layer) for layer in range(layers)]
     heapq.heapify(heap)
