@@ -5,7 +5,7 @@ DEMO := artifacts/demo.plan
 PICTURE := cm_export/demo/images/teal-circle.png
 STAMP := .venv/.installed
 
-.PHONY: demo test lint clean accuracy
+.PHONY: demo test lint clean accuracy bench-neurons
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("cm-export needs Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
@@ -30,6 +30,12 @@ test: $(STAMP)
 accuracy: $(STAMP)
 	$(BIN)/cm-export build --recipe demo --out $(DEMO)
 	$(BIN)/cm-export eval $(DEMO) --task easy-vqa --threads 1 --out artifacts/easy-vqa.json
+
+# Neuron policies beside each other on the demo model, sentences of easy-VQA (about half an hour on one thread).
+bench-neurons: $(STAMP)
+	$(BIN)/cm-export calibrate --model demo --out artifacts/calibration.safetensors
+	$(BIN)/cm-export build --recipe demo --calibration artifacts/calibration.safetensors --out artifacts/neurons.plan
+	$(BIN)/python benchmarks/neuron_policies.py artifacts/neurons.plan --out artifacts/neurons.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check . --fix

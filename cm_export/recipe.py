@@ -108,6 +108,8 @@ def load(name_or_path: str) -> Recipe:
         raise InputError(f"cannot read the recipe ({e.strerror})", where=path) from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise InputError(f"not valid TOML ({e})", where=path) from e
+    if isinstance(values.get("calibration"), str):  # beside the recipe, wherever the command runs
+        values["calibration"] = str(path.parent / values["calibration"])
     return from_dict(values, str(path))
 
 

@@ -18,7 +18,7 @@ from cm_export.calibrate import read_prompts
 from cm_export.cluster import GROUPS, cluster
 from cm_export.errors import InputError
 from cm_export.families import qwen2_vl as family
-from cm_export.generate import load
+from cm_export.generate import Budget, load
 
 CASES = settings(max_examples=40, deadline=None)
 
@@ -103,6 +103,35 @@ def test_another_checkpoint_is_refused(measured, tmp_path):
 def test_a_policy_that_needs_a_calibration_says_so(bare_checkpoint, tmp_path):
     done = cm_export("build", "--model", bare_checkpoint, "--neurons", "glass", "--out", tmp_path / "x.plan")
     assert done.returncode == 2 and "needs a calibration" in done.stderr and "cm-export calibrate" in done.stderr
+
+
+def test_a_build_with_everything_calibrated_is_proved_and_answers(measured, bare_bundle, bare_checkpoint, tmp_path):
+    """glass, fill, layer budgets and blocks in one bundle: gates pass, the weights are the checkpoint's, reordered."""
+    out = tmp_path / "x.plan"
+    options = ["--calibration", measured[0], "--neurons", "glass", "--fill", "prompt", "--neuron-layers", "calibrated"]
+    options += ["--neuron-block", "8", "--neuron-share", "0.5", "--prune-layer", "1", "--threads", "1", "--out", out]
+    done = cm_export("build", "--model", bare_checkpoint, *options, "--json", env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads(done.stdout)
+    assert manifest["recipe"]["calibration"] == files.FILE and files.FILE in manifest["files"]
+    assert (out / files.FILE).read_bytes() == measured[0].read_bytes()
+    gates = {g["name"]: g["value"] for g in manifest["gates"]}
+    assert gates["full budget, decode"] == 0
+    engine, plain = load(out, 1), load(bare_bundle, 1)
+    up = "model.language_model.layers.1.mlp.up_proj.weight"
+    order = files.read(measured[0]).order[1]
+    np.testing.assert_array_equal(engine.bundle.weights[up], plain.bundle.weights[up][order])
+    np.testing.assert_array_equal(engine.bundle.calibration.energy[1], files.read(measured[0]).energy[1][order])
+    request = engine.request(np.arange(7, 20), np.zeros((0, 3), np.int64), None)
+    for share in (0.5, 1.0):
+        prefilled = engine.prefill(request, Budget(neuron_share=share))
+        counts = prefilled.core_set.counts
+        assert not (counts % 8).any() and prefilled.neurons == round(counts.mean())
+        logits = prefilled.decoder().step(prefilled.step_feeds(9, 0))
+    dense = engine.prefill(request, Budget(dense=True))
+    np.testing.assert_array_equal(logits, dense.decoder().step(dense.step_feeds(9, 0)))
+    again = cm_export("calibrate", out, "--out", tmp_path / "c", env=ONE_THREAD)
+    assert again.returncode == 2 and "reordered" in again.stderr
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ BACKENDS = ByName("cm_export.backends", "backend")
         "cm-export build --model demo --out demo.plan",
         "cm-export build --model qwen2-vl --out engine.plan",
         "cm-export build --model ./my-qwen2-vl --out my.plan --neurons griffin --neuron-share 0.5",
+        "cm-export build --model demo --neurons glass --calibration calibration.safetensors --out demo.plan",
         "cm-export build --recipe my-recipe.toml --out my.plan --force --json",
     ),
 )

@@ -15,7 +15,7 @@ from ._console import Count, Verb, emit_json, json_option, progress, quiet_optio
     examples=(
         "cm-export calibrate --model demo --out calibration.safetensors",
         "cm-export calibrate engine.plan --data prompts.jsonl --out calibration.safetensors",
-        "cm-export build --model demo --calibration calibration.safetensors --neurons glass --out demo.plan",
+        'cm-export calibrate engine.plan --data "own text" --prompts 64 --out calibration.safetensors',
     ),
 )
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))

@@ -125,7 +125,10 @@ def _rows(recipe: Recipe, neuron_share: float | None, token_share: float | None,
 def _random_like(row: Row, result: dict[str, Any]) -> Row:
     """Random choices of the size that the row was measured to keep; what it does not prune stays whole."""
     policies = {part: "random" for part in ("neurons", "tokens") if getattr(row.recipe, part).policy != "dense"}
-    recipe = row.recipe.replace(**{f"{part}__policy": name for part, name in policies.items()}, tokens__budget="share")
+    # Without a mean in place of dropped neurons: a random set is better off without (benchmarks/neuron_policies.py).
+    recipe = row.recipe.replace(
+        **{f"{part}__policy": name for part, name in policies.items()}, tokens__budget="share", neurons__fill="none"
+    )
     budget = Budget(
         neuron_share=result["neuron_share"] if "neurons" in policies else None,
         token_share=result["token_share"] if "tokens" in policies else None,
