@@ -5,7 +5,7 @@ DEMO := artifacts/demo.plan
 PICTURE := cm_export/demo/images/teal-circle.png
 STAMP := .venv/.installed
 
-.PHONY: demo test lint clean accuracy bench-quality
+.PHONY: demo test lint clean accuracy bench-quality bench-neurons
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("cm-export needs Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
@@ -36,6 +36,12 @@ bench-quality: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python recipes/fetch_smollm2.py --out artifacts/smollm2-135m
 	$(BIN)/python benchmarks/neuron_quality.py --model artifacts/smollm2-135m --out benchmarks/quality/smollm2-135m.json --docs docs/quality.md
+
+# Neuron policies beside each other on the demo model, sentences of easy-VQA (about half an hour on one thread).
+bench-neurons: $(STAMP)
+	$(BIN)/cm-export calibrate --model demo --out artifacts/calibration.safetensors
+	$(BIN)/cm-export build --recipe demo --calibration artifacts/calibration.safetensors --out artifacts/neurons.plan
+	$(BIN)/python benchmarks/neuron_policies.py artifacts/neurons.plan --out artifacts/neurons.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check . --fix

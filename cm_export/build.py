@@ -24,7 +24,11 @@ import onnx
 from . import __version__, by_name, checkpoint, gates, model, plugins, quality, weights
 from . import bundle as bundles
 from .backends.onnxruntime import Backend
+from .calibration import FILE as CALIBRATION
+from .calibration import Calibration, belongs
+from .calibration import read as read_calibration
 from .errors import InputError
+from .neuron_constants import neuron_constants
 from .plugins.core_ffn.op import ACTIVATIONS
 from .probe import probe
 from .quality import Requirement
@@ -84,11 +88,15 @@ def _run(
         raise InputError(f"unknown hidden_act {shape.activation!r}", where=source.path / "config.json", fix=fix)
     model.check_processor(source.path)
     family.image_rule(model.read_picture_rule(source.path))
+    calibration, order = _calibration(recipe, source)
     versions = {n: version(n) for n in _LIBRARIES}
     sources = sorted(p for root in (_PACKAGE, *plugins.__path__) for p in Path(root).rglob("*.py"))
     program = source_key(*(p for p in sources if "cli" not in p.parts))
     trace_key = key_of(config=config, versions=versions, program=program)
-    weights_key = key_of(files=source.files, versions=versions, program=program)
+    measured = bundles.file_sha256(Path(recipe.calibration)) if calibration else None
+    # Only what the weights stage reads: without an order it is the same for every recipe.
+    reorder = {"order": measured} if order is not None else {}
+    weights_key = key_of(files=source.files, versions=versions, program=program, **reorder)
     inputs = probe(shape, config)  # not the recipe's seed: the weights stage keeps PyTorch's answers to it
 
     staging = stages.folder / f"trace-{os.getpid()}.tmp"
@@ -101,7 +109,7 @@ def _run(
 
         def load_weights(folder: Path) -> dict[str, Any]:
             progress("load the checkpoint")
-            return model.write_weights(source.path, family, folder, inputs, progress)
+            return model.write_weights(source.path, family, folder, inputs, progress, order)
 
         weight_dir, weight_state = stages.run("weights", weights_key, load_weights)
 
@@ -118,16 +126,18 @@ def _run(
 
     def rewrite(folder: Path) -> dict[str, Any]:
         progress("rewrite the graphs")
-        return _rewrite(trace_dir, folder, index, family, shape, recipe)
+        constants = neuron_constants(recipe, weights.WeightFile(weight_file), family, shape, calibration)
+        return _rewrite(trace_dir, folder, index, family, shape, recipe, constants)
 
-    graphs_key = key_of(trace=trace_key, weights=weights_key, recipe=recipe.to_dict())
+    resolved = recipe.to_dict() | {"calibration": CALIBRATION if calibration else None}
+    graphs_key = key_of(trace=trace_key, weights=weights_key, recipe=resolved, calibration=measured)
     graph_dir, graph_state = stages.run("graphs", graphs_key, rewrite)
 
     def prove(folder: Path) -> dict[str, Any]:
         progress("prove the graphs against PyTorch")
         backend = Backend(lambda n: graph_dir / f"{n}.onnx", weights.WeightFile(weight_file), threads)
         reference = model.read_reference(weight_dir)
-        results = gates.run_gates(backend, family, shape, recipe, inputs, reference)
+        results = gates.run_gates(backend, family, shape, recipe, inputs, reference, calibration)
         return {"gates": [g.to_dict() for g in results]}
 
     _, gate_state = stages.run("gates", key_of(graphs=graphs_key, threads=threads), prove)
@@ -143,12 +153,12 @@ def _run(
             "config": config,
             "embedding": family.EMBEDDING,  # the host looks token embeddings up in the weight file
         },
-        "recipe": recipe.to_dict() | {"model": None},
+        "recipe": resolved | {"model": None},
         "versions": versions | {"python": platform.python_version(), "platform": platform.machine()},
         "graphs": graph_state["graphs"],
         "passes": graph_state["passes"],
         "gates": gate_state["gates"],
-        "links": _links(shape.layers),
+        "links": _links(shape.layers, recipe.neurons.fill),
         "stages": {"trace": trace_key, "weights": weights_key, "graphs": graphs_key},
     }
     with bundles.assemble(out) as folder:
@@ -159,6 +169,9 @@ def _run(
         _link(weight_file, folder / weights.FILE)
         known[weights.FILE] = weight_state["sha256"][weights.FILE]
         shutil.copytree(weight_dir / "processor", folder / "processor")
+        if calibration:
+            shutil.copyfile(recipe.calibration, folder / CALIBRATION)
+            known[CALIBRATION] = measured
         bundles.write_manifest(folder, manifest | {"known_sha256": known})
         if required:
             manifest["gates"] = manifest["gates"] + quality.check(folder, required, recipe, threads, progress)
@@ -169,16 +182,28 @@ def _run(
     return bundles.read_manifest(out)
 
 
-def _rewrite(trace_dir: Path, folder: Path, index: dict, family: ModuleType, shape: Any, recipe: Recipe) -> dict:
+def _calibration(recipe: Recipe, source: Any) -> tuple[Calibration | None, Any]:
+    """The recipe's calibration, ids in the order of the weight file, and that order [L,F] if it is another. Raises InputError."""
+    if recipe.calibration is None:
+        return None, None
+    found = read_calibration(Path(recipe.calibration))
+    belongs(found, source.files, recipe.calibration)
+    return (found.reordered(), found.order) if recipe.neurons.block > 1 else (found, None)
+
+
+def _rewrite(
+    trace_dir: Path, folder: Path, index: dict, family: ModuleType, shape: Any, recipe: Recipe, constants: dict
+) -> dict:
     """All five graphs into `folder`; returns their description and the log of passes."""
     passes, models = [], {}
     for name in TRACED:
         bound, log = pipeline.dense(name, onnx.load(trace_dir / f"{name}.onnx"), index, family)
         models["vision" if name == "vision" else f"{name}_dense"] = bound
         passes += log
-    for name, rewrite in (("prefill", pipeline.sparse_prefill), ("decode", pipeline.sparse_decode)):
-        models[name], log = rewrite(models[f"{name}_dense"], family, shape, recipe)
-        passes += log
+    models["prefill"], log = pipeline.sparse_prefill(models["prefill_dense"], family, shape, recipe, constants)
+    passes += log
+    models["decode"], log = pipeline.sparse_decode(models["decode_dense"], family, shape, recipe)
+    passes += log
     for name, proto in models.items():
         onnx.save(proto, folder / f"{name}.onnx")
     return {
@@ -212,10 +237,12 @@ def describe(proto: onnx.ModelProto) -> dict[str, Any]:
     }
 
 
-def _links(layers: int) -> list[dict[str, str]]:
+def _links(layers: int, fill: str) -> list[dict[str, str]]:
     """How the graphs are wired, as data: any runner can follow it."""
     pairs = [("vision.image_embeds", "prefill.inputs_embeds"), ("prefill.core_scores", "decode.core_neurons")]
     pairs += [("prefill.kept_mask", "decode.attention_mask"), ("prefill.kept_tokens", "decode.core_tokens")]
+    if fill == "prompt":
+        pairs += [(f"prefill.core_mean_{x}", "decode.core_bias") for x in "zy"]
     for i in range(layers):
         for part in ("key", "value"):
             pairs.append((f"prefill.present.{i}.{part}", f"decode.past.{i}.{part}"))

@@ -4,6 +4,7 @@ engine.plan/
   manifest.json            recipe, checkpoint, hashes, graphs with axes, passes, gates, links
   weights.safetensors      shared by every graph
   *.onnx                   vision, prefill, decode, prefill_dense, decode_dense
+  calibration.safetensors  if the recipe named one
   processor/*              tokenizer.json, chat template, preprocessor_config.json
 """
 
@@ -17,11 +18,15 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
 from . import by_name
+from .calibration import FILE as CALIBRATION
+from .calibration import Calibration
+from .calibration import read as read_calibration
 from .errors import BundleError, InputError
 from .weights import FILE as WEIGHTS
 from .weights import WeightFile
@@ -87,6 +92,14 @@ class Bundle:
         """A tokenizer or processor file, or None if the checkpoint had none."""
         file = f"processor/{name}"
         return self.path / file if file in self.manifest["files"] else None
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """What was measured on generated text, neurons in the order of this bundle's weights; None without."""
+        if CALIBRATION not in self.manifest["files"]:
+            return None
+        found = read_calibration(self.path / CALIBRATION)
+        return found.reordered() if self.manifest["recipe"]["neurons"].get("block", 1) > 1 else found
 
     def _inside(self, name: str) -> Path:
         pure = PurePosixPath(name)

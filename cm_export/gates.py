@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from .backends.onnxruntime import Backend, CoreRows, Decoder
-from .core_index import check_core_neurons, neuron_count, select_core_neurons
+from .calibration import Calibration
+from .core_set import choose, every_neuron
 from .errors import GateFailed
 from .recipe import Recipe
 from .request import Request, core_row_names, prefill_feeds, sparse_feeds
@@ -40,7 +41,13 @@ class Gate:
 
 
 def run_gates(
-    backend: Backend, family: ModuleType, shape: Any, recipe: Recipe, probe: dict, reference: dict
+    backend: Backend,
+    family: ModuleType,
+    shape: Any,
+    recipe: Recipe,
+    probe: dict,
+    reference: dict,
+    calibration: Calibration | None = None,
 ) -> list[Gate]:
     """All gates in order. Raises GateFailed at the first that does not hold, naming the graph and the output.
 
@@ -101,33 +108,30 @@ def run_gates(
     gate("full budget, prefill", "prefill", pairs, "dense prefill")
     chosen = _numpy(backend.prefill(feeds | sparse_feeds(request, recipe), "prefill"))
     backend.drop("prefill")
-    decoder = Decoder(backend, "decode", _ort(cache), rows.all())
+    decoder = Decoder(backend, "decode", _ort(cache), every_neuron(rows))
     sparse = _steps(decoder, request, reference["tokens"], core_tokens=full.get("kept_tokens"), recipe=recipe)
     backend.drop("decode")
     pairs = {f"logits of step {i}": (a, b) for i, (a, b) in enumerate(zip(sparse, steps, strict=True))}
     gate("full budget, decode", "decode", pairs, "dense decode with every neuron and token")
 
-    gates += _drift(backend, rows, shape, recipe, request, chosen, dense, reference["tokens"], steps)
+    core = choose(chosen, recipe.neurons, shape, calibration)
+    gates += _drift(backend, rows, core, recipe, request, chosen, dense, reference["tokens"], steps)
     return gates
 
 
-def _drift(backend, rows, shape, recipe, request, chosen, dense, tokens, steps) -> list[Gate]:
+def _drift(backend, rows, core, recipe, request, chosen, dense, tokens, steps) -> list[Gate]:
     """What the recipe's budget costs on the probe: no limit, the quality of answers is what `eval` measures."""
-    count, read = shape.ffn, rows.all()  # views: nothing is copied where every neuron stays
-    if "core_scores" in chosen:
-        count = neuron_count(recipe.neurons.share, shape.ffn)
-        core = select_core_neurons(chosen["core_scores"], count)
-        check_core_neurons(core, shape.layers, 1, shape.ffn)
-        read = rows.gather(core)
     mask = chosen.get("kept_mask") if recipe.tokens.cache == "cut" else None
-    decoder = Decoder(backend, "decode", _ort(_cache(chosen)), read)
+    decoder = Decoder(backend, "decode", _ort(_cache(chosen)), core.constants(rows))
     sparse = _steps(decoder, request, tokens, mask=mask, core_tokens=chosen.get("kept_tokens"), recipe=recipe)
     backend.drop("decode")
     first = np.concatenate([chosen["logits"], sparse[:-1]]), np.concatenate([dense["logits"], steps[:-1]])
     agree = float((first[0].argmax(-1) == first[1].argmax(-1)).mean())
     kl = float(np.mean([_kl(b, a) for a, b in zip(*first, strict=True)]))
     kept = chosen["kept_tokens"].shape[1] if "kept_tokens" in chosen else request.tokens
-    detail = f"{kept} of {request.tokens} prompt tokens, {count} of {shape.ffn} neurons, synthetic probe"
+    detail = (
+        f"{kept} of {request.tokens} prompt tokens, {core.counts.mean():.0f} of {core.ffn} neurons, synthetic probe"
+    )
     return [
         Gate("drift: KL to dense", kl, None, True, detail),
         Gate("drift: top-1 agreement", agree, None, True, detail),

@@ -19,10 +19,12 @@ from . import guard as guards
 from .backends.onnxruntime import Backend, CoreRows, Decoder
 from .bundle import Bundle
 from .chat import Chat
-from .core_index import check_core_neurons, neuron_count, select_core_neurons
+from .core_set import CoreSet, choose
 from .errors import InputError
 from .recipe import Recipe, from_dict
 from .request import Request, core_row_names, prefill_feeds, sparse_feeds
+
+MEASURED = ("core_scores", "core_mean_z", "core_mean_y")  # what a prefill says about neurons
 
 
 @dataclass(frozen=True)
@@ -64,43 +66,40 @@ class Prefilled:
             feeds |= sparse_feeds(request, recipe, budget.token_share, seed=budget.seed)
         outputs = engine.backend.prefill(feeds, "prefill_dense" if budget.dense else "prefill")
         self.logits = outputs.pop("logits").numpy()
-        self.scores = outputs.pop("core_scores").numpy() if "core_scores" in outputs else None
+        self.measured = {n: outputs.pop(n).numpy() for n in MEASURED if n in outputs}
+        self.scores = self.measured.get("core_scores")
         kept = outputs.pop("kept_tokens", None)
         mask = outputs.pop("kept_mask", None)
         self.kept_tokens = kept.numpy() if kept is not None else np.arange(request.tokens, dtype=np.int32)[None]
         self._kept_mask = mask.numpy() if mask is not None and recipe.tokens.cache == "cut" else None
         self._core_tokens = self.kept_tokens if kept is not None and recipe.tokens.cache == "index" else None
         self._cache = outputs
-        shape = engine.bundle.shape
-        self.neurons = shape.ffn
+        self.neurons = engine.bundle.shape.ffn
         if self.scores is not None:
-            self.neurons = neuron_count(budget.neuron_share or recipe.neurons.share, shape.ffn)
+            self.neurons = round(float(self.core_set.counts.mean()))  # per layer
 
     @cached_property
+    def core_set(self) -> CoreSet:
+        """The neurons that decode computes, under the recipe and the budget; all of them where nothing was scored."""
+        engine = self._engine
+        calibration = engine.bundle.calibration
+        return choose(self.measured, engine.recipe.neurons, engine.bundle.shape, calibration, self.budget.neuron_share)
+
+    @property
     def core_neurons(self) -> np.ndarray:
-        """[L,1,K] int32, ascending; every neuron where nothing was scored."""
-        shape = self._engine.bundle.shape
-        if self.scores is None:
-            return np.ascontiguousarray(
-                np.broadcast_to(np.arange(shape.ffn, dtype=np.int32), (shape.layers, 1, shape.ffn))
-            )
-        return select_core_neurons(self.scores, self.neurons)
+        """[L,1,K] int32, ascending; where layers differ in number, -1 behind the shorter ones."""
+        return self.core_set.neurons
 
     def decoder(self) -> Decoder:
         """A decoder over this prompt's cache, with its core rows gathered."""
-        engine, shape = self._engine, self._engine.bundle.shape
+        engine = self._engine
         if self.budget.dense:
             return Decoder(engine.backend, "decode_dense", self._cache, {})
-        if self.neurons == shape.ffn:
-            rows = engine.rows.all()
-        else:
-            check_core_neurons(self.core_neurons, shape.layers, 1, shape.ffn)
-            rows = engine.rows.gather(self.core_neurons)
-        return self.decoder_over(rows)
+        return self.decoder_of(self.core_set.constants(engine.rows))
 
-    def decoder_over(self, rows: dict[str, np.ndarray]) -> Decoder:
-        """A decoder over this prompt's cache that computes these FFN rows."""
-        return Decoder(self._engine.backend, "decode", self._cache, rows)
+    def decoder_of(self, constants: dict[str, np.ndarray]) -> Decoder:
+        """A decoder over this prompt's cache with rows (and a bias) of the caller's choice."""
+        return Decoder(self._engine.backend, "decode", self._cache, constants)
 
     def step_feeds(self, token: int, step: int) -> dict[str, np.ndarray]:
         return self.request.step_feeds(token, step, self._kept_mask, self._core_tokens)

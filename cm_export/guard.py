@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from .core_index import select_core_neurons
+from .core_set import choose, every_neuron
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -66,9 +66,10 @@ def guarded(
     indexed = recipe.tokens.policy != "dense"
     everything = np.arange(request.tokens, dtype=np.int32)[None] if indexed else None
     listed = prefilled.kept_tokens if indexed else None
-    dense = prefilled.decoder_over(engine.rows.all())
-    sparse, count, ladder = None, prefilled.neurons, list(LADDER)
-    if prefilled.scores is None or count == shape.ffn:
+    dense = prefilled.decoder_of(every_neuron(engine.rows))
+    share = prefilled.budget.neuron_share or recipe.neurons.share
+    sparse, ladder = None, list(LADDER)
+    if prefilled.scores is None or prefilled.neurons == shape.ffn:
         ladder.remove("more neurons")
     if listed is None or listed.shape[1] == request.tokens:
         ladder.remove("tokens back")
@@ -82,8 +83,8 @@ def guarded(
         started = time.perf_counter()
         while len(draft) < size and draft[-1] not in stop:
             if sparse is None:
-                core = None if prefilled.scores is None else select_core_neurons(prefilled.scores, count)
-                sparse = prefilled.decoder_over(engine.rows.all() if core is None else engine.rows.gather(core))
+                core = choose(prefilled.measured, recipe.neurons, shape, engine.bundle.calibration, share)
+                sparse = prefilled.decoder_of(core.constants(engine.rows))
                 sparse.cache = dense.cache
             row = sparse.step(request.step_feeds(draft[-1], len(ids) + len(draft) - 1, core_tokens=listed))
             draft.append(int(row[0].argmax()))
@@ -116,8 +117,8 @@ def guarded(
             action = ladder.pop(0)
             report.actions.append(f"{action} after {len(ids)} tokens")
             if action == "more neurons":
-                count, sparse = min(shape.ffn, int(count * _WIDER) + 1), None
-                if count < shape.ffn:
+                share, sparse = min(1.0, share * _WIDER), None
+                if share < 1:
                     ladder.insert(0, "more neurons")
             elif action == "tokens back":
                 listed = everything

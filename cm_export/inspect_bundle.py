@@ -44,5 +44,11 @@ def _pruned(recipe: Recipe, shape: Any) -> dict[str, str]:
     neurons = "none: decode computes every neuron"
     if n.policy != "dense":
         kept = neuron_count(n.share, shape.ffn)
-        neurons = f"decode computes {kept} of {shape.ffn} neurons per layer, by {n.policy} over the prompt (votes: {n.voters})"
+        each = "per layer" if n.layers == "uniform" else "per layer on average, more where a layer is sensitive"
+        neurons = (
+            f"decode computes {kept} of {shape.ffn} neurons {each}, by {n.policy} over the prompt (votes: {n.voters})"
+        )
+        neurons += f", in blocks of {n.block}" if n.block > 1 else ""
+        mean = {"prompt": "their mean in the prompt", "calibrated": "their mean in generated text"}
+        neurons += f"; {mean[n.fill]} stands in for the others" if n.fill != "none" else ""
     return {"tokens": tokens, "neurons": neurons}

@@ -123,15 +123,17 @@ def write_weights(
     folder: Path,
     probe: dict[str, np.ndarray],
     progress: Callable[..., None],
+    order: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Weight file, processor files and the reference answers of one checkpoint into `folder`.
 
     The file is read back with the safetensors library and compared with the checkpoint, value by value; the reference
     run of stock transformers then reads it. So the model is never in memory twice.
+    order [L,F]: neurons are stored in this order (place -> id of the checkpoint), which changes no FFN's meaning.
     """
     from .probe import reference
 
-    digest = _write_and_compare(path, family, folder / weights.FILE, progress)
+    digest = _write_and_compare(path, family, folder / weights.FILE, progress, order)
     gc.collect()  # models hold cycles; the mapped files leave memory only now
     progress("ask PyTorch for the reference answers")
     np.savez(folder / REFERENCE, **reference(reading(path, folder / weights.FILE, family), probe))
@@ -140,11 +142,13 @@ def write_weights(
     return {"sha256": {weights.FILE: digest}}
 
 
-def _write_and_compare(path: Path, family: ModuleType, file: Path, progress: Callable[..., None]) -> str:
+def _write_and_compare(
+    path: Path, family: ModuleType, file: Path, progress: Callable[..., None], order: np.ndarray | None
+) -> str:
     """Write the weight file, prove it equal to the checkpoint; returns its sha256. Nothing outlives the call."""
     parameters = dict(load(path, family, stored_dtype(path)).named_parameters())
     tensors, total, what = (
-        [planned(n, p, family) for n, p in parameters.items()],
+        [planned(n, p, family, neuron_order(n, family, order)) for n, p in parameters.items()],
         len(parameters),
         "write the weights: tensor",
     )
@@ -153,7 +157,7 @@ def _write_and_compare(path: Path, family: ModuleType, file: Path, progress: Cal
     )
     for i, (name, parameter) in enumerate(parameters.items()):
         progress("compare the weights with the checkpoint: tensor", i + 1, total)
-        _compare(file, name, parameter, family, path)
+        _compare(file, name, parameter, family, path, neuron_order(name, family, order))
     return digest
 
 
@@ -188,7 +192,18 @@ def reading(path: Path, file: Path, family: ModuleType) -> Any:
     return model
 
 
-def _compare(file: Path, name: str, parameter: Any, family: ModuleType, path: Path) -> None:
+def neuron_order(name: str, family: ModuleType, order: np.ndarray | None) -> np.ndarray | None:
+    """[F]: the order in which this checkpoint weight's neurons are stored; None for weights without neurons."""
+    layers = range(len(order)) if order is not None else ()
+    parts = (family.GATE, family.UP, family.DOWN)
+    owner = (i for i in layers for part in parts if name == family.LAYER.format(layer=i) + part)
+    layer = next(owner, None)
+    return None if layer is None else order[layer]
+
+
+def _compare(
+    file: Path, name: str, parameter: Any, family: ModuleType, path: Path, order: np.ndarray | None = None
+) -> None:
     """Raises unless the stored tensor is the checkpoint's, exactly, and finite."""
     import torch
     from safetensors import safe_open
@@ -198,6 +213,9 @@ def _compare(file: Path, name: str, parameter: Any, family: ModuleType, path: Pa
     expected = parameter.detach().to(torch.float32)
     if not torch.isfinite(expected).all():
         raise InputError(f"{name} holds NaN or infinity", where=path, fix="the checkpoint is damaged")
+    if order is not None:
+        back = torch.from_numpy(np.argsort(order))  # id -> place; not the gather that wrote the file
+        stored = stored.index_select(0, back)
     if not torch.equal(stored.t() if is_neuron_major(name, family) else stored, expected):
         raise GateFailed("differs from the checkpoint", where=f"{weights.FILE}: {name}", fix="check disk and memory")
 
@@ -256,14 +274,19 @@ def copy_processor(path: Path, folder: Path) -> None:
             )
 
 
-def planned(name: str, parameter: Any, family: ModuleType) -> weights.Planned:
-    """How a parameter is read: whole, or transposed a block of neurons at a time."""
+def planned(name: str, parameter: Any, family: ModuleType, order: np.ndarray | None = None) -> weights.Planned:
+    """How a parameter is read: whole, or transposed a block of neurons at a time; `order` [F]: place -> neuron."""
     import torch
 
     turned = is_neuron_major(name, family)
     data = parameter.detach().t() if turned else parameter.detach()
 
     def read(block: int = 4096) -> Iterator[np.ndarray]:
+        if order is not None:
+            for start in range(0, data.shape[0], block):
+                ids = torch.from_numpy(order[start : start + block].astype(np.int64))
+                yield data.index_select(0, ids).to(torch.float32).contiguous().numpy()
+            return
         if not turned:
             yield data.to(torch.float32).contiguous().numpy()
             return

@@ -19,6 +19,9 @@ from .errors import InputError
 VOTERS = ("all", "text", "last")
 BUDGETS = ("share", "count", "knee")
 CACHES = ("cut", "index")
+FILLS = ("none", "prompt", "calibrated")
+LAYERS = ("uniform", "calibrated")
+BLOCKS = (1, 8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,12 @@ class Neurons:
     share: float = 0.6  # K / F, at run time changeable
     voters: str = "all"  # whose activations are counted
     rho: float = 0.2  # token-wise share of positive activations (coreinfer)
+    row_norm: bool = False  # griffin: energies times the squared norm of the down row, so of what is really added
+    image_weight: float = 1.0  # of an image token's vote, text tokens have 1 (griffin, glass)
+    mix: float = 0.5  # weight of the calibration's prior against the prompt (glass)
+    fill: str = "none"  # what stands in for dropped neurons: nothing, their mean in the prompt, or in the calibration
+    layers: str = "uniform"  # the same K in every layer, or as the calibration's sensitivities say
+    block: int = 1  # neighbours chosen together; above 1, a calibration's order is put into the weights first
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,7 @@ class Recipe:
     dtype: str = "float32"
     backend: str = "onnxruntime"
     seed: int = 0
+    calibration: str | None = None  # file written by `cm-export calibrate`; the bundle keeps a copy
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the manifest and for hashing."""
@@ -98,17 +108,21 @@ def load(name_or_path: str) -> Recipe:
         raise InputError(f"cannot read the recipe ({e.strerror})", where=path) from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise InputError(f"not valid TOML ({e})", where=path) from e
+    if isinstance(values.get("calibration"), str):  # beside the recipe, wherever the command runs
+        values["calibration"] = str(path.parent / values["calibration"])
     return from_dict(values, str(path))
 
 
 def check(recipe: Recipe, where: str = "recipe") -> Recipe:
     """The same recipe, or InputError naming the first field that cannot hold."""
     n, t = recipe.neurons, recipe.tokens
-    by_name.load("cm_export.policies.neurons", n.policy, "neuron policy")
+    policy = by_name.load("cm_export.policies.neurons", n.policy, "neuron policy")
     by_name.load("cm_export.policies.tokens", t.policy, "token policy")
     by_name.load("cm_export.backends", recipe.backend, "backend")
     for label, value, allowed in (
         ("neurons.voters", n.voters, VOTERS),
+        ("neurons.fill", n.fill, FILLS),
+        ("neurons.layers", n.layers, LAYERS),
         ("tokens.voters", t.voters, VOTERS),
         ("tokens.budget", t.budget, BUDGETS),
         ("tokens.cache", t.cache, CACHES),
@@ -127,6 +141,20 @@ def check(recipe: Recipe, where: str = "recipe") -> Recipe:
     ):
         if not 0 < share <= 1:  # also refuses nan
             raise InputError(f"{label} = {share} is not a share", where=where, fix="give a number above 0 and up to 1")
+    for label, share in (("neurons.image_weight", n.image_weight), ("neurons.mix", n.mix)):
+        if not 0 <= share <= 1:
+            raise InputError(f"{label} = {share}", where=where, fix="give a number from 0 to 1")
+    if n.block not in BLOCKS:
+        raise InputError(f"neurons.block = {n.block}", where=where, fix=f"known: {', '.join(map(str, BLOCKS))}")
+    if n.image_weight != 1 and n.policy == "coreinfer":
+        fix = "use neurons.voters, or another policy"
+        raise InputError("neurons.image_weight with coreinfer, which counts whole tokens", where=where, fix=fix)
+    needs = {"neurons.fill": n.fill == "calibrated", "neurons.layers": n.layers == "calibrated"}
+    needs[f"neurons.policy = {n.policy!r}"] = "prior" in policy.WIRES
+    if recipe.calibration is None and any(needs.values()):
+        label = next(k for k, v in needs.items() if v)
+        fix = "run `cm-export calibrate` and name its file (recipe: calibration, or build --calibration)"
+        raise InputError(f"{label} needs a calibration", where=where, fix=fix)
     if t.min_share > t.max_share:
         raise InputError("tokens.min_share is above tokens.max_share", where=where, fix="swap them")
     if t.budget == "count" and t.count < 1:
@@ -156,7 +184,7 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
         wanted = str if default is None else type(default)
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if value is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
+        if value is not None and (not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool)):
             raise InputError(f"{key} = {value!r} is not a {wanted.__name__}", where=where, fix="correct its type")
         out[key] = value
     return cls(**out)

@@ -16,6 +16,7 @@ from cm_export import model as hf
 from cm_export import trace, weights
 from cm_export.backends.onnxruntime import Backend
 from cm_export.families import qwen2_vl as family
+from cm_export.neuron_constants import neuron_constants
 from cm_export.recipe import Recipe
 from cm_export.request import Request
 from cm_export.surgery import pipeline
@@ -122,15 +123,16 @@ class Exported:
             out[spec.name], _ = pipeline.dense(spec.name, trace.trace(spec), self.weights.tensors, family)
         return out
 
-    def graphs(self, recipe: Recipe) -> dict[str, onnx.ModelProto]:
+    def graphs(self, recipe: Recipe, calibration: Any = None) -> dict[str, onnx.ModelProto]:
         """All five graphs under a recipe, as fresh copies."""
-        prefill, _ = pipeline.sparse_prefill(copy(self.dense["prefill"]), family, self.shape, recipe)
+        constants = neuron_constants(recipe, self.weights, family, self.shape, calibration)
+        prefill, _ = pipeline.sparse_prefill(copy(self.dense["prefill"]), family, self.shape, recipe, constants)
         decode, _ = pipeline.sparse_decode(copy(self.dense["decode"]), family, self.shape, recipe)
         dense = {n if n == "vision" else f"{n}_dense": copy(p) for n, p in self.dense.items()}
         return dense | {"prefill": prefill, "decode": decode}
 
-    def backend(self, recipe: Recipe | None = None) -> Backend:
-        graphs = self.graphs(recipe or Recipe())
+    def backend(self, recipe: Recipe | None = None, calibration: Any = None) -> Backend:
+        graphs = self.graphs(recipe or Recipe(), calibration)
         return Backend(lambda n: copy(graphs[n]), self.weights, threads=1)
 
 

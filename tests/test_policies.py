@@ -24,6 +24,7 @@ from cm_export.policies.keep import KEEP_TOKENS, KNEE_COUNT, keep_tokens, knee_c
 NEURONS = {n: by_name.load("cm_export.policies.neurons", n, "") for n in by_name.names_in("cm_export.policies.neurons")}
 TOKENS = {n: by_name.load("cm_export.policies.tokens", n, "") for n in by_name.names_in("cm_export.policies.tokens")}
 CASES = settings(max_examples=60, deadline=None)  # no deadline: the first example builds the session
+JUDGES = ("coreinfer", "griffin", "glass", "glass_rank")  # neuron policies that look at activations
 RHO = st.sampled_from([0.2, 0.05, 0.5, 1.0])
 TYPES = {
     "z": "float[B,S,F]",
@@ -34,6 +35,9 @@ TYPES = {
     "mask": "float[B,1,S,S]",
     "seed": "int64[1]",
     "embeds": "float[B,S,E]",
+    "row": "float[F]",
+    "prior": "float[F]",
+    "down_energy": "float[F]",
     "image_mask": "bool[B,S]",
     "attention_mask": "int64[B,S]",
     "score": "int64[B,S]",
@@ -71,9 +75,13 @@ def both(policy, outputs, feeds, **attributes):
     return by_ort
 
 
-def neuron_score(name, z, weight=None, seed=0, **attributes):
+def neuron_score(name, z, weight=None, seed=0, row=None, prior=None, **attributes):
+    """`row` [F] is what a policy calls row or down_energy; with neither, every neuron is worth the same."""
     weight = np.ones(z.shape[:2], np.float32) if weight is None else weight
-    feeds = {"z": z, "weight": weight, "seed": np.array([seed])}
+    row = np.ones(z.shape[2], np.float32) if row is None else row
+    prior = np.full(z.shape[2], 1 / z.shape[2], np.float32) if prior is None else prior
+    feeds = {"z": z, "weight": weight, "seed": np.array([seed]), "row": row, "down_energy": row, "prior": prior}
+    attributes = {"rho": 0.2, "mix": 0.5} | attributes
     return both(NEURONS[name], "float[B,F] score", feeds, **attributes)
 
 
@@ -136,7 +144,7 @@ def test_a_policy_says_its_wires_and_attributes_once(policy):
 
 
 def test_all_policies_of_the_method_exist():
-    assert {"coreinfer", "griffin", "random", "dense"} <= set(NEURONS)
+    assert {"coreinfer", "griffin", "glass", "glass_rank", "random", "dense"} <= set(NEURONS)
     assert {"overlap", "anchor", "diverse", "distinct", "attention", "random", "dense"} <= set(TOKENS)
 
 
@@ -210,7 +218,7 @@ def test_griffin_chooses_the_same_ids_at_a_large_size():
     neuron_score("griffin", z)  # `both` compares all bits
 
 
-@pytest.mark.parametrize("name", ["coreinfer", "griffin"])
+@pytest.mark.parametrize("name", JUDGES)
 def test_a_token_of_weight_zero_changes_nothing(name):
     z = np.random.default_rng(0).standard_normal((2, 6, 30)).astype(np.float32)
     weight = np.ones((2, 6), np.float32)
@@ -226,14 +234,23 @@ def test_without_any_voter_all_scores_are_zero(name):
     assert not neuron_score(name, z, np.zeros((2, 4), np.float32), rho=0.2).any()
 
 
+@pytest.mark.parametrize("name", ["glass", "glass_rank"])
+def test_without_any_voter_the_prior_decides(name):
+    prior = np.array([0.1, 0.4, 0.2, 0.3], np.float32)
+    score = neuron_score(name, np.ones((2, 4, 4), np.float32), np.zeros((2, 4), np.float32), prior=prior)
+    assert np.argsort(-score).tolist() == [[1, 3, 2, 0]] * 2
+
+
 @CASES
 @given(activations(), st.integers(0, 2**32 - 1))
-@pytest.mark.parametrize("name", ["coreinfer", "griffin"])
+@pytest.mark.parametrize("name", JUDGES)
 def test_law_b_permuting_neurons_permutes_only_the_ids(name, case, seed):
     z, weight = case
-    order = np.random.default_rng(seed).permutation(z.shape[2])
-    score = neuron_score(name, z, weight, rho=0.2)
-    moved = neuron_score(name, np.ascontiguousarray(z[:, :, order]), weight, rho=0.2)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(z.shape[2])
+    row, prior = (rng.random(z.shape[2]).astype(np.float32) for _ in range(2))
+    score = neuron_score(name, z, weight, row=row, prior=prior)
+    moved = neuron_score(name, np.ascontiguousarray(z[:, :, order]), weight, row=row[order], prior=prior[order])
     np.testing.assert_array_equal(moved, score[:, order])
     if all(len(set(row)) == len(row) for row in score.tolist()):
         count = max(1, z.shape[2] // 3)
@@ -243,11 +260,77 @@ def test_law_b_permuting_neurons_permutes_only_the_ids(name, case, seed):
 
 @CASES
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(3, 200), st.sampled_from([-2.0, 0.0, 0.3, 7.0]), st.data())
-@pytest.mark.parametrize("name", ["coreinfer", "griffin"])
+@pytest.mark.parametrize("name", JUDGES)
 def test_law_c_constant_z_selects_the_first_ids(name, batch, prompt, ffn, value, data):
     count = data.draw(st.integers(1, ffn))
     score = neuron_score(name, np.full((batch, prompt, ffn), value, np.float32), rho=0.2)
     assert select_core_neurons(score[None], count).tolist() == [[list(range(count))] * batch]
+
+
+def griffin_by_loops(z, weight):
+    out = np.zeros((z.shape[0], z.shape[2]))
+    for b, t in np.ndindex(z.shape[:2]):
+        energy = math.fsum(v * v for v in z[b, t].tolist())
+        if energy > 0:
+            out[b] += weight[b, t] * z[b, t].astype(np.float64) ** 2 / energy
+    return out
+
+
+MIX = st.sampled_from([0.0, 0.25, 0.5, 0.3, 1.0])
+
+
+@st.composite
+def priors(draw, ffn):
+    """Down-row energies and a prior [F] float32, with ties and zeros."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    row, prior = rng.random((2, ffn))
+    if draw(st.booleans()):
+        row, prior = np.ceil(row * 4) / 2, np.floor(prior * 3)
+    return row.astype(np.float32), prior.astype(np.float32)
+
+
+@CASES
+@given(activations(), st.data())
+def test_row_norms_weigh_each_neurons_energy(case, data):
+    z, weight = case
+    row, _ = data.draw(priors(z.shape[2]))
+    got = neuron_score("griffin", z, weight, row=row)
+    np.testing.assert_allclose(got, griffin_by_loops(z, weight) * row, rtol=1e-6, atol=1e-12)
+
+
+@CASES
+@given(activations(), MIX, st.data())
+def test_glass_adds_the_prompts_share_and_the_prior(case, mix, data):
+    z, weight = case
+    row, prior = data.draw(priors(z.shape[2]))
+    energy = griffin_by_loops(z, weight)
+    share = energy / np.where(energy.sum(1, keepdims=True) > 0, energy.sum(1, keepdims=True), 1)
+    got = neuron_score("glass", z, weight, row=row, prior=prior, mix=mix)
+    np.testing.assert_allclose(got, ((1 - mix) * share + mix * prior) * row, rtol=1e-6, atol=1e-8)
+
+
+@CASES
+@given(activations(), MIX, st.data())
+def test_glass_rank_adds_ranks_that_equal_values_share(case, mix, data):
+    z, weight = case
+    row, prior = data.draw(priors(z.shape[2]))
+    # the energies themselves are tested above; ranks are sensitive to their last bit
+    local = NEURONS["griffin"].score(*(torch.from_numpy(a) for a in (z, weight, row))).numpy()
+
+    def ranks(values):
+        return np.array([sorted(set(values.tolist()), reverse=True).index(v) for v in values.tolist()])
+
+    expected = np.stack([(1 - mix) * ranks(one) + mix * ranks(prior * row) for one in local])
+    got = neuron_score("glass_rank", z, weight, row=row, prior=prior, mix=mix)
+    np.testing.assert_allclose(-got, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["glass", "glass_rank"])
+def test_mix_goes_from_the_prompt_to_the_prior(name):
+    z, prior = np.array([[[4, 3, 2, 1]]], np.float32), np.array([0.1, 0.2, 0.3, 0.4], np.float32)
+    for mix, best in ((0.0, [0, 1]), (1.0, [2, 3])):
+        score = neuron_score(name, z, prior=prior, mix=mix)
+        assert select_core_neurons(score[None], 2)[0, 0].tolist() == best
 
 
 # ------------------------------------------------------------------------------------------------ random

@@ -22,6 +22,12 @@ def test_a_recipe_survives_the_manifest():
     assert recipe.from_dict(base.to_dict() | {"model": None}) == base
 
 
+def test_a_recipe_finds_its_calibration_beside_itself(tmp_path):
+    (tmp_path / "r.toml").write_text('calibration = "c.safetensors"\n[neurons]\nrow_norm = true\n')
+    found = recipe.load(str(tmp_path / "r.toml"))
+    assert found.calibration == str(tmp_path / "c.safetensors") and found.neurons.row_norm
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -39,6 +45,16 @@ def test_a_recipe_survives_the_manifest():
         ({"tokens": {"prune_layer": 0}}, "prune_layer"),
         ({"tokens": 3}, "must be a table"),
         ({"dtype": "int4"}, "dtype"),
+        ({"neurons": {"fill": "promt"}}, "did you mean 'prompt'"),
+        ({"neurons": {"layers": "own"}}, "neurons.layers"),
+        ({"neurons": {"block": 12}}, "neurons.block = 12; known: 1, 8, 16, 32"),
+        ({"neurons": {"image_weight": -0.1}}, "neurons.image_weight"),
+        ({"neurons": {"image_weight": 0.5, "policy": "coreinfer"}}, "counts whole tokens"),
+        ({"neurons": {"mix": 1.1}}, "neurons.mix"),
+        ({"neurons": {"row_norm": 1}}, "row_norm = 1 is not a bool"),
+        ({"neurons": {"policy": "glass"}}, "'glass' needs a calibration"),
+        ({"neurons": {"fill": "calibrated"}}, "neurons.fill needs a calibration"),
+        ({"neurons": {"layers": "calibrated"}}, "neurons.layers needs a calibration"),
         ({"seed": -1}, "seed"),
     ],
 )

@@ -30,8 +30,9 @@ def lower(model: onnx.ModelProto, rows_as_inputs: bool) -> onnx.ModelProto:
             continue
         activation, weights = _attribute(node, "activation"), list(node.input[1:4])
         if indexed:
-            shape = ["batch", "core_neurons", shapes[weights[0]][1]]
-            weights = [f"ffn.{_attribute(node, 'layer')}.{part}" for part in ROWS]
+            layer = _attribute(node, "layer")
+            shape = ["batch", f"core_neurons.{layer}", shapes[weights[0]][1]]  # each layer may have its own number
+            weights = [f"ffn.{layer}.{part}" for part in ROWS]
             graph.input.extend(onnx.helper.make_tensor_value_info(w, onnx.TensorProto.FLOAT, shape) for w in weights)
         nodes.append(
             onnx.helper.make_node("CoreRows", [node.input[0], *weights], list(node.output), node.name, domain=DOMAIN)
@@ -78,14 +79,14 @@ def _fuse_transposes(nodes: list[onnx.NodeProto], weights: set[str]) -> list[onn
 
 
 def _keep(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
-    """Put in the nodes whose results somebody reads; drop initializers and the core_neurons input if nobody does."""
+    """Put in the nodes whose results somebody reads; drop initializers and core indices that nobody does."""
     read, alive = {o.name for o in graph.output}, []
     for node in reversed(nodes):
         if any(o in read for o in node.output):
             alive.append(node)
             read.update(node.input)
     kept = [t for t in graph.initializer if t.name in read]
-    inputs = [v for v in graph.input if v.name in read or v.name != "core_neurons"]
+    inputs = [v for v in graph.input if v.name in read or v.name not in ("core_neurons", "core_counts")]
     del graph.node[:], graph.initializer[:], graph.input[:]
     graph.node.extend(reversed(alive))
     graph.initializer.extend(kept)

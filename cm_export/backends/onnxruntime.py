@@ -91,34 +91,41 @@ class CoreRows:
     """Gathers the FFN rows that core_neurons names, once per request, into buffers that are kept between requests."""
 
     def __init__(self, weights: WeightFile, names: list[tuple[str, str, str]], threads: int = 0):
-        self._sources = [tuple(weights[n] for n in layer) for layer in names]
+        self.sources = [tuple(weights[n] for n in layer) for layer in names]
         self._buffers: dict[str, np.ndarray] = {}
         self._given = Rows()
         self._threads = threads or 2
 
-    def gather(self, core_neurons: np.ndarray) -> dict[str, np.ndarray]:
-        """core_neurons [L,B,K] int32, checked -> {ffn.i.gate|up|down: [B,K,D]}."""
-        _, batch, count = core_neurons.shape
+    def gather(self, core_neurons: np.ndarray, counts: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """core_neurons [L,B,K] int32, checked -> {ffn.i.gate|up|down: [B,K_i,D]}; counts [L]: K_i, else K."""
+        layers, batch, most = core_neurons.shape
+        counts = np.full(layers, most) if counts is None else counts
 
         def one(layer: int) -> None:
-            for part, source in zip(ROWS, self._sources[layer], strict=True):
+            count = int(counts[layer])
+            for part, source in zip(ROWS, self.sources[layer], strict=True):
                 name, shape = f"ffn.{layer}.{part}", (batch, count, source.shape[1])
                 if name not in self._buffers or self._buffers[name].shape != shape:
                     self._buffers[name] = np.empty(shape, source.dtype)
                 # mode="clip" writes straight into `out`; the ids were checked.
-                np.take(source, core_neurons[layer], axis=0, out=self._buffers[name], mode="clip")
+                np.take(source, core_neurons[layer, :, :count], axis=0, out=self._buffers[name], mode="clip")
 
         with ThreadPoolExecutor(self._threads) as pool:
-            list(pool.map(one, range(len(self._sources))))
+            list(pool.map(one, range(len(self.sources))))
         self._given.current = False
         self._given = Rows(self._buffers)
         return self._given
+
+    def one(self, layer: int, core_neurons: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows [B,K,D] of one layer alone; core_neurons [B,K] int32, checked."""
+        parts = zip(ROWS, self.sources[layer], strict=True)
+        return {f"ffn.{layer}.{part}": np.take(source, core_neurons, axis=0) for part, source in parts}
 
     def all(self) -> dict[str, np.ndarray]:
         """Every row, as views of the mapped file: [1,F,D] each, nothing is copied."""
         return {
             f"ffn.{layer}.{part}": source[None]
-            for layer, sources in enumerate(self._sources)
+            for layer, sources in enumerate(self.sources)
             for part, source in zip(ROWS, sources, strict=True)
         }
 

@@ -33,6 +33,7 @@ BACKENDS = ByName("cm_export.backends", "backend")
         "cm-export build --model demo --out demo.plan",
         "cm-export build --model qwen2-vl --out engine.plan",
         "cm-export build --model ./my-qwen2-vl --out my.plan --neurons griffin --neuron-share 0.5",
+        "cm-export build --model demo --neurons glass --calibration calibration.safetensors --out demo.plan",
         "cm-export build --recipe my-recipe.toml --out my.plan --force --json",
         "cm-export build --model ./my-qwen2-vl --out my.plan --require-retained 0.985 --data my.jsonl",
     ),
@@ -43,6 +44,10 @@ BACKENDS = ByName("cm_export.backends", "backend")
 @click.option("--revision", help="Commit, branch or tag of a hub id.")
 @click.option("--neurons", type=NEURONS, help=f"Neuron policy: {', '.join(NEURONS.known())}.")
 @click.option("--neuron-share", type=Share(), help="Share of FFN neurons that decode computes, (0, 1].")
+@click.option("--calibration", type=click.Path(), help="File of `cm-export calibrate`; the bundle keeps a copy.")
+@click.option("--fill", type=click.Choice(("none", "prompt", "calibrated")), help="Mean that replaces dropped neurons.")
+@click.option("--neuron-layers", type=click.Choice(("uniform", "calibrated")), help="Neurons per layer.")
+@click.option("--neuron-block", type=click.Choice(("1", "8", "16", "32")), help="Neighbours chosen together.")
 @click.option("--tokens", type=TOKENS, help=f"Token policy: {', '.join(TOKENS.known())}.")
 @click.option("--token-share", type=Share(), help="Share of image tokens kept after the cut, (0, 1].")
 @click.option("--token-budget", type=click.Choice(("share", "count", "knee")), help="How the number kept is decided.")
@@ -93,6 +98,10 @@ def command(
         backend=choices["backend"],
         neurons__policy=choices["neurons"],
         neurons__share=choices["neuron_share"],
+        calibration=choices["calibration"],
+        neurons__fill=choices["fill"],
+        neurons__layers=choices["neuron_layers"],
+        neurons__block=int(choices["neuron_block"]) if choices["neuron_block"] else None,
         tokens__policy=choices["tokens"],
         tokens__share=choices["token_share"],
         # count and budget are checked together, so a count alone asks for the budget it belongs to

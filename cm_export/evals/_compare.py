@@ -24,6 +24,7 @@ import onnx
 from .. import environment
 from ..bundle import Bundle
 from ..generate import Budget, Engine, Prefilled
+from ..neuron_constants import neuron_constants
 from ..recipe import Recipe
 from ..surgery import pipeline
 from ._journal import Journal, key_of
@@ -124,11 +125,13 @@ def with_policies(engine: Engine, recipe: Recipe) -> Engine:
     pipeline.check_recipe(recipe, bundle.shape)
 
     def graph(name: str) -> Path | onnx.ModelProto:
-        rewrite = {"prefill": pipeline.sparse_prefill, "decode": pipeline.sparse_decode}.get(name)
-        if rewrite is None:
+        if name not in ("prefill", "decode"):
             return bundle.graph(name)
         dense = onnx.load(bundle.graph(f"{name}_dense"), load_external_data=False)
-        return rewrite(dense, bundle.family, bundle.shape, recipe)[0]
+        if name == "decode":
+            return pipeline.sparse_decode(dense, bundle.family, bundle.shape, recipe)[0]
+        constants = neuron_constants(recipe, bundle.weights, bundle.family, bundle.shape, bundle.calibration)
+        return pipeline.sparse_prefill(dense, bundle.family, bundle.shape, recipe, constants)[0]
 
     return Engine(bundle, engine.backend.threads, recipe, graph)
 
@@ -170,7 +173,10 @@ def _rows(recipe: Recipe, sweep: Sweep, seed: int | None) -> list[Row]:
 def _random_like(row: Row, result: dict[str, Any]) -> Row:
     """Random choices of the size that the row was measured to keep; what it does not prune stays whole."""
     policies = {part: "random" for part in ("neurons", "tokens") if getattr(row.recipe, part).policy != "dense"}
-    recipe = row.recipe.replace(**{f"{part}__policy": name for part, name in policies.items()}, tokens__budget="share")
+    # Without a mean in place of dropped neurons: a random set is better off without (benchmarks/neuron_policies.py).
+    recipe = row.recipe.replace(
+        **{f"{part}__policy": name for part, name in policies.items()}, tokens__budget="share", neurons__fill="none"
+    )
     budget = Budget(
         neuron_share=result["neuron_share"] if "neurons" in policies else None,
         token_share=result["token_share"] if "tokens" in policies else None,

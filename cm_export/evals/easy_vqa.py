@@ -7,6 +7,8 @@ Source of pictures and questions: PyPI `easy-vqa` 1.0 (MIT). Sentences are ours,
 label, which follows from the picture's own official questions.
 """
 
+import random
+
 from ..errors import InputError
 from ..images import open_image
 from ._task import Question
@@ -36,6 +38,17 @@ def questions(kind: str) -> list[Question]:
     return [
         Question(kind, (paths[i],), f"describe : {q}", (sentence(q, a, labels[i]),)) for q, a, i in asked if labels[i]
     ]
+
+
+def calibration_prompts(count: int, seed: int) -> list[tuple[str, str]]:
+    """(text, picture) of `count` questions of the *training* half, asked for sentences: nothing of it is in the test."""
+    try:
+        from easy_vqa import get_train_image_paths, get_train_questions
+    except ImportError as e:
+        raise InputError("the package easy-vqa is not installed", where="--data", fix="pip install easy-vqa") from e
+    paths, asked = get_train_image_paths(), list(zip(*get_train_questions(), strict=True))
+    chosen = random.Random(seed).sample(asked, min(count, len(asked)))
+    return [(f"describe : {q}", paths[i]) for q, _, i in chosen]
 
 
 def sentence(question: str, answer: str, seen: tuple[str, str]) -> str:

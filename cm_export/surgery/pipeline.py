@@ -1,13 +1,15 @@
 """The rewrites in order: traced graph -> dense graph -> sparse graph. Read this file to know what happens to a graph.
 
-traced --bind_weights--> dense prefill --replace_ffn, replace_attention, choose_tokens, cut_tokens, score_neurons--> prefill
-                         dense decode  --replace_ffn, replace_attention (indexed)----------------------------------> decode
+traced --bind_weights--> dense
+dense prefill --replace_ffn, replace_attention, choose_tokens, cut_tokens, score_neurons, report_means--> prefill
+dense decode  --replace_ffn, replace_attention (indexed), add_bias--------------------------------------> decode
 """
 
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import onnx
 
 from .. import by_name
@@ -17,9 +19,10 @@ from ..weights import Tensor
 from .bind_weights import bind_weights
 from .cut_tokens import choose_tokens, cut_tokens, report_tokens
 from .edit import Edit
+from .fill_ffn import add_bias, report_means
 from .replace_attention import replace_attention
 from .replace_ffn import replace_ffn
-from .score_neurons import score_neurons
+from .score_neurons import score_neurons, token_weights
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,12 @@ def check_recipe(recipe: Recipe, shape: Any) -> None:
             fix=f"this model has {shape.layers} layers: "
             + (f"give 1 to {shape.layers - 1}" if shape.layers > 1 else "build with --tokens dense"),
         )
+    if shape.ffn % recipe.neurons.block:
+        raise InputError(
+            f"{shape.ffn} neurons are not whole blocks of {recipe.neurons.block}",
+            where="recipe: neurons.block",
+            fix="give a block that divides them",
+        )
 
 
 def dense(
@@ -51,9 +60,16 @@ def dense(
 
 
 def sparse_prefill(
-    model: onnx.ModelProto, family: ModuleType, shape: Any, recipe: Recipe
+    model: onnx.ModelProto,
+    family: ModuleType,
+    shape: Any,
+    recipe: Recipe,
+    constants: dict[str, np.ndarray] | None = None,
 ) -> tuple[onnx.ModelProto, list[Pass]]:
-    """Dense prefill -> prefill that reports core scores and keeps core tokens. Raises SurgeryError, InputError."""
+    """Dense prefill -> prefill that reports core scores and keeps core tokens. Raises SurgeryError, InputError.
+
+    `constants`: what the neuron policy reads besides activations, from `neuron_constants`.
+    """
     edit, tokens, log = Edit(model), recipe.tokens, []
     token_policy = by_name.load("cm_export.policies.tokens", tokens.policy, "token policy")
     neuron_policy = by_name.load("cm_export.policies.neurons", recipe.neurons.policy, "neuron policy")
@@ -70,8 +86,11 @@ def sparse_prefill(
             cut_tokens(edit, ffns, keep, kept_mask, tokens.prune_layer, shape.layers, [shape.kv_heads, shape.head_dim])
             log.append(Pass("prefill", "cut_tokens", 2 * tokens.prune_layer + 1))
     if neuron_policy.FUNCTION is not None:
-        score_neurons(edit, neuron_policy, recipe.neurons, ffns, cut)
+        weights = token_weights(edit, recipe.neurons, ffns, cut)
+        score_neurons(edit, neuron_policy, recipe.neurons, ffns, weights, constants or {})
         log.append(Pass("prefill", "score_neurons", len(ffns)))
+        if recipe.neurons.fill == "prompt":
+            log.append(Pass("prefill", "report_means", report_means(edit, ffns, weights, shape.hidden)))
     return edit.export(), log
 
 
@@ -82,7 +101,10 @@ def sparse_decode(
     edit = Edit(model)
     token_policy = by_name.load("cm_export.policies.tokens", recipe.tokens.policy, "token policy")
     indexed = token_policy.FUNCTION is not None and recipe.tokens.cache == "index"
-    ffns = replace_ffn(edit, family, shape.layers, shape.activation, indexed=True)
+    counted = recipe.neurons.layers != "uniform"
+    ffns = replace_ffn(edit, family, shape.layers, shape.activation, indexed=True, counted=counted)
     attentions = replace_attention(edit, family, shape.layers, indexed)
     log = [Pass("decode", "replace_ffn", len(ffns)), Pass("decode", "replace_attention", len(attentions))]
+    if recipe.neurons.fill != "none" and recipe.neurons.policy != "dense":
+        log.append(Pass("decode", "add_bias", add_bias(edit, ffns, shape.hidden)))
     return edit.export(), log

@@ -9,18 +9,25 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from .. import dims
+from ..errors import SurgeryError
 from ..policies import vote as voting
 from ..recipe import Neurons
 from .edit import Edit
 from .find_sites import FFN
 
 
-def score_neurons(
-    edit: Edit, policy: ModuleType, recipe: Neurons, ffns: list[FFN], cut: tuple[gs.Variable, gs.Variable, int] | None
-) -> None:
-    """Add the scores of every layer. `cut` = (keep, kept_mask, prune layer): only kept tokens count, in all layers."""
+def token_weights(
+    edit: Edit, recipe: Neurons, ffns: list[FFN], cut: tuple[gs.Variable, gs.Variable, int] | None
+) -> list[gs.Variable]:
+    """How much each token's activations count, per layer [B,S] (after the cut [B,T]); only kept tokens, in all layers.
+
+    `cut` = (keep, kept_mask, prune layer).
+    """
     image_mask = edit.add_input("image_mask", bool, [dims.BATCH, dims.PROMPT])
     votes = edit.call(voting.FUNCTIONS[recipe.voters], image_mask, edit.input("attention_mask"))[0]
+    if recipe.image_weight != 1:
+        image, text = (edit.constant(w, np.float32) for w in (recipe.image_weight, 1.0))
+        votes = edit.op("Mul", votes, edit.op("Where", image_mask, image, text))
     before = after = votes
     border = 0
     if cut is not None:
@@ -29,15 +36,32 @@ def score_neurons(
         after = edit.op("Mul", edit.op("GatherElements", votes, keep, axis=1), kept)
         zeros = edit.op("Mul", votes, edit.constant(0, np.float32))
         before = edit.op("ScatterElements", zeros, keep, after, axis=1)
-    scores = []
-    for ffn in ffns:
-        wires = {"z": ffn.z, "weight": before if ffn.layer < border else after}
+    return [before if ffn.layer < border else after for ffn in ffns]
+
+
+def score_neurons(
+    edit: Edit,
+    policy: ModuleType,
+    recipe: Neurons,
+    ffns: list[FFN],
+    weights: list[gs.Variable],
+    constants: dict[str, np.ndarray],
+) -> None:
+    """Add the scores of every layer; weights as from `token_weights`, constants {wire: [L,F]} (neuron_constants.py)."""
+    ffn_size, scores = ffns[0].w_gate.shape[0], []
+    for ffn, weight in zip(ffns, weights, strict=True):
+        wires = {"z": ffn.z, "weight": weight}
         if "seed" in policy.WIRES:
             wires["seed"] = edit.add_input("seed", np.int64, [1])
-        values = {"rho": recipe.rho, "layer": ffn.layer}
+        if "row" in policy.WIRES and not recipe.row_norm:
+            wires["row"] = edit.constant([1], np.float32)
+        for name in set(policy.WIRES) - set(wires):
+            if name not in constants or constants[name].shape != (len(ffns), ffn_size):
+                raise SurgeryError(f"the policy reads {name} [{len(ffns)},{ffn_size}], which is not given", where=name)
+            wires[name] = edit.constant(constants[name][ffn.layer], np.float32)
+        values = {"rho": recipe.rho, "mix": recipe.mix, "layer": ffn.layer}
         score = edit.call(
             policy.FUNCTION, *(wires[w] for w in policy.WIRES), **{a: values[a] for a in policy.ATTRIBUTES}
         )[0]
         scores.append(edit.op("Unsqueeze", score, edit.constant([0], np.int64)))
-    ffn_size = ffns[0].w_gate.shape[0]
     edit.add_output(edit.op("Concat", *scores, axis=0), "core_scores", np.float32, [len(ffns), dims.BATCH, ffn_size])

@@ -1,0 +1,231 @@
+"""Neuron policies beside each other: what decode still answers when it computes a share of the FFN neurons.
+
+    every question: dense greedy answer; then the same answer decoded again under each policy x fill x layers x block x share
+
+    right  the whole answer is the dense one, and true      (a question that dense misses counts as missed)
+    KL     KL(dense || sparse) per token along the dense answer, nats; mean over questions
+
+Every image token is kept, so that only neurons differ. `random` is the control; dense is the first row.
+
+    python benchmarks/neuron_policies.py demo.plan --out artifacts/neurons.json         # the bundle needs a calibration
+    python benchmarks/neuron_policies.py my.plan --data my.jsonl --shares 0.5 --policies griffin+row glass
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from cm_export import by_name
+from cm_export.bundle import Bundle
+from cm_export.calibrate import SENSITIVITY_TOKENS, read_prompts
+from cm_export.core_set import CoreSet, choose
+from cm_export.evals._compare import with_policies
+from cm_export.evals._metrics import wilson
+from cm_export.generate import Budget, Engine
+from cm_export.images import open_image
+from cm_export.recipe import Neurons, Recipe
+
+# name -> the [neurons] that differ from the defaults
+POLICIES = {
+    "random": {"policy": "random"},
+    "coreinfer": {"policy": "coreinfer"},
+    "griffin": {"policy": "griffin"},
+    "griffin+row": {"policy": "griffin", "row_norm": True},
+    "griffin+row, image .5": {"policy": "griffin", "row_norm": True, "image_weight": 0.5},
+    "griffin+row, image .25": {"policy": "griffin", "row_norm": True, "image_weight": 0.25},
+    "griffin+row, image .1": {"policy": "griffin", "row_norm": True, "image_weight": 0.1},
+    "griffin+row, text": {"policy": "griffin", "row_norm": True, "voters": "text"},
+    "glass": {"policy": "glass"},
+    "glass, mix .75": {"policy": "glass", "mix": 0.75},
+    "glass, mix .25": {"policy": "glass", "mix": 0.25},
+    "static": {"policy": "glass", "mix": 1.0},
+    "glass_rank": {"policy": "glass_rank"},
+}
+USUAL = ("random", "coreinfer", "griffin", "griffin+row", "glass", "glass_rank", "static")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question with the dense answer: token ids, logits [T,V] after each of them but the last, and whether it is true."""
+
+    ids: np.ndarray
+    grid: np.ndarray
+    embeds: np.ndarray | None
+    answer: np.ndarray
+    logits: np.ndarray
+    right: bool
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to choose: [neurons] and a share; `clustered`: blocks in the calibration's order, not as stored."""
+
+    neurons: Neurons
+    share: float
+    clustered: bool = True
+
+    def describe(self) -> dict[str, object]:
+        n = self.neurons
+        block = f"{n.block}{' clustered' if self.clustered else ' as stored'}" if n.block > 1 else "1"
+        return {"share": self.share, "fill": n.fill, "layers": n.layers, "block": block}
+
+
+def questions(task: str, data: Path | None, limit: int, seed: int) -> list[tuple[str, tuple, str | None]]:
+    """(text, pictures, true answer or None), drawn at random with the seed."""
+    if data is not None:
+        pool = [(p.text, p.images, None) for p in read_prompts(data)]
+    else:
+        module = by_name.load("cm_export.evals", task.replace("-", "_"), "task")
+        pool = [(q.text, (q.image,), q.answer) for q in module.questions("sentence")]
+    return random.Random(seed).sample(pool, min(limit, len(pool)))
+
+
+def ask_dense(engine: Engine, asked: list, limit: int) -> list[Asked]:
+    out = []
+    for text, images, truth in asked:
+        embeds, grid = engine.embed([open_image(p) for p in images])
+        ids = engine.chat.encode(text, None, engine.bundle.family.image_tokens(grid, engine.bundle.shape.merge))
+        prefilled = engine.prefill(engine.request(ids, grid, embeds), Budget(dense=True))
+        answer, logits, decoder = [int(prefilled.logits[0].argmax())], [], prefilled.decoder()
+        while answer[-1] not in engine.chat.stop_ids and len(answer) < limit:
+            logits.append(decoder.step(prefilled.step_feeds(answer[-1], len(answer) - 1))[0])
+            answer.append(int(logits[-1].argmax()))
+        stopped = answer[-1] in engine.chat.stop_ids
+        said = engine.chat.decode(answer[:-1] if stopped else answer).strip()
+        right = truth is None or said == truth
+        out.append(Asked(ids, grid, embeds, np.array(answer), np.array(logits, np.float32), right))
+    return out
+
+
+def core_of(cell: Cell, measured: dict, engine: Engine) -> CoreSet:
+    """The cell's core set; clustered blocks are chosen in the calibration's order and named by stored ids again."""
+    shape, calibration = engine.bundle.shape, engine.bundle.calibration
+    if cell.neurons.block == 1 or not cell.clustered:
+        return choose(measured, cell.neurons, shape, calibration, cell.share)
+    order = calibration.order.astype(np.int64)[:, None]
+    placed = {n: np.take_along_axis(a, order, 2) if n != "core_mean_y" else a for n, a in measured.items()}
+    core = choose(placed, cell.neurons, shape, calibration.reordered(), cell.share)
+    ids = np.where(core.neurons < 0, -1, np.take_along_axis(order, np.maximum(core.neurons, 0).astype(np.int64), 2))
+    for layer, count in enumerate(core.counts):
+        ids[layer, :, :count] = np.sort(ids[layer, :, :count], axis=-1)
+    stored = {"none": None, "prompt": measured["core_mean_z"], "calibrated": calibration.mean_z[:, None]}
+    return replace(core, neurons=ids.astype(np.int32), mean_z=stored[cell.neurons.fill])
+
+
+def run(engine: Engine, policy: str, asked: list[Asked], cells: list[Cell], seed: int) -> list[dict]:
+    """One row per cell."""
+    recipe = Recipe().replace(
+        tokens__policy="dense",
+        calibration="the bundle's",
+        neurons__fill="prompt",
+        **{f"neurons__{k}": v for k, v in POLICIES[policy].items()},
+    )
+    sparse = with_policies(engine, recipe)
+    same, kl, tokens, agree = (np.zeros((len(cells), len(asked))) for _ in range(4))
+    for i, q in enumerate(asked):
+        prefilled = sparse.prefill(sparse.request(q.ids, q.grid, q.embeds), Budget(seed=seed + i))
+        for c, cell in enumerate(cells):
+            decoder = prefilled.decoder_of(core_of(cell, prefilled.measured, engine).constants(sparse.rows))
+            for t in range(len(q.logits)):
+                got = decoder.step(prefilled.step_feeds(int(q.answer[t]), t))[0]
+                kl[c, i] += divergence(q.logits[t], got)
+                agree[c, i] += got.argmax() == q.answer[t + 1]
+            tokens[c, i] = len(q.logits)
+            same[c, i] = agree[c, i] == tokens[c, i]
+    rows, true = [], np.array([q.right for q in asked])
+    for c, cell in enumerate(cells):
+        right = int((same[c] * true).sum())
+        low, high = wilson(right, len(asked))
+        rows.append(
+            {
+                "policy": policy,
+                **cell.describe(),
+                "right": right / len(asked),
+                "low": low,
+                "high": high,
+                "of_dense": right / max(1, int(true.sum())),
+                "agreement": float(agree[c].sum() / max(1.0, tokens[c].sum())),
+                "kl": float(kl[c].sum() / max(1.0, tokens[c].sum())),
+                "n": len(asked),
+            }
+        )
+    return rows
+
+
+def divergence(p_logits: np.ndarray, q_logits: np.ndarray) -> float:
+    p, q = (x.astype(np.float64) - x.max() for x in (p_logits, q_logits))
+    p, q = p - np.log(np.exp(p).sum()), q - np.log(np.exp(q).sum())
+    return float((np.exp(p) * (p - q)).sum())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--task", default="easy-vqa", help="sentences of this eval task")
+    parser.add_argument("--data", type=Path, help="prompts of your own instead (.jsonl)")
+    parser.add_argument("--limit", type=int, default=400)
+    parser.add_argument("--max-new-tokens", type=int, default=SENSITIVITY_TOKENS)
+    parser.add_argument("--policies", nargs="+", default=list(USUAL), choices=list(POLICIES), metavar="POLICY")
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.6, 0.4, 0.3])
+    parser.add_argument("--fills", nargs="+", default=["none", "prompt", "calibrated"])
+    parser.add_argument("--layers", nargs="+", default=["uniform", "calibrated"])
+    parser.add_argument("--blocks", nargs="+", type=int, default=[1])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="rows are written here after every policy (.json)")
+    args = parser.parse_args()
+
+    bundle = Bundle(args.bundle)
+    if bundle.calibration is None:
+        sys.exit(f"{args.bundle} has no calibration: build it with `cm-export build --calibration FILE`")
+    engine = Engine(bundle, args.threads)
+    bundle.wait_verified()
+    started = time.perf_counter()
+    asked = ask_dense(engine, questions(args.task, args.data, args.limit, args.seed), args.max_new_tokens)
+    right = sum(q.right for q in asked)
+    low, high = wilson(right, len(asked))
+    rows = [{"policy": "dense", "share": 1.0, "right": right / len(asked), "low": low, "high": high, "n": len(asked)}]
+    report = {
+        "bundle": bundle.manifest["model"]["source"],
+        "calibration": bundle.calibration.about,
+        "command": " ".join(["python", *sys.argv]),
+        "versions": bundle.manifest["versions"],
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} thread(s)",
+        "rows": rows,
+    }
+    print(f"dense {right / len(asked):.4f} [{low:.3f}, {high:.3f}], {sum(len(q.logits) for q in asked)} tokens")
+    for policy in args.policies:
+        cells = []
+        for block in args.blocks:
+            for share in args.shares:
+                for fill in args.fills:
+                    for layers in args.layers:
+                        neurons = Neurons(fill=fill, layers=layers, block=block)
+                        cells += [
+                            Cell(neurons, share, clustered) for clustered in ((True, False) if block > 1 else (True,))
+                        ]
+        rows += run(engine, policy, asked, cells, args.seed)
+        for row in rows[-len(cells) :]:
+            what = f"{row['policy']:22} {row['share']:.0%} fill {row['fill']:10} {row['layers']:10} block {row['block']:12}"
+            print(
+                f"{what} right {row['right']:.4f} [{row['low']:.3f}, {row['high']:.3f}] of dense {row['of_dense']:.4f} "
+                f"agree {row['agreement']:.4f} KL {row['kl']:.5f}",
+                flush=True,
+            )
+        report["seconds"] = time.perf_counter() - started
+        if args.out:
+            temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}")
+            temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            temporary.replace(args.out)
+
+
+if __name__ == "__main__":
+    main()

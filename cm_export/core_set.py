@@ -1,0 +1,81 @@
+"""From what a prefill measured to what decode reads: which neurons of each layer, and what stands in for the others.
+
+    core_scores [L,B,F] -> K_l best (neurons, or blocks) -> core_neurons [L,B,K] + core_counts [L] -> rows [B,K_l,D]
+    core_bias [L,B,D]   =  mean_y - sum over kept n of mean_z_n W_down[n]      the mean of what the dropped ones gave
+
+The means are the prompt's own (fill = "prompt", exact: both come from its prefill) or the calibration's.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .calibration import Calibration
+from .core_index import check_core_neurons, select_core_neurons
+from .layer_budgets import layer_counts
+from .recipe import Neurons
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class CoreSet:
+    """core_neurons [L,B,max K_l] int32, the first counts[l] of each row count (-1 behind them); means for the bias."""
+
+    neurons: np.ndarray
+    counts: np.ndarray  # [L] int64
+    ffn: int
+    mean_z: np.ndarray | None  # [L,B,F]
+    mean_y: np.ndarray | None  # [L,B,D]
+
+    def constants(self, rows: Any) -> Arrays:
+        """The inputs of decode that stay for the whole answer, rows gathered; `rows`: the backend's CoreRows."""
+        if (self.counts == self.ffn).all():
+            return every_neuron(rows)
+        check_core_neurons(self.neurons, *self.neurons.shape[:2], self.ffn, self.counts)
+        out = rows.gather(self.neurons, self.counts)
+        out["core_neurons"], out["core_counts"] = self.neurons, self.counts
+        out["core_bias"] = self.bias([out[f"ffn.{i}.down"] for i in range(len(self.counts))])
+        return out
+
+    def bias(self, down: list[np.ndarray]) -> np.ndarray:
+        """[L,B,D] float32 of the kept neurons' down rows [B,K_l,D]; zero without means, and in a layer that keeps all."""
+        out = np.zeros((*self.neurons.shape[:2], down[0].shape[-1]), np.float32)
+        for layer, (count, kept) in enumerate(zip(self.counts, down, strict=True)):
+            if self.mean_z is not None and count < self.ffn:
+                ids = self.neurons[layer, :, :count].astype(np.int64)
+                z = np.take_along_axis(self.mean_z[layer], ids, axis=-1)
+                out[layer] = self.mean_y[layer] - (z[:, None] @ kept)[:, 0]
+        return out
+
+
+def choose(
+    outputs: Arrays, neurons: Neurons, shape: Any, calibration: Calibration | None, share: float | None = None
+) -> CoreSet:
+    """The core set of a prefill's outputs (numpy) under a recipe's [neurons]. Raises InputError.
+
+    `share` replaces the recipe's. Without scores (policy "dense") every neuron is kept.
+    """
+    scores = outputs.get("core_scores")
+    if scores is None:
+        every = np.arange(shape.ffn, dtype=np.int32)
+        counts = np.full(shape.layers, shape.ffn, np.int64)
+        return CoreSet(np.array(np.broadcast_to(every, (shape.layers, 1, shape.ffn))), counts, shape.ffn, None, None)
+    counts = layer_counts(neurons, share or neurons.share, shape.layers, shape.ffn, calibration)
+    index = select_core_neurons(scores, counts if len(set(counts.tolist())) > 1 else int(counts[0]), neurons.block)
+    mean_z, mean_y = None, None
+    if neurons.fill == "prompt":
+        mean_z, mean_y = outputs["core_mean_z"], outputs["core_mean_y"]
+    elif neurons.fill == "calibrated":
+        batch = scores.shape[1]
+        mean_z, mean_y = (np.repeat(a[:, None], batch, axis=1) for a in (calibration.mean_z, calibration.mean_y))
+    return CoreSet(index, counts, shape.ffn, mean_z, mean_y)
+
+
+def every_neuron(rows: Any) -> Arrays:
+    """Every neuron: rows are views of the weight file, nothing is left to stand in for."""
+    out = rows.all()
+    layers, hidden = len(rows.sources), rows.sources[0][2].shape[1]
+    out["core_bias"] = np.zeros((layers, 1, hidden), np.float32)
+    return out
