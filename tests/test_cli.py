@@ -162,7 +162,7 @@ BAD = [
     (("eval", "b.plan", "--task", "scenes", "--kinds", "wher"), "did you mean 'where'?"),
     (("eval", "b.plan", "--task", "scenes", "--neurons", "grifin"), "did you mean 'griffin'?"),
     (("eval", "b.plan", "--task", "scenes", "--token-share", "0.5,2"), "for 2 % write 0.02"),
-    (("build", "--model", "demo", "--out", "o.plan", "--require-accuracy", "0.9"), "--data or --task"),
+    (("build", "--model", "demo", "--out", "o.plan", "--require-accuracy", "0.9"), "--task or --data"),
     (("build", "--model", "demo", "--out", "o.plan", "--task", "scenes"), "--require-accuracy"),
     (("eval", "b.plan", "--task", "nonsense"), "unknown task 'nonsense'"),
     (("bench", "none.plan"), "no such bundle"),
@@ -284,9 +284,14 @@ def test_an_interrupt_is_quiet(bundle):
 # ---------------------------------------------------------------- verbs
 
 
+NAMED = ("model", "out", "recipe")  # of build, in their order
+
+
 def test_build_hands_over_the_recipe_that_the_options_describe(stub, capsys):
     calls = []
-    stub("build", build=lambda **given: calls.append(given) or {"ok": True})
+    stub(
+        "build", build=lambda *args, **given: calls.append(dict(zip(NAMED, args, strict=True)) | given) or {"ok": True}
+    )
     options = "--neurons griffin --neuron-share 0.4 --tokens random --token-count 7 --prune-layer 3 --voters last"
     more = "--token-cache index --seed 5 --threads 2 --force --json --revision abc"
     assert main(["build", "--model", "a/b", "--out", "o.plan", *options.split(), *more.split()]) == 0
@@ -303,7 +308,7 @@ def test_build_hands_over_the_recipe_that_the_options_describe(stub, capsys):
 
 def test_build_takes_the_model_of_the_recipe_and_drops_its_revision_for_another_model(stub, tmp_path, capsys):
     calls = []
-    stub("build", build=lambda **given: calls.append(given["recipe"]) or {})
+    stub("build", build=lambda model, out, recipe, **given: calls.append(recipe) or {})
     (tmp_path / "r.toml").write_text('model = "a/b"\nrevision = "abc"\n[neurons]\nshare = 0.3\n')
     base = ["build", "--recipe", str(tmp_path / "r.toml"), "--out", "o", "--json"]
     assert main(base) == main([*base, "--model", "demo"]) == 0
@@ -372,10 +377,8 @@ def test_run_draws_one_overlay_per_picture(engine, bundle, picture, tmp_path, ca
 def test_eval_hands_over_what_to_compare_and_writes_its_report(stub, bundle, tmp_path, capsys):
     calls, table = [], [{"answered by": "dense", "accuracy": 0.98}, {"answered by": "random", "accuracy": float("nan")}]
     report = {"task": "easy-vqa", "table": table, "notes": []}
-    stub("evals._compare", compare=lambda *given: calls.append(given) or report, Sweep=SimpleNamespace)
+    stub("evals._compare", compare=lambda *given: calls.append(given) or report, Sweep=lambda *given: given)
     stub("evals._task", load=lambda *given: given)
-    monkey = sys.modules["cm_export.evals._compare"]
-    monkey.Sweep = lambda *given: given
     out = tmp_path / "r.json"
     policies = ["--neurons", "griffin,coreinfer", "--neuron-share", "0.6, 0.4", "--tokens", "dense"]
     asked = ["--task", "easy-vqa", "--kinds", "word", "--limit", "7", "--seed", "3", *policies]

@@ -113,9 +113,9 @@ def load_questions(
     if data is not None:
         if kinds or limit:
             raise InputError("--kinds and --limit choose from a task", where="--data", fix="shorten the file instead")
-        from ..evals import _user_data
+        from ..evals._user_data import load as load_data
 
-        return _user_data.load(data, max_new_tokens)
-    from ..evals import _task
+        return load_data(data, max_new_tokens)
+    from ..evals._task import load
 
-    return _task.load(task, kinds, limit, seed)
+    return load(task, kinds, limit, seed)
