@@ -26,11 +26,12 @@ from .errors import InputError
 from .evals._compare import with_policies
 from .generate import Budget, Engine
 from .images import open_image
+from .neuron_constants import neuron_constants
 from .recipe import Recipe
 from .request import Request
 from .surgery.report_activations import report_activations
 
-SHARES = (0.2, 0.4, 0.6, 0.8)  # of one layer's neurons, at which its sensitivity is measured
+SHARES = (0.1, 0.2, 0.4, 0.6, 0.8)  # of one layer's neurons, at which its sensitivity is measured
 PROFILE_TOKENS = 512  # tokens whose energies are kept for clustering: [512,F] float16 per layer
 SENSITIVITY_TOKENS = 64  # of one answer, at most
 OWN_WORDS = 8  # length of the random beginnings from which a model without prompts writes
@@ -120,7 +121,7 @@ def measure(
     energy, mean_z = energy / np.maximum(energy.sum(1, keepdims=True), 1e-60), mean_z / total
     mean_y = [z @ rows[2].astype(np.float64) for z, rows in zip(mean_z, engine.rows.sources, strict=True)]
     some = [a for a in answers if len(a[1])][:sensitivity_prompts]
-    sensitivity = _sensitivity(engine, some, progress)
+    sensitivity = _sensitivity(engine, some, energy, progress)
     files = bundle.manifest["model"]["files"]
     about = {
         "checkpoint": checkpoint_id(files),
@@ -193,18 +194,22 @@ def _with_answer(request: Request, answer: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _sensitivity(engine: Engine, answers: list, progress: Callable[..., None]) -> np.ndarray:
-    """[L,P]: mean KL per token when one layer computes the neurons that the prompt's energies rank first."""
-    recipe = Recipe().replace(neurons__policy="griffin", tokens__policy="dense")
-    judge, shape = with_policies(engine, recipe), engine.bundle.shape
+def _sensitivity(engine: Engine, answers: list, energy: np.ndarray, progress: Callable[..., None]) -> np.ndarray:
+    """[L,P]: mean KL per token when one layer computes the neurons that `glass` ranks first; energy [L,F]: its prior."""
+    bundle, shape = engine.bundle, engine.bundle.shape
+    judge = with_policies(engine, Recipe().replace(neurons__policy="griffin", tokens__policy="dense"))
+    weighed = Recipe().replace(neurons__policy="griffin", neurons__row_norm=True)
+    down = neuron_constants(weighed, bundle.weights, bundle.family, shape, None)["row"]
     kl, tokens = np.zeros((shape.layers, len(SHARES))), 0
     for i, (request, answer) in enumerate(answers):
         answer = answer[:SENSITIVITY_TOKENS]
         prefilled = judge.prefill(request, Budget())
         expected = _forced(prefilled, prefilled.decoder_of(judge.rows.all()), answer)
         tokens += len(answer)
+        of_prompt = prefilled.scores[:, 0] / prefilled.scores[:, 0].sum(-1, keepdims=True)
+        scores = ((of_prompt + energy) * down)[:, None].astype(np.float32)
         for p, share in enumerate(SHARES):
-            core = select_core_neurons(prefilled.scores, neuron_count(share, shape.ffn))
+            core = select_core_neurons(scores, neuron_count(share, shape.ffn))
             for layer in range(shape.layers):
                 progress("measure each layer's sensitivity", i * shape.layers + layer, len(answers) * shape.layers)
                 rows = judge.rows.all() | judge.rows.one(layer, core[layer])

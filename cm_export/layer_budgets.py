@@ -15,7 +15,9 @@ from .core_index import neuron_count
 from .recipe import Neurons
 
 STEP = 1 / 64  # of F: the smallest amount that one layer gets more than another
-LEAST = 0.05  # share that every layer keeps, however insensitive it was measured to be
+# Of the uniform budget, what every layer keeps however insensitive it was measured to be: curves of single layers say
+# nothing of many layers cut to the bone together.
+LEAST = 0.5
 
 
 def layer_counts(neurons: Neurons, share: float, layers: int, ffn: int, calibration: Calibration | None) -> np.ndarray:
@@ -30,7 +32,7 @@ def layer_counts(neurons: Neurons, share: float, layers: int, ffn: int, calibrat
 def allot(sensitivity: np.ndarray, shares: np.ndarray, total: int, most: int) -> np.ndarray:
     """[L] int64 that sums to `total`, each 1..most: units given one step at a time to where the KL falls fastest."""
     step, layers = max(1, int(most * STEP)), len(sensitivity)
-    least = min(max(1, int(most * LEAST)), total // layers)
+    least = max(1, int(total // layers * LEAST))
     curves = [_convex(np.append(shares, 1.0), np.append(row, 0.0)) for row in sensitivity.astype(np.float64)]
     counts = np.full(layers, least, np.int64)
     left = total - counts.sum()

@@ -88,6 +88,6 @@ def command(
         ran = found.about["ran"]
         notes = [
             f"{out}: {ran['generated_tokens']} generated tokens of {ran['prompts']} prompts ({ran['data']})",
-            "KL to dense in nats per token when only that layer is sparse (griffin)",
+            "KL to dense in nats per token when only that layer is sparse (glass)",
         ]
         print_rows({"rows": summary["rows"], "notes": notes}, title="sensitivity of the layers")
