@@ -4,7 +4,7 @@
     where, what_at        places on a 3x3 board                     relation                 left of, above ...
 
 Pictures and answers follow from a seed (`_scene.py`), and no picture of the test split was trained on. The vocabulary
-is that of the models `demo` and `scenes`; bring your own questions (`--data`) for other models.
+is that of the model `demo`, which was not trained on them; bring your own questions (`--data`) for other models.
 """
 
 from PIL import Image
