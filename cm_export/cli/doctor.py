@@ -17,6 +17,7 @@ EXTRAS = {
     "gpu": "runs the graphs on NVIDIA GPUs through ONNX Runtime yourself; the verbs here use its CPU provider",
     "tensorrt": "nothing yet: the TensorRT backend is not built; the graphs carry its plugin attributes",
     "eval": "brings the pictures and questions that `cm-export eval` asks",
+    "bench": "measures neuron policies on a real language model: `make bench-quality`",
     "dev": "runs the tests and the linter",
 }
 
