@@ -27,7 +27,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cm_export import environment
+from cm_export import environment, predictor
 from cm_export.policies.neurons import coreinfer, griffin, random
 
 ANSWER = 64  # tokens of every answer
@@ -61,6 +61,7 @@ class Model:
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.inputs: dict[int, torch.Tensor] = {}  # x [T,D] of every layer of the pass under way
         self._keep: Score | None = None
         self.adopt()
 
@@ -74,6 +75,7 @@ class Model:
 
     def _forward(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         module = self.ffns[layer]
+        self.inputs[layer] = x[0]
         active = F.silu(module.gate_proj(x))
         z = active * module.up_proj(x)
         if self._keep is None:
@@ -222,12 +224,45 @@ def methods(model: Model, calibration: Calibration) -> list[Method]:
         found.append(Method(f"{bits}-bit copy of gate and up", "per token", token(score), cost))
         if bits == 2:
             found.append(Method("2-bit copy, mean added back", "per token", token(score), cost, fill=True))
+    group = predictor.group_of(model.hidden)
+    shipped = copies(lambda i, w: torch.from_numpy(_shipped(w.detach().numpy(), group)))
+    cost = predictor.predictor_share(model.hidden)
+    found.append(Method("predicted (4-bit copy as a bundle stores it)", "per token", token(shipped), cost))
+    ahead = Method("the same, asked one layer ahead", "per token", token(_ahead(shipped, model)), cost)
+    found.append(ahead)
+    for share in (0.7, 0.8, 0.9):
+        # Only the prompt's candidates are predicted, so only their part of the copy is read.
+        name = f"the same, of {share:.0%} candidates by glass (sum)"
+        found.append(Method(name, "per token", _among(fused, share, shipped), cost * share))
     for part in (8, 4):
         rank = model.hidden // part
         cost = 2 * rank * (model.hidden + model.ffn) / (3 * model.hidden * model.ffn)
         score = copies(lambda i, w, rank=rank: low_rank(w, calibration.x[i], rank))
         found.append(Method(f"low rank {rank} of gate and up", "per token", token(score), cost))
     return found
+
+
+def _shipped(weight: np.ndarray, group: int) -> np.ndarray:
+    q, scale = predictor.quantize(weight, group)
+    return (q.reshape(len(weight), -1, group) * scale[..., None]).reshape(weight.shape).astype(np.float32)
+
+
+def _ahead(score: Score, model: Model) -> Score:
+    """Layer l is predicted from the input of layer l-1's FFN, while that one still runs; the first from its own."""
+    return lambda i, x, active, z: score(i, model.inputs[max(0, i - 1)], active, z)
+
+
+def _among(prior: Callable[[int, torch.Tensor], torch.Tensor], share: float, score: Score) -> Callable:
+    """The scorer restricted to the share of neurons that are best in the prompt: one candidate set per answer."""
+
+    def scorer(prompt: list[torch.Tensor]) -> Score:
+        outside = []
+        for i, z in enumerate(prompt):
+            first = prior(i, z)
+            outside.append(first < first.topk(round(share * len(first))).values[-1])
+        return lambda i, x, active, z: score(i, x, active, z).masked_fill(outside[i], -1.0)
+
+    return scorer
 
 
 def sparse(method: Method, score: Score, kept: int, mean: list[torch.Tensor]) -> Score:

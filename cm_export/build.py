@@ -21,7 +21,7 @@ from typing import Any
 
 import onnx
 
-from . import __version__, by_name, checkpoint, gates, model, plugins, quality, weights
+from . import __version__, by_name, checkpoint, gates, model, plugins, predictor, quality, weights
 from . import bundle as bundles
 from .backends.onnxruntime import Backend
 from .calibration import FILE as CALIBRATION
@@ -127,7 +127,12 @@ def _run(
     def rewrite(folder: Path) -> dict[str, Any]:
         progress("rewrite the graphs")
         constants = neuron_constants(recipe, weights.WeightFile(weight_file), family, shape, calibration)
-        return _rewrite(trace_dir, folder, index, family, shape, recipe, constants)
+        copies = None
+        if recipe.neurons.in_decode:
+            progress("fit the predictor")
+            predictor.write(folder / predictor.FILE, weights.WeightFile(weight_file), family, shape)
+            copies = weights.index(folder / predictor.FILE)
+        return _rewrite(trace_dir, folder, index, family, shape, recipe, constants, copies)
 
     resolved = recipe.to_dict() | {"calibration": CALIBRATION if calibration else None}
     graphs_key = key_of(trace=trace_key, weights=weights_key, recipe=resolved, calibration=measured)
@@ -135,7 +140,8 @@ def _run(
 
     def prove(folder: Path) -> dict[str, Any]:
         progress("prove the graphs against PyTorch")
-        backend = Backend(lambda n: graph_dir / f"{n}.onnx", weights.WeightFile(weight_file), threads)
+        copies = weights.WeightFile(graph_dir / predictor.FILE) if recipe.neurons.in_decode else None
+        backend = Backend(lambda n: graph_dir / f"{n}.onnx", weights.WeightFile(weight_file), threads, copies)
         reference = model.read_reference(weight_dir)
         results = gates.run_gates(backend, family, shape, recipe, inputs, reference, calibration)
         return {"gates": [g.to_dict() for g in results]}
@@ -158,7 +164,7 @@ def _run(
         "graphs": graph_state["graphs"],
         "passes": graph_state["passes"],
         "gates": gate_state["gates"],
-        "links": _links(shape.layers, recipe.neurons.fill),
+        "links": _links(shape.layers, graph_state["graphs"]),
         "stages": {"trace": trace_key, "weights": weights_key, "graphs": graphs_key},
     }
     with bundles.assemble(out) as folder:
@@ -169,6 +175,9 @@ def _run(
         _link(weight_file, folder / weights.FILE)
         known[weights.FILE] = weight_state["sha256"][weights.FILE]
         shutil.copytree(weight_dir / "processor", folder / "processor")
+        if recipe.neurons.in_decode:
+            shutil.copyfile(graph_dir / predictor.FILE, folder / predictor.FILE)
+            known[predictor.FILE] = graph_state["sha256"][predictor.FILE]
         if calibration:
             shutil.copyfile(recipe.calibration, folder / CALIBRATION)
             known[CALIBRATION] = measured
@@ -192,7 +201,14 @@ def _calibration(recipe: Recipe, source: Any) -> tuple[Calibration | None, Any]:
 
 
 def _rewrite(
-    trace_dir: Path, folder: Path, index: dict, family: ModuleType, shape: Any, recipe: Recipe, constants: dict
+    trace_dir: Path,
+    folder: Path,
+    index: dict,
+    family: ModuleType,
+    shape: Any,
+    recipe: Recipe,
+    constants: dict,
+    copies: dict | None,
 ) -> dict:
     """All five graphs into `folder`; returns their description and the log of passes."""
     passes, models = [], {}
@@ -202,7 +218,7 @@ def _rewrite(
         passes += log
     models["prefill"], log = pipeline.sparse_prefill(models["prefill_dense"], family, shape, recipe, constants)
     passes += log
-    models["decode"], log = pipeline.sparse_decode(models["decode_dense"], family, shape, recipe)
+    models["decode"], log = pipeline.sparse_decode(models["decode_dense"], family, shape, recipe, copies)
     passes += log
     for name, proto in models.items():
         onnx.save(proto, folder / f"{name}.onnx")
@@ -237,17 +253,17 @@ def describe(proto: onnx.ModelProto) -> dict[str, Any]:
     }
 
 
-def _links(layers: int, fill: str) -> list[dict[str, str]]:
-    """How the graphs are wired, as data: any runner can follow it."""
+def _links(layers: int, graphs: dict[str, Any]) -> list[dict[str, str]]:
+    """How the graphs are wired, as data that any runner can follow: of all wires, those whose two ends exist."""
     pairs = [("vision.image_embeds", "prefill.inputs_embeds"), ("prefill.core_scores", "decode.core_neurons")]
     pairs += [("prefill.kept_mask", "decode.attention_mask"), ("prefill.kept_tokens", "decode.core_tokens")]
-    if fill == "prompt":
-        pairs += [(f"prefill.core_mean_{x}", "decode.core_bias") for x in "zy"]
+    pairs += [(f"prefill.core_mean_{x}", "decode.core_bias") for x in "zy"]
     for i in range(layers):
         for part in ("key", "value"):
             pairs.append((f"prefill.present.{i}.{part}", f"decode.past.{i}.{part}"))
             pairs.append((f"decode.present.{i}.{part}", f"decode.past.{i}.{part}"))
-    return [{"from": a, "to": b} for a, b in pairs]
+    ends = {f"{g}.{v['name']}" for g, described in graphs.items() for v in described["inputs"] + described["outputs"]}
+    return [{"from": a, "to": b} for a, b in pairs if {a, b} <= ends]
 
 
 def _link(source: Path, target: Path) -> None:

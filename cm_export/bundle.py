@@ -5,6 +5,7 @@ engine.plan/
   weights.safetensors      shared by every graph
   *.onnx                   vision, prefill, decode, prefill_dense, decode_dense
   calibration.safetensors  if the recipe named one
+  predictor.safetensors    if decode chooses its neurons itself: low-bit copies of gate and up
   processor/*              tokenizer.json, chat template, preprocessor_config.json
 """
 
@@ -28,6 +29,8 @@ from .calibration import FILE as CALIBRATION
 from .calibration import Calibration
 from .calibration import read as read_calibration
 from .errors import BundleError, InputError
+from .predictor import FILE as PREDICTOR
+from .predictor import write as write_predictor
 from .weights import FILE as WEIGHTS
 from .weights import WeightFile
 
@@ -71,7 +74,7 @@ class Bundle:
                 raise BundleError(
                     f"{file.stat().st_size} bytes, the manifest says {entry['bytes']}", where=file, fix=_REBUILD
                 )
-            if name != WEIGHTS:
+            if name not in (WEIGHTS, PREDICTOR):
                 self._verify(file, entry["sha256"])
         self.weights = WeightFile(self.path / WEIGHTS)
         self.family: ModuleType = by_name.load("cm_export.families", self.manifest["model"]["type"], "model type")
@@ -101,6 +104,16 @@ class Bundle:
         found = read_calibration(self.path / CALIBRATION)
         return found.reordered() if self.manifest["recipe"]["neurons"].get("block", 1) > 1 else found
 
+    @cached_property
+    def predictor(self) -> WeightFile:
+        """The copies by which decode chooses neurons; fitted now, into a temporary file, if the bundle holds none."""
+        if PREDICTOR in self.manifest["files"]:
+            return WeightFile(self.path / PREDICTOR)
+        self._fitted = tempfile.TemporaryDirectory(prefix="cm-export-")  # as long as the bundle is open
+        file = Path(self._fitted.name) / PREDICTOR
+        write_predictor(file, self.weights, self.family, self.shape)
+        return WeightFile(file)
+
     def _inside(self, name: str) -> Path:
         pure = PurePosixPath(name)
         file = self.path / pure
@@ -115,7 +128,8 @@ class Bundle:
 
     def _verify_weights(self) -> None:
         try:
-            self._verify(self.path / WEIGHTS, self.manifest["files"][WEIGHTS]["sha256"])
+            for name in {WEIGHTS, PREDICTOR} & set(self.manifest["files"]):
+                self._verify(self.path / name, self.manifest["files"][name]["sha256"])
         except (BundleError, OSError) as e:
             self._failure = e if isinstance(e, BundleError) else BundleError(str(e), where=self.path / WEIGHTS)
 

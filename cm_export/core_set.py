@@ -21,9 +21,12 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class CoreSet:
-    """core_neurons [L,B,max K_l] int32, the first counts[l] of each row count (-1 behind them); means for the bias."""
+    """core_neurons [L,B,max K_l] int32, the first counts[l] of each row count (-1 behind them); means for the bias.
 
-    neurons: np.ndarray
+    Where the decode graph chooses for every token there are no neurons to name (None), only how many.
+    """
+
+    neurons: np.ndarray | None
     counts: np.ndarray  # [L] int64
     ffn: int
     mean_z: np.ndarray | None  # [L,B,F]
@@ -31,8 +34,8 @@ class CoreSet:
 
     def constants(self, rows: Any) -> Arrays:
         """The inputs of decode that stay for the whole answer, rows gathered; `rows`: the backend's CoreRows."""
-        if (self.counts == self.ffn).all():
-            return every_neuron(rows)
+        if self.neurons is None or (self.counts == self.ffn).all():
+            return every_neuron(rows) | {"core_counts": self.counts}
         check_core_neurons(self.neurons, *self.neurons.shape[:2], self.ffn, self.counts)
         out = rows.gather(self.neurons, self.counts)
         out["core_neurons"], out["core_counts"] = self.neurons, self.counts
@@ -58,6 +61,9 @@ def choose(
     `share` replaces the recipe's. Without scores (policy "dense") every neuron is kept.
     """
     scores = outputs.get("core_scores")
+    if neurons.in_decode:
+        counts = layer_counts(neurons, share or neurons.share, shape.layers, shape.ffn, calibration)
+        return CoreSet(None, counts, shape.ffn, None, None)
     if scores is None:
         every = np.arange(shape.ffn, dtype=np.int32)
         counts = np.full(shape.layers, shape.ffn, np.int64)
@@ -78,4 +84,5 @@ def every_neuron(rows: Any) -> Arrays:
     out = rows.all()
     layers, hidden = len(rows.sources), rows.sources[0][2].shape[1]
     out["core_bias"] = np.zeros((layers, 1, hidden), np.float32)
+    out["core_counts"] = np.full(layers, len(rows.sources[0][0]), np.int64)
     return out

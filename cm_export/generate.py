@@ -74,9 +74,8 @@ class Prefilled:
         self._kept_mask = mask.numpy() if mask is not None and recipe.tokens.cache == "cut" else None
         self._core_tokens = self.kept_tokens if kept is not None and recipe.tokens.cache == "index" else None
         self._cache = outputs
-        self.neurons = engine.bundle.shape.ffn
-        if self.scores is not None:
-            self.neurons = round(float(self.core_set.counts.mean()))  # per layer
+        shape = engine.bundle.shape
+        self.neurons = shape.ffn if budget.dense else round(float(self.core_set.counts.mean()))  # per layer
 
     @cached_property
     def core_set(self) -> CoreSet:
@@ -111,7 +110,8 @@ class Engine:
     def __init__(self, bundle: Bundle, threads: int = 0, recipe: Recipe | None = None, graph: Callable | None = None):
         """`recipe` and `graph` replace the bundle's own: how `eval` runs control policies on the same weights."""
         self.bundle, self.recipe = bundle, recipe or from_dict(bundle.manifest["recipe"], "manifest.json: recipe")
-        self.backend = Backend(graph or bundle.graph, bundle.weights, threads)
+        copies = bundle.predictor if self.recipe.neurons.in_decode else None
+        self.backend = Backend(graph or bundle.graph, bundle.weights, threads, copies)
         self.rows = CoreRows(bundle.weights, core_row_names(bundle.family, bundle.shape.layers), threads)
 
     @cached_property

@@ -39,6 +39,11 @@ class Neurons:
     layers: str = "uniform"  # the same K in every layer, or as the calibration's sensitivities say
     block: int = 1  # neighbours chosen together; above 1, a calibration's order is put into the weights first
 
+    @property
+    def in_decode(self) -> bool:
+        """Whether the decode graph itself chooses, anew for every token."""
+        return hasattr(by_name.load("cm_export.policies.neurons", self.policy, "neuron policy"), "decode_function")
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -149,6 +154,9 @@ def check(recipe: Recipe, where: str = "recipe") -> Recipe:
     if n.image_weight != 1 and n.policy == "coreinfer":
         fix = "use neurons.voters, or another policy"
         raise InputError("neurons.image_weight with coreinfer, which counts whole tokens", where=where, fix=fix)
+    if n.fill != "none" and n.in_decode:
+        fix = "leave neurons.fill out: what a token's own set drops is small for this token, not on average"
+        raise InputError(f"neurons.fill with {n.policy}, which chooses anew for every token", where=where, fix=fix)
     needs = {"neurons.fill": n.fill == "calibrated", "neurons.layers": n.layers == "calibrated"}
     needs[f"neurons.policy = {n.policy!r}"] = "prior" in policy.WIRES
     if recipe.calibration is None and any(needs.values()):

@@ -20,7 +20,7 @@ from .errors import BundleError
 
 FILE = "weights.safetensors"
 _PAGE = 4096  # tensor data starts on a page, so that mappings are aligned whatever the header's length
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I64": np.dtype("<i8")}
+_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I64": np.dtype("<i8"), "U8": np.dtype("u1")}
 _NAMES = {v: k for k, v in _DTYPES.items()}
 
 

@@ -3,16 +3,20 @@
     MatMul(x, Transpose(W))                       -> FusedMatMul(x, W, transB)      no transposed copy of the weights
     CoreFFN(x, Wg, Wu, Wd_t, core_neurons)        -> CoreRows(x, ffn.i.gate, ffn.i.up, ffn.i.down)
                                                      three inputs [B,K,D] that the host gathers once per request
+    CoreFFN(x, Wg, Wu, Wd_t, PredictNeurons(...)) -> CoreMasked(x, Wg, Wu, Wd_t, ids), ids by MatMulNBits on the int4 bytes
 
-Gathering inside every step is slower than dense (a gather of 40 % costs more than the products it saves).
+Gathering inside every step is slower than dense (a gather of 40 % costs more than the products it saves). So a set that
+is new for every token buys no time here: every row is read, those that are not listed are multiplied by zero.
 """
 
 from typing import Any
 
+import numpy as np
 import onnx
 
 from ..onnx_text import DOMAIN, OPSET
 from ..plugins.core_ffn.op import ACTIVATIONS
+from ..policies.neurons.predicted import SELECT
 
 _MICROSOFT = "com.microsoft"
 ROWS = ("gate", "up", "down")
@@ -23,7 +27,15 @@ def lower(model: onnx.ModelProto, rows_as_inputs: bool) -> onnx.ModelProto:
     graph = model.graph
     shapes = {t.name: list(t.dims) for t in graph.initializer}
     nodes, activation = [], None
+    chosen = {n.output[0] for n in graph.node if n.op_type == "PredictNeurons"}
     for node in graph.node:
+        if node.op_type == "PredictNeurons":
+            nodes.append(node)
+            continue
+        if chosen & set(node.input):
+            activation = _attribute(node, "activation")
+            nodes.append(onnx.helper.make_node("CoreMasked", node.input, node.output[:1], node.name, domain=DOMAIN))
+            continue
         indexed = node.op_type == "CoreFFN" and len(node.input) == 5
         if node.op_type != "CoreFFN" or (indexed and not rows_as_inputs):
             nodes.append(node)
@@ -39,6 +51,9 @@ def lower(model: onnx.ModelProto, rows_as_inputs: bool) -> onnx.ModelProto:
         )
     if activation is not None:
         model.functions.append(_core_rows(activation))
+    if chosen:
+        model.functions.append(_core_masked(activation))
+        _multiply_low_bits(model, activation)
     _keep(graph, _fuse_transposes(nodes, set(shapes)))
     model.opset_import.append(onnx.helper.make_opsetid(_MICROSOFT, 1))
     return model
@@ -46,13 +61,58 @@ def lower(model: onnx.ModelProto, rows_as_inputs: bool) -> onnx.ModelProto:
 
 def _core_rows(activation: str) -> onnx.FunctionProto:
     """CoreFFN over rows that are already gathered (or all rows): weights [K,D] or [B,K,D], neuron-major."""
-    text = f"""CoreRows (x, gate, up, down) => (y, z) {{
+    return _function(f"""CoreRows (x, gate, up, down) => (y, z) {{
         gate_out = com.microsoft.FusedMatMul <transB = 1> (x, gate)
         up_out = com.microsoft.FusedMatMul <transB = 1> (x, up)
         {ACTIVATIONS[activation]}
         z = Mul (activated, up_out)
         y = MatMul (z, down)
-    }}"""
+    }}""")
+
+
+def _core_masked(activation: str) -> onnx.FunctionProto:
+    """CoreFFN over every row, z of the rows that a token does not list being zero: ids [B,N,K], weights [F,D]."""
+    return _function(f"""CoreMasked (x, gate, up, down, ids) => (y) {{
+        gate_out = com.microsoft.FusedMatMul <transB = 1> (x, gate)
+        up_out = com.microsoft.FusedMatMul <transB = 1> (x, up)
+        {ACTIVATIONS[activation]}
+        z = Mul (activated, up_out)
+        z_shape = Shape (z)
+        none = ConstantOfShape (z_shape)
+        ids_shape = Shape (ids)
+        one = Constant <value_float = 1.0> ()
+        ones = Expand (one, ids_shape)
+        mask = ScatterElements <axis = -1> (none, ids, ones)
+        listed = Mul (z, mask)
+        y = MatMul (listed, down)
+    }}""")
+
+
+def _multiply_low_bits(model: onnx.ModelProto, activation: str) -> None:
+    """PredictNeurons multiplies the int4 bytes as they lie; they become uint4 with zero point 8 (see `unsigned`)."""
+    sizes = {t.name: list(t.dims) for t in model.graph.initializer}
+    node = next(n for n in model.graph.node if n.op_type == "PredictNeurons")
+    ffn, hidden = sizes[node.input[1]]
+    group = _attribute(node, "group")
+    body = f"""
+        gate_out = com.microsoft.MatMulNBits <K = {hidden}, N = {ffn}, bits = 4, block_size = {group}> (x, gate, gate_scale)
+        up_out = com.microsoft.MatMulNBits <K = {hidden}, N = {ffn}, bits = 4, block_size = {group}> (x, up, up_scale)
+        {SELECT.replace("ACTIVATE", ACTIVATIONS[activation])}"""
+    inputs = "x, gate, gate_scale, up, up_scale, norm, count"
+    known = next(f for f in model.functions if f.name == "PredictNeurons")
+    known.CopyFrom(_function(f"PredictNeurons <group, block> ({inputs}) => (core_neurons) {{ {body} }}"))
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT4:
+            tensor.data_type = onnx.TensorProto.UINT8
+            tensor.dims[:] = [ffn, hidden // group, group // 2]
+
+
+def unsigned(packed: np.ndarray, group: int) -> np.ndarray:
+    """[F,D/2] bytes of int4 pairs -> [F,D/g,g/2] of the same numbers as uint4 above a zero point of 8."""
+    return (packed ^ np.uint8(0x88)).reshape(len(packed), -1, group // 2)
+
+
+def _function(text: str) -> onnx.FunctionProto:
     header = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}, "{_MICROSOFT}" : 1]> '
     return onnx.parser.parse_function(header + text)
 

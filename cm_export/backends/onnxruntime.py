@@ -14,14 +14,21 @@ import onnxruntime as ort
 
 from ..errors import BundleError, CmExportError
 from ..weights import WeightFile
-from ._lower_onnxruntime import ROWS, lower
+from ._lower_onnxruntime import ROWS, lower, unsigned
 
 
 class Backend:
     """Sessions over the graphs of one bundle (or of a build under way), made when first asked for."""
 
-    def __init__(self, graph: Callable[[str], Path | onnx.ModelProto], weights: WeightFile, threads: int = 0):
-        self._graph, self.weights, self.threads = graph, weights, threads
+    def __init__(
+        self,
+        graph: Callable[[str], Path | onnx.ModelProto],
+        weights: WeightFile,
+        threads: int = 0,
+        predictor: WeightFile | None = None,
+    ):
+        """`predictor`: the file of low-bit copies, where the decode graph reads one."""
+        self._graph, self.weights, self.threads, self._predictor = graph, weights, threads, predictor
         self._sessions: dict[tuple[str, bool], ort.InferenceSession] = {}
         self._views: dict[str, ort.OrtValue] = {}  # sessions read these buffers as long as they live
 
@@ -47,22 +54,32 @@ class Backend:
         options.log_severity_level = 3
         # Prepacking would copy every weight into anonymous memory, once per session.
         options.add_session_config_entry("session.disable_prepacking", "1")
-        names = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-        missing = [n for n in names if n not in self.weights]
+        external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        missing = [t.name for t in external if t.name not in self.weights and t.name not in (self._predictor or ())]
         if missing:
             raise BundleError(f"the weight file has no {missing[0]}", where=where, fix="build the bundle again")
         # Every session reads the same mapping; the folder only satisfies the check of the graph's external paths.
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.weights.path.parent)
         )
-        for name in names:
-            if name not in self._views:
-                self._views[name] = ort.OrtValue.ortvalue_from_numpy(self.weights[name])
-            options.add_initializer(name, self._views[name])
+        for tensor in external:
+            # What is given below is never looked for, but its path is checked all the same.
+            tensor.external_data[0].value = self.weights.path.name
+            if tensor.name not in self._views:
+                self._views[tensor.name] = ort.OrtValue.ortvalue_from_numpy(self._view(tensor))
+            options.add_initializer(tensor.name, self._views[tensor.name])
         try:
             return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as e:
             raise BundleError(f"ONNX Runtime refuses the graph ({e})", where=where) from e
+
+    def _view(self, tensor: onnx.TensorProto) -> np.ndarray:
+        """What an initializer reads: the mapped file as it is, or int4 pairs turned into what ONNX Runtime multiplies."""
+        if tensor.name in self.weights:
+            return self.weights[tensor.name]
+        stored = self._predictor[tensor.name]
+        is_packed = tensor.data_type == onnx.TensorProto.UINT8
+        return unsigned(stored, 2 * tensor.dims[-1]) if is_packed else stored
 
     def vision(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
         """Image embeddings [I,D] of patches and the host's integers."""

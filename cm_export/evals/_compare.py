@@ -129,7 +129,8 @@ def with_policies(engine: Engine, recipe: Recipe) -> Engine:
             return bundle.graph(name)
         dense = onnx.load(bundle.graph(f"{name}_dense"), load_external_data=False)
         if name == "decode":
-            return pipeline.sparse_decode(dense, bundle.family, bundle.shape, recipe)[0]
+            copies = bundle.predictor.tensors if recipe.neurons.in_decode else None
+            return pipeline.sparse_decode(dense, bundle.family, bundle.shape, recipe, copies)[0]
         constants = neuron_constants(recipe, bundle.weights, bundle.family, bundle.shape, bundle.calibration)
         return pipeline.sparse_prefill(dense, bundle.family, bundle.shape, recipe, constants)[0]
 

@@ -27,7 +27,7 @@ def bind_weights(model: onnx.ModelProto, weights: dict[str, Tensor], family: Mod
             continue
         if stored != value.name:
             transposed[value.name] = stored
-        bound.append(_initializer(stored, weights[stored]))
+        bound.append(initializer(stored, weights[stored]))
     for node in list(graph.node):
         if node.op_type == "Transpose" and node.input[0] in transposed:
             _rename_input(graph, node.output[0], transposed.pop(node.input[0]))
@@ -46,14 +46,17 @@ def _is_weight(name: str, family: ModuleType, weights: dict[str, Tensor], stored
     return False
 
 
-def _initializer(name: str, tensor: Tensor) -> onnx.TensorProto:
+def initializer(
+    name: str, tensor: Tensor, file: str = FILE, dtype: int | None = None, shape: list[int] | None = None
+) -> onnx.TensorProto:
+    """An initializer whose bytes are a tensor of `file`; dtype and shape, where ONNX knows it by another type."""
     out = onnx.TensorProto(
         name=name,
-        dims=tensor.shape,
-        data_type=onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype),
+        dims=tensor.shape if shape is None else shape,
+        data_type=onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype) if dtype is None else dtype,
         data_location=onnx.TensorProto.EXTERNAL,
     )
-    for key, value in (("location", FILE), ("offset", tensor.offset), ("length", tensor.length)):
+    for key, value in (("location", file), ("offset", tensor.offset), ("length", tensor.length)):
         out.external_data.add(key=key, value=str(value))
     return out
 

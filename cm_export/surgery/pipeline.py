@@ -3,6 +3,7 @@
 traced --bind_weights--> dense
 dense prefill --replace_ffn, replace_attention, choose_tokens, cut_tokens, score_neurons, report_means--> prefill
 dense decode  --replace_ffn, replace_attention (indexed), add_bias--------------------------------------> decode
+                 or, where the graph itself chooses: predict_neurons, replace_ffn (per token), bind_predictor
 """
 
 from dataclasses import dataclass
@@ -14,12 +15,15 @@ import onnx
 
 from .. import by_name
 from ..errors import InputError
+from ..predictor import group_of
 from ..recipe import Recipe
 from ..weights import Tensor
 from .bind_weights import bind_weights
 from .cut_tokens import choose_tokens, cut_tokens, report_tokens
 from .edit import Edit
 from .fill_ffn import add_bias, report_means
+from .find_sites import FFN
+from .predict_neurons import bind_predictor, predict_neurons
 from .replace_attention import replace_attention
 from .replace_ffn import replace_ffn
 from .score_neurons import score_neurons, token_weights
@@ -50,6 +54,8 @@ def check_recipe(recipe: Recipe, shape: Any) -> None:
             where="recipe: neurons.block",
             fix="give a block that divides them",
         )
+    if recipe.neurons.in_decode:
+        group_of(shape.hidden)  # raises where it does not divide
 
 
 def dense(
@@ -95,16 +101,35 @@ def sparse_prefill(
 
 
 def sparse_decode(
-    model: onnx.ModelProto, family: ModuleType, shape: Any, recipe: Recipe
+    model: onnx.ModelProto,
+    family: ModuleType,
+    shape: Any,
+    recipe: Recipe,
+    predictor: dict[str, Tensor] | None = None,
 ) -> tuple[onnx.ModelProto, list[Pass]]:
-    """Dense decode -> decode with core_neurons [L,B,K] (and core_tokens [B,M]) as inputs. Raises SurgeryError."""
+    """Dense decode -> decode with core_neurons [L,B,K] (and core_tokens [B,M]) as inputs. Raises SurgeryError.
+
+    Where decode chooses its neurons itself (policy `predicted`), core_counts [L] takes the place of core_neurons, and
+    `predictor` says where its copies lie.
+    """
     edit = Edit(model)
     token_policy = by_name.load("cm_export.policies.tokens", recipe.tokens.policy, "token policy")
+    neuron_policy = by_name.load("cm_export.policies.neurons", recipe.neurons.policy, "neuron policy")
     indexed = token_policy.FUNCTION is not None and recipe.tokens.cache == "index"
-    counted = recipe.neurons.layers != "uniform"
-    ffns = replace_ffn(edit, family, shape.layers, shape.activation, indexed=True, counted=counted)
+    log = []
+    if recipe.neurons.in_decode:
+        group, block = group_of(shape.hidden), recipe.neurons.block
+
+        def rows(site: FFN) -> Any:
+            return predict_neurons(edit, neuron_policy, site, shape.layers, shape.activation, group, block)
+
+        ffns = replace_ffn(edit, family, shape.layers, shape.activation, indexed=False, predicted=rows)
+        log.append(Pass("decode", "predict_neurons", len(ffns)))
+    else:
+        counted = recipe.neurons.layers != "uniform"
+        ffns = replace_ffn(edit, family, shape.layers, shape.activation, indexed=True, counted=counted)
     attentions = replace_attention(edit, family, shape.layers, indexed)
-    log = [Pass("decode", "replace_ffn", len(ffns)), Pass("decode", "replace_attention", len(attentions))]
+    log += [Pass("decode", "replace_ffn", len(ffns)), Pass("decode", "replace_attention", len(attentions))]
     if recipe.neurons.fill != "none" and recipe.neurons.policy != "dense":
         log.append(Pass("decode", "add_bias", add_bias(edit, ffns, shape.hidden)))
-    return edit.export(), log
+    return bind_predictor(edit.export(), predictor or {}), log

@@ -4,6 +4,7 @@ before: x -> MatMul(Wg) -> act -+-> Mul -> MatMul(Wd) -> y        after: x, Wg, 
         x -> MatMul(Wu) --------+
 """
 
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
@@ -16,21 +17,30 @@ from .find_sites import FFN, ffn_sites
 
 
 def replace_ffn(
-    edit: Edit, family: ModuleType, layers: int, activation: str, indexed: bool, counted: bool = False
+    edit: Edit,
+    family: ModuleType,
+    layers: int,
+    activation: str,
+    indexed: bool,
+    counted: bool = False,
+    predicted: Callable[[FFN], gs.Variable] | None = None,
 ) -> list[FFN]:
     """Rewrite all layers; the returned sites carry the new node's z. `indexed`: rows named by core_neurons [L,B,K].
 
     `counted`: layers differ in K, so only the first core_counts[l] ids of a row are read.
+    `predicted`: makes the rows [B,N,K] of a site inside the graph, one set for every token; instead of `indexed`.
     """
     sites = ffn_sites(edit, family, layers)
-    form = {"index": "request" if indexed else "none", "activation": activation}
+    form = {"index": "token" if predicted else "request" if indexed else "none", "activation": activation}
     index = edit.add_input("core_neurons", np.int32, [layers, dims.BATCH, dims.CORE_NEURONS]) if indexed else None
     counts = edit.add_input("core_counts", np.int64, [layers]) if counted else None
     out = []
     for s in sites:
+        rows = [predicted(s)] if predicted else []
         s.y.inputs.clear()
         z = gs.Variable(f"ffn.{s.layer}.z", dtype=np.float32)
-        rows = [edit.op("Gather", index, edit.constant(s.layer, np.int64), axis=0)] if indexed else []
+        if indexed:
+            rows = [edit.op("Gather", index, edit.constant(s.layer, np.int64), axis=0)]
         if counted:
             end = edit.op("Gather", counts, edit.constant([s.layer], np.int64), axis=0)
             rows = [edit.op("Slice", *rows, edit.constant([0], np.int64), end, edit.constant([1], np.int64))]

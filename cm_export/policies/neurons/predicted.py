@@ -1,0 +1,77 @@
+"""A new set for every token, chosen inside the decode graph by 4-bit copies of gate and up.
+
+    zp = act(x Gq) * (x Uq)         score(n) = |zp_n| ||W_down[n]||         core_neurons [B,N,K] = the K best, ascending
+
+Most of the sparsity of a gated FFN belongs to the single token (docs/quality.md); a copy that is cheap to read finds it
+well enough. What it reads counts as cost: `predictor.py`. Ties: the lower id. Prefill scores nothing. Predicting a
+token's neurons: Deja Vu (arXiv 2310.17157); by a low-bit copy instead of a trained network: here.
+"""
+
+import onnx
+import torch
+
+from ...onnx_text import function
+from ...plugins.core_ffn.op import ACTIVATIONS
+
+WIRES = ()
+ATTRIBUTES = ()
+FUNCTION = None
+DECODE_WIRES = ("x", "gate", "gate_scale", "up", "up_scale", "norm", "count")
+DECODE_ATTRIBUTES = ("group", "block")
+
+
+def score() -> None:
+    """No scores in prefill: the decode graph chooses."""
+    return None
+
+
+def choose(zp: torch.Tensor, norm: torch.Tensor, count: int, block: int = 1) -> torch.Tensor:
+    """[B,N,K] int32 ascending, of predicted activations zp [B,N,F] and row norms [F], both float32; K = count.
+
+    block > 1: `block` neighbours are chosen together, by the sum of their scores; it divides F and count.
+    """
+    scores = (zp.abs() * norm).unflatten(-1, (-1, block)).sum(-1)
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : count // block]
+    ids = best.sort(dim=-1).values[..., None] * block + torch.arange(block)
+    return ids.flatten(-2).int()
+
+
+def decode_function(activation: str) -> onnx.FunctionProto:
+    """The same as an ONNX function; gate and up [F,D] int4 with scales [F,D/group] float32, count [1] int64."""
+    return function(f"""
+    PredictNeurons <group, block> (x, gate, gate_scale, up, up_scale, norm, count) => (core_neurons) {{
+        gate_FD = DequantizeLinear <axis = 1, block_size: int = @group> (gate, gate_scale)
+        up_FD = DequantizeLinear <axis = 1, block_size: int = @group> (up, up_scale)
+        gate_DF = Transpose <perm = [1, 0]> (gate_FD)
+        up_DF = Transpose <perm = [1, 0]> (up_FD)
+        gate_out = MatMul (x, gate_DF)
+        up_out = MatMul (x, up_DF)
+        {SELECT.replace("ACTIVATE", ACTIVATIONS[activation])}
+    }}""")
+
+
+# Reads gate_out and up_out [B,N,F]; a backend that multiplies low-bit rows as they are keeps this part.
+SELECT = """
+        ACTIVATE
+        zp = Mul (activated, up_out)
+        size = Abs (zp)
+        weighed = Mul (size, norm)
+        last = Constant <value_ints = [-1]> ()
+        size_of_block = Constant <value_int: int = @block> ()
+        block_1 = Reshape (size_of_block, last)
+        lead = Shape <start = 0, end = 2> (x)
+        blocks_shape = Concat <axis = 0> (lead, last, block_1)
+        blocks = Reshape (weighed, blocks_shape)
+        scores = ReduceSum <keepdims = 0> (blocks, last)
+        wanted = Div (count, block_1)
+        best, best_ids = TopK <axis = -1, largest = 1, sorted = 1> (scores, wanted)
+        ids, order = TopK <axis = -1, largest = 0, sorted = 1> (best_ids, wanted)
+        ids_1 = Unsqueeze (ids, last)
+        firsts = Mul (ids_1, block_1)
+        zero = Constant <value_int = 0> ()
+        one = Constant <value_int = 1> ()
+        within = Range (zero, size_of_block, one)
+        members = Add (firsts, within)
+        flat_shape = Concat <axis = 0> (lead, last)
+        flat = Reshape (members, flat_shape)
+        core_neurons = Cast <to = 6> (flat)"""
