@@ -141,7 +141,7 @@ def calibrate(model: Model, prompts: list[str]) -> Calibration:
 
 def energy(z: torch.Tensor) -> torch.Tensor:
     """GRIFFIN's sum over tokens of (z / |z|)^2, [F]."""
-    return griffin.score(z[None], torch.ones(1, len(z)))[0]
+    return griffin.score(z[None], torch.ones(1, len(z)), torch.ones(1))[0]
 
 
 def low_bit(weight: torch.Tensor, bits: int) -> torch.Tensor:
@@ -197,7 +197,7 @@ def methods(model: Model, calibration: Calibration) -> list[Method]:
     found = [
         Method("random", "control", fixed(lambda i, z: random.score(z[None], torch.tensor([7]), i)[0])),
         Method("coreinfer (paper)", "fixed set", fixed(lambda i, z: coreinfer.score(z[None], ones(z), 0.2)[0])),
-        Method("griffin", "fixed set", fixed(lambda i, z: griffin.score(z[None], ones(z))[0])),
+        Method("griffin", "fixed set", fixed(lambda i, z: energy(z))),
         Method("griffin x row norm", "fixed set", fixed(lambda i, z: energy(z * norms[i]))),
         Method("calibration prior alone", "fixed set", fixed(lambda i, z: prior[i])),
         Method("glass (ranks)", "fixed set", fixed(ranks)),

@@ -5,6 +5,7 @@ from typing import Any
 
 from .bundle import WEIGHTS, Bundle
 from .core_index import neuron_count
+from .predictor import predictor_share
 from .recipe import Recipe, from_dict
 
 
@@ -45,9 +46,11 @@ def _pruned(recipe: Recipe, shape: Any) -> dict[str, str]:
     if n.policy != "dense":
         kept = neuron_count(n.share, shape.ffn)
         each = "per layer" if n.layers == "uniform" else "per layer on average, more where a layer is sensitive"
-        neurons = (
-            f"decode computes {kept} of {shape.ffn} neurons {each}, by {n.policy} over the prompt (votes: {n.voters})"
-        )
+        judge = f"by {n.policy} over the prompt (votes: {n.voters})"
+        if n.in_decode:
+            cost = f"{predictor_share(shape.hidden):.1%}".replace("%", " %")
+            judge = f"{n.policy} anew for every token by 4-bit copies of gate and up (which cost {cost} of the FFN bytes)"
+        neurons = f"decode computes {kept} of {shape.ffn} neurons {each}, {judge}"
         neurons += f", in blocks of {n.block}" if n.block > 1 else ""
         mean = {"prompt": "their mean in the prompt", "calibrated": "their mean in generated text"}
         neurons += f"; {mean[n.fill]} stands in for the others" if n.fill != "none" else ""

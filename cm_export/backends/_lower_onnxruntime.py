@@ -16,7 +16,7 @@ import onnx
 
 from ..onnx_text import DOMAIN, OPSET
 from ..plugins.core_ffn.op import ACTIVATIONS
-from ..policies.neurons.predicted import SELECT
+from ..policies.neurons.predicted import choose_text
 
 _MICROSOFT = "com.microsoft"
 ROWS = ("gate", "up", "down")
@@ -94,10 +94,12 @@ def _multiply_low_bits(model: onnx.ModelProto, activation: str) -> None:
     node = next(n for n in model.graph.node if n.op_type == "PredictNeurons")
     ffn, hidden = sizes[node.input[1]]
     group = _attribute(node, "group")
+    # accuracy_level 4 rounds x to int8 with a scale per group: less than what the 4 bits of the copies cost already.
+    bits = f"com.microsoft.MatMulNBits <K = {hidden}, N = {ffn}, bits = 4, block_size = {group}, accuracy_level = 4>"
     body = f"""
-        gate_out = com.microsoft.MatMulNBits <K = {hidden}, N = {ffn}, bits = 4, block_size = {group}> (x, gate, gate_scale)
-        up_out = com.microsoft.MatMulNBits <K = {hidden}, N = {ffn}, bits = 4, block_size = {group}> (x, up, up_scale)
-        {SELECT.replace("ACTIVATE", ACTIVATIONS[activation])}"""
+        gate_out = {bits} (x, gate, gate_scale)
+        up_out = {bits} (x, up, up_scale)
+        {choose_text(activation, ascending=False)}"""
     inputs = "x, gate, gate_scale, up, up_scale, norm, count"
     known = next(f for f in model.functions if f.name == "PredictNeurons")
     known.CopyFrom(_function(f"PredictNeurons <group, block> ({inputs}) => (core_neurons) {{ {body} }}"))

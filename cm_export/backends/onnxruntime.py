@@ -31,13 +31,18 @@ class Backend:
         self._graph, self.weights, self.threads, self._predictor = graph, weights, threads, predictor
         self._sessions: dict[tuple[str, bool], ort.InferenceSession] = {}
         self._views: dict[str, ort.OrtValue] = {}  # sessions read these buffers as long as they live
+        self._inputs: dict[tuple[str, bool], list[str]] = {}  # weights that a session takes as inputs
 
     def session(self, name: str, rows_as_inputs: bool = True) -> ort.InferenceSession:
         """The session of graph `name`. Raises BundleError if ONNX Runtime refuses the graph."""
         key = (name, rows_as_inputs)
         if key not in self._sessions:
-            self._sessions[key] = self._load(self._graph(name), rows_as_inputs)
+            self._sessions[key] = self._load(self._graph(name), key)
         return self._sessions[key]
+
+    def bound(self, name: str, rows_as_inputs: bool = True) -> dict[str, ort.OrtValue]:
+        """Weights that the session of graph `name` takes as inputs, the same at every run; mostly none."""
+        return {w: self._views[w] for w in self._inputs.get((name, rows_as_inputs), ())}
 
     def drop(self, *names: str) -> None:
         """Free the sessions of these graphs, and the memory of weights that only they have read."""
@@ -45,33 +50,48 @@ class Backend:
             del self._sessions[key]
         self.weights.release()
 
-    def _load(self, graph: Path | onnx.ModelProto, rows_as_inputs: bool) -> ort.InferenceSession:
+    def _load(self, graph: Path | onnx.ModelProto, key: tuple[str, bool]) -> ort.InferenceSession:
         where = graph if isinstance(graph, Path) else "a graph made in memory"
         model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph
-        model = lower(model, rows_as_inputs)
+        model = lower(model, rows_as_inputs=key[1])
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
-        # Prepacking would copy every weight into anonymous memory, once per session.
-        options.add_session_config_entry("session.disable_prepacking", "1")
         external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
         missing = [t.name for t in external if t.name not in self.weights and t.name not in (self._predictor or ())]
         if missing:
             raise BundleError(f"the weight file has no {missing[0]}", where=where, fix="build the bundle again")
+        for tensor in external:
+            if tensor.name not in self._views:
+                self._views[tensor.name] = ort.OrtValue.ortvalue_from_numpy(self._view(tensor))
+        if any(t.name not in self.weights for t in external):
+            # Low-bit copies are 100 times slower unless packed; what must not be packed becomes an input instead.
+            external = self._bind(key, model, external)
+        else:
+            # Prepacking would copy every weight into anonymous memory, once per session.
+            options.add_session_config_entry("session.disable_prepacking", "1")
         # Every session reads the same mapping; the folder only satisfies the check of the graph's external paths.
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.weights.path.parent)
         )
         for tensor in external:
-            # What is given below is never looked for, but its path is checked all the same.
+            # What is given here is never looked for, but its path is checked all the same.
             tensor.external_data[0].value = self.weights.path.name
-            if tensor.name not in self._views:
-                self._views[tensor.name] = ort.OrtValue.ortvalue_from_numpy(self._view(tensor))
             options.add_initializer(tensor.name, self._views[tensor.name])
         try:
             return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as e:
             raise BundleError(f"ONNX Runtime refuses the graph ({e})", where=where) from e
+
+    def _bind(self, key: tuple[str, bool], model: onnx.ModelProto, external: list) -> list[onnx.TensorProto]:
+        """Make inputs of the initializers in the weight file; returns those that are left."""
+        moved = {t.name: t for t in external if t.name in self.weights}
+        self._inputs[key] = list(moved)
+        kept = [t for t in model.graph.initializer if t.name not in moved]
+        model.graph.input.extend(onnx.helper.make_tensor_value_info(n, t.data_type, t.dims) for n, t in moved.items())
+        del model.graph.initializer[:]
+        model.graph.initializer.extend(kept)
+        return [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
 
     def _view(self, tensor: onnx.TensorProto) -> np.ndarray:
         """What an initializer reads: the mapped file as it is, or int4 pairs turned into what ONNX Runtime multiplies."""
@@ -163,6 +183,8 @@ class Decoder:
         self._binding = self._session.io_binding()
         self._outputs = [o.name for o in self._session.get_outputs()]
         self._inputs = {i.name for i in self._session.get_inputs()}
+        for name, value in backend.bound(graph, rows_as_inputs).items():
+            self._binding.bind_ortvalue_input(name, value)
         for name, value in constant.items():
             if name in self._inputs:
                 self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value))

@@ -25,6 +25,7 @@ from .. import environment
 from ..bundle import Bundle
 from ..generate import Budget, Engine, Prefilled
 from ..neuron_constants import neuron_constants
+from ..predictor import predictor_share
 from ..recipe import Recipe
 from ..surgery import pipeline
 from ._journal import Journal, key_of
@@ -179,7 +180,8 @@ def _random_like(row: Row, result: dict[str, Any]) -> Row:
         **{f"{part}__policy": name for part, name in policies.items()}, tokens__budget="share", neurons__fill="none"
     )
     budget = Budget(
-        neuron_share=result["neuron_share"] if "neurons" in policies else None,
+        # as many bytes: what another policy reads to choose, a random set may spend on neurons
+        neuron_share=min(1.0, result["ffn_bytes_share"]) if "neurons" in policies else None,
         token_share=result["token_share"] if "tokens" in policies else None,
         seed=row.budget.seed,
     )
@@ -247,6 +249,8 @@ class _Desk:
             "neuron_share": answers[0]["neurons_kept"] / shape.ffn,  # measured, as is the next
             "token_share": kept / pictures if pictures else 1.0,
         }
+        choosing = predictor_share(shape.hidden) if row.recipe.neurons.in_decode and not row.budget.dense else 0.0
+        result["ffn_bytes_share"] = result["neuron_share"] + choosing  # read per token, rows of 16 bits
         return result | _result(self.task.questions, answers, dense)
 
     def _answer(self, row: Row, engine: Engine, number: int, question: Question) -> dict[str, Any]:
@@ -336,7 +340,9 @@ def _accuracy(right: np.ndarray, base: np.ndarray) -> dict[str, Any]:
 
 def _flat(result: dict[str, Any]) -> dict[str, Any]:
     """One row of the table for people."""
-    budget = f"{result['neuron_share']:.0%} neurons, {result['token_share']:.0%} tokens".replace("%", " %")
+    choosing = result["ffn_bytes_share"] - result["neuron_share"]
+    neurons = f"{result['neuron_share']:.0%} neurons" + (f" and {choosing:.0%} to choose" if choosing else "")
+    budget = f"{neurons}, {result['token_share']:.0%} tokens".replace("%", " %")
     out: dict[str, Any] = {"answered by": result["policies"] + ("" if result["policies"] == "dense" else f", {budget}")}
     kinds = result["kinds"] if len(result["kinds"]) > 1 else {}
     for kind, k in {**kinds, "all": result}.items():

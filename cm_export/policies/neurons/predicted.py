@@ -46,31 +46,36 @@ def decode_function(activation: str) -> onnx.FunctionProto:
         up_DF = Transpose <perm = [1, 0]> (up_FD)
         gate_out = MatMul (x, gate_DF)
         up_out = MatMul (x, up_DF)
-        {SELECT.replace("ACTIVATE", ACTIVATIONS[activation])}
+        {choose_text(activation)}
     }}""")
 
 
-# Reads gate_out and up_out [B,N,F]; a backend that multiplies low-bit rows as they are keeps this part.
-SELECT = """
-        ACTIVATE
+def choose_text(activation: str, ascending: bool = True) -> str:
+    """ONNX text: gate_out and up_out [B,N,F], x, norm, count -> core_neurons. Unsorted ids are enough for a mask."""
+    if ascending:
+        order = "ids, order = TopK <axis = -1, largest = 0, sorted = 1> (best_ids, wanted)"
+    else:
+        order = "ids = Identity (best_ids)"
+    return f"""
+        {ACTIVATIONS[activation]}
         zp = Mul (activated, up_out)
         size = Abs (zp)
         weighed = Mul (size, norm)
         last = Constant <value_ints = [-1]> ()
-        size_of_block = Constant <value_int: int = @block> ()
-        block_1 = Reshape (size_of_block, last)
+        block_size = Constant <value_int: int = @block> ()
+        block_1 = Reshape (block_size, last)
         lead = Shape <start = 0, end = 2> (x)
         blocks_shape = Concat <axis = 0> (lead, last, block_1)
         blocks = Reshape (weighed, blocks_shape)
         scores = ReduceSum <keepdims = 0> (blocks, last)
         wanted = Div (count, block_1)
-        best, best_ids = TopK <axis = -1, largest = 1, sorted = 1> (scores, wanted)
-        ids, order = TopK <axis = -1, largest = 0, sorted = 1> (best_ids, wanted)
+        best, best_ids = TopK <axis = -1, largest = 1, sorted = {int(ascending)}> (scores, wanted)
+        {order}
         ids_1 = Unsqueeze (ids, last)
         firsts = Mul (ids_1, block_1)
         zero = Constant <value_int = 0> ()
         one = Constant <value_int = 1> ()
-        within = Range (zero, size_of_block, one)
+        within = Range (zero, block_size, one)
         members = Add (firsts, within)
         flat_shape = Concat <axis = 0> (lead, last)
         flat = Reshape (members, flat_shape)
