@@ -18,8 +18,10 @@ import platform
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +29,10 @@ from cm_export import by_name
 from cm_export.bundle import Bundle
 from cm_export.calibrate import SENSITIVITY_TOKENS, read_prompts
 from cm_export.core_set import CoreSet, choose
+from cm_export.evals import _task
 from cm_export.evals._compare import with_policies
 from cm_export.evals._metrics import wilson
+from cm_export.evals._task import Question
 from cm_export.generate import Budget, Engine
 from cm_export.images import open_image
 from cm_export.recipe import Neurons, Recipe
@@ -78,21 +82,24 @@ class Cell:
         return {"share": self.share, "fill": n.fill, "layers": n.layers, "block": block}
 
 
-def questions(task: str, data: Path | None, limit: int, seed: int) -> list[tuple[str, tuple, str | None]]:
-    """(text, pictures, true answer or None), drawn at random with the seed."""
+def questions(name: str, data: Path | None, limit: int, seed: int) -> tuple[list[Question], Callable[[str], Any]]:
+    """Questions drawn at random with the seed, every kind alike, and how to open their pictures."""
     if data is not None:
-        pool = [(p.text, p.images, None) for p in read_prompts(data)]
-    else:
-        module = by_name.load("cm_export.evals", task.replace("-", "_"), "task")
-        pool = [(q.text, (q.image,), q.answer) for q in module.questions("sentence")]
-    return random.Random(seed).sample(pool, min(limit, len(pool)))
+        pool = [Question("own", tuple(map(str, p.images)), p.text, ()) for p in read_prompts(data)]
+        return random.Random(seed).sample(pool, min(limit, len(pool))), open_image
+    # One-word answers come from the prefill, which computes every neuron.
+    kinds = tuple(k for k in by_name.load("cm_export.evals", name, "task").KINDS if k != "word")
+    task = _task.load(name, kinds, max(1, limit // len(kinds)), seed)
+    return task.questions, task.open_picture
 
 
-def ask_dense(engine: Engine, asked: list, limit: int) -> list[Asked]:
+def ask_dense(engine: Engine, asked: list[Question], opened: Callable[[str], Any], limit: int) -> list[Asked]:
     out = []
-    for text, images, truth in asked:
-        embeds, grid = engine.embed([open_image(p) for p in images])
-        ids = engine.chat.encode(text, None, engine.bundle.family.image_tokens(grid, engine.bundle.shape.merge))
+    for question in asked:
+        embeds, grid = engine.embed([opened(p) for p in question.pictures])
+        ids = engine.chat.encode(
+            question.text, None, engine.bundle.family.image_tokens(grid, engine.bundle.shape.merge)
+        )
         prefilled = engine.prefill(engine.request(ids, grid, embeds), Budget(dense=True))
         answer, logits, decoder = [int(prefilled.logits[0].argmax())], [], prefilled.decoder()
         while answer[-1] not in engine.chat.stop_ids and len(answer) < limit:
@@ -100,7 +107,7 @@ def ask_dense(engine: Engine, asked: list, limit: int) -> list[Asked]:
             answer.append(int(logits[-1].argmax()))
         stopped = answer[-1] in engine.chat.stop_ids
         said = engine.chat.decode(answer[:-1] if stopped else answer).strip()
-        right = truth is None or said == truth
+        right = not question.answers or said in question.answers
         out.append(Asked(ids, grid, embeds, np.array(answer), np.array(logits, np.float32), right))
     return out
 
@@ -169,7 +176,7 @@ def divergence(p_logits: np.ndarray, q_logits: np.ndarray) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--task", default="easy-vqa", help="sentences of this eval task")
+    parser.add_argument("--task", default="easy-vqa", help="questions of this eval task, one-word ones left out")
     parser.add_argument("--data", type=Path, help="prompts of your own instead (.jsonl)")
     parser.add_argument("--limit", type=int, default=400)
     parser.add_argument("--max-new-tokens", type=int, default=SENSITIVITY_TOKENS)
@@ -189,7 +196,8 @@ def main() -> None:
     engine = Engine(bundle, args.threads)
     bundle.wait_verified()
     started = time.perf_counter()
-    asked = ask_dense(engine, questions(args.task, args.data, args.limit, args.seed), args.max_new_tokens)
+    chosen = questions(args.task.replace("-", "_"), args.data, args.limit, args.seed)
+    asked = ask_dense(engine, *chosen, args.max_new_tokens)
     right = sum(q.right for q in asked)
     low, high = wilson(right, len(asked))
     rows = [{"policy": "dense", "share": 1.0, "right": right / len(asked), "low": low, "high": high, "n": len(asked)}]

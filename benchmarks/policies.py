@@ -1,0 +1,149 @@
+"""Policies of neurons and of tokens beside each other, at equal cost, with dense, random and attention as controls.
+
+    neurons   every image token kept        share of the FFN's bytes per token (what `predicted` reads to choose included)
+    tokens    every neuron computed         share of the image tokens
+    joint     the recipe of the bundle at 25 % of the image tokens and at most 60 % of the FFN's bytes
+
+    python benchmarks/policies.py scenes.plan --out benchmarks/policies/scenes.json --docs docs/policies.md
+
+Every cell is `cm-export eval`: exact match of free-running greedy answers. A killed run goes on where it was.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from cm_export import by_name
+from cm_export.bundle import Bundle
+from cm_export.evals import _task
+from cm_export.evals._compare import Sweep, compare
+from cm_export.predictor import predictor_share
+from cm_export.recipe import from_dict
+
+BYTES = (0.7, 0.6, 0.5, 0.4)
+TOKENS = (0.5, 0.25, 0.11, 0.05)
+MARKS = ("neurons", "tokens", "joint")
+
+
+def sweeps(bundle: Bundle) -> dict[str, list[Sweep]]:
+    """What is compared, as sweeps of `eval`; policies that read a calibration only where the bundle has one."""
+    known = {part: by_name.names_in(f"cm_export.policies.{part}") for part in ("neurons", "tokens")}
+    fixed, in_decode = [], []
+    for name in known["neurons"]:
+        policy = by_name.load("cm_export.policies.neurons", name, "neuron policy")
+        if name in ("dense", "random") or ("prior" in policy.WIRES and bundle.calibration is None):
+            continue
+        (in_decode if hasattr(policy, "decode_function") else fixed).append(name)
+    tokens = tuple(n for n in known["tokens"] if n not in ("dense", "random"))
+    recipe = from_dict(bundle.manifest["recipe"])
+    cost = predictor_share(bundle.shape.hidden)
+    share = 0.6 - cost if recipe.neurons.in_decode else 0.6
+    return {
+        "neurons": [
+            Sweep(tuple(fixed), ("dense",), BYTES),
+            Sweep(tuple(in_decode), ("dense",), tuple(round(b - cost, 6) for b in BYTES)),
+        ],
+        "tokens": [Sweep(("dense",), tokens, (), TOKENS)],
+        "joint": [Sweep((recipe.neurons.policy,), (recipe.tokens.policy,), (share,), (0.25,))],
+    }
+
+
+def measure(path: Path, task: _task.Task, threads: int, journal: Path, progress: Any) -> dict[str, Any]:
+    """One report per part, each from the reports of its sweeps; rows without the answers themselves."""
+    found: dict[str, Any] = {}
+    for part, several in sweeps(Bundle(path)).items():
+        rows: dict[str, dict] = {}
+        for i, sweep in enumerate(several):
+            report = compare(path, task, sweep, threads=threads, report=journal / f"{part}{i}.json", progress=progress)
+            for row in report["rows"]:
+                rows.setdefault(row["key"], {k: v for k, v in row.items() if k not in ("right", "key")})
+        found[part] = list(rows.values())
+        found["environment"], found["n"] = report["environment"], report["n"]
+    return found
+
+
+def table(rows: list[dict], column: str, columns: tuple[float, ...], name: str) -> str:
+    """Markdown: one line per policy, accuracy as a share of dense with its paired 95 % interval, per budget."""
+    lines = [f"| {name} | " + " | ".join(f"{c:.0%}" for c in columns) + " |", "|---|" + "---|" * len(columns)]
+    dense = next(r for r in rows if r["policies"] == "dense")
+    low, high = dense["ci"]
+    lines.append(f"| dense | {dense['accuracy']:.4f} [{low:.3f}, {high:.3f}] exact match |" + " |" * (len(columns) - 1))
+    cells: dict[str, dict[float, dict]] = {}
+    for row in rows:
+        if row is not dense:
+            nearest = min(columns, key=lambda c: abs(c - row[column]))
+            if abs(nearest - row[column]) < 0.02:
+                cells.setdefault(row[name], {}).setdefault(nearest, row)
+
+    def text(row: dict | None) -> str:
+        return (
+            "" if row is None else f"{row['of_dense']:.3f} [{row['of_dense_ci'][0]:.3f}, {row['of_dense_ci'][1]:.3f}]"
+        )
+
+    for policy, found in sorted(cells.items(), key=lambda c: -sum(r["of_dense"] for r in c[1].values())):
+        lines.append(f"| {policy} | " + " | ".join(text(found.get(c)) for c in columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def joint_table(rows: list[dict]) -> str:
+    """Markdown: the recipe and its controls, with accuracy, intervals, KL and top-1."""
+    lines = ["| | neurons | FFN bytes | image tokens | exact match | of dense | KL | top-1 |", "|---|" + "---|" * 7]
+    for r in rows:
+        low, high = r["ci"]
+        kept = f"{r['of_dense']:.4f} [{r['of_dense_ci'][0]:.3f}, {r['of_dense_ci'][1]:.3f}]"
+        lines.append(
+            f"| {r['policies']} | {r['neuron_share']:.1%} | {r['ffn_bytes_share']:.1%} | {r['token_share']:.1%} "
+            f"| {r['accuracy']:.4f} [{low:.3f}, {high:.3f}] | {kept} | {r['kl']:.4f} | {r['top1']:.4f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def into(page: str, report: dict) -> str:
+    """The page with the report's tables between their marks."""
+    tables = {
+        "neurons": table(report["neurons"], "ffn_bytes_share", BYTES, "neurons"),
+        "tokens": table(report["tokens"], "token_share", TOKENS, "tokens"),
+        "joint": joint_table(report["joint"]),
+    }
+    for mark in MARKS:
+        before, rest = page.split(f"<!-- {mark} -->\n")
+        page = f"{before}<!-- {mark} -->\n{tables[mark]}<!-- end {mark} -->{rest.split(f'<!-- end {mark} -->')[1]}"
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--task", default="scenes")
+    parser.add_argument("--limit", type=int, default=40, help="questions of each kind")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--journal", type=Path, default=Path("artifacts/policies"), help="answers so far, to go on from"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the report (.json)")
+    parser.add_argument("--docs", type=Path, help="a page whose tables are written anew (.md)")
+    args = parser.parse_args()
+    args.journal.mkdir(parents=True, exist_ok=True)
+
+    def progress(what: str, done: int | None = None, total: int | None = None) -> None:
+        if not done:
+            print(what, flush=True)
+
+    task = _task.load(args.task.replace("-", "_"), limit=args.limit)
+    report = {
+        "command": "make bench-policies",
+        "task": task.name,
+        "model": Bundle(args.bundle).manifest["model"]["source"],
+    }
+    report |= measure(args.bundle, task, args.threads, args.journal, progress)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    part = args.out.with_suffix(".part")
+    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    part.replace(args.out)
+    if args.docs:
+        args.docs.write_text(into(args.docs.read_text(encoding="utf-8"), report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
