@@ -76,9 +76,6 @@ def check_decoder(text: dict[str, Any], head_dim: int | None = None) -> None:
         )
     if head_dim is None and text["hidden_size"] % text["num_attention_heads"]:
         raise InputError("hidden_size is not a multiple of num_attention_heads", where="config.json")
-    size = head_dim or text["hidden_size"] // text["num_attention_heads"]
-    if size % 2:
-        raise InputError(f"head_dim {size} is odd, rotary positions turn pairs", where="config.json")
     if text["num_attention_heads"] % (text["num_key_value_heads"] or 1):
         raise InputError("num_attention_heads is not a multiple of num_key_value_heads", where="config.json")
 
