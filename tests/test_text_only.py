@@ -216,15 +216,13 @@ def test_what_was_chosen_is_neither_a_key_of_a_recipe_nor_part_of_it():
         from_dict({"chosen": []})
 
 
-def test_a_base_model_continues_the_plain_prompt_as_transformers_does(bundle, checkpoint):
-    done = cm_export("run", bundle, "--prompt", "w5 w9 w17", "--dense", "--max-new-tokens", "8", "--json")
-    assert done.returncode == 0, done.stderr
+def test_a_base_model_continues_the_plain_prompt_as_transformers_does(engine, checkpoint):
     x = Exported(checkpoint, checkpoint, by_name.load("cm_export.families", "llama", "model type"))
-    ids = torch.tensor([[0, 5, 9, 17]])
+    ids = torch.tensor([[0, 5, 9, 17]])  # <s> first
     out = x.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
-    answer = json.loads(done.stdout)
-    assert answer["token_ids"] == [i for i in out[0, 4:].tolist() if i != 2]
-    assert answer["image_tokens"] == 0 and answer["prompt_tokens"] == 4
+    answer = engine.generate("w5 w9 w17", dense=True, max_new_tokens=8)
+    assert answer.token_ids == [i for i in out[0, 4:].tolist() if i != 2]
+    assert answer.stats["image_tokens"] == 0 and answer.stats["prompt_tokens"] == 4
 
 
 def test_a_picture_is_refused_in_one_line(bundle, tmp_path):
