@@ -18,11 +18,13 @@ from .errors import InputError
 from .generate import Budget, Engine
 from .request import Request
 
+IMAGE_TOKENS = 256
+
 
 def measure(
     path: Path,
     prompt_tokens: int = 32,
-    image_tokens: int = 256,
+    image_tokens: int | None = None,
     new_tokens: int = 32,
     repeats: int = 5,
     neuron_share: float | None = None,
@@ -33,10 +35,15 @@ def measure(
 ) -> dict[str, Any]:
     """Milliseconds per phase, dense and sparse. `vision` also times the vision graph, which is the same for both.
 
+    image_tokens None: IMAGE_TOKENS, or none where the model takes no pictures.
     Raises InputError, BundleError.
     """
     bundle = Bundle(path)
     engine = Engine(bundle, threads)
+    if image_tokens or vision:
+        engine.check_sees()
+    if image_tokens is None:
+        image_tokens = IMAGE_TOKENS if bundle.shape.sees else 0
     request, vision_feeds = _request(engine, prompt_tokens, image_tokens)
     bundle.wait_verified()
     budgets = {"dense": Budget(dense=True), "sparse": Budget(neuron_share=neuron_share, token_share=token_share)}

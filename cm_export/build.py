@@ -1,9 +1,9 @@
 """Build a bundle: checkpoint -> trace -> weights -> surgery -> gates -> `--out`, in resumable stages.
 
 stage      reads                         writes
-trace      configuration                 vision, prefill, decode traced (no weights needed)
+trace      configuration                 prefill, decode, and vision where there is one, traced (no weights needed)
 weights    checkpoint                    weights.safetensors, processor files, PyTorch's answers to the probe
-graphs     trace, weights, recipe        five graphs
+graphs     trace, weights, recipe        those, and sparse prefill and decode
 gates      graphs, weights, reference    gate results; a failed gate ends the build
 """
 
@@ -38,7 +38,6 @@ from .surgery import pipeline
 from .workers import workers
 
 Step = Callable[..., None]
-TRACED = ("vision", "prefill", "decode")
 _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "numpy")
 _PACKAGE = Path(__file__).parent
 
@@ -82,12 +81,14 @@ def _run(
     config = model.read_config(source.path)
     family.check_config(config)
     shape = family.shape(config)
+    recipe = recipe.for_model(shape)
     pipeline.check_recipe(recipe, shape)
     if shape.activation not in ACTIVATIONS:
         fix = by_name.nearest(shape.activation, [*ACTIVATIONS])
         raise InputError(f"unknown hidden_act {shape.activation!r}", where=source.path / "config.json", fix=fix)
     model.check_processor(source.path)
-    family.image_rule(model.read_picture_rule(source.path))
+    if shape.sees:
+        family.image_rule(model.read_picture_rule(source.path))
     calibration, order = _calibration(recipe, source)
     versions = {n: version(n) for n in _LIBRARIES}
     sources = sorted(p for root in (_PACKAGE, *plugins.__path__) for p in Path(root).rglob("*.py"))
@@ -105,7 +106,7 @@ def _run(
         tracing: list[Future] = []
         traced_done = not stages.force and stages.finished("trace", trace_key) is not None
         if not traced_done:
-            tracing = [submit(model.trace_graph, source.path, n, staging / f"{n}.onnx") for n in TRACED]
+            tracing = [submit(model.trace_graph, source.path, n, staging / f"{n}.onnx") for n in shape.traced]
 
         def load_weights(folder: Path) -> dict[str, Any]:
             progress("load the checkpoint")
@@ -114,8 +115,8 @@ def _run(
         weight_dir, weight_state = stages.run("weights", weights_key, load_weights)
 
         def collect(folder: Path) -> None:
-            for i, (name, future) in enumerate(zip(TRACED, tracing, strict=True)):
-                progress("trace the graphs", i, len(TRACED))
+            for i, (name, future) in enumerate(zip(shape.traced, tracing, strict=True)):
+                progress("trace the graphs", i, len(tracing))
                 future.result()
                 (staging / f"{name}.onnx").rename(folder / f"{name}.onnx")
 
@@ -169,7 +170,7 @@ def _run(
     }
     with bundles.assemble(out) as folder:
         known = {}
-        for name in bundles.GRAPHS:
+        for name in graph_state["graphs"]:
             shutil.copyfile(graph_dir / f"{name}.onnx", folder / f"{name}.onnx")
             known[f"{name}.onnx"] = graph_state["sha256"][f"{name}.onnx"]
         _link(weight_file, folder / weights.FILE)
@@ -210,9 +211,9 @@ def _rewrite(
     constants: dict,
     copies: dict | None,
 ) -> dict:
-    """All five graphs into `folder`; returns their description and the log of passes."""
+    """Every graph into `folder`; returns their description and the log of passes."""
     passes, models = [], {}
-    for name in TRACED:
+    for name in shape.traced:
         bound, log = pipeline.dense(name, onnx.load(trace_dir / f"{name}.onnx"), index, family)
         models["vision" if name == "vision" else f"{name}_dense"] = bound
         passes += log

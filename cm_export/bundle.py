@@ -3,7 +3,7 @@
 engine.plan/
   manifest.json            recipe, checkpoint, hashes, graphs with axes, passes, gates, links
   weights.safetensors      shared by every graph
-  *.onnx                   vision, prefill, decode, prefill_dense, decode_dense
+  *.onnx                   vision (of a model that sees pictures), prefill, decode, prefill_dense, decode_dense
   calibration.safetensors  if the recipe named one
   predictor.safetensors    if decode chooses its neurons itself: low-bit copies of gate and up
   processor/*              tokenizer.json, chat template, preprocessor_config.json
@@ -36,7 +36,7 @@ from .weights import WeightFile
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-GRAPHS = ("vision", "prefill", "decode", "prefill_dense", "decode_dense")
+GRAPHS = ("prefill", "decode", "prefill_dense", "decode_dense")  # of every bundle; its manifest may list more
 _LEFTOVER = ".old"
 
 
@@ -64,7 +64,7 @@ class Bundle:
 
     def _open(self) -> None:
         files = self.manifest["files"]
-        for name in {MANIFEST, WEIGHTS, *(f"{g}.onnx" for g in GRAPHS)} - {MANIFEST} - set(files):
+        for name in {WEIGHTS, *(f"{g}.onnx" for g in (*GRAPHS, *self.manifest["graphs"]))} - set(files):
             raise BundleError(f"the manifest does not list {name}", where=self.path, fix="build the bundle again")
         for name, entry in files.items():
             file = self._inside(name)

@@ -185,7 +185,7 @@ def _watching(engine: Engine) -> Callable[[str], Path | onnx.ModelProto]:
 def _with_answer(request: Request, answer: np.ndarray) -> dict[str, np.ndarray]:
     """Prefill feeds of prompt + answer, the answer at the positions that decode gives it."""
     t, nxt = len(answer), request.next_position
-    after = np.broadcast_to(np.arange(nxt, nxt + t), (3, 1, t))
+    after = np.broadcast_to(np.arange(nxt, nxt + t), (len(request.position_ids), 1, t))
     embeds = request.embedding[answer].astype(np.float32)[None]
     return {
         "inputs_embeds": np.concatenate([request.inputs_embeds, embeds], 1),

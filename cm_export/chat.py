@@ -31,14 +31,18 @@ class Chat:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._bundle, self._config = bundle, _json(bundle, "tokenizer_config.json")
-        self._template = self._compile(_template(bundle, self._config))
-        self.image_token = self._tokenizer.id_to_token(bundle.shape.image_token)
+        source = _template(bundle, self._config)
+        self._template = None if source is None else self._compile(source)
+        self.image_token = self._tokenizer.id_to_token(bundle.shape.image_token) if bundle.shape.sees else None
         stop = _json(bundle, "generation_config.json").get("eos_token_id")
         stop = list(bundle.shape.stop_ids) if stop is None else stop
         self.stop_ids = frozenset(stop if isinstance(stop, list) else [stop])
 
     def encode(self, prompt: str, system: str | None, image_tokens: list[int]) -> np.ndarray:
-        """Token ids [S] int64 of one user turn with its pictures before the question. Raises InputError."""
+        """Token ids [S] int64 of one user turn with its pictures before the question. Raises InputError.
+
+        Without a chat template (base models have none) the prompt itself is continued.
+        """
         for text, where in ((prompt, "--prompt"), (system or "", "--system")):
             if self.image_token and self.image_token in text:
                 raise InputError(f"contains the reserved {self.image_token}", where=where, fix="leave it out")
@@ -46,7 +50,17 @@ class Chat:
                 text.encode()
             except UnicodeEncodeError as e:
                 raise InputError("is not valid text (UTF-8)", where=where) from e
-        content = [{"type": "image"}] * len(image_tokens) + [{"type": "text", "text": prompt}]
+        if self._template is None:
+            if system or image_tokens:
+                raise BundleError(
+                    "its checkpoint has no chat template, which places pictures and system messages",
+                    where=self._bundle.path,
+                    fix="leave them out, or add chat_template.jinja there and build again",
+                )
+            return np.array(self._tokenizer.encode(prompt).ids, np.int64)
+        # Templates of models without pictures know content as text only.
+        blocks = [{"type": "image"}] * len(image_tokens) + [{"type": "text", "text": prompt}]
+        content = blocks if self._bundle.shape.sees else prompt
         messages = [{"role": "system", "content": system}] if system else []
         text = self._render([*messages, {"role": "user", "content": content}])
         parts = text.split(self.image_token) if image_tokens else [text]
@@ -55,7 +69,8 @@ class Chat:
                 f"the chat template places {len(parts) - 1} of {len(image_tokens)} pictures", where=self._bundle.path
             )
         filled = parts[0] + "".join(self.image_token * n + p for n, p in zip(image_tokens, parts[1:], strict=True))
-        return np.array(self._tokenizer.encode(filled).ids, np.int64)
+        # As transformers does: the template has written every special token, a second <s> would be one too many.
+        return np.array(self._tokenizer.encode(filled, add_special_tokens=False).ids, np.int64)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that the vocabulary lacks (only tokenizers with an unknown token have such)."""
@@ -109,19 +124,13 @@ class Chat:
             raise BundleError(f"the chat template fails ({e})", where=self._bundle.path) from e
 
 
-def _template(bundle: Bundle, config: dict[str, Any]) -> str:
+def _template(bundle: Bundle, config: dict[str, Any]) -> str | None:
     if (file := bundle.processor("chat_template.jinja")) is not None:
         return file.read_text(encoding="utf-8")
     template = _json(bundle, "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(template, list):  # named templates
         template = next((t["template"] for t in template if t.get("name") == "default"), None)
-    if not isinstance(template, str):
-        raise BundleError(
-            "its checkpoint has no chat template",
-            where=bundle.path,
-            fix="add chat_template.jinja there and build again",
-        )
-    return template
+    return template if isinstance(template, str) else None
 
 
 def _content(token: Any) -> Any:

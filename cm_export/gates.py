@@ -1,7 +1,7 @@
 """Proofs that nothing broke, run by every build on CPU: traced equals PyTorch, full budget equals dense; and the drift.
 
 gate              compares                                               fails the build
-vision            vision graph with transformers' tower                  yes
+vision            vision graph with transformers' tower                  yes, of a model that has one
 prefill           dense prefill: logits and cache                        yes
 decode            8 dense greedy steps: logits and token ids             yes
 full budget       sparse graphs with all tokens and all neurons, dense   yes
@@ -72,17 +72,18 @@ def run_gates(
                 fix="no bundle was written; please report this checkpoint's config.json",
             )
 
-    merge = shape.merge
-    embeds = backend.vision(family.vision_inputs(probe["pixel_values"], probe["grid"], merge))
-    gate("vision", "vision", {"image_embeds": (embeds, reference["image_embeds"])}, "PyTorch")
-    backend.drop("vision")
+    embeds = None
+    if shape.sees:
+        embeds = backend.vision(family.vision_inputs(probe["pixel_values"], probe["grid"], shape.merge))
+        gate("vision", "vision", {"image_embeds": (embeds, reference["image_embeds"])}, "PyTorch")
+        backend.drop("vision")
 
     request = Request.of(probe["input_ids"], probe["grid"], family, shape, backend.weights, embeds)
     gate(
         "positions",
         "host",
         {"position_ids": (request.position_ids[:, 0], reference["position_ids"])},
-        "PyTorch's get_rope_index",
+        "what PyTorch's rotary embedding got",
     )
     feeds = prefill_feeds(request)
     dense = _numpy(backend.prefill(feeds, "prefill_dense"))

@@ -118,8 +118,16 @@ class Engine:
     def chat(self) -> Chat:
         return Chat(self.bundle)
 
+    def check_sees(self) -> None:
+        """Raises InputError when the model takes no pictures."""
+        if not self.bundle.shape.sees:
+            fix = "leave pictures (and questions about them) out, or build a vision-language checkpoint"
+            raise InputError("its model reads text only and takes no pictures", where=self.bundle.path, fix=fix)
+
     @cached_property
     def image_rule(self) -> Any:
+        """How pictures become patches. Raises InputError when the model takes none."""
+        self.check_sees()
         vision, file = self.bundle.config["vision_config"], self.bundle.processor("preprocessor_config.json")
         values = json.loads(file.read_bytes()) if file else {}
         # The tower's own sizes: a checkpoint may come without a preprocessor_config.json.
@@ -132,8 +140,9 @@ class Engine:
         if not images:
             return None, np.zeros((0, 3), np.int64)
         family, merge, embeds, grids = self.bundle.family, self.bundle.shape.merge, [], []
+        rule = self.image_rule
         for image in images:  # patches attend within their own picture, so one at a time needs the least memory
-            pixels, grid = family.patchify([image], self.image_rule)
+            pixels, grid = family.patchify([image], rule)
             self._check_memory(len(pixels))
             embeds.append(self.backend.vision(family.vision_inputs(pixels, grid, merge)))
             grids.append(grid)
@@ -159,7 +168,7 @@ class Engine:
 
     def check_length(self, tokens: int) -> None:
         """Raises InputError when a prompt is longer than the model can hold."""
-        limit = self.bundle.config["text_config"].get("max_position_embeddings") or tokens
+        limit = self.bundle.shape.max_positions or tokens
         if tokens > limit:
             fix = "use smaller or fewer pictures, or a shorter text"
             raise InputError(f"{tokens} tokens, the model holds {limit}", where="prompt", fix=fix)

@@ -33,7 +33,7 @@ def describe(path: Path) -> dict[str, Any]:
 def _pruned(recipe: Recipe, shape: Any) -> dict[str, str]:
     """In words, which tokens and neurons leave the computation, where, and by whose vote."""
     n, t = recipe.neurons, recipe.tokens
-    tokens = "none: every image token stays"
+    tokens = "none: every image token stays" if shape.sees else "none: this model takes no pictures"
     if t.policy != "dense":
         budget = {
             "share": f"{t.share:g} of the image tokens stay",

@@ -49,10 +49,10 @@ def skeleton(path: Path, family: ModuleType) -> Any:
         from transformers import AutoConfig, initialization
 
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        for part in (config, config.text_config, config.vision_config):
+        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
             part.dtype = torch.float32  # direct construction would follow what the checkpoint was saved as
         if _head_differs(path):  # from_pretrained ties nothing then, whatever config.json says
-            config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
         with initialization.no_init_weights():
             model = getattr(transformers, family.MODEL_CLASS)(config)
         model.tie_weights()

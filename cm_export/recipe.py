@@ -74,10 +74,17 @@ class Recipe:
     backend: str = "onnxruntime"
     seed: int = 0
     calibration: str | None = None  # file written by `cm-export calibrate`; the bundle keeps a copy
+    # Keys such as tokens__policy that somebody set: a default may give way to the model, a choice may not.
+    chosen: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the manifest and for hashing."""
-        return dataclasses.asdict(self)
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "chosen"}
+
+    def for_model(self, shape: Any) -> "Recipe":
+        """The recipe as a bundle of this model records it: without pictures, tokens that nobody asked to prune stay."""
+        asked = any(key.startswith("tokens__") for key in self.chosen)
+        return self if shape.sees or asked else self.replace(tokens__policy="dense")
 
     def replace(self, **overrides: Any) -> "Recipe":
         """A copy with `neurons__share=0.4`-style overrides; None means `as it was`. Validated."""
@@ -90,12 +97,16 @@ class Recipe:
                 top[section] = dataclasses.replace(top.get(section, getattr(self, section)), **{name: value})
             else:
                 top[section] = value
+        top["chosen"] = self.chosen | {k for k, v in overrides.items() if v is not None}
         return check(dataclasses.replace(self, **top))
 
 
 def from_dict(values: dict[str, Any], where: str = "recipe") -> Recipe:
     """A validated recipe from nested plain values. Raises InputError that names an unknown key and the nearest one."""
-    return check(_build(Recipe, values, where), where)
+    recipe = _build(Recipe, values, where)
+    tables = {k: v for k, v in values.items() if isinstance(v, dict)}
+    chosen = frozenset({*values, *(f"{table}__{key}" for table, keys in tables.items() for key in keys)})
+    return check(dataclasses.replace(recipe, chosen=chosen), where)
 
 
 def load(name_or_path: str) -> Recipe:
@@ -178,7 +189,7 @@ def check(recipe: Recipe, where: str = "recipe") -> Recipe:
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:
     """A dataclass from a mapping; nested dataclasses from nested mappings, types checked."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.compare}
     out = {}
     for key, value in values.items():
         if key not in fields:

@@ -1,6 +1,6 @@
 """One prompt on the host: token ids and picture grids become the feeds of the prefill and of every decode step.
 
-ids [S], grids -> embeddings [1,S,D], M-RoPE positions [3,1,S], masks; original positions survive any token cut
+ids [S], grids -> embeddings [1,S,D], positions [A,1,S], masks; original positions survive any token cut
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Request:
     """A prompt ready to run; arrays as the graphs take them, batch 1."""
 
     is_image: np.ndarray  # [1,S] bool
-    position_ids: np.ndarray  # [3,1,S] int64
+    position_ids: np.ndarray  # [A,1,S] int64; A = 3 of M-RoPE, 1 of plain positions
     next_position: int  # of the first answer token
     inputs_embeds: np.ndarray  # [1,S,D]
     embedding: np.ndarray  # [V,D], the mapped token embedding
@@ -77,7 +77,7 @@ class Request:
         positions = self.next_position + step + np.arange(len(ids))
         feeds = {
             "inputs_embeds": self.embedding[ids].astype(np.float32)[None],
-            "position_ids": np.ascontiguousarray(np.broadcast_to(positions, (3, 1, len(ids)))),
+            "position_ids": np.ascontiguousarray(np.broadcast_to(positions, (len(self.position_ids), 1, len(ids)))),
             "attention_mask": np.concatenate([base, np.ones((1, step + len(ids)), np.int64)], 1),
         }
         if core_tokens is not None:

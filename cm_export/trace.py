@@ -50,9 +50,8 @@ def cache_names(layers: int, prefix: str) -> list[str]:
 
 
 def specs(model: nn.Module, shape: Any) -> list[GraphSpec]:
-    """The three graphs of a vision-language model. `shape` is the family's Shape."""
+    """The graphs that `shape.traced` names. `shape` is the family's Shape."""
     batch, prompt, past, new = Dim(dims.BATCH), Dim(dims.PROMPT, min=2), Dim(dims.PAST, min=1), Dim(dims.NEW, min=1)
-    patches, segments = 4 * shape.merge**2, 2
     b, s, p, n, layers = 2, 9, 7, 3, shape.layers
     rows = [b, shape.kv_heads, p, shape.head_dim]
 
@@ -60,7 +59,46 @@ def specs(model: nn.Module, shape: Any) -> list[GraphSpec]:
         return {n: [dims.BATCH, shape.kv_heads, axis, shape.head_dim] for n in cache_names(layers, "present")}
 
     logits: dict[str, list[str | int]] = {"logits": [dims.BATCH, shape.vocab]}
-    vision = GraphSpec(
+    prefill = GraphSpec(
+        "prefill",
+        wrappers.Prefill(model),
+        {
+            "inputs_embeds": torch.zeros(b, s, shape.hidden),
+            "position_ids": torch.zeros(shape.position_axes, b, s, dtype=torch.int64),
+            "attention_mask": torch.ones(b, s, dtype=torch.int64),
+        },
+        {
+            "inputs_embeds": {0: batch, 1: prompt},
+            "position_ids": {1: batch, 2: prompt},
+            "attention_mask": {0: batch, 1: prompt},
+        },
+        ["inputs_embeds", "position_ids", "attention_mask"],
+        logits | kv_out(dims.PROMPT),
+    )
+    decode = GraphSpec(
+        "decode",
+        wrappers.Decode(model),
+        {
+            "inputs_embeds": torch.zeros(b, n, shape.hidden),
+            "position_ids": torch.zeros(shape.position_axes, b, n, dtype=torch.int64),
+            "attention_mask": torch.ones(b, p + n, dtype=torch.int64),
+            "past": [torch.zeros(rows) for _ in range(2 * layers)],
+        },
+        {
+            "inputs_embeds": {0: batch, 1: new},
+            "position_ids": {1: batch, 2: new},
+            "attention_mask": {0: batch, 1: Dim.DYNAMIC},  # past + new, which torch can only infer
+            "past": [{0: batch, 2: past}] * (2 * layers),
+        },
+        ["inputs_embeds", "position_ids", "attention_mask", *cache_names(layers, "past")],
+        {"logits": [dims.BATCH, dims.NEW, shape.vocab]} | kv_out(dims.CONTEXT),
+    )
+    return [*([_vision(model, shape)] if shape.sees else []), prefill, decode]
+
+
+def _vision(model: nn.Module, shape: Any) -> GraphSpec:
+    patches, segments = 4 * shape.merge**2, 2
+    return GraphSpec(
         "vision",
         wrappers.Vision(model),
         {
@@ -77,41 +115,6 @@ def specs(model: nn.Module, shape: Any) -> list[GraphSpec]:
         ["pixel_values", "position_ids", "cu_seqlens"],
         {"image_embeds": [dims.IMAGE_TOKENS, shape.hidden]},
     )
-    prefill = GraphSpec(
-        "prefill",
-        wrappers.Prefill(model),
-        {
-            "inputs_embeds": torch.zeros(b, s, shape.hidden),
-            "position_ids": torch.zeros(3, b, s, dtype=torch.int64),
-            "attention_mask": torch.ones(b, s, dtype=torch.int64),
-        },
-        {
-            "inputs_embeds": {0: batch, 1: prompt},
-            "position_ids": {1: batch, 2: prompt},
-            "attention_mask": {0: batch, 1: prompt},
-        },
-        ["inputs_embeds", "position_ids", "attention_mask"],
-        logits | kv_out(dims.PROMPT),
-    )
-    decode = GraphSpec(
-        "decode",
-        wrappers.Decode(model),
-        {
-            "inputs_embeds": torch.zeros(b, n, shape.hidden),
-            "position_ids": torch.zeros(3, b, n, dtype=torch.int64),
-            "attention_mask": torch.ones(b, p + n, dtype=torch.int64),
-            "past": [torch.zeros(rows) for _ in range(2 * layers)],
-        },
-        {
-            "inputs_embeds": {0: batch, 1: new},
-            "position_ids": {1: batch, 2: new},
-            "attention_mask": {0: batch, 1: Dim.DYNAMIC},  # past + new, which torch can only infer
-            "past": [{0: batch, 2: past}] * (2 * layers),
-        },
-        ["inputs_embeds", "position_ids", "attention_mask", *cache_names(layers, "past")],
-        {"logits": [dims.BATCH, dims.NEW, shape.vocab]} | kv_out(dims.CONTEXT),
-    )
-    return [vision, prefill, decode]
 
 
 def trace(spec: GraphSpec) -> onnx.ModelProto:
@@ -146,8 +149,8 @@ def trace(spec: GraphSpec) -> onnx.ModelProto:
 _INPUT_AXES: dict[str, dict[str, list[str | int | None]]] = {
     "inputs_embeds": {"prefill": [dims.BATCH, dims.PROMPT, None], "decode": [dims.BATCH, dims.NEW, None]},
     "position_ids": {
-        "prefill": [3, dims.BATCH, dims.PROMPT],
-        "decode": [3, dims.BATCH, dims.NEW],
+        "prefill": [None, dims.BATCH, dims.PROMPT],
+        "decode": [None, dims.BATCH, dims.NEW],
         "vision": [dims.PATCHES, 2],
     },
     "attention_mask": {"prefill": [dims.BATCH, dims.PROMPT], "decode": [dims.BATCH, dims.CONTEXT]},

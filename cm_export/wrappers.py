@@ -61,7 +61,8 @@ class _Decoder(nn.Module):
 
     def run(self, hidden, position_ids, mask, past=None):
         decoder, cache = self.model.get_decoder(), _Rows(past)
-        rope = decoder.rotary_emb(hidden, position_ids)
+        # M-RoPE reads three rows of positions, other models know no such axis.
+        rope = decoder.rotary_emb(hidden, position_ids if position_ids.shape[0] > 1 else position_ids[0])
         for layer in decoder.layers:
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=cache, use_cache=True)
         return hidden, cache.flat()
@@ -76,7 +77,7 @@ def _additive(allowed, dtype):
 
 
 class Prefill(_Decoder):
-    """inputs_embeds [B,S,D], position_ids [3,B,S], attention_mask [B,S] -> logits [B,V], key/value [B,Hk,S,d] x L."""
+    """inputs_embeds [B,S,D], position_ids [A,B,S], attention_mask [B,S] -> logits [B,V], key/value [B,Hk,S,d] x L."""
 
     def forward(self, inputs_embeds, position_ids, attention_mask):
         row = torch.arange(inputs_embeds.shape[1])
@@ -86,7 +87,7 @@ class Prefill(_Decoder):
 
 
 class Decode(_Decoder):
-    """inputs_embeds [B,N,D], position_ids [3,B,N], attention_mask [B,P+N], past -> logits [B,N,V], key/value [B,Hk,P+N,d].
+    """inputs_embeds [B,N,D], position_ids [A,B,N], attention_mask [B,P+N], past -> logits [B,N,V], key/value [B,Hk,P+N,d].
 
     N is 1 when an answer is written, more when several tokens are read at once: drafted ones, or another question.
     """

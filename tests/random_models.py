@@ -1,19 +1,20 @@
-"""Random tiny Qwen2-VL checkpoints, generated and not hand-picked, and what tests need of one after export."""
+"""Random tiny checkpoints, generated and not hand-picked, and what tests need of one after export."""
 
 import json
 import random
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+import transformers
 
+from cm_export import by_name, trace, weights
 from cm_export import model as hf
-from cm_export import trace, weights
 from cm_export.backends.onnxruntime import Backend
 from cm_export.families import qwen2_vl as family
 from cm_export.neuron_constants import neuron_constants
@@ -73,10 +74,40 @@ def random_config(seed: int) -> dict[str, Any]:
     }
 
 
-def random_checkpoint(config: dict[str, Any], folder: Path, seed: int = 0) -> Path:
-    """Save a stock transformers checkpoint with weights large enough that a wrong mask or position shows."""
+def random_text_config(model_type: str, seed: int, **fixed: Any) -> dict[str, Any]:
+    """A valid configuration of a decoder without vision: sizes, rope, activation, tying and biases drawn at random."""
+    r = random.Random(seed)
+    kv, group, head_dim = r.choice([1, 2, 3]), r.choice([2, 3, 4]), r.choice([8, 12, 16])
+    rope = {"rope_type": "default", "rope_theta": r.choice([50.0, 1e4, 1e6])}
+    config = {
+        "model_type": model_type,
+        "vocab_size": r.choice([61, 96, 131]),
+        "hidden_size": kv * group * head_dim,
+        "intermediate_size": r.choice([33, 64, 97]),
+        "num_hidden_layers": r.randint(2, 3),
+        "num_attention_heads": kv * group,
+        "num_key_value_heads": kv,
+        "hidden_act": r.choice(["silu", "silu", "gelu", "relu"]),
+        "rms_norm_eps": r.choice([1e-2, 1e-6]),
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": r.random() < 0.5,
+        "rope_parameters": rope,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return config | fixed
+
+
+def random_checkpoint(config: dict[str, Any], folder: Path, seed: int = 0, **how: Any) -> Path:
+    """Save a stock transformers checkpoint with weights large enough that a wrong mask or position shows.
+
+    `how`: arguments of save_pretrained, such as max_shard_size.
+    """
     torch.manual_seed(seed)
-    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**config)).eval()
+    kind = by_name.load("cm_export.families", config.get("model_type", "qwen2_vl"), "model type")
+    model_class = getattr(transformers, kind.MODEL_CLASS)
+    model = model_class(model_class.config_class(**config)).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim > 1:
@@ -85,7 +116,7 @@ def random_checkpoint(config: dict[str, Any], folder: Path, seed: int = 0) -> Pa
                 p.normal_(0, 0.2)
             else:
                 p.normal_(1, 0.1)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **how)
     return folder
 
 
@@ -95,6 +126,7 @@ class Exported:
 
     path: Path
     folder: Path
+    family: ModuleType = family
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -102,32 +134,32 @@ class Exported:
 
     @cached_property
     def shape(self) -> family.Shape:
-        return family.shape(self.config)
+        return self.family.shape(self.config)
 
     @cached_property
     def model(self) -> Any:
         """Stock transformers, untouched by our wrappers."""
-        return hf.load(self.path, family)
+        return hf.load(self.path, self.family)
 
     @cached_property
     def weights(self) -> weights.WeightFile:
         file = self.folder / weights.FILE
-        weights.write(file, [hf.planned(n, p, family) for n, p in self.model.named_parameters()])
+        weights.write(file, [hf.planned(n, p, self.family) for n, p in self.model.named_parameters()])
         return weights.WeightFile(file)
 
     @cached_property
     def dense(self) -> dict[str, onnx.ModelProto]:
-        skeleton = hf.skeleton(self.path, family)
+        skeleton = hf.skeleton(self.path, self.family)
         out = {}
         for spec in trace.specs(skeleton, self.shape):
-            out[spec.name], _ = pipeline.dense(spec.name, trace.trace(spec), self.weights.tensors, family)
+            out[spec.name], _ = pipeline.dense(spec.name, trace.trace(spec), self.weights.tensors, self.family)
         return out
 
     def graphs(self, recipe: Recipe, calibration: Any = None) -> dict[str, onnx.ModelProto]:
-        """All five graphs under a recipe, as fresh copies."""
-        constants = neuron_constants(recipe, self.weights, family, self.shape, calibration)
-        prefill, _ = pipeline.sparse_prefill(copy(self.dense["prefill"]), family, self.shape, recipe, constants)
-        decode, _ = pipeline.sparse_decode(copy(self.dense["decode"]), family, self.shape, recipe)
+        """All graphs under a recipe, as fresh copies."""
+        constants = neuron_constants(recipe, self.weights, self.family, self.shape, calibration)
+        prefill, _ = pipeline.sparse_prefill(copy(self.dense["prefill"]), self.family, self.shape, recipe, constants)
+        decode, _ = pipeline.sparse_decode(copy(self.dense["decode"]), self.family, self.shape, recipe)
         dense = {n if n == "vision" else f"{n}_dense": copy(p) for n, p in self.dense.items()}
         return dense | {"prefill": prefill, "decode": decode}
 

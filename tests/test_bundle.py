@@ -74,7 +74,7 @@ def test_a_bundle_that_was_moved_opens(bundle):
     Bundle(bundle.with_name("elsewhere")).wait_verified()
 
 
-FILES = (WEIGHTS, *(f"{g}.onnx" for g in bundles.GRAPHS), "processor/tokenizer.json")
+FILES = (WEIGHTS, *(f"{g}.onnx" for g in bundles.GRAPHS), "vision.onnx", "processor/tokenizer.json")
 
 
 @pytest.mark.parametrize("at", [0.0, 0.5, 1.0], ids=["first", "middle", "last"])
@@ -210,7 +210,7 @@ def test_a_link_to_a_bundle_opens(bundle):
     Bundle(bundle.with_name("link.plan")).wait_verified()
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, "decode.onnx"])
+@pytest.mark.parametrize("name", [WEIGHTS, "decode.onnx", "vision.onnx"])
 def test_a_manifest_that_does_not_list_what_a_bundle_must_have_is_refused(bundle, name):
     edit(bundle, lambda m: m["files"].pop(name))
     refused(bundle, f"does not list {name}")
@@ -225,7 +225,7 @@ SHAPELESS = {
     "no model": lambda m: m.pop("model"),
     "no config": lambda m: m["model"].pop("config"),
     "config without sizes": lambda m: m["model"].update(config={"text_config": {}, "vision_config": {}}),
-    "unknown family": lambda m: m["model"].update(type="llama"),
+    "unknown family": lambda m: m["model"].update(type="no_such"),
     "family is a list": lambda m: m["model"].update(type=[]),
     "NUL in a name": lambda m: m["files"].update({"a\0b": {"bytes": 1, "sha256": ""}}),
 }

@@ -120,7 +120,7 @@ def test_a_file_is_not_a_checkpoint(folder):
         ("config.json", "[1]", ("not a JSON object",)),
         ("config.json", "[" * 100_000, ("config.json",)),
         ("config.json", {}, ("no model_type", "supported: ")),
-        ("config.json", {"model_type": "llama"}, ("'llama'", "supported: ")),
+        ("config.json", {"model_type": "mistral"}, ("'mistral'", "supported: ")),
         ("config.json", {"model_type": ["qwen2_vl"]}, ("not supported",)),
         ("config.json", {"model_type": "qwen2_vl", "auto_map": {"AutoModel": "x.Y"}}, ("auto_map",)),
         ("config.json", {"model_type": "qwen2_vl", "text_config": {"auto_map": {"AutoModel": "x.Y"}}}, ("auto_map",)),

@@ -42,7 +42,7 @@ class Verbs(click.Group):
 @click.version_option(__version__, prog_name="cm-export")
 @debug_option
 def group() -> None:
-    """Export a vision-language checkpoint to ONNX, and run it on core neurons and core tokens only."""
+    """Export a vision-language or text-only checkpoint to ONNX, and run it on core neurons and core tokens only."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from ._console import (
 )
 @bundle_argument
 @click.option("--prompt-tokens", type=Count(1), default=32, show_default=True, help="Text tokens.")
-@click.option("--image-tokens", type=Count(0), default=256, show_default=True, help="Image tokens.")
+@click.option("--image-tokens", type=Count(0), help="Image tokens.  [default: 256; 0 if the model takes no pictures]")
 @click.option("--new-tokens", type=Count(1), default=32, show_default=True, help="Tokens decoded.")
 @click.option("--repeats", type=Count(1), default=5, show_default=True, help="Timed runs of each kind.")
 @neuron_share
@@ -38,7 +38,7 @@ from ._console import (
 @json_option
 @quiet_option
 def command(
-    bundle: Path, prompt_tokens: int, image_tokens: int, new_tokens: int, repeats: int, neuron_share: float | None,
+    bundle: Path, prompt_tokens: int, image_tokens: int | None, new_tokens: int, repeats: int, neuron_share: float | None,
     token_share: float | None, vision: bool, threads: int, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure time to first token and decode speed on made-up inputs, sparse beside dense."""

@@ -51,7 +51,7 @@ class Several(click.ParamType):
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
-    help='Your own questions: lines of {"image": ..., "question": ..., "answer": ...}, pictures beside the file.',
+    help='Your own questions: lines of {"image": ..., "question": ..., "answer": ...}, pictures (if any) beside the file.',
 )
 @click.option("--kinds", type=Several(click.STRING), help="Kinds of question of the task, by commas.  [default: all]")
 @click.option("--limit", type=Count(1), help="Questions asked of each kind.  [default: all]")

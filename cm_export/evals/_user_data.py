@@ -2,6 +2,7 @@
 
     {"image": "invoice-1.png", "question": "What is the total?", "answer": "12.40"}
     {"images": ["a.jpg", "b.jpg"], "question": "Which is older?", "answers": ["the first", "first"], "kind": "compare"}
+    {"question": "What is the capital of Japan?", "answer": "Tokyo"}
 
 An answer counts when it equals one of the right ones after both are lower-cased, runs of white space are one space and
 punctuation at the end is gone.

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ._decoder import Shape, check_decoder, decoder_shape
 
 MODEL_CLASS = "Qwen2VLForConditionalGeneration"
 
@@ -20,69 +21,25 @@ LAYER = "model.language_model.layers.{layer}."
 GATE, UP, DOWN = "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"
 ATTENTION_OUT = "self_attn.o_proj.weight"
 EMBEDDING = "model.language_model.embed_tokens.weight"
-VISION_PREFIX = "model.visual."
-
-VISION_INPUTS = ("pixel_values", "position_ids", "cu_seqlens")
-
-# Rope types whose frequencies do not depend on the length seen so far: those that a static graph can hold.
-STATIC_ROPE = ("default", "linear", "yarn", "llama3")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The numbers that every stage needs; letters as in dims.py."""
-
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    activation: str
-    patch_dim: int
-    merge: int
-    image_token: int
-    stop_ids: tuple[int, ...]
 
 
 def shape(config: dict[str, Any]) -> Shape:
     """Sizes of a checkpoint from transformers' normalised configuration (a plain dict). Raises InputError."""
-    text, vision = config["text_config"], config["vision_config"]
-    heads, hidden = text["num_attention_heads"], text["hidden_size"]
-    stop = text.get("eos_token_id")
-    return Shape(
-        layers=text["num_hidden_layers"],
-        hidden=hidden,
-        ffn=text["intermediate_size"],
-        heads=heads,
-        kv_heads=text["num_key_value_heads"] or heads,
-        head_dim=hidden // heads,
-        vocab=text["vocab_size"],
-        activation=text["hidden_act"],
+    vision = config["vision_config"]
+    return decoder_shape(
+        config["text_config"],
+        traced=("vision", "prefill", "decode"),
+        position_axes=3,
         patch_dim=vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2,
         merge=vision["spatial_merge_size"],
         image_token=config["image_token_id"],
-        stop_ids=tuple(stop) if isinstance(stop, list) else () if stop is None else (stop,),
     )
 
 
 def check_config(config: dict[str, Any]) -> None:
     """Refuse what a static graph cannot hold rightly. Raises InputError naming the setting."""
     text, vision = config["text_config"], config["vision_config"]
-    if "sliding_attention" in (text.get("layer_types") or []):
-        raise InputError("sliding-window attention is not supported", where="config.json: use_sliding_window")
-    rope = (text.get("rope_parameters") or {}).get("rope_type", "default")
-    if rope not in STATIC_ROPE:
-        raise InputError(
-            f"rope_type {rope!r} changes with the length and cannot be traced",
-            where="config.json: rope_parameters",
-            fix=f"supported: {', '.join(STATIC_ROPE)}",
-        )
-    if text["hidden_size"] % text["num_attention_heads"]:
-        raise InputError("hidden_size is not a multiple of num_attention_heads", where="config.json")
-    if text["num_attention_heads"] % (text["num_key_value_heads"] or 1):
-        raise InputError("num_attention_heads is not a multiple of num_key_value_heads", where="config.json")
+    check_decoder(text)
     if config["image_token_id"] >= text["vocab_size"]:
         raise InputError(
             f"image_token_id {config['image_token_id']} is not below vocab_size {text['vocab_size']}",

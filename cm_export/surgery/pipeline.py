@@ -41,6 +41,12 @@ class Pass:
 def check_recipe(recipe: Recipe, shape: Any) -> None:
     """Raises InputError for a recipe that this model cannot follow; cheap, before any work."""
     policy = by_name.load("cm_export.policies.tokens", recipe.tokens.policy, "token policy")
+    if policy.FUNCTION is not None and not shape.sees:
+        raise InputError(
+            f"{recipe.tokens.policy!r} prunes image tokens, and this model reads text only",
+            where="recipe: tokens.policy",
+            fix="leave the options of tokens out, or build with --tokens dense",
+        )
     if policy.FUNCTION is not None and recipe.tokens.prune_layer >= shape.layers:
         raise InputError(
             f"prune_layer {recipe.tokens.prune_layer} leaves no layer to run on kept tokens",
