@@ -20,6 +20,7 @@ VOTERS = ("all", "text", "last")
 BUDGETS = ("share", "count", "knee")
 CACHES = ("cut", "index")
 QUOTAS = ("shared", "each")
+SCORED = ("last", "all")
 COUNTED = ("kept", "all")
 BEFORE_LAYERS = {"embeds", "image_mask", "vote", "seed"}  # what a token policy can read before the first layer
 FILLS = ("none", "prompt", "calibrated")
@@ -64,6 +65,7 @@ class Tokens:
     prune_layer: int = 2  # layers that run with every token before the cut; 0: as the calibration found best
     first: str = "none"  # token policy of a cut before the first layer, after which the policy above chooses
     first_share: float = 0.5  # of the image tokens, left by that first cut
+    layers: str = "last"  # whose scores count: the layer before the cut, or the sum over all layers before it
     voters: str = "all"  # whose attention or activations judge the image tokens
     rho: float = 0.2
     beta: float = 0.4  # share of neurons in that core set
@@ -140,6 +142,7 @@ def check(recipe: Recipe, where: str = "recipe") -> Recipe:
         ("tokens.budget", t.budget, BUDGETS),
         ("tokens.cache", t.cache, CACHES),
         ("tokens.quota", t.quota, QUOTAS),
+        ("tokens.layers", t.layers, SCORED),
         ("neurons.counted", n.counted, COUNTED),
         ("dtype", recipe.dtype, ("float32",)),
     ):

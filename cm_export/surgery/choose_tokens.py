@@ -13,7 +13,7 @@ from .. import dims
 from ..policies import keep as keeping
 from ..policies import quota as quotas
 from ..policies import vote as voting
-from ..recipe import Tokens
+from ..recipe import BEFORE_LAYERS, Tokens
 from .cut_tokens import Prompt
 from .edit import Edit
 from .find_sites import FFN
@@ -38,20 +38,28 @@ def choose_tokens(
 ) -> tuple[gs.Variable, gs.Variable]:
     """Add the token policy at the border of layer `layer`; returns keep [B,T] int64, ascending columns of `prompt`, and
     kept_mask [B,T] int64. Layer 0: before the first layer, where the budget is `first_share`.
+
+    recipe.layers "all": the scores of every layer before the border are added, not those of the last one taken alone.
     """
     wires = {"image_mask": prompt.image_mask, "embeds": prompt.inputs_embeds}
     values = {"rho": recipe.rho, "beta": recipe.beta, "layer": layer}
-    if layer:
-        node = attentions[layer - 1]
-        wires |= {"z": ffns[layer - 1].z} | dict(zip(("q", "k", "v", "mask"), node.inputs, strict=True))
-        values["scale"] = node.attrs["scale"]
     if "vote" in policy.WIRES:
         wires["vote"] = edit.call(voting.FUNCTIONS[recipe.voters], prompt.image_mask, prompt.attention_mask)[0]
     if "seed" in policy.WIRES:
         wires["seed"] = edit.add_input("seed", np.int64, [1])
-    score = edit.call(policy.FUNCTION, *(wires[w] for w in policy.WIRES), **{a: values[a] for a in policy.ATTRIBUTES})[
-        0
-    ]
+    # What reads nothing of a layer says the same at each.
+    depends = not set(policy.WIRES) <= BEFORE_LAYERS
+    scores = []
+    for i in range(0 if recipe.layers == "all" and depends else layer - 1, layer) if layer else (None,):
+        if i is not None:
+            node = attentions[i]
+            wires |= {"z": ffns[i].z} | dict(zip(("q", "k", "v", "mask"), node.inputs, strict=True))
+            values["scale"] = node.attrs["scale"]
+        chosen = {a: values[a] for a in policy.ATTRIBUTES}
+        scores.append(edit.call(policy.FUNCTION, *(wires[w] for w in policy.WIRES), **chosen)[0])
+    score = scores[0]
+    for other in scores[1:]:
+        score = edit.op("Add", score, other)
     each = recipe.quota == "each"
     shape = [dims.BATCH, dims.PICTURES] if each else [dims.BATCH]
     count = edit.add_input("image_keep" if layer else "image_keep_first", np.int64, shape)
