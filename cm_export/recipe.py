@@ -60,7 +60,7 @@ class Tokens:
     count: int = 0  # image tokens kept, when budget = "count"
     min_share: float = 0.1  # clamp of `knee`
     max_share: float = 0.9
-    knee_confidence: float = 0.2  # a knee less deep than this share of the range of the scores is none
+    knee_confidence: float = 0.3  # a knee less deep than this share of the scores' range is none: noise reaches .29
     quota: str = "shared"  # shared: one budget for all pictures of a prompt; each: every picture keeps its own
     prune_layer: int = 2  # layers that run with every token before the cut; 0: as the calibration found best
     first: str = "none"  # token policy of a cut before the first layer, after which the policy above chooses
