@@ -86,7 +86,7 @@ def sparse_prefill(
     borders = [(token_policy, tokens.prune_layer)] if token_policy.FUNCTION is not None else []
     if tokens.first != "none":
         borders.insert(0, (by_name.load("cm_export.policies.tokens", tokens.first, "token policy"), 0))
-    prompt = whole_prompt(edit, tokens)
+    prompt = whole_prompt(edit, tokens) if borders else None
     seen = [prompt] * shape.layers  # by each layer
     for policy, layer in borders:
         keep, kept_mask = choose_tokens(edit, policy, tokens, prompt, layer, ffns, attentions)

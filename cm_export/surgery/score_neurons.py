@@ -17,8 +17,11 @@ from .edit import Edit
 from .find_sites import FFN
 
 
-def token_weights(edit: Edit, recipe: Neurons, prompts: list[Prompt], chosen: Prompt) -> list[gs.Variable]:
-    """How much each token's activations count, per layer [B,T]; `prompts`: what each layer sees, `chosen`: what stays.
+def token_weights(
+    edit: Edit, recipe: Neurons, prompts: list[Prompt | None], chosen: Prompt | None
+) -> list[gs.Variable]:
+    """How much each token's activations count, per layer [B,T]; `prompts`: what each layer sees, `chosen`: what stays
+    (None: nothing is cut).
 
     counted "kept": the same tokens in all layers, those that stay. "all": every token that a layer sees; after a cut
     that is the kept ones again, so it differs in the layers before it, and everywhere with cache "index".
@@ -28,11 +31,11 @@ def token_weights(edit: Edit, recipe: Neurons, prompts: list[Prompt], chosen: Pr
     if recipe.image_weight != 1:
         image, text = (edit.constant(w, np.float32) for w in (recipe.image_weight, 1.0))
         votes = edit.op("Mul", votes, edit.op("Where", image_mask, image, text))
-    if recipe.counted == "kept" and chosen.kept is not None:
+    if recipe.counted == "kept" and chosen is not None:
         votes = edit.op("Mul", votes, edit.op("Cast", chosen.kept, to=1))
     made: dict[int, gs.Variable] = {}
     for prompt in prompts:
-        if id(prompt) not in made and prompt.rows is not None:
+        if prompt is not None and prompt.rows is not None and id(prompt) not in made:
             there = edit.op("Cast", prompt.attention_mask, to=1)  # rows that only fill up a batch do not count
             made[id(prompt)] = edit.op("Mul", edit.op("GatherElements", votes, prompt.rows, axis=1), there)
     return [made.get(id(prompt), votes) for prompt in prompts]
