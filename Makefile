@@ -5,7 +5,7 @@ DEMO := artifacts/demo.plan
 PICTURE := cm_export/demo/images/teal-circle.png
 STAMP := .venv/.installed
 
-.PHONY: demo test lint clean accuracy bench-quality bench-neurons
+.PHONY: demo test lint clean accuracy bench-quality bench-neurons bench-matching
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("cm-export needs Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
@@ -42,6 +42,11 @@ bench-neurons: $(STAMP)
 	$(BIN)/cm-export calibrate --model demo --out artifacts/calibration.safetensors
 	$(BIN)/cm-export build --recipe demo --calibration artifacts/calibration.safetensors --out artifacts/neurons.plan
 	$(BIN)/python benchmarks/neuron_policies.py artifacts/neurons.plan --out artifacts/neurons.json
+
+# The paper's question, whether tokens and neurons are better chosen together: benchmarks/matching.json (about 20 minutes).
+bench-matching: $(STAMP)
+	$(BIN)/cm-export build --recipe demo --out $(DEMO)
+	$(BIN)/python benchmarks/matching.py $(DEMO) --limit 200 --out benchmarks/matching.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check . --fix

@@ -21,7 +21,7 @@ from typing import Any
 
 import onnx
 
-from . import __version__, by_name, checkpoint, gates, model, plugins, predictor, quality, weights
+from . import __version__, by_name, checkpoint, gates, model, plugins, predictor, prune_layers, quality, weights
 from . import bundle as bundles
 from .backends.onnxruntime import Backend
 from .calibration import FILE as CALIBRATION
@@ -90,6 +90,8 @@ def _run(
     if shape.sees:
         family.image_rule(model.read_picture_rule(source.path))
     calibration, order = _calibration(recipe, source)
+    recipe = prune_layers.resolve(recipe, calibration)
+    pipeline.check_recipe(recipe, shape)
     versions = {n: version(n) for n in _LIBRARIES}
     sources = sorted(p for root in (_PACKAGE, *plugins.__path__) for p in Path(root).rglob("*.py"))
     program = source_key(*(p for p in sources if "cli" not in p.parts))

@@ -2,6 +2,7 @@
 
 prompt -> dense greedy answer a_1..a_T -> one prefill over prompt + answer, z of every layer at the answer's tokens
                                        -> decode of the same answer with one layer sparse at a time: KL to dense
+                                       -> the same answer after a cut of the image tokens at each layer (prune_layers.py)
 
 Only generated tokens count: an offline prior from prompts says little about decode (GLASS, arXiv 2508.14302, section 3).
 """
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from . import by_name
+from . import by_name, prune_layers
 from .backends.onnxruntime import Decoder
 from .calibration import Calibration, checkpoint_id
 from .cluster import cluster
@@ -122,15 +123,18 @@ def measure(
     mean_y = [z @ rows[2].astype(np.float64) for z, rows in zip(mean_z, engine.rows.sources, strict=True)]
     some = [a for a in answers if len(a[1])][:sensitivity_prompts]
     sensitivity = _sensitivity(engine, some, energy, progress)
+    tokens = engine.recipe.tokens if engine.recipe.tokens.policy != "dense" else Recipe().tokens
+    prune = prune_layers.measure(engine, some, tokens, _kl, progress)
     files = bundle.manifest["model"]["files"]
     about = {
         "checkpoint": checkpoint_id(files),
         "model": bundle.manifest["model"]["source"],
         "ran": {"data": what, "prompts": len(answers), "generated_tokens": total, "seed": seed}
-        | {"max_new_tokens": max_new_tokens, "sensitivity_prompts": len(some)},
+        | {"max_new_tokens": max_new_tokens, "sensitivity_prompts": len(some)}
+        | {"token_policy": tokens.policy},
         "versions": {n: version(n) for n in _LIBRARIES},
     }
-    return Calibration(energy, mean_z, np.stack(mean_y), sensitivity, np.array(SHARES), np.stack(order), about)
+    return Calibration(energy, mean_z, np.stack(mean_y), sensitivity, np.array(SHARES), np.stack(order), about, **prune)
 
 
 def _answers(engine, prompts, own, limit, seed, progress) -> Iterator[tuple[Request, np.ndarray]]:

@@ -7,6 +7,9 @@ calibration.safetensors                                          n runs over gen
   sensitivity [L,P] f32   KL to dense, nats per token, when only layer l computes shares[p] of its neurons
   shares      [P]   f32   ascending
   order       [L,F] i32   neurons so that those active together are neighbours: place -> id
+  prune_kl    [N,Q] f32   KL to dense when the image tokens are cut after layer prune_layers[n] to prune_shares[q]
+  prune_layers [N]  i32   ascending; none (N = 0) where no prompt had a picture
+  prune_shares [Q]  f32   ascending
 
 Ids are those of the checkpoint. One metadata entry holds the checkpoint's hashes, what was run and the versions.
 """
@@ -14,7 +17,7 @@ Ids are those of the checkpoint. One metadata entry holds the checkpoint's hashe
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,11 @@ import numpy as np
 from .errors import InputError
 
 FILE = "calibration.safetensors"
-FORMAT = 1
+FORMAT = 2
 _META = "cm_export"  # one entry: the order of several is not fixed, and the file must be repeatable to the byte
 _FLOATS = {"energy": "LF", "mean_z": "LF", "mean_y": "LD", "sensitivity": "LP", "shares": "P"}
+_FLOATS |= {"prune_kl": "NQ", "prune_shares": "Q"}
+_INTEGERS = {"order": "LF", "prune_layers": "N"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,9 @@ class Calibration:
     shares: np.ndarray
     order: np.ndarray
     about: dict[str, Any]
+    prune_layers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    prune_shares: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    prune_kl: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
     @cached_property
     def inverse(self) -> np.ndarray:
@@ -51,7 +59,7 @@ class Calibration:
         ids = self.order.astype(np.int64)
         energy, mean_z = (np.take_along_axis(a, ids, axis=1) for a in (self.energy, self.mean_z))
         own = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-        return Calibration(energy, mean_z, self.mean_y, self.sensitivity, self.shares, own, self.about)
+        return replace(self, energy=energy, mean_z=mean_z, order=own)
 
 
 def checkpoint_id(files: dict[str, str]) -> str:
@@ -65,7 +73,7 @@ def write(path: Path, calibration: Calibration) -> None:
     from safetensors.numpy import save
 
     arrays = {n: np.ascontiguousarray(getattr(calibration, n), np.float32) for n in _FLOATS}
-    arrays["order"] = np.ascontiguousarray(calibration.order, np.int32)
+    arrays |= {n: np.ascontiguousarray(getattr(calibration, n), np.int32) for n in _INTEGERS}
     about = json.dumps({"format": FORMAT, **calibration.about}, sort_keys=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -88,7 +96,7 @@ def read(path: Path) -> Calibration:
             about = json.loads((f.metadata() or {}).get(_META, "{}"))
             if not isinstance(about, dict) or about.get("format") != FORMAT:
                 raise InputError(f"is not a calibration file of format {FORMAT}", where=path, fix=again)
-            arrays = {n: f.get_tensor(n) for n in (*_FLOATS, "order")}
+            arrays = {n: f.get_tensor(n) for n in (*_FLOATS, *_INTEGERS)}
     except (SafetensorError, OSError, ValueError) as e:
         raise InputError(f"cannot be read ({e})", where=path, fix=again) from e
     _check(path, arrays, again)
@@ -105,8 +113,8 @@ def belongs(calibration: Calibration, files: dict[str, str], where: object) -> N
 
 def _check(path: Path, arrays: dict[str, np.ndarray], fix: str) -> None:
     sizes: dict[str, int] = {}
-    for name, axes in {**_FLOATS, "order": "LF"}.items():
-        array, wanted = arrays[name], np.int32 if name == "order" else np.float32
+    for name, axes in {**_FLOATS, **_INTEGERS}.items():
+        array, wanted = arrays[name], np.int32 if name in _INTEGERS else np.float32
         fits = array.dtype == wanted and array.ndim == len(axes)
         if not fits or any(sizes.setdefault(a, n) != n for a, n in zip(axes, array.shape, strict=True)):
             raise InputError(f"{name} is {array.dtype}{list(array.shape)}, not [{','.join(axes)}]", where=path, fix=fix)

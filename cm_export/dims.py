@@ -3,6 +3,7 @@
 B batch            S prompt tokens      T kept prompt tokens   P tokens in the cache   M cache rows read (core tokens)
 N new tokens of one decode step (N image patches, in the vision graph)
 D hidden size      F FFN neurons        K kept neurons         L decoder layers        V vocabulary
+C pictures of a prompt
 H query heads      Hk key/value heads   d head size            N image patches         I image tokens (N / merge^2)
 """
 
@@ -18,3 +19,4 @@ CORE_TOKENS = "core_tokens"
 PATCHES = "patches"
 SEGMENTS = "segments"
 IMAGE_TOKENS = "image_tokens"
+PICTURES = "pictures"

@@ -19,6 +19,10 @@ from .errors import InputError
 VOTERS = ("all", "text", "last")
 BUDGETS = ("share", "count", "knee")
 CACHES = ("cut", "index")
+QUOTAS = ("shared", "each")
+SCORED = ("last", "all")
+COUNTED = ("kept", "all")
+BEFORE_LAYERS = {"embeds", "image_mask", "vote", "seed"}  # what a token policy can read before the first layer
 FILLS = ("none", "prompt", "calibrated")
 LAYERS = ("uniform", "calibrated")
 BLOCKS = (1, 8, 16, 32)
@@ -31,6 +35,7 @@ class Neurons:
     policy: str = "griffin"
     share: float = 0.6  # K / F, at run time changeable
     voters: str = "all"  # whose activations are counted
+    counted: str = "kept"  # over which tokens: those that the token cut keeps, or all that a layer has seen
     rho: float = 0.2  # token-wise share of positive activations (coreinfer)
     row_norm: bool = False  # griffin: energies times the squared norm of the down row, so of what is really added
     image_weight: float = 1.0  # of an image token's vote, text tokens have 1 (griffin, glass)
@@ -55,7 +60,12 @@ class Tokens:
     count: int = 0  # image tokens kept, when budget = "count"
     min_share: float = 0.1  # clamp of `knee`
     max_share: float = 0.9
-    prune_layer: int = 2  # layers that run with every token before the cut
+    knee_confidence: float = 0.3  # a knee less deep than this share of the scores' range is none: noise reaches .29
+    quota: str = "shared"  # shared: one budget for all pictures of a prompt; each: every picture keeps its own
+    prune_layer: int = 2  # layers that run with every token before the cut; 0: as the calibration found best
+    first: str = "none"  # token policy of a cut before the first layer, after which the policy above chooses
+    first_share: float = 0.5  # of the image tokens, left by that first cut
+    layers: str = "last"  # whose scores count: the layer before the cut, or the sum over all layers before it
     voters: str = "all"  # whose attention or activations judge the image tokens
     rho: float = 0.2
     beta: float = 0.4  # share of neurons in that core set
@@ -142,6 +152,9 @@ def check(recipe: Recipe, where: str = "recipe") -> Recipe:
         ("tokens.voters", t.voters, VOTERS),
         ("tokens.budget", t.budget, BUDGETS),
         ("tokens.cache", t.cache, CACHES),
+        ("tokens.quota", t.quota, QUOTAS),
+        ("tokens.layers", t.layers, SCORED),
+        ("neurons.counted", n.counted, COUNTED),
         ("dtype", recipe.dtype, ("float32",)),
     ):
         if value not in allowed:
@@ -152,12 +165,17 @@ def check(recipe: Recipe, where: str = "recipe") -> Recipe:
         ("tokens.share", t.share),
         ("tokens.min_share", t.min_share),
         ("tokens.max_share", t.max_share),
+        ("tokens.first_share", t.first_share),
         ("tokens.rho", t.rho),
         ("tokens.beta", t.beta),
     ):
         if not 0 < share <= 1:  # also refuses nan
             raise InputError(f"{label} = {share} is not a share", where=where, fix="give a number above 0 and up to 1")
-    for label, share in (("neurons.image_weight", n.image_weight), ("neurons.mix", n.mix)):
+    for label, share in (
+        ("neurons.image_weight", n.image_weight),
+        ("neurons.mix", n.mix),
+        ("tokens.knee_confidence", t.knee_confidence),
+    ):
         if not 0 <= share <= 1:
             raise InputError(f"{label} = {share}", where=where, fix="give a number from 0 to 1")
     if n.block not in BLOCKS:
@@ -170,6 +188,7 @@ def check(recipe: Recipe, where: str = "recipe") -> Recipe:
         raise InputError(f"neurons.fill with {n.policy}, which chooses anew for every token", where=where, fix=fix)
     needs = {"neurons.fill": n.fill == "calibrated", "neurons.layers": n.layers == "calibrated"}
     needs[f"neurons.policy = {n.policy!r}"] = "prior" in policy.WIRES
+    needs["tokens.prune_layer = 0"] = t.prune_layer == 0
     if recipe.calibration is None and any(needs.values()):
         label = next(k for k, v in needs.items() if v)
         fix = "run `cm-export calibrate` and name its file (recipe: calibration, or build --calibration)"
@@ -178,13 +197,34 @@ def check(recipe: Recipe, where: str = "recipe") -> Recipe:
         raise InputError("tokens.min_share is above tokens.max_share", where=where, fix="swap them")
     if t.budget == "count" and t.count < 1:
         raise InputError("tokens.budget is 'count' without a count", where=where, fix="set tokens.count to 1 or more")
-    if t.prune_layer < 1:
-        raise InputError(
-            f"tokens.prune_layer = {t.prune_layer}", where=where, fix="at least one layer must run to score"
-        )
+    if t.prune_layer < 0:
+        fix = "give 1 or more: at least one layer must run to score; 0 takes the calibration's"
+        raise InputError(f"tokens.prune_layer = {t.prune_layer}", where=where, fix=fix)
+    _check_first(t, where)
     if not 0 <= recipe.seed < 2**31:
         raise InputError(f"seed = {recipe.seed}", where=where, fix="give an integer from 0 to 2147483647")
     return recipe
+
+
+def _check_first(t: Tokens, where: str) -> None:
+    """The cut before the first layer: a policy that needs no layer, and a share that leaves the second one its choice."""
+    if t.first == "none":
+        return
+    policies = "cm_export.policies.tokens"
+    able = [n for n in by_name.names_in(policies) if n != "dense" and set(_wires(policies, n)) <= BEFORE_LAYERS]
+    if t.first not in able:
+        fix = by_name.nearest(t.first, ["none", *able])
+        raise InputError(f"tokens.first = {t.first!r} cannot choose before the first layer", where=where, fix=fix)
+    if t.policy == "dense":
+        raise InputError("tokens.first without a token policy", where=where, fix=f"give tokens.policy = {t.first!r}")
+    least = t.share if t.budget == "share" else t.min_share if t.budget == "knee" else 0
+    if t.first_share < least:
+        fix = "the first cut must leave at least what the second one keeps"
+        raise InputError(f"tokens.first_share = {t.first_share} is below {least}", where=where, fix=fix)
+
+
+def _wires(package: str, name: str) -> tuple[str, ...]:
+    return by_name.load(package, name, "policy").WIRES
 
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:

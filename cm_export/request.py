@@ -102,18 +102,30 @@ def sparse_feeds(
     token_share: float | None = None,
     seed: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """The token budget of one request: image_keep [1] (with its clamp for the knee rule) and the seed of random policies.
+    """The token budget of one request: image_keep (with its clamp for the knee rule) and the seed of random policies.
 
-    `token_share` overrides the recipe's budget and pins the knee rule to it.
+    image_keep is [1], or [1,C] where every picture has its own quota. `token_share` overrides the recipe's budget and
+    pins the knee rule to it; a first cut never keeps less than the second one.
     """
-    t, n = recipe.tokens, request.image_tokens
+    t = recipe.tokens
     share = t.share if token_share is None else token_share
-    count = min(t.count, n) if t.budget == "count" and token_share is None else image_token_count(share, n)
+    counted = t.budget == "count" and token_share is None
     knee = t.budget == "knee" and token_share is None
-    low, high = (image_token_count(s, n) for s in (t.min_share, t.max_share)) if knee else (count, count)
-    values = {"image_keep": count, "image_keep_low": low, "image_keep_high": high}
-    values["seed"] = recipe.seed if seed is None else seed
-    return {k: np.array([v], np.int64) for k, v in values.items()}
+    values: dict[str, list[int]] = {}
+    for n in picture_sizes(request.is_image[0]) if t.quota == "each" else [request.image_tokens]:
+        count = min(t.count, n) if counted else image_token_count(share, n)
+        low, high = (image_token_count(s, n) for s in (t.min_share, t.max_share)) if knee else (count, count)
+        first = max(image_token_count(t.first_share, n), low if knee else count)
+        for name, value in (("", count), ("_low", low), ("_high", high), ("_first", first)):
+            values.setdefault(f"image_keep{name}", []).append(value)
+    feeds = {k: np.array([v] if t.quota == "each" else v, np.int64) for k, v in values.items()}
+    return feeds | {"seed": np.array([recipe.seed if seed is None else seed], np.int64)}
+
+
+def picture_sizes(is_image: np.ndarray) -> list[int]:
+    """Image tokens of each picture of a prompt [S]: the lengths of their runs, between which markers stand; [0] of none."""
+    edges = np.flatnonzero(np.diff(is_image.astype(np.int8), prepend=0, append=0))
+    return (edges[1::2] - edges[::2]).tolist() or [0]
 
 
 def core_row_names(family: ModuleType, layers: int) -> list[tuple[str, str, str]]:

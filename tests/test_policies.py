@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import math
 from fractions import Fraction
 
@@ -20,6 +21,7 @@ from cm_export.policies import _hash
 from cm_export.policies import vote as voting
 from cm_export.policies._count import share_count
 from cm_export.policies.keep import KEEP_TOKENS, KNEE_COUNT, keep_tokens, knee_count
+from cm_export.policies.quota import PICTURE_MASKS, PICTURES, QUOTA, picture_masks, pictures, quota
 
 NEURONS = {n: by_name.load("cm_export.policies.neurons", n, "") for n in by_name.names_in("cm_export.policies.neurons")}
 TOKENS = {n: by_name.load("cm_export.policies.tokens", n, "") for n in by_name.names_in("cm_export.policies.tokens")}
@@ -32,6 +34,7 @@ TYPES = {
     "vote": "float[B,S]",
     "q": "float[B,H,S,D]",
     "k": "float[B,G,S,D]",
+    "v": "float[B,G,S,D]",
     "mask": "float[B,1,S,S]",
     "seed": "int64[1]",
     "embeds": "float[B,S,E]",
@@ -41,26 +44,28 @@ TYPES = {
     "image_mask": "bool[B,S]",
     "attention_mask": "int64[B,S]",
     "score": "int64[B,S]",
+    "confidence": "int64[1]",
 } | dict.fromkeys(("image_keep", "low", "high", "fallback"), "int64[B]")
 
 
 @functools.cache
-def session(fn_id, outputs, attributes):
+def session(fn_id, outputs, attributes, types):
     fn = FUNCTIONS[fn_id]
-    model = model_of(fn, ", ".join(f"{TYPES[i]} {i}" for i in fn.input), outputs, **dict(attributes))
+    types = TYPES | dict(types)
+    model = model_of(fn, ", ".join(f"{types[i]} {i}" for i in fn.input), outputs, **dict(attributes))
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-FUNCTIONS = {f.name: f for f in (KEEP_TOKENS, KNEE_COUNT, *voting.FUNCTIONS.values())}
+FUNCTIONS = {f.name: f for f in (KEEP_TOKENS, KNEE_COUNT, PICTURES, PICTURE_MASKS, QUOTA, *voting.FUNCTIONS.values())}
 FUNCTIONS |= {m.FUNCTION.name: m.FUNCTION for m in (*NEURONS.values(), *TOKENS.values()) if m.FUNCTION}
 
 
-def run(fn, outputs, feeds, **attributes):
+def run(fn, outputs, feeds, types=(), **attributes):
     wires = {name: feeds[name] for name in fn.input}
-    made = session(fn.name, outputs, tuple(sorted(attributes.items())))
+    made = session(fn.name, outputs, tuple(sorted(attributes.items())), tuple(sorted(dict(types).items())))
     used = {i.name for i in made.get_inputs()}
     return made.run(None, {name: value for name, value in wires.items() if name in used})
 
@@ -145,7 +150,8 @@ def test_a_policy_says_its_wires_and_attributes_once(policy):
 
 def test_all_policies_of_the_method_exist():
     assert {"coreinfer", "griffin", "glass", "glass_rank", "random", "dense"} <= set(NEURONS)
-    assert {"overlap", "anchor", "diverse", "distinct", "attention", "random", "dense"} <= set(TOKENS)
+    assert {"overlap", "anchor", "diverse", "distinct", "spread", "spread_keys"} <= set(TOKENS)
+    assert {"attention", "value", "random", "dense"} <= set(TOKENS)
 
 
 def test_bad_text_names_the_function():
@@ -459,14 +465,14 @@ def mean_cosine_by_loops(x, weight):
 
 @CASES
 @given(activations(20), st.integers(1, 12), st.integers(0, 2**32 - 1))
-def test_anchor_distinct_and_diverse_are_mean_cosines(case, width, seed):
+def test_anchor_and_distinct_are_mean_cosines(case, width, seed):
     z, weight = case
     vote = (weight > 0).astype(np.float32)
     rng = np.random.default_rng(seed)
     embeds = rng.standard_normal((*z.shape[:2], width)).astype(np.float32)
     image_mask = rng.random(z.shape[:2]) < 0.7
     relevant, alike = 1 + mean_cosine_by_loops(z, vote), mean_cosine_by_loops(embeds, image_mask)
-    for name, expected in (("anchor", relevant), ("distinct", 1 - alike), ("diverse", relevant * (1 - alike) / 2)):
+    for name, expected in (("anchor", relevant), ("distinct", 1 - alike)):
         wires = {"z": z, "vote": vote, "embeds": embeds, "image_mask": image_mask}
         score = token_score(name, **{w: wires[w] for w in TOKENS[name].WIRES})
         np.testing.assert_allclose(score, expected.clip(0) * 2**30, atol=0.51)  # rounded to a whole number
@@ -560,8 +566,9 @@ def test_keeping_every_image_token_is_the_identity():
 
 
 # ------------------------------------------------------------------------------------------------ how many tokens stay
-def knee_by_both(score, image, low, high, fallback):
+def knee_by_both(score, image, low, high, fallback, confidence=0):
     feeds = {"score": score, "image_mask": image, "low": low, "high": high, "fallback": fallback}
+    feeds["confidence"] = np.array([confidence])
     by_ort = run(KNEE_COUNT, "int64[B] count", feeds)[0]
     by_torch = knee_count(*(torch.from_numpy(v) for v in feeds.values())).numpy()
     np.testing.assert_array_equal(by_ort, by_torch)
@@ -604,18 +611,243 @@ def test_the_knee_and_the_fallback_are_clamped():
     assert knee_by_both(score, image, low, high, fallback).tolist() == [4, 2, 3, 2]
 
 
+def deviation(curve):
+    """How far the sorted curve reaches below its chord, exactly, and where first."""
+    n, best, place = len(curve), Fraction(0), None
+    for i, y in enumerate(curve):
+        distance = curve[0] + Fraction(i * (curve[-1] - curve[0]), max(1, n - 1)) - y
+        if distance > best:
+            best, place = distance, i
+    return best, place
+
+
 @CASES
-@given(layouts(), st.sampled_from([2, 30, 2**40]), st.integers(0, 2**32 - 1))
-def test_the_knee_is_the_point_farthest_below_the_chord(layout, limit, seed):
+@given(
+    layouts(),
+    st.sampled_from([2, 30, 2**40, 2**56]),
+    st.sampled_from([0, 1, 100, 200, 333, 500, 999, 1000]),
+    st.integers(0, 2**32 - 1),
+)
+def test_law_d_the_knee_is_the_point_farthest_below_the_chord_if_it_is_far_enough(layout, limit, confidence, seed):
     image, _ = layout
     score = np.random.default_rng(seed).integers(0, limit, image.shape)
     ones = np.ones(len(image), np.int64)
-    counts = knee_by_both(score, image, 0 * ones, 1000 * ones, FALLBACK * ones)
+    counts = knee_by_both(score, image, 0 * ones, 1000 * ones, FALLBACK * ones, confidence)
     for b, count in enumerate(counts.tolist()):
         curve = sorted(score[b][image[b]].tolist(), reverse=True)
-        n, best, expected = len(curve), Fraction(0), FALLBACK
-        for i, y in enumerate(curve):
-            distance = curve[0] + Fraction(i * (curve[-1] - curve[0]), max(1, n - 1)) - y
-            if distance > best:
-                best, expected = distance, i
-        assert count == expected
+        best, place = deviation(curve)
+        distinct = best > 0 and best >= Fraction(confidence, 1000) * (curve[0] - curve[-1])
+        assert count == (place if distinct else FALLBACK)
+
+
+@CASES
+@given(layouts(), st.sampled_from([3, 2**40]), st.integers(0, 2**32 - 1))
+def test_law_d_more_confidence_never_finds_a_knee_that_less_did_not(layout, limit, seed):
+    image, _ = layout
+    score = np.random.default_rng(seed).integers(0, limit, image.shape)
+    ones = np.ones(len(image), np.int64)
+    found = [knee_by_both(score, image, 0 * ones, 1000 * ones, FALLBACK * ones, c) for c in range(0, 1001, 125)]
+    for less, more in itertools.pairwise(found):
+        assert ((more == less) | (more == FALLBACK)).all()
+
+
+@pytest.mark.parametrize(
+    ("curve", "confidence", "count"),
+    [
+        ([100, 1, 1, 1, 1], 700, 1),  # one outlier, 74.25 of 99 below: .75
+        ([100, 1, 1, 1, 1], 750, 1),  # exactly as deep as asked
+        ([100, 1, 1, 1, 1], 751, FALLBACK),
+        ([10, 8, 6, 4, 2, 0], 0, FALLBACK),  # linear: no confidence makes a knee
+        ([10, 8, 6, 3, 2, 0], 100, 3),  # 1 of 10 below
+        ([10, 8, 6, 3, 2, 0], 101, FALLBACK),
+        ([4, 4, 4], 0, FALLBACK),
+        ([10, 10, 9, 7, 0], 0, FALLBACK),  # concave
+    ],
+)
+def test_law_d_a_knee_must_be_as_deep_as_the_confidence_asks(curve, confidence, count):
+    bounds = np.array([0]), np.array([1000]), np.array([FALLBACK])
+    image = np.ones((1, len(curve)), bool)
+    assert knee_by_both(np.array([curve]), image, *bounds, confidence).tolist() == [count]
+
+
+def test_a_confidence_that_is_ignored_breaks_the_law(monkeypatch):
+    """The law above can fail: a knee rule without the confidence is caught by it."""
+    real = knee_count
+
+    def careless(score, image_mask, low, high, fallback, confidence):
+        return real(score, image_mask, low, high, fallback, confidence * 0)
+
+    monkeypatch.setitem(globals(), "knee_count", careless)
+    with pytest.raises(AssertionError):
+        test_law_d_a_knee_must_be_as_deep_as_the_confidence_asks([100, 1, 1, 1, 1], 751, FALLBACK)
+
+
+# ------------------------------------------------------------------------------------------------ several pictures
+def quota_by_both(score, image, quotas):
+    picture = run(PICTURES, "int64[B,S] picture", {"image_mask": image})[0]
+    np.testing.assert_array_equal(picture, pictures(torch.from_numpy(image)).numpy())
+    feeds = {"score": score, "picture": picture, "image_keep": quotas}
+    types = {**TYPES, "picture": "int64[B,S]", "image_keep": "int64[B,C]"}
+    by_ort = run(QUOTA, "int64[B,S] chosen, int64[B] count", feeds, types=types)
+    by_torch = quota(*(torch.from_numpy(v) for v in feeds.values()))
+    for one, other in zip(by_ort, by_torch, strict=True):
+        np.testing.assert_array_equal(one, other.numpy())
+    return picture, *by_ort
+
+
+def runs_of(flags):
+    """[[columns of one picture], ...]"""
+    runs = []
+    for i in np.flatnonzero(flags).tolist():
+        if runs and runs[-1][-1] == i - 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return runs
+
+
+@CASES
+@given(layouts(), st.data())
+def test_law_g_each_picture_keeps_its_own_best_tokens(layout, data):
+    image, real = layout
+    batch, prompt = real.shape
+    runs = [runs_of(row) for row in image]
+    width = max(1, *(len(r) for r in runs))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    score = rng.integers(0, data.draw(st.sampled_from([1, 3, 2**40])), real.shape)
+    quotas = rng.integers(0, 7, (batch, width))
+    picture, chosen, count = quota_by_both(score, image, quotas)
+    keep, kept_mask = keep_by_both(chosen, image, real, count)
+    for b in range(batch):
+        kept = set(keep[b][kept_mask[b] == 1].tolist())
+        for number, columns in enumerate(runs[b]):
+            assert set(picture[b, columns]) == {number}
+            ranked = sorted((c for c in columns if c < prompt - 1), key=lambda c: (-score[b, c], c))
+            assert kept & set(ranked) == set(ranked[: quotas[b, number]])
+        assert (picture[b][~image[b]] == -1).all()
+
+
+def test_a_shared_budget_may_starve_a_picture_and_a_quota_does_not():
+    image = np.array([[0, 1, 1, 1, 0, 1, 1, 1, 0]], bool)
+    score = np.array([[0, 9, 8, 7, 0, 3, 2, 1, 0]])
+    shared, _ = keep_by_both(score, image, np.ones((1, 9), np.int64), np.array([2]))
+    assert shared.tolist() == [[0, 1, 2, 4, 8]]
+    _, chosen, count = quota_by_both(score, image, np.array([[1, 1]]))
+    each, _ = keep_by_both(chosen, image, np.ones((1, 9), np.int64), count)
+    assert each.tolist() == [[0, 1, 4, 5, 8]]
+
+
+def test_a_knee_of_each_picture_is_the_knee_of_that_picture_alone():
+    image = np.array([[0, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0]], bool)
+    score = np.array([[0, 100, 1, 1, 1, 1, 0, 50, 50, 50, 1, 0]])
+    picture = pictures(torch.from_numpy(image))
+    quotas = torch.full((1, 2), FALLBACK)
+    masks = run(PICTURE_MASKS, "bool[B,C,S] masks", {"picture": picture.numpy(), "image_keep": quotas.numpy()},
+                types={"picture": "int64[B,S]", "image_keep": "int64[B,C]"})[0]  # fmt: skip
+    np.testing.assert_array_equal(masks, picture_masks(picture, quotas).numpy())
+    bounds = torch.zeros(1, 2, dtype=torch.long), torch.full((1, 2), 1000), quotas, torch.zeros(1, dtype=torch.long)
+    both_pictures = knee_count(torch.from_numpy(score)[:, None], torch.from_numpy(masks), *bounds)
+    alone = [knee_by_both(score, masks[:, i], *(b[:, 0].numpy() for b in bounds[:3]))[0] for i in range(2)]
+    assert both_pictures.tolist() == [alone]
+    assert alone[0] == 1
+
+
+# ------------------------------------------------------------------------------------------------ one after the other
+def farthest_by_loops(x, image, relevance=None):
+    """Columns of one row in the order of taking: x [S,N], image [S], relevance [S] in 0..1; distances as whole 2^-30."""
+    unit = [v / np.linalg.norm(v) if np.linalg.norm(v) > 1e-14 else 0 * v for v in x.astype(np.float64)]
+    images = np.flatnonzero(image).tolist()
+    if relevance is None:
+        mean = sum((unit[i] for i in images), np.zeros(x.shape[1])) / max(1, len(images))
+        start = {i: max(0.0, 1 - unit[i] @ mean) for i in images}
+    else:
+        start = {i: relevance[i] for i in images}
+    nearest = {i: round_half_up(s) + 2**40 for i, s in start.items()}
+    order = []
+    while nearest:
+        best = max(nearest, key=lambda i: (nearest[i], -i))
+        order.append((best, min(nearest.pop(best), 2**31)))
+        for i in nearest:
+            weight = 1 if relevance is None else relevance[i]
+            nearest[i] = min(nearest[i], round_half_up(max(0.0, 1 - unit[best] @ unit[i]) * weight))
+    return order
+
+
+def round_half_up(value):
+    return math.floor(value * 2**30 + 0.5)
+
+
+@st.composite
+def clouds(draw):
+    """x [B,S,N] with repeats and zero rows among them, image_mask [B,S]."""
+    image, _ = draw(layouts(24))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    x = rng.standard_normal((*image.shape, draw(st.integers(1, 6))))
+    kind = draw(st.sampled_from(["normal", "repeats", "zeros", "constant"]))
+    if kind == "repeats":
+        x = np.sign(x)
+    elif kind == "zeros":
+        x *= rng.random(image.shape)[..., None] < 0.5
+    elif kind == "constant":
+        x = np.ones_like(x)
+    return x.astype(np.float32), image
+
+
+def check_order(score, x, image, relevance=None):
+    for b in range(len(x)):
+        expected = farthest_by_loops(x[b], image[b], None if relevance is None else relevance[b])
+        taken = sorted(np.flatnonzero(image[b]).tolist(), key=lambda i: (-score[b, i], i))
+        # sums in another order may round a distance to the neighbouring whole number
+        np.testing.assert_allclose([score[b, i] for i in taken], [d for _, d in expected], atol=2)
+        values = [d for _, d in expected]
+        if all(abs(a - c) > 4 for a, c in itertools.pairwise(values)):
+            assert taken == [i for i, _ in expected]
+        assert not score[b][~image[b]].any()
+
+
+@CASES
+@given(clouds())
+def test_spread_takes_the_token_farthest_from_those_taken(case):
+    x, image = case
+    check_order(token_score("spread", embeds=x, image_mask=image), x, image)
+
+
+@CASES
+@given(attentions(), st.integers(0, 2**32 - 1))
+def test_spread_keys_value_and_diverse_equal_their_definitions(case, seed):
+    q, k, mask, vote = case
+    rng = np.random.default_rng(seed)
+    batch, heads, prompt, _ = q.shape
+    v = rng.standard_normal(k.shape).astype(np.float32)
+    image = rng.random((batch, prompt)) < 0.7
+    keys = k.transpose(0, 2, 1, 3).reshape(batch, prompt, -1)
+    check_order(token_score("spread_keys", k=k, image_mask=image), keys, image)
+
+    scale, group = 0.5, heads // k.shape[1]
+    moved = np.zeros((batch, prompt))
+    for b in range(batch):
+        for h in range(heads):
+            length = [math.sqrt(math.fsum(a * a for a in row)) for row in v[b, h // group].tolist()]
+            for r in np.flatnonzero(vote[b]):
+                logits = [scale * float(q[b, h, r].astype(float) @ k[b, h // group, t]) for t in range(prompt)]
+                logits = np.array(logits) + mask[b, 0, r]
+                mass = np.exp(logits - logits.max())
+                moved[b] += mass / mass.sum() * length
+    relevance = moved / np.maximum(moved.max(1, keepdims=True), 1e-30)
+    wires = {"q": q, "k": k, "v": v, "mask": mask, "vote": vote, "scale": scale}
+    np.testing.assert_allclose(token_score("value", **wires), relevance * 2**30, atol=0.51)
+
+    own = np.where(image, relevance, 0)
+    own = own / np.maximum(own.max(1, keepdims=True), 1e-30)
+    check_order(token_score("diverse", **wires, image_mask=image), keys, image, own)
+
+
+def test_spread_takes_one_of_each_kind_before_a_second_of_any():
+    """Two alike tokens are both distinct; only the first of them is worth taking. That is what `distinct` misses."""
+    ground, red, blue = np.eye(3)
+    embeds = np.stack([ground] * 6 + [red] * 2 + [blue] * 2)[None].astype(np.float32)
+    image = np.ones((1, 10), bool)
+    best = {n: np.argsort(-token_score(n, embeds=embeds, image_mask=image)[0], kind="stable")[:3] for n in
+            ("spread", "distinct")}  # fmt: skip
+    assert sorted(best["spread"]) == [0, 6, 8]
+    assert sorted(best["distinct"]) == [6, 7, 8]

@@ -25,7 +25,10 @@ def arrays(outputs):
 
 
 def masked_prefill(x, req, dropped, layer):
-    """Dense transformers layers, dropped tokens masked as keys from `layer` on: the meaning of the cut, by another road."""
+    """Dense transformers layers, dropped tokens masked as keys from `layer` on: the meaning of the cut, by another road.
+
+    `dropped`: columns, or a function of the layer that gives them.
+    """
     import torch
     from torch.nn import functional as F
 
@@ -48,7 +51,7 @@ def masked_prefill(x, req, dropped, layer):
             keys.append((k, v))
             allowed = causal.clone()
             if i >= layer:
-                allowed[:, dropped] = False
+                allowed[:, dropped(i) if callable(dropped) else dropped] = False
                 allowed |= torch.eye(n, dtype=torch.bool)  # a dropped row may read itself; nobody reads it
             g = a.num_key_value_groups
             o = F.scaled_dot_product_attention(q, k.repeat_interleave(g, 1), v.repeat_interleave(g, 1), allowed)

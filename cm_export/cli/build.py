@@ -52,7 +52,13 @@ BACKENDS = ByName("cm_export.backends", "backend")
 @click.option("--token-share", type=Share(), help="Share of image tokens kept after the cut, (0, 1].")
 @click.option("--token-budget", type=click.Choice(("share", "count", "knee")), help="How the number kept is decided.")
 @click.option("--token-count", type=Count(1), help="Image tokens kept, with --token-budget count.")
-@click.option("--prune-layer", type=Count(1), help="Layers that run with every token before the cut.")
+@click.option("--token-quota", type=click.Choice(("shared", "each")), help="One budget for all pictures, or one each.")
+@click.option("--prune-layer", type=Count(0), help="Layers that run with every token before the cut; 0: as calibrated.")
+@click.option(
+    "--token-layers", type=click.Choice(("last", "all")), help="Score in the last layer before the cut, or add."
+)
+@click.option("--first-cut", help="Token policy of a cut before the first layer, such as spread; none: no such cut.")
+@click.option("--first-share", type=Share(), help="Share of image tokens that the first cut leaves, (0, 1].")
 @click.option("--voters", type=click.Choice(("all", "text", "last")), help="Whose activations judge the image tokens.")
 @click.option("--token-cache", type=click.Choice(("cut", "index")), help="Drop the KV of cut tokens, or skip its rows.")
 @seed_option
@@ -108,6 +114,10 @@ def command(
         tokens__count=choices["token_count"],
         tokens__budget=choices["token_budget"] or ("count" if choices["token_count"] else None),
         tokens__prune_layer=choices["prune_layer"],
+        tokens__quota=choices["token_quota"],
+        tokens__layers=choices["token_layers"],
+        tokens__first=choices["first_cut"],
+        tokens__first_share=choices["first_share"],
         tokens__voters=choices["voters"],
         tokens__cache=choices["token_cache"],
     )

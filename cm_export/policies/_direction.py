@@ -11,15 +11,35 @@ UNIT = 2.0**30  # a cosine of one, as a whole number
 _NOTHING = 2.0**-100  # a token at or below this squared length has no direction
 
 
-def alike(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """[B,S] float64: mean cosine of each token with the weighted ones; x [B,S,N] float32, weight [B,S] float32."""
+def unit(x: torch.Tensor) -> torch.Tensor:
+    """x [B,S,N] float32 at length one in float64; a token without direction is 0."""
     x = x.double()
     square = (x * x).sum(-1, keepdim=True)
-    unit = torch.where(square > _NOTHING, x / square.clamp_min(_NOTHING).sqrt(), 0.0)
-    weight = weight.double()
+    return torch.where(square > _NOTHING, x / square.clamp_min(_NOTHING).sqrt(), 0.0)
+
+
+def alike(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[B,S] float64: mean cosine of each token with the weighted ones; x [B,S,N] float32, weight [B,S] float32."""
+    directions, weight = unit(x), weight.double()
     total = weight.sum(1, keepdim=True)
-    mean = weight[:, None] @ unit / total.clamp_min(1.0)[..., None]
-    return (unit @ mean.mT).squeeze(-1)
+    mean = weight[:, None] @ directions / total.clamp_min(1.0)[..., None]
+    return (directions @ mean.mT).squeeze(-1)
+
+
+def unit_text(out: str, x: str) -> str:
+    """The nodes that compute `out` = unit(x)."""
+    return f"""
+        {out}_axis = Constant <value_ints = [-1]> ()
+        {out}_zero = Constant <value = double {{0.0}}> ()
+        {out}_nothing = Constant <value = double {{{_NOTHING!r}}}> ()
+        {out}_x = Cast <to = 11> ({x})
+        {out}_squares = Mul ({out}_x, {out}_x)
+        {out}_square = ReduceSum <keepdims = 1> ({out}_squares, {out}_axis)
+        {out}_has = Greater ({out}_square, {out}_nothing)
+        {out}_safe = Max ({out}_square, {out}_nothing)
+        {out}_length = Sqrt ({out}_safe)
+        {out}_quotient = Div ({out}_x, {out}_length)
+        {out} = Where ({out}_has, {out}_quotient, {out}_zero)"""
 
 
 def alike_text(out: str, x: str, weight: str) -> str:
@@ -27,17 +47,8 @@ def alike_text(out: str, x: str, weight: str) -> str:
     return f"""
         {out}_axis_1 = Constant <value_ints = [1]> ()
         {out}_axis_last = Constant <value_ints = [-1]> ()
-        {out}_zero = Constant <value = double {{0.0}}> ()
         {out}_one = Constant <value = double {{1.0}}> ()
-        {out}_nothing = Constant <value = double {{{_NOTHING!r}}}> ()
-        {out}_x = Cast <to = 11> ({x})
-        {out}_squares = Mul ({out}_x, {out}_x)
-        {out}_square = ReduceSum <keepdims = 1> ({out}_squares, {out}_axis_last)
-        {out}_has = Greater ({out}_square, {out}_nothing)
-        {out}_safe = Max ({out}_square, {out}_nothing)
-        {out}_length = Sqrt ({out}_safe)
-        {out}_quotient = Div ({out}_x, {out}_length)
-        {out}_unit = Where ({out}_has, {out}_quotient, {out}_zero)
+        {unit_text(f"{out}_unit", x)}
         {out}_w = Cast <to = 11> ({weight})
         {out}_sum = ReduceSum <keepdims = 1> ({out}_w, {out}_axis_1)
         {out}_total = Max ({out}_sum, {out}_one)

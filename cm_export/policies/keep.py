@@ -40,22 +40,32 @@ def keep_tokens(
 
 
 def knee_count(
-    score: torch.Tensor, image_mask: torch.Tensor, low: torch.Tensor, high: torch.Tensor, fallback: torch.Tensor
+    score: torch.Tensor,
+    image_mask: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    fallback: torch.Tensor,
+    confidence: torch.Tensor,
 ) -> torch.Tensor:
-    """[B] int64: image tokens before the knee of the sorted scores, `fallback` without a knee, within [low, high].
+    """[...] int64: image tokens before the knee of the sorted scores, `fallback` without a knee, within [low, high].
 
-    score [B,S] int64, 0 <= score < 2^62 / S; image_mask [B,S] bool; low, high, fallback [B] int64. A curve that nowhere
-    lies below its chord (linear, constant, concave, fewer than three tokens) has no knee.
+    score [...,S] int64, 0 <= score < 2^62 / S; image_mask [...,S] bool; low, high, fallback [...] int64. A curve has no
+    knee where it nowhere lies below its chord (linear, constant, concave, fewer than three tokens), nor where its
+    largest deviation is less than confidence [1] thousandths (0..1000) of the range of the scores.
     """
-    prompt = score.shape[1]
+    prompt = score.shape[-1]
     rank = torch.arange(prompt, device=score.device)
-    size = image_mask.sum(1, keepdim=True)
-    curve = torch.where(image_mask, score, -1).sort(dim=1, descending=True).values
-    first, last = curve[:, :1], curve.gather(1, (size - 1).clamp_min(0))
+    size = image_mask.sum(-1, keepdim=True)
+    curve = torch.where(image_mask, score, -1).sort(dim=-1, descending=True).values
+    first, last = curve[..., :1], curve.gather(-1, (size - 1).clamp_min(0))
     below = (first - curve) * (size - 1) + (last - first) * rank
     below = torch.where(rank < size, below, 0)
-    knee = torch.where(below == below.amax(1, keepdim=True), rank, prompt).amin(1)
-    return torch.where(below.amax(1) > 0, knee, fallback).maximum(low).minimum(high)
+    largest = below.amax(-1)
+    knee = torch.where(below == largest[..., None], rank, prompt).amin(-1)
+    # the range, scaled as the deviations are; ceil(range * confidence / 1000) without leaving int64
+    scaled = ((first - last) * (size - 1)).squeeze(-1).clamp_min(0)
+    least = scaled // 1000 * confidence + (scaled % 1000 * confidence + 999) // 1000
+    return torch.where(largest >= least.clamp_min(1), knee, fallback).maximum(low).minimum(high)
 
 
 KEEP_TOKENS = function(f"""
@@ -103,23 +113,25 @@ KEEP_TOKENS = function(f"""
     }}""")
 
 KNEE_COUNT = function("""
-    KneeCount (score, image_mask, low, high, fallback) => (count) {
+    KneeCount (score, image_mask, low, high, fallback, confidence) => (count) {
         zero = Constant <value_int = 0> ()
         one = Constant <value_int = 1> ()
         none = Constant <value_int = -1> ()
-        axis_1 = Constant <value_ints = [1]> ()
-        prompt = Shape <start = 1> (score)
+        thousand = Constant <value_int = 1000> ()
+        almost = Constant <value_int = 999> ()
+        axis_last = Constant <value_ints = [-1]> ()
+        prompt = Shape <start = -1> (score)
         width = Squeeze (prompt)
         rank = Range (zero, width, one)
         image64 = Cast <to = 7> (image_mask)
-        size = ReduceSum <keepdims = 1> (image64, axis_1)
+        size = ReduceSum <keepdims = 1> (image64, axis_last)
         image_score = Where (image_mask, score, none)
-        curve, curve_ids = TopK <axis = 1> (image_score, prompt)
+        curve, curve_ids = TopK <axis = -1> (image_score, prompt)
 
         steps = Sub (size, one)
         last_rank = Max (steps, zero)
-        last = GatherElements <axis = 1> (curve, last_rank)
-        first = ReduceMax <keepdims = 1> (curve, axis_1)
+        last = GatherElements <axis = -1> (curve, last_rank)
+        first = ReduceMax <keepdims = 1> (curve, axis_last)
         drop = Sub (first, curve)
         drop_scaled = Mul (drop, steps)
         slope = Sub (last, first)
@@ -128,12 +140,26 @@ KNEE_COUNT = function("""
         on_curve = Less (rank, size)
         below = Where (on_curve, deviation, zero)
         # the first of the largest, without ArgMax: its tie rule is an attribute that not every runtime honours
-        largest_col = ReduceMax <keepdims = 1> (below, axis_1)
+        largest_col = ReduceMax <keepdims = 1> (below, axis_last)
         is_largest = Equal (below, largest_col)
         candidate = Where (is_largest, rank, width)
-        knee = ReduceMin <keepdims = 0> (candidate, axis_1)
-        largest = Squeeze (largest_col, axis_1)
-        has_knee = Greater (largest, zero)
+        knee = ReduceMin <keepdims = 0> (candidate, axis_last)
+        largest = Squeeze (largest_col, axis_last)
+
+        range = Sub (first, last)
+        range_scaled = Mul (range, steps)
+        range_row = Squeeze (range_scaled, axis_last)
+        scaled = Max (range_row, zero)
+        thousands = Div (scaled, thousand)
+        whole = Mul (thousands, thousand)
+        rest = Sub (scaled, whole)
+        least_whole = Mul (thousands, confidence)
+        rest_scaled = Mul (rest, confidence)
+        rest_up = Add (rest_scaled, almost)
+        least_rest = Div (rest_up, thousand)
+        least_sum = Add (least_whole, least_rest)
+        least = Max (least_sum, one)
+        has_knee = GreaterOrEqual (largest, least)
         chosen = Where (has_knee, knee, fallback)
         at_least = Max (chosen, low)
         count = Min (at_least, high)

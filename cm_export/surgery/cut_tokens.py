@@ -6,88 +6,94 @@
 
 Whatever layers l.. read besides h (rotary tables, masks, sizes) is computed again from the gathered positions and the
 gathered padding mask, so original positions are kept and causality holds because the order does. METHOD section 7.
+Cuts follow one another, each on the prompt that the one before it left; before the first layer, h is the embeddings.
 """
 
-from types import ModuleType
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from .. import dims
 from ..errors import SurgeryError
-from ..policies import keep as keeping
-from ..policies import vote as voting
-from ..recipe import Tokens
 from ..trace import cache_names
 from .edit import Edit
 from .find_sites import FFN
 
 
-def choose_tokens(
-    edit: Edit, policy: ModuleType, recipe: Tokens, ffns: list[FFN], attentions: list[gs.Node]
-) -> tuple[gs.Variable, gs.Variable]:
-    """Add the token policy after layer l-1; returns keep [B,T] int64 ascending and kept_mask [B,T] int64."""
-    image_mask = edit.add_input("image_mask", bool, [dims.BATCH, dims.PROMPT])
-    mask = edit.input("attention_mask")
-    node = attentions[recipe.prune_layer - 1]
-    wires = {"z": ffns[recipe.prune_layer - 1].z, "image_mask": image_mask, "embeds": edit.input("inputs_embeds")}
-    wires |= dict(zip(("q", "k", "mask"), (node.inputs[0], node.inputs[1], node.inputs[3]), strict=True))
-    if "vote" in policy.WIRES:
-        wires["vote"] = edit.call(voting.FUNCTIONS[recipe.voters], image_mask, mask)[0]
-    if "seed" in policy.WIRES:
-        wires["seed"] = edit.add_input("seed", np.int64, [1])
-    values = {"rho": recipe.rho, "beta": recipe.beta, "scale": node.attrs["scale"], "layer": recipe.prune_layer}
-    score = edit.call(policy.FUNCTION, *(wires[w] for w in policy.WIRES), **{a: values[a] for a in policy.ATTRIBUTES})[
-        0
-    ]
-    count = edit.add_input("image_keep", np.int64, [dims.BATCH])
-    if recipe.budget == "knee":
-        low, high = (edit.add_input(f"image_keep_{b}", np.int64, [dims.BATCH]) for b in ("low", "high"))
-        count = edit.call(keeping.KNEE_COUNT, score, image_mask, low, high, count)[0]
-    keep, kept_mask = edit.call(keeping.KEEP_TOKENS, score, image_mask, mask, count)
-    return keep, kept_mask
+@dataclass(frozen=True)
+class Prompt:
+    """The prompt as layers see it between two cuts: the graph's inputs, or rows gathered from them."""
+
+    inputs_embeds: gs.Tensor  # [B,T,D]
+    position_ids: gs.Tensor  # [3,B,T]
+    attention_mask: gs.Tensor  # [B,T] int64, 0 also for image tokens dropped before
+    image_mask: gs.Tensor  # [B,T] bool
+    picture: gs.Tensor | None  # [B,T] int64, where pictures have quotas of their own
+    rows: gs.Tensor | None = None  # [B,T] int64: original positions of the columns; None: all S of them
+    kept: gs.Tensor | None = None  # [B,S] int64: 1 where a token of the whole prompt is still there; None: all are
 
 
-def report_tokens(edit: Edit, keep: gs.Variable, kept_mask: gs.Variable) -> None:
-    """Make the choice visible: outputs kept_tokens [B,T] int32 (original positions) and kept_mask [B,T] int64."""
-    edit.add_output(edit.op("Cast", keep, to=6), "kept_tokens", np.int32, [dims.BATCH, dims.KEPT])
-    edit.add_output(edit.op("Identity", kept_mask), "kept_mask", np.int64, [dims.BATCH, dims.KEPT])
+def leave_out(edit: Edit, prompt: Prompt, keep: gs.Tensor, kept_mask: gs.Tensor) -> Prompt:
+    """The prompt after a choice that cuts nothing (cache "index"): dropped tokens are as padding for later choices."""
+    nothing = edit.op("Mul", prompt.attention_mask, edit.constant(0, np.int64))
+    kept = edit.op("ScatterElements", nothing, keep, kept_mask, axis=1)
+    image = edit.op("And", prompt.image_mask, edit.op("Cast", kept, to=9))
+    return replace(prompt, attention_mask=kept, image_mask=image, kept=kept)
 
 
 def cut_tokens(
-    edit: Edit, ffns: list[FFN], keep: gs.Variable, kept_mask: gs.Variable, layer: int, layers: int, kv: list[int]
-) -> None:
-    """Gather at the border of layer `layer`; `kv` = [Hk, d]. Raises SurgeryError if something crosses the border."""
-    hidden = _layer_output(ffns[layer - 1])
-    after = _downstream(hidden)
-    row = edit.op("Unsqueeze", keep, edit.constant([-1], np.int64))  # [B,T,1]
+    edit: Edit, prompt: Prompt, ffns: list[FFN], keep: gs.Tensor, kept_mask: gs.Tensor, layer: int, kv: list[int]
+) -> Prompt:
+    """Gather at the border of layer `layer` (0: before the first) and return the prompt that is left; `kv` = [Hk, d].
+
+    keep [B,T'] int64, ascending: columns of `prompt`. Raises SurgeryError if something crosses the border.
+    """
+    hidden = _layer_output(ffns[layer - 1]) if layer else prompt.inputs_embeds
+    before = {id(n) for n in _upstream(keep)}
+    after = [n for n in _downstream(hidden) if id(n) not in before]
+    row = edit.op("Unsqueeze", keep, edit.constant([-1], np.int64))  # [B,T',1]
     cut = edit.op("GatherND", hidden, row, batch_dims=1)
-    positions = edit.op(
-        "GatherND",
-        edit.input("position_ids"),
-        edit.op(
-            "Expand", edit.op("Unsqueeze", row, edit.constant([0], np.int64)), edit.constant([3, 1, 1, 1], np.int64)
-        ),
-        batch_dims=2,
+    for_each_axis = edit.op(
+        "Expand", edit.op("Unsqueeze", row, edit.constant([0], np.int64)), edit.constant([3, 1, 1, 1], np.int64)
     )
-    fresh = {"inputs_embeds": cut, "position_ids": positions, "attention_mask": kept_mask}
-    memo: dict[int, gs.Tensor] = {}
+    positions = edit.op("GatherND", prompt.position_ids, for_each_axis, batch_dims=2)
+    embeds = edit.op("GatherND", prompt.inputs_embeds, row, batch_dims=1) if layer else cut
+    memo: dict[int, gs.Tensor] = {
+        id(prompt.inputs_embeds): embeds,
+        id(prompt.position_ids): positions,
+        id(prompt.attention_mask): kept_mask,
+    }
+    later = {id(n) for n in after}
     for node in after:
         for i, tensor in enumerate(node.inputs):
             if tensor is hidden:
                 node.inputs[i] = cut
-            elif not (tensor.inputs and id(tensor.inputs[0]) in {id(n) for n in after}):
-                node.inputs[i] = _again(edit, tensor, fresh, memo)
+            elif not (tensor.inputs and id(tensor.inputs[0]) in later):
+                node.inputs[i] = _again(edit, tensor, memo)
     per_head = edit.op(
         "Expand", edit.op("Unsqueeze", row, edit.constant([1], np.int64)), edit.constant([1, kv[0], 1, 1], np.int64)
-    )  # [B,Hk,T,1]
+    )  # [B,Hk,T',1]
     outputs = {t.name: t for t in edit.graph.outputs}
-    for i, name in enumerate(cache_names(layers, "present")):
+    for i, name in enumerate(cache_names(len(ffns), "present")):
         shape = [dims.BATCH, kv[0], dims.KEPT, kv[1]]
         if i < 2 * layer:
             edit.add_output(edit.op("GatherND", outputs[name], per_head, batch_dims=2), name, np.float32, shape)
         else:
             outputs[name].shape = shape
+    image = edit.op("And", edit.op("GatherElements", prompt.image_mask, keep, axis=1), edit.op("Cast", kept_mask, to=9))
+    rows = keep if prompt.rows is None else edit.op("GatherElements", prompt.rows, keep, axis=1)
+    nothing = edit.op("Mul", edit.input("attention_mask"), edit.constant(0, np.int64))
+    return Prompt(
+        inputs_embeds=embeds,
+        position_ids=positions,
+        attention_mask=kept_mask,
+        image_mask=image,
+        picture=edit.op("GatherElements", prompt.picture, keep, axis=1) if prompt.picture is not None else None,
+        rows=rows,
+        kept=edit.op("ScatterElements", nothing, rows, kept_mask, axis=1),
+    )
 
 
 def _layer_output(ffn: FFN) -> gs.Tensor:
@@ -100,27 +106,34 @@ def _layer_output(ffn: FFN) -> gs.Tensor:
 
 def _downstream(tensor: gs.Tensor) -> list[gs.Node]:
     """Every node that depends on the tensor."""
-    seen, todo = {}, list(tensor.outputs)
+    return _reached(tensor.outputs, lambda node: (user for out in node.outputs for user in out.outputs))
+
+
+def _upstream(tensor: gs.Tensor) -> list[gs.Node]:
+    """Every node that the tensor depends on."""
+    return _reached(tensor.inputs, lambda node: (n for t in node.inputs for n in t.inputs))
+
+
+def _reached(start: Iterable[gs.Node], onward: Callable[[gs.Node], Iterable[gs.Node]]) -> list[gs.Node]:
+    seen, todo = {}, list(start)
     while todo:
         node = todo.pop()
         if id(node) not in seen:
             seen[id(node)] = node
-            todo.extend(user for out in node.outputs for user in out.outputs)
+            todo.extend(onward(node))
     return list(seen.values())
 
 
-def _again(edit: Edit, tensor: gs.Tensor, fresh: dict[str, gs.Tensor], memo: dict[int, gs.Tensor]) -> gs.Tensor:
-    """The same computation from the cut inputs; tensors that depend on none of them are returned as they are."""
-    if isinstance(tensor, gs.Constant):
-        return tensor
-    if not tensor.inputs:
-        return fresh.get(tensor.name, tensor)
+def _again(edit: Edit, tensor: gs.Tensor, memo: dict[int, gs.Tensor]) -> gs.Tensor:
+    """The same computation from the cut inputs, which `memo` names; what depends on none of them is returned as it is."""
     if id(tensor) in memo:
         return memo[id(tensor)]
+    if not tensor.inputs:
+        return tensor
     node = tensor.inputs[0]
     if node.op in ("CoreFFN", "CoreAttention"):
         raise SurgeryError(f"{tensor.name} is computed before the cut and read after it", where=edit.graph.name)
-    inputs = [_again(edit, t, fresh, memo) for t in node.inputs]
+    inputs = [_again(edit, t, memo) for t in node.inputs]
     if all(a is b for a, b in zip(inputs, node.inputs, strict=True)):
         outputs = list(node.outputs)
     else:

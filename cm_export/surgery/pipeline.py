@@ -19,7 +19,8 @@ from ..predictor import group_of
 from ..recipe import Recipe
 from ..weights import Tensor
 from .bind_weights import bind_weights
-from .cut_tokens import choose_tokens, cut_tokens, report_tokens
+from .choose_tokens import choose_tokens, report_tokens, whole_prompt
+from .cut_tokens import cut_tokens, leave_out
 from .edit import Edit
 from .fill_ffn import add_bias, report_means
 from .find_sites import FFN
@@ -88,17 +89,25 @@ def sparse_prefill(
     ffns = replace_ffn(edit, family, shape.layers, shape.activation, indexed=False)
     attentions = replace_attention(edit, family, shape.layers, indexed=False)
     log += [Pass("prefill", "replace_ffn", len(ffns)), Pass("prefill", "replace_attention", len(attentions))]
-    cut = None
-    if token_policy.FUNCTION is not None:
-        keep, kept_mask = choose_tokens(edit, token_policy, tokens, ffns, attentions)
-        report_tokens(edit, keep, kept_mask)
+    borders = [(token_policy, tokens.prune_layer)] if token_policy.FUNCTION is not None else []
+    if tokens.first != "none":
+        borders.insert(0, (by_name.load("cm_export.policies.tokens", tokens.first, "token policy"), 0))
+    prompt = whole_prompt(edit, tokens) if borders else None
+    seen = [prompt] * shape.layers  # by each layer
+    for policy, layer in borders:
+        keep, kept_mask = choose_tokens(edit, policy, tokens, prompt, layer, ffns, attentions)
         log.append(Pass("prefill", "choose_tokens", 1))
         if tokens.cache == "cut":
-            cut = (keep, kept_mask, tokens.prune_layer)
-            cut_tokens(edit, ffns, keep, kept_mask, tokens.prune_layer, shape.layers, [shape.kv_heads, shape.head_dim])
-            log.append(Pass("prefill", "cut_tokens", 2 * tokens.prune_layer + 1))
+            kv = [shape.kv_heads, shape.head_dim]
+            prompt = cut_tokens(edit, prompt, ffns, keep, kept_mask, layer, kv)
+            seen[layer:] = [prompt] * (shape.layers - layer)
+            log.append(Pass("prefill", "cut_tokens", 2 * layer + 1))
+        else:
+            prompt = leave_out(edit, prompt, keep, kept_mask)
+    if borders:
+        report_tokens(edit, prompt.rows if tokens.cache == "cut" else keep, kept_mask)
     if neuron_policy.FUNCTION is not None:
-        weights = token_weights(edit, recipe.neurons, ffns, cut)
+        weights = token_weights(edit, recipe.neurons, seen, prompt)
         score_neurons(edit, neuron_policy, recipe.neurons, ffns, weights, constants or {})
         log.append(Pass("prefill", "score_neurons", len(ffns)))
         if recipe.neurons.fill == "prompt":

@@ -12,31 +12,33 @@ from .. import dims
 from ..errors import SurgeryError
 from ..policies import vote as voting
 from ..recipe import Neurons
+from .cut_tokens import Prompt
 from .edit import Edit
 from .find_sites import FFN
 
 
 def token_weights(
-    edit: Edit, recipe: Neurons, ffns: list[FFN], cut: tuple[gs.Variable, gs.Variable, int] | None
+    edit: Edit, recipe: Neurons, prompts: list[Prompt | None], chosen: Prompt | None
 ) -> list[gs.Variable]:
-    """How much each token's activations count, per layer [B,S] (after the cut [B,T]); only kept tokens, in all layers.
+    """How much each token's activations count, per layer [B,T]; `prompts`: what each layer sees, `chosen`: what stays
+    (None: nothing is cut).
 
-    `cut` = (keep, kept_mask, prune layer).
+    counted "kept": the same tokens in all layers, those that stay. "all": every token that a layer sees; after a cut
+    that is the kept ones again, so it differs in the layers before it, and everywhere with cache "index".
     """
     image_mask = edit.add_input("image_mask", bool, [dims.BATCH, dims.PROMPT])
     votes = edit.call(voting.FUNCTIONS[recipe.voters], image_mask, edit.input("attention_mask"))[0]
     if recipe.image_weight != 1:
         image, text = (edit.constant(w, np.float32) for w in (recipe.image_weight, 1.0))
         votes = edit.op("Mul", votes, edit.op("Where", image_mask, image, text))
-    before = after = votes
-    border = 0
-    if cut is not None:
-        keep, kept_mask, border = cut
-        kept = edit.op("Cast", kept_mask, to=1)
-        after = edit.op("Mul", edit.op("GatherElements", votes, keep, axis=1), kept)
-        zeros = edit.op("Mul", votes, edit.constant(0, np.float32))
-        before = edit.op("ScatterElements", zeros, keep, after, axis=1)
-    return [before if ffn.layer < border else after for ffn in ffns]
+    if recipe.counted == "kept" and chosen is not None:
+        votes = edit.op("Mul", votes, edit.op("Cast", chosen.kept, to=1))
+    made: dict[int, gs.Variable] = {}
+    for prompt in prompts:
+        if prompt is not None and prompt.rows is not None and id(prompt) not in made:
+            there = edit.op("Cast", prompt.attention_mask, to=1)  # rows that only fill up a batch do not count
+            made[id(prompt)] = edit.op("Mul", edit.op("GatherElements", votes, prompt.rows, axis=1), there)
+    return [made.get(id(prompt), votes) for prompt in prompts]
 
 
 def score_neurons(

@@ -1,43 +1,45 @@
-"""Relevance times diversity: image tokens that drive the question's neurons and look unlike the rest of the picture.
+"""Relevance times diversity: each next image token is used by attention and has a key unlike those already taken.
 
-    score(t) = round((1 + cosine with the question's z) (1 - cosine with the picture) 2^29)      anchor x distinct
+    score(t) = round(2^30 r_t distance when taken)      r_t: as `value`, 1 for the best      distance: as `spread_keys`
 
-The product that CDPruner (arXiv 2506.10967) puts into the kernel of a determinantal point process, without its greedy
-selection: one pass, in any runtime.
+The two factors of CDPruner (arXiv 2506.10967) and SIEVE, taken one token after the other as in DivPrune.
 """
 
 import torch
 
 from ...onnx_text import function
-from .._direction import UNIT, alike, alike_text
+from .._attention import by_value, by_value_text, received, received_text
+from .._farthest import farthest, farthest_text
 
-WIRES = ("z", "vote", "embeds", "image_mask")
-ATTRIBUTES = ()
+WIRES = ("q", "k", "v", "mask", "vote", "image_mask")
+ATTRIBUTES = ("scale",)
 
 
-def score(z: torch.Tensor, vote: torch.Tensor, embeds: torch.Tensor, image_mask: torch.Tensor) -> torch.Tensor:
-    """[B,S] int64, at least 0; z [B,S,F], vote [B,S], embeds [B,S,D] float32, image_mask [B,S] bool."""
-    relevant = (1.0 + alike(z, vote)).clamp_min(0.0)
-    unlike = (1.0 - alike(embeds, image_mask.float())).clamp_min(0.0)
-    return torch.floor(relevant * unlike * (UNIT / 2) + 0.5).long()
+def score(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    vote: torch.Tensor,
+    image_mask: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """[B,S] int64, at least 0; wires as those of `value` and `spread_keys`."""
+    relevance = torch.where(image_mask, by_value(received(q, k, mask, vote, scale), v), 0.0)
+    relevance = relevance / relevance.amax(1, keepdim=True).clamp_min(1e-30)
+    return farthest(k.transpose(1, 2).flatten(2), image_mask, relevance)
 
 
 FUNCTION = function(f"""
-    DiverseTokens (z, vote, embeds, image_mask) => (score) {{
-        one = Constant <value = double {{1.0}}> ()
-        zero = Constant <value = double {{0.0}}> ()
-        half = Constant <value = double {{0.5}}> ()
-        unit = Constant <value = double {{{UNIT / 2}}}> ()
-        {alike_text("like_question", "z", "vote")}
-        moved = Add (one, like_question)
-        relevant = Max (moved, zero)
-        image = Cast <to = 1> (image_mask)
-        {alike_text("like_picture", "embeds", "image")}
-        turned = Sub (one, like_picture)
-        unlike = Max (turned, zero)
-        product = Mul (relevant, unlike)
-        fine = Mul (product, unit)
-        raised = Add (fine, half)
-        whole = Floor (raised)
-        score = Cast <to = 7> (whole)
+    DiverseTokens <scale> (q, k, v, mask, vote, image_mask) => (score) {{
+        {received_text("received")}
+        {by_value_text("of_all", "received")}
+        of_image = Where (image_mask, of_all, zero)
+        best_image = ReduceMax <keepdims = 1> (of_image, axis_1)
+        best_image_safe = Max (best_image, least)
+        relevance = Div (of_image, best_image_safe)
+        by_token = Transpose <perm = [0, 2, 1, 3]> (k)
+        key_shape = Concat <axis = 0> (batch, prompt, rest)
+        keys = Reshape (by_token, key_shape)
+        {farthest_text("score", "keys", "relevance")}
     }}""")
