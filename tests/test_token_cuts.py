@@ -11,6 +11,8 @@ from tolerances import agrees
 
 from cm_export import by_name
 from cm_export.backends.onnxruntime import CoreRows, Decoder
+from cm_export.bundle import Bundle
+from cm_export.chat import Chat
 from cm_export.core_index import image_token_count
 from cm_export.errors import InputError
 from cm_export.families import qwen2_vl as family
@@ -356,3 +358,10 @@ def _pooling():
             first = Equal (picture, zero)
             chosen = Cast <to = 7> (first)
         }""")
+
+
+def test_pictures_of_a_prompt_are_told_apart_by_their_markers(demo_bundle):
+    """Qwen2-VL's template puts <|vision_end|><|vision_start|> between pictures, so their image tokens never touch."""
+    chat = Chat(Bundle(demo_bundle))
+    ids = chat.encode("what color is the shape?", None, [3, 1, 5])
+    assert picture_sizes(ids == chat._bundle.shape.image_token) == [3, 1, 5]
