@@ -40,7 +40,9 @@ def leave_out(edit: Edit, prompt: Prompt, keep: gs.Tensor, kept_mask: gs.Tensor)
     nothing = edit.op("Mul", prompt.attention_mask, edit.constant(0, np.int64))
     kept = edit.op("ScatterElements", nothing, keep, kept_mask, axis=1)
     image = edit.op("And", prompt.image_mask, edit.op("Cast", kept, to=9))
-    return replace(prompt, attention_mask=kept, image_mask=image, kept=kept)
+    return replace(
+        prompt, attention_mask=kept, image_mask=image, picture=_pictures(edit, prompt.picture, image), kept=kept
+    )
 
 
 def cut_tokens(
@@ -83,6 +85,7 @@ def cut_tokens(
         else:
             outputs[name].shape = shape
     image = edit.op("And", edit.op("GatherElements", prompt.image_mask, keep, axis=1), edit.op("Cast", kept_mask, to=9))
+    picture = edit.op("GatherElements", prompt.picture, keep, axis=1) if prompt.picture is not None else None
     rows = keep if prompt.rows is None else edit.op("GatherElements", prompt.rows, keep, axis=1)
     nothing = edit.op("Mul", edit.input("attention_mask"), edit.constant(0, np.int64))
     return Prompt(
@@ -90,10 +93,15 @@ def cut_tokens(
         position_ids=positions,
         attention_mask=kept_mask,
         image_mask=image,
-        picture=edit.op("GatherElements", prompt.picture, keep, axis=1) if prompt.picture is not None else None,
+        picture=_pictures(edit, picture, image),
         rows=rows,
         kept=edit.op("ScatterElements", nothing, rows, kept_mask, axis=1),
     )
+
+
+def _pictures(edit: Edit, picture: gs.Tensor | None, image: gs.Tensor) -> gs.Tensor | None:
+    """Dropped image tokens that only fill up a shorter row belong to no picture any more."""
+    return None if picture is None else edit.op("Where", image, picture, edit.constant(-1, np.int64))
 
 
 def _layer_output(ffn: FFN) -> gs.Tensor:
