@@ -49,7 +49,9 @@ def _pruned(recipe: Recipe, shape: Any) -> dict[str, str]:
         judge = f"by {n.policy} over the prompt (votes: {n.voters})"
         if n.in_decode:
             cost = f"{predictor_share(shape.hidden):.1%}".replace("%", " %")
-            judge = f"{n.policy} anew for every token by 4-bit copies of gate and up (which cost {cost} of the FFN bytes)"
+            judge = (
+                f"{n.policy} anew for every token by 4-bit copies of gate and up (which cost {cost} of the FFN bytes)"
+            )
         neurons = f"decode computes {kept} of {shape.ffn} neurons {each}, {judge}"
         neurons += f", in blocks of {n.block}" if n.block > 1 else ""
         mean = {"prompt": "their mean in the prompt", "calibrated": "their mean in generated text"}

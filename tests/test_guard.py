@@ -84,17 +84,11 @@ def test_a_truncated_cache_is_the_cache_before(exported, seed):
     assert not np.array_equal(a, one.step(asked.step_feeds(7, 3)))
 
 
-def test_run_reports_what_the_guard_did_and_refuses_a_bundle_that_cannot_be_checked(demo_bundle, tmp_path):
+def test_run_reports_what_the_guard_did_and_refuses_a_bundle_that_cannot_be_checked(demo_bundle, whole_bundle):
     run = ["run", demo_bundle, "--image", PICTURE, "--prompt", "describe : what shape is in the image?", "--guard"]
     done = cm_export(*run, "--quiet")
     assert done.returncode == 2 and "--token-cache index" in done.stderr and done.stderr.count("\n") == 1
-    out = tmp_path / "x.plan"
-    work = demo_bundle.with_name(f".{demo_bundle.name}.stages")
-    built = cm_export(
-        "build", "--recipe", "demo", "--token-cache", "index", "--out", out, "--quiet", "--work-dir", work
-    )
-    assert built.returncode == 0, built.stderr
-    run[1] = out
+    run[1] = whole_bundle
     found = json.loads(cm_export(*run, "--neuron-share", "0.05", "--guard-every", "4", "--json").stdout)
     dense = json.loads(cm_export(*[w for w in run if w != "--guard"], "--dense", "--json").stdout)
     assert found["token_ids"] == dense["token_ids"] and "guard" not in dense

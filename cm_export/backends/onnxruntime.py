@@ -107,10 +107,22 @@ class Backend:
 
     def prefill(self, feeds: dict[str, np.ndarray], graph: str = "prefill") -> dict[str, ort.OrtValue]:
         """Run a prefill graph; every output stays where ONNX Runtime put it."""
+        return self._run(graph, feeds, {})
+
+    def turn(self, feeds: dict[str, np.ndarray], cache: dict[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
+        """Read new tokens over the whole cache (present.i.key/value, which stays as it is); outputs as of `prefill`."""
+        return self._run("turn", feeds, {n.replace("present", "past", 1): v for n, v in cache.items()})
+
+    def _run(
+        self, graph: str, feeds: dict[str, np.ndarray], values: dict[str, ort.OrtValue]
+    ) -> dict[str, ort.OrtValue]:
         session = self.session(graph)
         binding = session.io_binding()
         for i in session.get_inputs():
-            binding.bind_cpu_input(i.name, np.ascontiguousarray(feeds[i.name]))
+            if i.name in values:
+                binding.bind_ortvalue_input(i.name, values[i.name])
+            else:
+                binding.bind_cpu_input(i.name, np.ascontiguousarray(feeds[i.name]))
         outputs = [o.name for o in session.get_outputs()]
         for name in outputs:
             binding.bind_output(name)
