@@ -76,6 +76,10 @@ class Prefilled:
         """A decoder over this prompt's cache with rows (and a bias) of the caller's choice."""
         return Decoder(self._engine.backend, "decode", self._cache, constants)
 
+    def checker(self) -> Decoder:
+        """A dense decoder over this prompt's whole cache, made to read some tokens at once."""
+        return Decoder(self._engine.backend, "decode_dense", self._cache, {}, few_rows=True)
+
     def then(self, ids: list[int], question: int | None = None) -> "Prefilled":
         """This context with these text tokens read after it, densely and in one pass: a later question.
 

@@ -159,4 +159,6 @@ def _guarded(report: dict[str, Any] | None) -> str:
     spent = report["draft_s"] + report["check_s"]
     if spent:
         text += f", {report['check_s'] / spent:.0%} of the decode time".replace("%", " %")
+    if report["overhead"] is not None:
+        text += f", about {report['overhead']:+.0%} on sparse decode".replace("%", " %")
     return text + "".join(f", {action}" for action in report["actions"])
