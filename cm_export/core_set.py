@@ -81,12 +81,12 @@ def choose(
     return CoreSet(index, counts, shape.ffn, mean_z, mean_y)
 
 
-def together(before: Arrays, fresh: Arrays, context: Request, new: int, neurons: Neurons) -> Arrays:
+def together(before: Arrays, fresh: Arrays, context: Request, kept: np.ndarray, new: int, neurons: Neurons) -> Arrays:
     """What is measured of a conversation, from `before` of its context and `fresh` of the `new` tokens after it.
 
     Scores that are sums over tokens (a policy with ADDS) add up, so all turns judge, exactly as if the whole were one
-    prompt; means are weighed by how many tokens each stands for. Other scores, and those of voters "last", are the new
-    text's alone.
+    prompt (with counted = "kept", image tokens count as they were `kept` for the first question); means are weighed by
+    how many tokens each stands for. Other scores, and those of voters "last", are the new text's alone.
     """
     fresh = {n: v for n, v in fresh.items() if n.startswith("core_")}
     policy = by_name.load("cm_export.policies.neurons", neurons.policy, "neuron policy")
@@ -95,7 +95,8 @@ def together(before: Arrays, fresh: Arrays, context: Request, new: int, neurons:
     image = context.is_image[0]
     votes = np.where(image, np.float32(neurons.image_weight), 1)
     if neurons.voters == "text" and image.any():
-        votes = votes[np.flatnonzero(image)[-1] + 1 :]
+        votes = np.where(np.arange(len(votes)) > np.flatnonzero(image)[-1], votes, 0)
+    votes = votes[kept[0]] if neurons.counted == "kept" else votes
     part = new / (votes.sum() + new)
     for name, value in fresh.items():
         parts = (1, 1) if name == "core_scores" else (1 - part, part)

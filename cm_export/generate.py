@@ -100,7 +100,7 @@ class Prefilled:
         if recipe.tokens.policy != "dense" and recipe.tokens.later == "same":  # the first choice, and all text since
             new = np.arange(self.request.tokens, request.tokens, dtype=np.int32)[None]
             found["kept_tokens"] = np.concatenate([self.kept_tokens, new], 1)
-        found |= together(self.measured, found, self.request, len(ids), recipe.neurons)
+        found |= together(self.measured, found, self.request, self.kept_tokens, len(ids), recipe.neurons)
         return Prefilled(engine, request, self.budget, found, cache)
 
     def step_feeds(self, token: int, step: int) -> dict[str, np.ndarray]:

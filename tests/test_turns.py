@@ -117,7 +117,7 @@ def _last_four():
         }""")
 
 
-@pytest.mark.parametrize("policy", ["random", "distinct"])
+@pytest.mark.parametrize("policy", ["random", "distinct", "spread_keys"])
 def test_a_policy_that_no_question_matters_to_keeps_its_choice(exported, policy):
     x = exported(1)
     engine = engine_of(x, WHOLE.replace(tokens__policy=policy))
@@ -140,7 +140,7 @@ def test_a_policy_that_no_question_matters_to_keeps_its_choice(exported, policy)
 )
 def test_neurons_are_judged_by_all_turns_as_if_they_were_one_prompt(exported, neurons):
     x = exported(2)
-    engine = engine_of(x, WHOLE.replace(**{f"neurons__{k}": v for k, v in neurons.items()}))
+    engine = engine_of(x, WHOLE.replace(neurons__counted="all", **{f"neurons__{k}": v for k, v in neurons.items()}))
     context, request = talk(x, engine, 4, Budget(neuron_share=0.4), 2)
     scratch = engine.prefill(request, Budget(neuron_share=0.4))
     assert context.measured.keys() == scratch.measured.keys()
@@ -163,7 +163,7 @@ def test_without_pruned_tokens_every_row_is_read(exported):
     [
         ({"cache": "cut"}, "--token-cache index"),
         ({"cache": "index", "policy": "overlap"}, "--tokens attention"),
-        ({"cache": "index", "policy": "diverse"}, "--tokens attention"),
+        ({"cache": "index", "first": "distinct"}, "no first cut"),
     ],
 )
 def test_a_bundle_without_what_a_second_question_reads_is_refused_in_one_line(tokens, words):
