@@ -5,7 +5,7 @@ DEMO := artifacts/demo.plan
 PICTURE := cm_export/demo/images/teal-circle.png
 STAMP := .venv/.installed
 
-.PHONY: demo test lint clean accuracy bench-quality bench-neurons bench-matching
+.PHONY: demo test lint clean accuracy bench-quality bench-neurons bench-matching bench-guard
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("cm-export needs Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
@@ -47,6 +47,12 @@ bench-neurons: $(STAMP)
 bench-matching: $(STAMP)
 	$(BIN)/cm-export build --recipe demo --out $(DEMO)
 	$(BIN)/python benchmarks/matching.py $(DEMO) --limit 200 --out benchmarks/matching.json
+
+# What the guard costs where nothing is wrong: benchmarks/guard.json and the table of docs/guard.md (about 10 minutes).
+bench-guard: $(STAMP)
+	$(BIN)/cm-export build --recipe demo --token-cache index --out artifacts/guard.plan
+	$(BIN)/python benchmarks/random_bundle.py --out artifacts/mid.plan
+	$(BIN)/python benchmarks/guard.py artifacts/guard.plan --random artifacts/mid.plan --out benchmarks/guard.json --docs docs/guard.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check . --fix

@@ -3,7 +3,7 @@
 stage      reads                         writes
 trace      configuration                 prefill, decode, and vision where there is one, traced (no weights needed)
 weights    checkpoint                    weights.safetensors, processor files, PyTorch's answers to the probe
-graphs     trace, weights, recipe        those, and sparse prefill and decode
+graphs     trace, weights, recipe        those, sparse prefill and decode, turn where a later question can be asked
 gates      graphs, weights, reference    gate results; a failed gate ends the build
 """
 
@@ -223,6 +223,9 @@ def _rewrite(
     passes += log
     models["decode"], log = pipeline.sparse_decode(models["decode_dense"], family, shape, recipe, copies)
     passes += log
+    if recipe.has_turn:
+        models["turn"], log = pipeline.turn(models["decode_dense"], family, shape, recipe, constants)
+        passes += log
     for name, proto in models.items():
         onnx.save(proto, folder / f"{name}.onnx")
     return {
@@ -260,11 +263,14 @@ def _links(layers: int, graphs: dict[str, Any]) -> list[dict[str, str]]:
     """How the graphs are wired, as data that any runner can follow: of all wires, those whose two ends exist."""
     pairs = [("vision.image_embeds", "prefill.inputs_embeds"), ("prefill.core_scores", "decode.core_neurons")]
     pairs += [("prefill.kept_mask", "decode.attention_mask"), ("prefill.kept_tokens", "decode.core_tokens")]
+    pairs += [("turn.core_scores", "decode.core_neurons"), ("turn.kept_tokens", "decode.core_tokens")]
     pairs += [(f"prefill.core_mean_{x}", "decode.core_bias") for x in "zy"]
     for i in range(layers):
         for part in ("key", "value"):
             pairs.append((f"prefill.present.{i}.{part}", f"decode.past.{i}.{part}"))
             pairs.append((f"decode.present.{i}.{part}", f"decode.past.{i}.{part}"))
+            pairs.append((f"prefill.present.{i}.{part}", f"turn.past.{i}.{part}"))
+            pairs.append((f"turn.present.{i}.{part}", f"decode.past.{i}.{part}"))
     ends = {f"{g}.{v['name']}" for g, described in graphs.items() for v in described["inputs"] + described["outputs"]}
     return [{"from": a, "to": b} for a, b in pairs if {a, b} <= ends]
 

@@ -3,7 +3,8 @@
 engine.plan/
   manifest.json            recipe, checkpoint, hashes, graphs with axes, passes, gates, links
   weights.safetensors      shared by every graph
-  *.onnx                   vision (of a model that sees pictures), prefill, decode, prefill_dense, decode_dense
+  *.onnx                   vision (of a model that sees pictures), prefill, decode, prefill_dense, decode_dense;
+                           turn where the cache stays whole
   calibration.safetensors  if the recipe named one
   predictor.safetensors    if decode chooses its neurons itself: low-bit copies of gate and up
   processor/*              tokenizer.json, chat template, preprocessor_config.json
@@ -88,7 +89,9 @@ class Bundle:
             raise self._failure
 
     def graph(self, name: str) -> Path:
-        """The file of one graph."""
+        """The file of one graph. Raises BundleError where it has none of that name."""
+        if f"{name}.onnx" not in self.manifest["files"]:
+            raise BundleError(f"has no {name}.onnx", where=self.path, fix="build the bundle again")
         return self.path / f"{name}.onnx"
 
     def processor(self, name: str) -> Path | None:

@@ -43,7 +43,16 @@ class Chat:
 
         Without a chat template (base models have none) the prompt itself is continued.
         """
-        for text, where in ((prompt, "--prompt"), (system or "", "--system")):
+        return self.encode_turns([prompt], [], system, image_tokens)
+
+    def encode_turns(
+        self, prompts: list[str], answers: list[str], system: str | None, image_tokens: list[int]
+    ) -> np.ndarray:
+        """Token ids [S] int64 of a conversation; pictures stand before the first question. Raises InputError.
+
+        With fewer answers than prompts it ends where the next answer begins, else after the last answer.
+        """
+        for text, where in (*((p, "--prompt") for p in prompts), (system or "", "--system")):
             if self.image_token and self.image_token in text:
                 raise InputError(f"contains the reserved {self.image_token}", where=where, fix="leave it out")
             try:
@@ -51,18 +60,20 @@ class Chat:
             except UnicodeEncodeError as e:
                 raise InputError("is not valid text (UTF-8)", where=where) from e
         if self._template is None:
-            if system or image_tokens:
+            if system or image_tokens or answers:
                 raise BundleError(
-                    "its checkpoint has no chat template, which places pictures and system messages",
+                    "its checkpoint has no chat template, which places pictures, system messages and later questions",
                     where=self._bundle.path,
                     fix="leave them out, or add chat_template.jinja there and build again",
                 )
-            return np.array(self._tokenizer.encode(prompt).ids, np.int64)
-        # Templates of models without pictures know content as text only.
-        blocks = [{"type": "image"}] * len(image_tokens) + [{"type": "text", "text": prompt}]
-        content = blocks if self._bundle.shape.sees else prompt
+            return np.array(self._tokenizer.encode(prompts[0]).ids, np.int64)
         messages = [{"role": "system", "content": system}] if system else []
-        text = self._render([*messages, {"role": "user", "content": content}])
+        for i, prompt in enumerate(prompts):
+            pictures = 0 if i else len(image_tokens)
+            messages.append({"role": "user", "content": self._blocks(prompt, pictures)})
+            if i < len(answers):
+                messages.append({"role": "assistant", "content": self._blocks(answers[i], 0)})
+        text = self._render(messages, len(answers) < len(prompts))
         parts = text.split(self.image_token) if image_tokens else [text]
         if len(parts) != len(image_tokens) + 1:
             raise BundleError(
@@ -71,6 +82,11 @@ class Chat:
         filled = parts[0] + "".join(self.image_token * n + p for n, p in zip(image_tokens, parts[1:], strict=True))
         # As transformers does: the template has written every special token, a second <s> would be one too many.
         return np.array(self._tokenizer.encode(filled, add_special_tokens=False).ids, np.int64)
+
+    def _blocks(self, text: str, pictures: int) -> Any:
+        """A message's content. Templates of models without pictures know it as text only."""
+        blocks = [{"type": "image"}] * pictures + [{"type": "text", "text": text}]
+        return blocks if self._bundle.shape.sees else text
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that the vocabulary lacks (only tokenizers with an unknown token have such)."""
@@ -114,12 +130,12 @@ class Chat:
         except TemplateError as e:
             raise BundleError(f"the chat template is not valid ({e})", where=self._bundle.path) from e
 
-    def _render(self, messages: list[dict[str, Any]]) -> str:
+    def _render(self, messages: list[dict[str, Any]], is_open: bool) -> str:
         from jinja2 import TemplateError
 
         special = {k: _content(v) for k, v in self._config.items() if k.endswith("_token") and v}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **special)
+            return self._template.render(messages=messages, add_generation_prompt=is_open, **special)
         except TemplateError as e:
             raise BundleError(f"the chat template fails ({e})", where=self._bundle.path) from e
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from . import by_name
 from .calibration import Calibration
 from .core_index import check_core_neurons, select_core_neurons
 from .layer_budgets import layer_counts
 from .recipe import Neurons
+from .request import Request
 
 Arrays = dict[str, np.ndarray]
 
@@ -77,6 +79,29 @@ def choose(
         batch = scores.shape[1]
         mean_z, mean_y = (np.repeat(a[:, None], batch, axis=1) for a in (calibration.mean_z, calibration.mean_y))
     return CoreSet(index, counts, shape.ffn, mean_z, mean_y)
+
+
+def together(before: Arrays, fresh: Arrays, context: Request, kept: np.ndarray, new: int, neurons: Neurons) -> Arrays:
+    """What is measured of a conversation, from `before` of its context and `fresh` of the `new` tokens after it.
+
+    Scores that are sums over tokens (a policy with ADDS) add up, so all turns judge, exactly as if the whole were one
+    prompt (with counted = "kept", image tokens count as they were `kept` for the first question); means are weighed by
+    how many tokens each stands for. Other scores, and those of voters "last", are the new text's alone.
+    """
+    fresh = {n: v for n, v in fresh.items() if n.startswith("core_")}
+    policy = by_name.load("cm_export.policies.neurons", neurons.policy, "neuron policy")
+    if neurons.voters == "last" or not getattr(policy, "ADDS", False):
+        return fresh
+    image = context.is_image[0]
+    votes = np.where(image, np.float32(neurons.image_weight), 1)
+    if neurons.voters == "text" and image.any():
+        votes = np.where(np.arange(len(votes)) > np.flatnonzero(image)[-1], votes, 0)
+    votes = votes[kept[0]] if neurons.counted == "kept" else votes
+    part = new / (votes.sum() + new)
+    for name, value in fresh.items():
+        parts = (1, 1) if name == "core_scores" else (1 - part, part)
+        fresh[name] = (parts[0] * before[name] + parts[1] * value).astype(np.float32)
+    return fresh
 
 
 def every_neuron(rows: Any) -> Arrays:

@@ -5,6 +5,7 @@ vision            vision graph with transformers' tower                  yes, of
 prefill           dense prefill: logits and cache                        yes
 decode            8 dense greedy steps: logits and token ids             yes
 full budget       sparse graphs with all tokens and all neurons, dense   yes
+turn              those 8 tokens read at once over the prefill's cache   yes, where the bundle has that graph
 drift             sparse graphs at the recipe's budget, dense            no: it is what the budget costs
 """
 
@@ -114,6 +115,18 @@ def run_gates(
     backend.drop("decode")
     pairs = {f"logits of step {i}": (a, b) for i, (a, b) in enumerate(zip(sparse, steps, strict=True))}
     gate("full budget, decode", "decode", pairs, "dense decode with every neuron and token")
+
+    if recipe.has_turn:
+        ids = reference["tokens"].tolist()
+        feeds = request.step_feeds(ids, 0) | everything | {"image_mask": request.extended(ids).is_image}
+        turn = _numpy(backend.turn(feeds | {"question": np.array([1])}, _ort(cache)))
+        backend.drop("turn")
+        gate(
+            "turn",
+            "turn",
+            {"logits": (turn["logits"][0], reference["step_logits"][-1])},
+            f"PyTorch after {len(ids)} steps",
+        )
 
     core = choose(chosen, recipe.neurons, shape, calibration)
     gates += _drift(backend, rows, core, recipe, request, chosen, dense, reference["tokens"], steps)

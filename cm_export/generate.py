@@ -1,11 +1,9 @@
-"""The one host loop: vision -> prefill -> core indices -> decode, over the sessions of a bundle; streams text.
+"""The one host loop: vision -> prefill -> core indices -> decode, over the sessions of a bundle.
 
 prefill -> core_scores [L,1,F] -> pick K -> gather rows once -> decode step by step, cache never copied
 """
 
 import json
-import resource
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +13,11 @@ from typing import Any
 import numpy as np
 import psutil
 
-from . import guard as guards
+from . import turns
 from .backends.onnxruntime import Backend, CoreRows, Decoder
 from .bundle import Bundle
 from .chat import Chat
-from .core_set import CoreSet, choose
+from .core_set import CoreSet, choose, together
 from .errors import InputError
 from .recipe import Recipe, from_dict
 from .request import Request, core_row_names, prefill_feeds, sparse_feeds
@@ -37,43 +35,21 @@ class Budget:
     seed: int | None = None
 
 
-@dataclass(frozen=True)
-class Answer:
-    """Text and ids of an answer, its figures, kept patch groups per picture [gh,gw] bool, and remarks for the user."""
-
-    text: str
-    token_ids: list[int]
-    stats: dict[str, Any]
-    kept: list[np.ndarray]
-    notes: list[str]
-
-
 class Prefilled:
     """A prompt after prefill: first logits, which tokens were kept, and how to make its decoder."""
 
-    def __init__(self, engine: "Engine", request: Request, budget: Budget):
-        self.request, self.budget, self._engine = request, budget, engine
-        feeds = prefill_feeds(request)
-        recipe = engine.recipe
-        for what, share in (("neurons", budget.neuron_share), ("tokens", budget.token_share)):
-            if share is not None and getattr(recipe, what).policy == "dense":
-                raise InputError(
-                    f"a share of {what} was asked of a bundle that prunes none",
-                    where=f"recipe: {what}.policy = 'dense'",
-                    fix="leave the share out, or build with another policy",
-                )
-        if not budget.dense:
-            feeds |= sparse_feeds(request, recipe, budget.token_share, seed=budget.seed)
-        outputs = engine.backend.prefill(feeds, "prefill_dense" if budget.dense else "prefill")
-        self.logits = outputs.pop("logits").numpy()
-        self.measured = {n: outputs.pop(n).numpy() for n in MEASURED if n in outputs}
+    def __init__(
+        self, engine: "Engine", request: Request, budget: Budget, found: dict[str, np.ndarray], cache: dict[str, Any]
+    ):
+        """`found`: logits [1,V] and what the graph says about neurons and tokens; `cache`: its present.i.key/value."""
+        self.request, self.budget, self._engine, self._cache = request, budget, engine, cache
+        tokens, kept = engine.recipe.tokens, found.get("kept_tokens")
+        self.logits = found["logits"]
+        self.measured = {n: found[n] for n in MEASURED if n in found}
         self.scores = self.measured.get("core_scores")
-        kept = outputs.pop("kept_tokens", None)
-        mask = outputs.pop("kept_mask", None)
-        self.kept_tokens = kept.numpy() if kept is not None else np.arange(request.tokens, dtype=np.int32)[None]
-        self._kept_mask = mask.numpy() if mask is not None and recipe.tokens.cache == "cut" else None
-        self._core_tokens = self.kept_tokens if kept is not None and recipe.tokens.cache == "index" else None
-        self._cache = outputs
+        self.kept_tokens = np.arange(request.tokens, dtype=np.int32)[None] if kept is None else kept
+        self._kept_mask = found.get("kept_mask") if tokens.cache == "cut" else None
+        self._core_tokens = kept if tokens.cache == "index" else None
         shape = engine.bundle.shape
         self.neurons = shape.ffn if budget.dense else round(float(self.core_set.counts.mean()))  # per layer
 
@@ -99,6 +75,33 @@ class Prefilled:
     def decoder_of(self, constants: dict[str, np.ndarray]) -> Decoder:
         """A decoder over this prompt's cache with rows (and a bias) of the caller's choice."""
         return Decoder(self._engine.backend, "decode", self._cache, constants)
+
+    def checker(self) -> Decoder:
+        """A dense decoder over this prompt's whole cache, made to read some tokens at once."""
+        return Decoder(self._engine.backend, "decode_dense", self._cache, {}, few_rows=True)
+
+    def then(self, ids: list[int], question: int | None = None) -> "Prefilled":
+        """This context with these text tokens read after it, densely and in one pass: a later question.
+
+        The answer that was given is among them, so the cache is the dense model's however sparsely it was decoded; the
+        last `question` of them (None: all) judge the image tokens. Raises InputError for a bundle without such a graph.
+        """
+        engine, recipe, request = self._engine, self._engine.recipe, self.request.extended(ids)
+        turns.check_bundle(recipe, self.budget.dense)
+        feeds = self.request.step_feeds(ids, 0)
+        if self.budget.dense:
+            decoder = self.decoder()
+            found, cache = {"logits": decoder.step(feeds)}, decoder.cache
+            cache = {n.replace("past", "present", 1): v for n, v in cache.items()}
+            return Prefilled(engine, request, self.budget, found, cache)
+        feeds |= sparse_feeds(request, recipe, self.budget.token_share, self.budget.seed)
+        feeds |= {"image_mask": request.is_image, "question": np.array([question or len(ids)], np.int64)}
+        found, cache = _split(engine.backend.turn(feeds, self._cache))
+        if recipe.tokens.policy != "dense" and recipe.tokens.later == "same":  # the first choice, and all text since
+            new = np.arange(self.request.tokens, request.tokens, dtype=np.int32)[None]
+            found["kept_tokens"] = np.concatenate([self.kept_tokens, new], 1)
+        found |= together(self.measured, found, self.request, self.kept_tokens, len(ids), recipe.neurons)
+        return Prefilled(engine, request, self.budget, found, cache)
 
     def step_feeds(self, token: int, step: int) -> dict[str, np.ndarray]:
         return self.request.step_feeds(token, step, self._kept_mask, self._core_tokens)
@@ -174,7 +177,19 @@ class Engine:
             raise InputError(f"{tokens} tokens, the model holds {limit}", where="prompt", fix=fix)
 
     def prefill(self, request: Request, budget: Budget) -> Prefilled:
-        return Prefilled(self, request, budget)
+        """Raises InputError for a budget that the bundle's policies do not know."""
+        recipe, feeds = self.recipe, prefill_feeds(request)
+        for what, share in (("neurons", budget.neuron_share), ("tokens", budget.token_share)):
+            if share is not None and getattr(recipe, what).policy == "dense":
+                raise InputError(
+                    f"a share of {what} was asked of a bundle that prunes none",
+                    where=f"recipe: {what}.policy = 'dense'",
+                    fix="leave the share out, or build with another policy",
+                )
+        if not budget.dense:
+            feeds |= sparse_feeds(request, recipe, budget.token_share, seed=budget.seed)
+        outputs = self.backend.prefill(feeds, "prefill_dense" if budget.dense else "prefill")
+        return Prefilled(self, request, budget, *_split(outputs))
 
     def tokens(self, prefilled: Prefilled, limit: int, stop: frozenset[int]) -> Iterator[int]:
         """Greedy token ids until a stop id (not yielded) or `limit` tokens."""
@@ -188,6 +203,19 @@ class Engine:
                 decoder = decoder or prefilled.decoder()
                 logits = decoder.step(prefilled.step_feeds(token, step))
 
+    def conversation(
+        self,
+        images: list[Any] | None = None,
+        system: str | None = None,
+        dense: bool = False,
+        neuron_share: float | None = None,
+        token_share: float | None = None,
+        seed: int | None = None,
+    ) -> turns.Conversation:
+        """Questions about the same PIL pictures, one after the other (see turns.py). Raises InputError."""
+        turns.check_bundle(self.recipe, dense)
+        return turns.Conversation(self, images or [], system, Budget(dense, neuron_share, token_share, seed))
+
     def generate(
         self,
         prompt: str,
@@ -200,63 +228,14 @@ class Engine:
         seed: int | None = None,
         guard: int | None = None,
         on_text: Callable[[str], None] | None = None,
-    ) -> Answer:
+    ) -> turns.Answer:
         """Answer one question about PIL pictures, greedily; `on_text` gets the text as it comes.
 
         `guard`: check drafts of that many tokens against the dense model (see guard.py). Nothing is shown before the
         weights match their hash. Raises InputError, BundleError.
         """
-        if guard:
-            guards.check_bundle(self.recipe)
-        started = time.perf_counter()
-        chat, merge = self.chat, self.bundle.shape.merge
-        embeds, grid = self.embed(images or [])
-        seen_at = time.perf_counter()
-        counts = self.bundle.family.image_tokens(grid, merge)
-        request = self.request(chat.encode(prompt, system, counts), grid, embeds)
-        prefilled = self.prefill(request, Budget(dense, neuron_share, token_share, seed))
-        prefilled_at = time.perf_counter()
-        self.bundle.wait_verified()
-        ids, pieces, first_at = [], [], None
-        report = guards.Report(guard) if guard else None
-        source = (
-            guards.guarded(self, prefilled, max_new_tokens, chat.stop_ids, report)
-            if report
-            else self.tokens(prefilled, max_new_tokens, chat.stop_ids)
-        )
-        for token, text in chat.stream(source):
-            first_at = first_at or time.perf_counter()
-            if token >= 0:
-                ids.append(token)
-            pieces.append(text)
-            if on_text and text:
-                on_text(text)
-        ended = time.perf_counter()
-        kept = _kept_groups(prefilled.kept_tokens[0], request.is_image[0], grid, merge)
-        first_at = first_at or ended
-        stats = {
-            "dense": dense,
-            "prompt_tokens": request.tokens,
-            "image_tokens": request.image_tokens,
-            "kept_tokens": prefilled.kept_tokens.shape[1],
-            "image_tokens_kept": int(sum(k.sum() for k in kept)),
-            "neurons": self.bundle.shape.ffn,
-            "neurons_kept": prefilled.neurons,
-            "new_tokens": len(ids),
-            "ttft_s": first_at - started,
-            "vision_s": seen_at - started,
-            "prefill_s": prefilled_at - seen_at,
-            "decode_s": ended - first_at,
-            "tokens_per_s": (len(ids) - 1) / (ended - first_at) if len(ids) > 1 else None,
-            "stopped": "stop token" if len(ids) < max_new_tokens else "max-new-tokens",
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
-        if report:  # tokens come a draft at a time, the first ones after the first check
-            spent = report.draft_s + report.check_s
-            stats |= {"guard": report.to_dict(), "decode_s": spent, "tokens_per_s": len(ids) / spent if ids else None}
-        unknown = chat.unknown_words(prompt)
-        notes = [f"unknown to this model's vocabulary: {', '.join(unknown)}"] if unknown else []
-        return Answer("".join(pieces), ids, stats, kept, notes)
+        budget = Budget(dense, neuron_share, token_share, seed)
+        return turns.Conversation(self, images or [], system, budget).ask(prompt, max_new_tokens, guard, on_text)
 
 
 def load(path: str | Path, threads: int = 0, progress: Callable[..., None] = lambda what, *_: None) -> Engine:
@@ -265,13 +244,7 @@ def load(path: str | Path, threads: int = 0, progress: Callable[..., None] = lam
     return Engine(Bundle(path), threads)
 
 
-def _kept_groups(kept: np.ndarray, is_image: np.ndarray, grid: np.ndarray, merge: int) -> list[np.ndarray]:
-    """Per picture, [rows, columns] bool: which image tokens (patch groups) stayed."""
-    flags = np.zeros(len(is_image), bool)
-    flags[kept] = True
-    flags, out, at = flags[is_image], [], 0
-    for t, h, w in grid.tolist():
-        n = t * h * w // merge**2
-        out.append(flags[at : at + n].reshape(t, h // merge, w // merge)[0])
-        at += n
-    return out
+def _split(outputs: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A graph's outputs: what the host reads, as numpy; and the cache, which stays where it is."""
+    cache = {n: v for n, v in outputs.items() if n.startswith("present.")}
+    return {n: v.numpy() for n, v in outputs.items() if n not in cache}, cache

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from .core_set import choose, every_neuron
+from .core_set import choose
 from .errors import InputError
 
 if TYPE_CHECKING:
     from .generate import Engine, Prefilled
 
-EVERY = 16  # tokens of a draft: one dense pass over 16 costs less than two dense steps
+EVERY = 16  # tokens of a draft: up to 16 rows a dense pass costs what one row costs, then it grows with them
+SHORTEST = 4  # a draft after several that failed
 DRIFT = 0.5  # a draft of which less than this share is kept is a drift
 LADDER = ("more neurons", "tokens back", "dense")
 _WIDER = 1.5  # times the neurons
@@ -42,15 +43,22 @@ class Report:
     dense_steps: int = 0
     draft_s: float = 0.0
     check_s: float = 0.0
+    free: int = 0  # tokens that a check's own logits gave, besides the prefill's
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; `regenerated` tokens were drafted in vain."""
-        return vars(self) | {"regenerated": self.drafted - self.kept}
+        """Plain values; `regenerated` tokens were drafted in vain.
+
+        `sparse_s`: what the same answer takes without checks, at the speed of the drafts; `overhead`: how much more was
+        spent. An estimate: rows are gathered once and counted as if that grew with the drafts.
+        """
+        sparse = self.draft_s * (self.kept + self.free) / self.drafted if self.drafted else None
+        overhead = (self.draft_s + self.check_s) / sparse - 1 if sparse else None
+        return vars(self) | {"regenerated": self.drafted - self.kept, "sparse_s": sparse, "overhead": overhead}
 
 
 def check_bundle(recipe: Any) -> None:
     """Raises InputError for a bundle whose prefill throws away what a dense check must read."""
-    if recipe.tokens.policy != "dense" and recipe.tokens.cache != "index":
+    if not recipe.tokens.whole_cache:
         raise InputError(
             "this bundle drops the cache of cut tokens, so nothing can be checked against the whole",
             where="--guard",
@@ -64,12 +72,12 @@ def guarded(
     """Token ids of the dense model's greedy answer, until a stop id (not yielded) or `limit`; a draft at a time."""
     request, shape, recipe = prefilled.request, engine.bundle.shape, engine.recipe
     indexed = recipe.tokens.policy != "dense"
-    everything = np.arange(request.tokens, dtype=np.int32)[None] if indexed else None
     listed = prefilled.kept_tokens if indexed else None
-    dense = prefilled.decoder_of(every_neuron(engine.rows))
+    dense = prefilled.checker()
+    engine.backend.session("decode")  # made before anything is timed
     share = prefilled.budget.neuron_share or recipe.neurons.share
-    sparse, ladder = None, list(LADDER)
-    if prefilled.scores is None or prefilled.neurons == shape.ffn:
+    sparse, ladder, size = None, list(LADDER), report.every
+    if prefilled.neurons == shape.ffn:
         ladder.remove("more neurons")
     if listed is None or listed.shape[1] == request.tokens:
         ladder.remove("tokens back")
@@ -78,32 +86,37 @@ def guarded(
     while len(ids) < limit:
         draft = [int(logits.argmax())]  # of dense logits: the draft's first token needs no check
         if draft[0] in stop:
+            report.free += bool(ids)
             return
-        size = min(report.every, limit - len(ids)) if ladder else 1
+        wanted = min(size if ladder else 1, limit - len(ids))
         started = time.perf_counter()
-        while len(draft) < size and draft[-1] not in stop:
+        while len(draft) < wanted and draft[-1] not in stop:
             if sparse is None:
                 core = choose(prefilled.measured, recipe.neurons, shape, engine.bundle.calibration, share)
                 sparse = prefilled.decoder_of(core.constants(engine.rows))
                 sparse.cache = dense.cache
             row = sparse.step(request.step_feeds(draft[-1], len(ids) + len(draft) - 1, core_tokens=listed))
             draft.append(int(row[0].argmax()))
-        report.draft_s += time.perf_counter() - started
-        started = time.perf_counter()
-        rows = dense.read(request.step_feeds(draft, len(ids), core_tokens=everything))[0]
-        wanted = rows.argmax(-1)
-        right = 1
-        while right < len(draft) and draft[right] == wanted[right - 1]:
-            right += 1
-        if right < len(draft):
-            dense.cache = _truncated(dense.cache, request.tokens + len(ids) + right)
-        logits = rows[right - 1]
-        report.check_s += time.perf_counter() - started
-        if size > 1:
+        checked_at = time.perf_counter()
+        report.draft_s += checked_at - started
+        # Nobody reads on after the last token of an answer.
+        ends = draft[-1] in stop or len(ids) + len(draft) == limit
+        right, read = 1, draft[:-1] if ends else draft
+        if read:
+            rows = dense.read(request.step_feeds(read, len(ids)))[0]
+            chosen = rows.argmax(-1)
+            while right < len(draft) and draft[right] == chosen[right - 1]:
+                right += 1
+            if right < len(read):
+                dense.cache = _truncated(dense.cache, request.tokens + len(ids) + right)
+            logits = rows[min(right, len(read)) - 1]
+        report.check_s += time.perf_counter() - checked_at
+        report.free += bool(ids)
+        if len(draft) > 1:
             report.checks += 1
             report.drafted += len(draft) - 1
             report.kept += right - 1
-        else:
+        elif read:
             report.dense_steps += 1
         if sparse is not None:
             sparse.cache = dense.cache
@@ -112,6 +125,7 @@ def guarded(
                 return
             ids.append(token)
             yield token
+        size = min(report.every, 2 * size) if right == len(draft) else max(min(SHORTEST, report.every), size // 2)
         if ladder and right - 1 < DRIFT * (len(draft) - 1):
             report.drifts += 1
             action = ladder.pop(0)
@@ -121,7 +135,7 @@ def guarded(
                 if share < 1:
                     ladder.insert(0, "more neurons")
             elif action == "tokens back":
-                listed = everything
+                listed = np.arange(request.tokens, dtype=np.int32)[None]
 
 
 def _truncated(cache: dict[str, ort.OrtValue], rows: int) -> dict[str, ort.OrtValue]:

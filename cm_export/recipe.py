@@ -71,6 +71,24 @@ class Tokens:
     beta: float = 0.4  # share of neurons in that core set
     cache: str = "cut"  # cut: dropped tokens leave the computation and the KV; index: decode reads listed rows
 
+    @property
+    def whole_cache(self) -> bool:
+        """Whether every row stays in the cache, as checks against the dense model and later questions need it."""
+        return self.policy == "dense" or self.cache == "index"
+
+    @property
+    def later(self) -> str:
+        """How a later question finds its tokens: "again" (its text judges), "same" (no question matters), "no".
+
+        "no": the policy (or that of a first cut) reads activations or embeddings, which are not kept.
+        """
+        wires = set(by_name.load("cm_export.policies.tokens", self.policy, "token policy").WIRES)
+        if self.first != "none":
+            return "no"
+        if not wires & {"q", "z", "vote"}:
+            return "same"
+        return "again" if wires <= {"q", "k", "v", "mask", "vote", "image_mask", "seed"} else "no"
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -86,6 +104,11 @@ class Recipe:
     calibration: str | None = None  # file written by `cm-export calibrate`; the bundle keeps a copy
     # Keys such as tokens__policy that somebody set: a default may give way to the model, a choice may not.
     chosen: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+
+    @property
+    def has_turn(self) -> bool:
+        """Whether a bundle can answer a later question about the same pictures, and so has the graph for it."""
+        return self.tokens.whole_cache and self.tokens.later != "no"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the manifest and for hashing."""

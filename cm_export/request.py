@@ -3,7 +3,7 @@
 ids [S], grids -> embeddings [1,S,D], positions [A,1,S], masks; original positions survive any token cut
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -59,6 +59,17 @@ class Request:
     @property
     def image_tokens(self) -> int:
         return int(self.is_image.sum())
+
+    def extended(self, ids: list[int]) -> "Request":
+        """The same context with these text tokens read after it, at the positions that follow."""
+        feeds = self.step_feeds(ids, 0)
+        return replace(
+            self,
+            is_image=np.concatenate([self.is_image, np.zeros((1, len(ids)), bool)], 1),
+            position_ids=np.concatenate([self.position_ids, feeds["position_ids"]], 2),
+            next_position=self.next_position + len(ids),
+            inputs_embeds=np.concatenate([self.inputs_embeds, feeds["inputs_embeds"]], 1),
+        )
 
     def step_feeds(
         self,

@@ -74,3 +74,13 @@ def demo_bundle(tmp_path_factory) -> Path:
     done = cm_export("build", "--recipe", "demo", "--out", out, "--quiet")
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def whole_bundle(demo_bundle, tmp_path_factory) -> Path:
+    """The same with a cache that stays whole, for the guard and for later questions; traced and loaded once for both."""
+    out = tmp_path_factory.mktemp("whole") / "demo.plan"
+    work = demo_bundle.with_name(f".{demo_bundle.name}.stages")
+    done = cm_export("build", "--recipe", "demo", "--token-cache", "index", "--out", out, "--quiet", "--work-dir", work)
+    assert done.returncode == 0, done.stderr
+    return out

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from conftest import cm_export
 from random_models import request
@@ -69,6 +70,62 @@ def test_it_climbs_from_more_neurons_over_tokens_to_dense(engine):
     assert report.drifts == len(report.actions)
 
 
+def test_bringing_the_tokens_back_mends_an_answer_that_only_lacks_them(engine):
+    """With every neuron, tokens are the only thing missing: after the step back every draft is kept."""
+    back = 0
+    for question in easy_vqa.questions("sentence")[:240:20]:
+        dense, sparse, guarded, report = answers(engine, question, 4, neuron_share=1.0, token_share=0.02)
+        assert guarded == dense
+        if report.actions:
+            assert sparse != dense and report.actions[0].startswith("tokens back") and len(report.actions) == 1
+            back += 1
+    assert back >= 3, "this budget must break answers for this test to say anything"
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [lambda cache, rows: cache, lambda cache, rows: {n: _rows(v, -rows) for n, v in cache.items()}],
+    ids=["nothing is forgotten", "the first rows are forgotten"],
+)
+def test_a_cache_that_is_not_truncated_rightly_is_noticed(engine, bug, monkeypatch):
+    """The tests above can fail: with this bug planted they would."""
+    monkeypatch.setattr(guard, "_truncated", bug)
+    wrong = 0
+    for question in easy_vqa.questions("sentence")[:240:20]:
+        try:
+            dense, _, guarded, _ = answers(engine, question, 5, neuron_share=0.1, token_share=0.11)
+            wrong += guarded != dense
+        except RuntimeError as e:  # ONNX Runtime refuses a mask that is shorter than the cache
+            assert "total_sequence_length" in str(e)
+            wrong += 1
+    assert wrong
+
+
+def _rows(value, first):
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[:, :, first:]))
+
+
+def test_several_tokens_at_once_are_the_same_numbers_in_the_session_made_for_it(exported):
+    for seed in (1, 2):
+        x = exported(seed)
+        backend = x.backend(Recipe().replace(tokens__prune_layer=1))
+        asked = request(x, seed)
+        out = backend.prefill(prefill_feeds(asked), "prefill_dense")
+        for tokens in ([3], [3, 4], list(range(7, 24))):
+            one, other = (Decoder(backend, "decode_dense", out, {}, few_rows=f) for f in (False, True))
+            feeds = asked.step_feeds(tokens, 0)
+            agrees("same numbers", other.read(feeds), one.read(feeds))
+            for name, value in one.cache.items():
+                agrees("same numbers", other.cache[name].numpy(), value.numpy())
+
+
+def test_the_report_tells_what_the_same_answer_costs_without_checks():
+    """Ten drafted, eight kept, two more tokens came free with the checks: ten sparse steps, two in vain."""
+    report = guard.Report(16, checks=3, drafted=10, kept=8, free=2, draft_s=1.0, check_s=0.25)
+    assert report.to_dict()["sparse_s"] == 1.0 and report.to_dict()["overhead"] == 0.25
+    assert guard.Report(16).to_dict()["overhead"] is None
+
+
 @pytest.mark.parametrize("seed", [1, 3])
 def test_a_truncated_cache_is_the_cache_before(exported, seed):
     x = exported(seed)
@@ -84,17 +141,11 @@ def test_a_truncated_cache_is_the_cache_before(exported, seed):
     assert not np.array_equal(a, one.step(asked.step_feeds(7, 3)))
 
 
-def test_run_reports_what_the_guard_did_and_refuses_a_bundle_that_cannot_be_checked(demo_bundle, tmp_path):
+def test_run_reports_what_the_guard_did_and_refuses_a_bundle_that_cannot_be_checked(demo_bundle, whole_bundle):
     run = ["run", demo_bundle, "--image", PICTURE, "--prompt", "describe : what shape is in the image?", "--guard"]
     done = cm_export(*run, "--quiet")
     assert done.returncode == 2 and "--token-cache index" in done.stderr and done.stderr.count("\n") == 1
-    out = tmp_path / "x.plan"
-    work = demo_bundle.with_name(f".{demo_bundle.name}.stages")
-    built = cm_export(
-        "build", "--recipe", "demo", "--token-cache", "index", "--out", out, "--quiet", "--work-dir", work
-    )
-    assert built.returncode == 0, built.stderr
-    run[1] = out
+    run[1] = whole_bundle
     found = json.loads(cm_export(*run, "--neuron-share", "0.05", "--guard-every", "4", "--json").stdout)
     dense = json.loads(cm_export(*[w for w in run if w != "--guard"], "--dense", "--json").stdout)
     assert found["token_ids"] == dense["token_ids"] and "guard" not in dense

@@ -29,20 +29,23 @@ class Backend:
     ):
         """`predictor`: the file of low-bit copies, where the decode graph reads one."""
         self._graph, self.weights, self.threads, self._predictor = graph, weights, threads, predictor
-        self._sessions: dict[tuple[str, bool], ort.InferenceSession] = {}
+        self._sessions: dict[tuple[str, bool, bool], ort.InferenceSession] = {}
         self._views: dict[str, ort.OrtValue] = {}  # sessions read these buffers as long as they live
-        self._inputs: dict[tuple[str, bool], list[str]] = {}  # weights that a session takes as inputs
+        self._inputs: dict[tuple[str, bool, bool], list[str]] = {}  # weights that a session takes as inputs
 
-    def session(self, name: str, rows_as_inputs: bool = True) -> ort.InferenceSession:
-        """The session of graph `name`. Raises BundleError if ONNX Runtime refuses the graph."""
-        key = (name, rows_as_inputs)
+    def session(self, name: str, rows_as_inputs: bool = True, few_rows: bool = False) -> ort.InferenceSession:
+        """The session of graph `name`. `few_rows`: one that reads 2 to 16 tokens at the price of one.
+
+        Raises BundleError if ONNX Runtime refuses the graph.
+        """
+        key = (name, rows_as_inputs, few_rows)
         if key not in self._sessions:
             self._sessions[key] = self._load(self._graph(name), key)
         return self._sessions[key]
 
-    def bound(self, name: str, rows_as_inputs: bool = True) -> dict[str, ort.OrtValue]:
+    def bound(self, name: str, rows_as_inputs: bool = True, few_rows: bool = False) -> dict[str, ort.OrtValue]:
         """Weights that the session of graph `name` takes as inputs, the same at every run; mostly none."""
-        return {w: self._views[w] for w in self._inputs.get((name, rows_as_inputs), ())}
+        return {w: self._views[w] for w in self._inputs.get((name, rows_as_inputs, few_rows), ())}
 
     def drop(self, *names: str) -> None:
         """Free the sessions of these graphs, and the memory of weights that only they have read."""
@@ -50,10 +53,10 @@ class Backend:
             del self._sessions[key]
         self.weights.release()
 
-    def _load(self, graph: Path | onnx.ModelProto, key: tuple[str, bool]) -> ort.InferenceSession:
+    def _load(self, graph: Path | onnx.ModelProto, key: tuple[str, bool, bool]) -> ort.InferenceSession:
         where = graph if isinstance(graph, Path) else "a graph made in memory"
         model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph
-        model = lower(model, rows_as_inputs=key[1])
+        model = lower(model, rows_as_inputs=key[1], few_rows=key[2])
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
@@ -107,10 +110,22 @@ class Backend:
 
     def prefill(self, feeds: dict[str, np.ndarray], graph: str = "prefill") -> dict[str, ort.OrtValue]:
         """Run a prefill graph; every output stays where ONNX Runtime put it."""
+        return self._run(graph, feeds, {})
+
+    def turn(self, feeds: dict[str, np.ndarray], cache: dict[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
+        """Read new tokens over the whole cache (present.i.key/value, which stays as it is); outputs as of `prefill`."""
+        return self._run("turn", feeds, {n.replace("present", "past", 1): v for n, v in cache.items()})
+
+    def _run(
+        self, graph: str, feeds: dict[str, np.ndarray], values: dict[str, ort.OrtValue]
+    ) -> dict[str, ort.OrtValue]:
         session = self.session(graph)
         binding = session.io_binding()
         for i in session.get_inputs():
-            binding.bind_cpu_input(i.name, np.ascontiguousarray(feeds[i.name]))
+            if i.name in values:
+                binding.bind_ortvalue_input(i.name, values[i.name])
+            else:
+                binding.bind_cpu_input(i.name, np.ascontiguousarray(feeds[i.name]))
         outputs = [o.name for o in session.get_outputs()]
         for name in outputs:
             binding.bind_output(name)
@@ -177,13 +192,17 @@ class Decoder:
         cache: dict[str, ort.OrtValue],
         constant: dict[str, np.ndarray],
         rows_as_inputs: bool = True,
+        few_rows: bool = False,
     ):
-        """`cache`: present.i.key/value from the prefill; `constant`: inputs that stay the same (gathered rows)."""
-        self._session = backend.session(graph, rows_as_inputs)
+        """`cache`: present.i.key/value from the prefill; `constant`: inputs that stay the same (gathered rows).
+
+        `few_rows`: most reads are of 2 to 16 tokens.
+        """
+        self._session = backend.session(graph, rows_as_inputs, few_rows)
         self._binding = self._session.io_binding()
         self._outputs = [o.name for o in self._session.get_outputs()]
         self._inputs = {i.name for i in self._session.get_inputs()}
-        for name, value in backend.bound(graph, rows_as_inputs).items():
+        for name, value in backend.bound(graph, rows_as_inputs, few_rows).items():
             self._binding.bind_ortvalue_input(name, value)
         for name, value in constant.items():
             if name in self._inputs:

@@ -126,14 +126,16 @@ def with_policies(engine: Engine, recipe: Recipe) -> Engine:
     pipeline.check_recipe(recipe, bundle.shape)
 
     def graph(name: str) -> Path | onnx.ModelProto:
-        if name not in ("prefill", "decode"):
+        if name not in ("prefill", "decode", "turn"):
             return bundle.graph(name)
-        dense = onnx.load(bundle.graph(f"{name}_dense"), load_external_data=False)
+        source = "prefill_dense" if name == "prefill" else "decode_dense"
+        dense = onnx.load(bundle.graph(source), load_external_data=False)
         if name == "decode":
             copies = bundle.predictor.tensors if recipe.neurons.in_decode else None
             return pipeline.sparse_decode(dense, bundle.family, bundle.shape, recipe, copies)[0]
         constants = neuron_constants(recipe, bundle.weights, bundle.family, bundle.shape, bundle.calibration)
-        return pipeline.sparse_prefill(dense, bundle.family, bundle.shape, recipe, constants)[0]
+        rewrite = pipeline.turn if name == "turn" else pipeline.sparse_prefill
+        return rewrite(dense, bundle.family, bundle.shape, recipe, constants)[0]
 
     return Engine(bundle, engine.backend.threads, recipe, graph)
 

@@ -10,7 +10,10 @@ import torch
 
 
 def received(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, vote: torch.Tensor, scale: float) -> torch.Tensor:
-    """[B,H,S] float64; q [B,H,S,d] and k [B,Hk,S,d] after RoPE, mask [B,1,S,S] additive, vote [B,S] float32 (1: votes)."""
+    """[B,H,S] float64; q [B,H,S,d] and k [B,Hk,S,d] after RoPE, mask [B,1,S,S] additive, vote [B,S] float32 (1: votes).
+
+    For a later question q, the rows of mask, and vote are those of its own tokens.
+    """
     heads = q.shape[1]
     scale = torch.tensor(scale, dtype=torch.float32).double()
     rows = vote.amax(0).nonzero()[:, 0]
@@ -55,7 +58,7 @@ def received_text(out: str) -> str:
         key_heads = Shape <start = 1, end = 2> (k)
         size = Shape <start = 3> (q)
         voters = Shape (rows)
-        prompt = Shape <start = 1> (vote)
+        prompt = Shape <start = 2, end = 3> (k)
         group = Div (heads, key_heads)
         group_rows = Mul (group, voters)
         q_shape = Concat <axis = 0> (batch, key_heads, group_rows, size)

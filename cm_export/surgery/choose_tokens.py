@@ -4,6 +4,7 @@ layer l-1 (z, q, k, v) -> score [B,T] -> (knee) -> count [B] -> keep [B,T'], kep
                                          (quota per picture: counts [B,C])
 """
 
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
@@ -35,16 +36,19 @@ def choose_tokens(
     layer: int,
     ffns: list[FFN],
     attentions: list[gs.Node],
+    who: Callable[[Edit, gs.Variable], gs.Variable] | None = None,
 ) -> tuple[gs.Variable, gs.Variable]:
     """Add the token policy at the border of layer `layer`; returns keep [B,T] int64, ascending columns of `prompt`, and
     kept_mask [B,T] int64. Layer 0: before the first layer, where the budget is `first_share`.
 
+    `who`: from the voters' rule over the context to the votes of the rows whose queries are at hand, if not of all.
     recipe.layers "all": the scores of every layer before the border are added, not those of the last one taken alone.
     """
     wires = {"image_mask": prompt.image_mask, "embeds": prompt.inputs_embeds}
     values = {"rho": recipe.rho, "beta": recipe.beta, "layer": layer}
     if "vote" in policy.WIRES:
-        wires["vote"] = edit.call(voting.FUNCTIONS[recipe.voters], prompt.image_mask, prompt.attention_mask)[0]
+        votes = edit.call(voting.FUNCTIONS[recipe.voters], prompt.image_mask, prompt.attention_mask)[0]
+        wires["vote"] = who(edit, votes) if who else votes
     if "seed" in policy.WIRES:
         wires["seed"] = edit.add_input("seed", np.int64, [1])
     # What reads nothing of a layer says the same at each.

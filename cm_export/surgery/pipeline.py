@@ -4,6 +4,7 @@ traced --bind_weights--> dense
 dense prefill --replace_ffn, replace_attention, choose_tokens, cut_tokens, score_neurons, report_means--> prefill
 dense decode  --replace_ffn, replace_attention (indexed), add_bias--------------------------------------> decode
                  or, where the graph itself chooses: predict_neurons, replace_ffn (per token), bind_predictor
+dense decode  --replace_ffn, replace_attention, choose_tokens, score_neurons, report_means, last_logits-> turn
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from .. import by_name
+from .. import by_name, dims
 from ..errors import InputError
 from ..predictor import group_of
 from ..recipe import Recipe
@@ -24,6 +25,7 @@ from .cut_tokens import cut_tokens, leave_out
 from .edit import Edit
 from .fill_ffn import add_bias, report_means
 from .find_sites import FFN
+from .new_rows import last_logits, of_new_rows, of_question
 from .predict_neurons import bind_predictor, predict_neurons
 from .replace_attention import replace_attention
 from .replace_ffn import replace_ffn
@@ -148,3 +150,38 @@ def sparse_decode(
     if recipe.neurons.fill != "none" and recipe.neurons.policy != "dense":
         log.append(Pass("decode", "add_bias", add_bias(edit, ffns, shape.hidden)))
     return bind_predictor(edit.export(), predictor or {}), log
+
+
+def turn(
+    model: onnx.ModelProto,
+    family: ModuleType,
+    shape: Any,
+    recipe: Recipe,
+    constants: dict[str, np.ndarray] | None = None,
+) -> tuple[onnx.ModelProto, list[Pass]]:
+    """Dense decode -> the graph that reads a later question over the whole cache. Raises SurgeryError, InputError.
+
+    Outputs: logits [B,V] of the last token, the cache with rows added, core scores of the new rows' activations, and
+    kept_tokens over the whole context where the question matters to the policy. For recipes that have one (`has_turn`).
+    """
+    edit, log = Edit(model), []
+    edit.add_input("image_mask", bool, [dims.BATCH, dims.CONTEXT])
+    token_policy = by_name.load("cm_export.policies.tokens", recipe.tokens.policy, "token policy")
+    neuron_policy = by_name.load("cm_export.policies.neurons", recipe.neurons.policy, "neuron policy")
+    ffns = replace_ffn(edit, family, shape.layers, shape.activation, indexed=False)
+    attentions = replace_attention(edit, family, shape.layers, indexed=False)
+    log += [Pass("turn", "replace_ffn", len(ffns)), Pass("turn", "replace_attention", len(attentions))]
+    if recipe.tokens.later == "again":
+        prompt, layer = whole_prompt(edit, recipe.tokens), recipe.tokens.prune_layer
+        kept = choose_tokens(edit, token_policy, recipe.tokens, prompt, layer, ffns, attentions, of_question)
+        report_tokens(edit, *kept)
+        log.append(Pass("turn", "choose_tokens", 1))
+    if neuron_policy.FUNCTION is not None:
+        weights = token_weights(edit, recipe.neurons, [None] * shape.layers, None, of_new_rows)
+        score_neurons(edit, neuron_policy, recipe.neurons, ffns, weights, constants or {})
+        log.append(Pass("turn", "score_neurons", len(ffns)))
+        if recipe.neurons.fill == "prompt":
+            log.append(Pass("turn", "report_means", report_means(edit, ffns, weights, shape.hidden)))
+    last_logits(edit, dims.BATCH, shape.vocab)
+    log.append(Pass("turn", "last_logits", 1))
+    return edit.export(), log

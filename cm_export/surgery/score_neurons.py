@@ -3,6 +3,7 @@
 z_i [B,S,F], token weights [B,S]  -> NeuronScore<policy> -> [B,F]  -> stacked over the layers
 """
 
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
@@ -18,19 +19,26 @@ from .find_sites import FFN
 
 
 def token_weights(
-    edit: Edit, recipe: Neurons, prompts: list[Prompt | None], chosen: Prompt | None
+    edit: Edit,
+    recipe: Neurons,
+    prompts: list[Prompt | None],
+    chosen: Prompt | None,
+    who: Callable[[Edit, gs.Variable], gs.Variable] | None = None,
 ) -> list[gs.Variable]:
     """How much each token's activations count, per layer [B,T]; `prompts`: what each layer sees, `chosen`: what stays
     (None: nothing is cut).
 
     counted "kept": the same tokens in all layers, those that stay. "all": every token that a layer sees; after a cut
     that is the kept ones again, so it differs in the layers before it, and everywhere with cache "index".
+    `who`: from votes over the context to those of the rows at hand, if not all are.
     """
     image_mask = edit.add_input("image_mask", bool, [dims.BATCH, dims.PROMPT])
     votes = edit.call(voting.FUNCTIONS[recipe.voters], image_mask, edit.input("attention_mask"))[0]
     if recipe.image_weight != 1:
         image, text = (edit.constant(w, np.float32) for w in (recipe.image_weight, 1.0))
         votes = edit.op("Mul", votes, edit.op("Where", image_mask, image, text))
+    if who:
+        votes = who(edit, votes)
     if recipe.counted == "kept" and chosen is not None:
         votes = edit.op("Mul", votes, edit.op("Cast", chosen.kept, to=1))
     made: dict[int, gs.Variable] = {}

@@ -12,6 +12,7 @@ from .._count import count_votes, count_votes_text
 
 WIRES = ("z", "weight")
 ATTRIBUTES = ("rho",)
+ADDS = True  # counts of two texts add up to those of both
 
 
 def score(z: torch.Tensor, weight: torch.Tensor, rho: float) -> torch.Tensor:

@@ -12,6 +12,7 @@ from .._energy import energy_share, energy_share_text
 
 WIRES = ("z", "weight", "row")
 ATTRIBUTES = ()
+ADDS = True  # scores of two texts add up to those of both
 
 
 def score(z: torch.Tensor, weight: torch.Tensor, row: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,63 @@
+"""A Qwen2-VL bundle of given sizes with random weights, for speed only: what a step costs does not depend on what it says.
+
+python benchmarks/random_bundle.py --out artifacts/mid.plan                          # 150 M parameters
+python benchmarks/random_bundle.py --out artifacts/2b.plan --sizes qwen2-vl-2b       # 9 GB of memory, some minutes
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+# hidden, FFN, layers, query heads, key heads, vocabulary
+SIZES = {"mid": (768, 4096, 12, 12, 2, 32000), "qwen2-vl-2b": (1536, 8960, 28, 12, 2, 151936)}
+
+
+def checkpoint(folder: Path, sizes: str) -> Path:
+    """Save a stock transformers checkpoint with a vision tower of one small layer."""
+    import torch
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    hidden, ffn, layers, heads, kv_heads, vocab = SIZES[sizes]
+    half = hidden // heads // 2
+    text = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8],
+        },
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    vision = {"depth": 1, "embed_dim": 64, "hidden_size": hidden, "num_heads": 4, "mlp_ratio": 2, "patch_size": 14}
+    special = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 3, "vision_end_token_id": 4}
+    torch.manual_seed(0)
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **special)
+    model = Qwen2VLForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sizes", choices=sorted(SIZES), default="mid")
+    args = parser.parse_args()
+    from cm_export.build import build
+    from cm_export.recipe import Recipe
+
+    with tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
+        path = checkpoint(Path(folder) / "checkpoint", args.sizes)
+        build(str(path), args.out, Recipe().replace(tokens__cache="index"), work_dir=Path(folder) / "stages")
+
+
+if __name__ == "__main__":
+    main()
