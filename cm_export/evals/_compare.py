@@ -61,10 +61,14 @@ class Row:
     @property
     def as_recipe(self) -> Recipe:
         """The recipe of a bundle that answers this way unasked; of the dense row, the one that it was measured beside."""
-        asked = self.budget
-        budget = "share" if asked.token_share is not None else None
+        neurons, tokens = self.budget.neuron_share, self.budget.token_share
+        if tokens is None:
+            return self.recipe.replace(neurons__share=neurons)
+        # At run time a first cut never keeps less than the second one (request.sparse_feeds); a recipe must say so.
+        cut = self.recipe.tokens
+        first = max(cut.first_share, tokens) if cut.first != "none" else None
         return self.recipe.replace(
-            neurons__share=asked.neuron_share, tokens__share=asked.token_share, tokens__budget=budget
+            neurons__share=neurons, tokens__share=tokens, tokens__budget="share", tokens__first_share=first
         )
 
     @property
