@@ -74,6 +74,7 @@ def measure(
     rows = [r for p in phases for r in p["rows"]]
     return {
         "bundle": str(path),
+        "seal": bundle.seal,
         "prompt_tokens": request.tokens,
         "image_tokens": request.image_tokens,
         "new_tokens": new_tokens,

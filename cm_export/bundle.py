@@ -82,6 +82,11 @@ class Bundle:
         self.config: dict[str, Any] = self.manifest["model"]["config"]
         self.shape = self.family.shape(self.config)
 
+    @cached_property
+    def seal(self) -> str:
+        """What tells this bundle from any other: a hash over the manifest, and through it over every file."""
+        return _seal(self.manifest)
+
     def wait_verified(self) -> None:
         """Return once the weights were read and match their hash. Raises BundleError. Call before showing an answer."""
         self._checking.join()

@@ -1,7 +1,8 @@
-"""What a measured figure depends on besides the program: processor, cores, threads, versions."""
+"""What a measured figure depends on besides the program: processor, cores, threads, versions, day."""
 
 import os
 import platform
+from datetime import UTC, datetime
 from typing import Any
 
 
@@ -12,6 +13,7 @@ def describe(threads: int, versions: dict[str, str]) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": threads or os.cpu_count(),
         "versions": versions,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -38,6 +38,12 @@ def check_output(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> Path:
 def draw_overlay(image: Image.Image, kept: np.ndarray, out_path: str | Path, caption: str | None = None) -> Path:
     """Writes the drawing atomically and returns its path. kept: bool [gh, gw]. Raises InputError (`check_output`)."""
     out_path = check_output(out_path)
+    _write(compose(image, kept, caption), out_path)
+    return out_path
+
+
+def compose(image: Image.Image, kept: np.ndarray, caption: str | None = None) -> Image.Image:
+    """The drawing itself, RGB. kept: bool [gh, gw]."""
     kept = np.asarray(kept, dtype=bool)
     if kept.ndim != 2 or kept.size == 0:
         raise ValueError(f"kept must be a grid [gh, gw], not {kept.shape}")
@@ -52,8 +58,7 @@ def draw_overlay(image: Image.Image, kept: np.ndarray, out_path: str | Path, cap
         drawn.paste(ACCENT, mask=_outline(mask, thickness=min(3, max(1, cell // 16))))
     if caption:
         drawn = _with_caption(drawn, caption)
-    _write(drawn, out_path)
-    return out_path
+    return drawn
 
 
 def _scaled(picture: Image.Image, grid: tuple[int, int]) -> Image.Image:

@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; the console script of pyproject.toml calls it."""
     if "_CM_EXPORT_COMPLETE" in os.environ:  # the shell asks for completions
         group.main(prog_name="cm-export")
-    state = {"debug": False}
+    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    state = {"debug": False, "args": args}
     try:
-        args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
         with group.make_context("cm-export", args, obj=state) as ctx:
             group.invoke(ctx)
         sys.stdout.flush()  # here, so that a closed pipe is seen below and not at interpreter exit

@@ -6,6 +6,7 @@ Nothing heavy is imported here: `--help` must answer at once.
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -104,6 +105,21 @@ seed_option = click.option("--seed", type=Count(0, 2**31 - 1), help="Seed of cha
 threads_option = click.option("--threads", type=Count(0), default=0, help="CPU threads; 0 takes all cores.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress and no summary.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout, nothing else.")
+
+
+def command_line(leave_out: tuple[str, ...] = ()) -> str:
+    """The command as it was typed, for a report; without the options named in `leave_out` and their values."""
+    ctx = click.get_current_context()
+    flags = {name for p in ctx.command.params if getattr(p, "is_flag", False) for name in p.opts}
+    args, kept = list((ctx.obj or {}).get("args", ())), []
+    while args:
+        word = args.pop(0)
+        name, has_value, _ = word.partition("=")
+        if name not in leave_out:
+            kept.append(word)
+        elif name not in flags and not has_value:
+            args = args[1:]
+    return shlex.join(["cm-export", *kept])
 
 
 def emit_json(value: Any) -> None:

@@ -8,6 +8,7 @@ from ._console import (
     Count,
     Verb,
     bundle_argument,
+    command_line,
     emit_json,
     json_option,
     neuron_share,
@@ -57,6 +58,7 @@ def command(
             vision=vision,
             progress=step,
         )
+    report["command"] = command_line()
     if as_json:
         emit_json(report)
     else:

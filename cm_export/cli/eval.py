@@ -12,6 +12,7 @@ from ._console import (
     Share,
     Verb,
     bundle_argument,
+    command_line,
     emit_json,
     json_option,
     progress,
@@ -88,6 +89,7 @@ def command(
     )
     with progress(quiet or as_json) as step:
         report = compare(bundle, chosen, asked, seed, threads, path, step)
+    report["command"] = command_line()
     if path:
         write_json(report, path)
         forget(path)

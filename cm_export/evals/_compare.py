@@ -5,8 +5,8 @@ row = policies and budget ->  accuracy   exact match of free-running greedy answ
                               kl, top1   next tokens against the dense model's, along the dense model's own answer
                               prefill_ms, gather_ms, ms_per_token
 
-The report is one JSON object: `task`, `rule`, `bundle`, `n`, `environment`, `rows` (one object per row, keys as `_result`
-gives them), the three that everybody wants as `dense`, `sparse`, `random`, and `table`, the same rows for people.
+The report is one JSON object: `task`, `rule`, `bundle`, its `seal`, `n`, `environment`, `rows` (one object per row, keys as
+`_result` gives them), the three that everybody wants as `dense`, `sparse`, `random`, and `table`, the same rows for people.
 """
 
 import hashlib
@@ -59,6 +59,19 @@ class Row:
         return "dense" if self.budget.dense else f"{self.recipe.neurons.policy} + {self.recipe.tokens.policy}"
 
     @property
+    def as_recipe(self) -> Recipe:
+        """The recipe of a bundle that answers this way unasked; of the dense row, the one that it was measured beside."""
+        neurons, tokens = self.budget.neuron_share, self.budget.token_share
+        if tokens is None:
+            return self.recipe.replace(neurons__share=neurons)
+        # At run time a first cut never keeps less than the second one (request.sparse_feeds); a recipe must say so.
+        cut = self.recipe.tokens
+        first = max(cut.first_share, tokens) if cut.first != "none" else None
+        return self.recipe.replace(
+            neurons__share=neurons, tokens__share=tokens, tokens__budget="share", tokens__first_share=first
+        )
+
+    @property
     def key(self) -> str:
         return key_of(recipe=self.recipe.to_dict(), budget=asdict(self.budget))
 
@@ -104,6 +117,7 @@ def compare(
             "task": task.name,
             "rule": task.rule,
             "bundle": str(path),
+            "seal": bundle.seal,
             "n": len(task.questions),
             "environment": environment.describe(threads, bundle.manifest["versions"]),
             "dense": dense,
@@ -248,6 +262,7 @@ class _Desk:
             "neurons": "dense" if row.budget.dense else row.recipe.neurons.policy,
             "tokens": "dense" if row.budget.dense else row.recipe.tokens.policy,
             "prune_layer": row.recipe.tokens.prune_layer,
+            "recipe": row.as_recipe.to_dict(),
             "neuron_share": answers[0]["neurons_kept"] / shape.ffn,  # measured, as is the next
             "token_share": kept / pictures if pictures else 1.0,
         }

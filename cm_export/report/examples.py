@@ -1,0 +1,119 @@
+"""A few of the task's own questions, answered dense and sparse, with the image tokens that were kept drawn as PNG data.
+
+More are asked than shown: where one of them goes wrong it is shown, because a page of successes decides nothing.
+"""
+
+import base64
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..evals._task import Question, Task
+from ..generate import Answer, Engine
+from ..overlay import compose
+from ..request import Request
+
+ASKED_PER_SHOWN = 4
+_SIDE = 512  # pixels: enough to see the patches, small enough for a page
+
+
+@dataclass(frozen=True)
+class Said:
+    text: str
+    right: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """pictures: data URIs; kept: image tokens (kept, all)."""
+
+    kind: str
+    question: str
+    wanted: tuple[str, ...]
+    dense: Said
+    sparse: Said
+    pictures: list[str]
+    kept: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Examples:
+    shown: list[Example]
+    asked: int
+    dense_right: int
+    sparse_right: int
+
+
+def pick(questions: list[Question], count: int) -> list[Question]:
+    """`count` of them: every kind in turn, spread over the whole list; always the same ones."""
+    by_kind: dict[str, list[Question]] = {}
+    for q in questions:
+        by_kind.setdefault(q.kind, []).append(q)
+    share = -(-count // len(by_kind)) if by_kind else 0
+    rows = []
+    for pool in by_kind.values():
+        at = np.linspace(0, len(pool) - 1, min(share, len(pool))).round().astype(int).tolist()
+        rows.append([pool[i] for i in dict.fromkeys(at)])
+    turns = [row[i] for i in range(share) for row in rows if i < len(row)]
+    return turns[:count]
+
+
+def ask(
+    engine: Engine, chosen: Engine, task: Task, count: int, progress: Callable[..., None] = lambda *_: None
+) -> Examples:
+    """Dense and sparse answers to count * ASKED_PER_SHOWN questions, `count` of them to show; failures first."""
+    answered = []
+    asked = pick(task.questions, count * ASKED_PER_SHOWN)
+    for number, q in enumerate(asked):
+        progress("ask the examples", number, len(asked))
+        pictures = [task.open_picture(p) for p in q.pictures]
+        both = []
+        for who, dense in ((engine, True), (chosen, False)):
+            answer = who.generate(q.text, images=pictures, max_new_tokens=task.limits[q.kind], dense=dense)
+            both.append((answer, Said(answer.text.strip(), any(task.same(answer.text.strip(), w) for w in q.answers))))
+        answered.append((q, pictures, both))
+    failed = [a for a in answered if not a[2][1][1].right]
+    # At most half of them failures: the others show what is lost against what is not.
+    some = failed[: max(1, count // 2)]
+    shown = some + [a for a in answered if not any(a is b for b in some)][: count - len(some)]
+    return Examples(
+        [_example(q, pictures, both) for q, pictures, both in shown],
+        len(answered),
+        sum(both[0][1].right for _, _, both in answered),
+        sum(both[1][1].right for _, _, both in answered),
+    )
+
+
+def _example(q: Question, pictures: list[Any], both: list[tuple[Answer, Said]]) -> Example:
+    kept = both[1][0].kept
+    return Example(
+        q.kind,
+        q.text,
+        q.answers,
+        both[0][1],
+        both[1][1],
+        [_png(picture, grid) for picture, grid in zip(pictures, kept, strict=True)],
+        (int(sum(k.sum() for k in kept)), int(sum(k.size for k in kept))),
+    )
+
+
+def _png(picture: Any, kept: np.ndarray) -> str:
+    small = picture.copy()
+    small.thumbnail((_SIDE, _SIDE))
+    drawn, data = compose(small, kept), io.BytesIO()
+    drawn.thumbnail((_SIDE, _SIDE))
+    drawn.save(data, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def requests_of(engine: Engine, task: Task, count: int) -> list[Request]:
+    """Prompts of `count` questions, for the analysis of the layers."""
+    out = []
+    for q in pick(task.questions, count):
+        embeds, grid = engine.embed([task.open_picture(p) for p in q.pictures])
+        counts = engine.bundle.family.image_tokens(grid, engine.bundle.shape.merge)
+        out.append(engine.request(engine.chat.encode(q.text, None, counts), grid, embeds))
+    return out

@@ -1,0 +1,141 @@
+"""From a bundle and its reports to everything that a page is made of; runs the evaluation itself where none is given."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .. import recipe as recipes
+from ..bundle import Bundle
+from ..errors import InputError
+from ..evals import _compare, _task
+from ..evals._journal import forget
+from ..evals._task import Task
+from ..generate import Engine
+from . import analysis, examples
+from .as_recipe import recipe_toml
+from .page import Inputs
+from .pareto import Choice, choose
+from .points import Point, distinct, known_task, points_of, read_bench, read_eval
+
+LAYER_QUESTIONS = 6
+_DRAWN = 50  # questions of each kind from which examples are picked
+
+
+def make(
+    path: Path,
+    evals: Sequence[Path] = (),
+    bench: Path | None = None,
+    task: Task | None = None,
+    floor: float = 0.985,
+    shown: int = 4,
+    seed: int | None = None,
+    threads: int = 0,
+    command: str = "",
+    measured: Path | None = None,
+    keep: Callable[[Any, Path], None] | None = None,
+    progress: Callable[..., None] = lambda what, done=None, total=None: None,
+) -> Inputs:
+    """Raises InputError, BundleError. Without `evals`, `task` is asked here and its report handed to keep(report, measured)."""
+    bundle = Bundle(path)
+    reports = [read_eval(p, bundle.seal) for p in evals]
+    speed = read_bench(bench, bundle.seal) if bench else None
+    for p, report in zip(evals, reports, strict=True):
+        points_of(report, bundle.shape, str(p))  # all that is wrong is said before the long work
+    if not reports:
+        if task is None:
+            raise InputError("no figures to report", where=path, fix="give --eval FILE, or questions: --task or --data")
+        report = _compare.compare(path, task, seed=seed, threads=threads, report=measured, progress=progress)
+        report["command"] = command
+        if measured and keep:
+            keep(report, measured)
+            forget(measured)
+        reports = [report]
+    points = distinct(p for r in reports for p in points_of(r, bundle.shape))
+    notes = _notes(reports, speed)
+    asked, layers, found = task or _same_task(reports, seed), None, None
+    if asked is None:
+        notes.append("No examples and no layers: the questions are not at hand. Give --task or --data.")
+    else:
+        engine = Engine(bundle, threads)
+        best = choose(points, floor).point
+        recipe = best.recipe if best else engine.recipe
+        chosen = engine if recipe == engine.recipe else _compare.with_policies(engine, recipe)
+        bundle.wait_verified()
+        if shown:
+            found = examples.ask(engine, chosen, asked, shown, progress)
+        layers = analysis.measure(engine, chosen, examples.requests_of(engine, asked, LAYER_QUESTIONS), progress)
+    bundle.wait_verified()
+    commands = [(f"accuracy and latency, {r['task']}", str(r.get("command") or "not recorded")) for r in reports]
+    if speed:
+        commands.append(("speed on made-up inputs", str(speed.get("command") or "not recorded")))
+    commands.append(("this page, its examples and layers", command))
+    built = recipes.from_dict(bundle.manifest["recipe"], "manifest.json: recipe")
+    return Inputs(
+        path, bundle.manifest, bundle.seal, built, reports, points, floor, speed, layers, found, commands, notes
+    )  # fmt: skip
+
+
+def _same_task(reports: list[dict[str, Any]], seed: int | None) -> Task | None:
+    """The questions of the first report whose task comes with the program."""
+    for report in reports:
+        if known_task(str(report["task"])):
+            kinds = tuple(report["rows"][0]["kinds"])
+            return _task.load(str(report["task"]).replace("-", "_"), kinds, _DRAWN, seed)
+    return None
+
+
+def _notes(reports: list[dict[str, Any]], speed: dict[str, Any] | None) -> list[str]:
+    """What a reader must know before comparing figures of one page with each other."""
+    machines = {(r["environment"].get("processor"), r["environment"].get("threads")) for r in reports}
+    out = []
+    if len(machines) > 1:
+        out.append(
+            "The reports were measured on different machines or threads: compare latencies within one report only."
+        )
+    n = min(r["n"] for r in reports)
+    if n < 300:
+        out.append(
+            f"{n} questions are few: intervals are wide, and a point may fail the floor for that alone. Ask more."
+        )
+    if speed is None:
+        out.append("Latencies are those of the questions asked, not of long prompts: add --bench for those.")
+    return out
+
+
+def summary(inputs: Inputs) -> dict[str, Any]:
+    """What --json prints: the recommendation and the rows it was chosen from."""
+    best = choose(inputs.points, inputs.floor)
+    return {
+        "floor": inputs.floor,
+        "holds": best.holds,
+        "recommended": _flat(best.point) if best.holds else None,
+        "nearest": None if best.holds or best.point is None else _flat(best.point),
+        "decided_by": best.decided_by,
+        "points_that_hold": best.holding,
+        "points_considered": best.considered,
+        "recipe_toml": recipe_toml(best.point.recipe, inputs.bundle, inputs.manifest) if best.point else None,
+        "bundle": str(inputs.bundle),
+        "seal": inputs.seal,
+        "rows": [_flat(p) for p in inputs.points],
+        "notes": inputs.notes,
+    }
+
+
+def _flat(p: Point) -> dict[str, Any]:
+    figures = {k: v for k, v in asdict(p).items() if k not in ("figures", "kinds", "recipe")}
+    kinds = {k: asdict(f) for k, f in p.kinds.items()}
+    return figures | asdict(p.figures) | {"kinds": kinds, "recipe": p.recipe.to_dict()}
+
+
+def sentence(best: Choice, floor: float) -> str:
+    """The headline in one line, for a terminal."""
+    p = best.point
+    if p is None:
+        return "no point to recommend: nothing was pruned, or the dense model got nothing right"
+    low, high = p.figures.of_dense_ci
+    what = f"{p.policies}, {100 * p.neuron_share:.3g} % neurons, {100 * p.token_share:.3g} % image tokens"
+    kept = f"{p.figures.of_dense:.4f} [{low:.4f}, {high:.4f}] of dense"
+    return (
+        f"{what}: {kept}" if best.holds else f"no measured point holds the floor {floor:g}; the nearest, {what}: {kept}"
+    )

@@ -1,0 +1,198 @@
+"""Reports of `eval` and `bench` as values, checked at the border: a page must not be built of another bundle's figures.
+
+eval JSON {task, seal, rows: [...]}  ->  [Point]      one way to answer, what it cost and how often it was right
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import by_name, recipe
+from ..errors import InputError
+from ..predictor import group_of
+from ..recipe import Recipe
+
+_BYTES = 4  # of a float32 weight or cache entry, the only dtype of a bundle
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Accuracy and what is kept of dense, each with its 95 % interval, of n questions."""
+
+    accuracy: float
+    ci: tuple[float, float]
+    of_dense: float | None  # None: dense itself got nothing right
+    of_dense_ci: tuple[float, float] | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Milliseconds: median and quartiles of n."""
+
+    median: float
+    q1: float
+    q3: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row of an eval report."""
+
+    task: str
+    key: str
+    policies: str
+    role: str  # dense | random | attention (as a control) | policy
+    neuron_share: float
+    token_share: float
+    figures: Figures
+    kinds: dict[str, Figures]
+    kl: float | None
+    top1: float | None
+    prefill: Spread | None
+    gather: Spread | None
+    decode: Spread | None  # per token
+    image_tokens: float
+    image_tokens_kept: float
+    recipe: Recipe
+    ffn_bytes: int  # read per decoded token, a predictor included
+    image_kv_bytes: int  # keys and values of image tokens, read per decoded token
+
+    @property
+    def memory(self) -> int:
+        return self.ffn_bytes + self.image_kv_bytes
+
+    @property
+    def deployable(self) -> bool:
+        """Neither the dense model nor a random control."""
+        return self.role in ("policy", "attention")
+
+
+def points_of(report: dict[str, Any], shape: Any, where: str = "rows") -> list[Point]:
+    """Rows of the eval schema, whoever measured them. Raises InputError for one that lacks what a page needs."""
+    try:
+        rows = report["rows"]
+        others = {r["tokens"] for r in rows if not r["is_random"]} - {"attention", "dense"}
+        return [_point(str(report["task"]), r, bool(others), shape) for r in rows]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+        what = f"its rows are not those of an eval report ({type(e).__name__}: {e})"
+        raise InputError(what, where=where, fix=_EVAL) from e
+
+
+def _point(task: str, row: dict[str, Any], attention_is_control: bool, shape: Any) -> Point:
+    role = "policy"
+    if row["policies"] == "dense":
+        role = "dense"
+    elif row["is_random"]:
+        role = "random"
+    elif row["tokens"] == "attention" and attention_is_control:
+        role = "attention"
+    as_recipe = recipe.from_dict(row["recipe"], "recipe of a row")
+    neurons, kept = float(row["neuron_share"]), float(row["image_tokens_kept"])
+    ffn = 3 * shape.layers * shape.ffn * shape.hidden * _BYTES * neurons
+    if role != "dense" and as_recipe.neurons.in_decode:  # 4-bit gate and up, and a float32 scale per group of them
+        ffn += 2 * shape.layers * shape.ffn * shape.hidden * (0.5 + 4 / group_of(shape.hidden))
+    return Point(
+        task=task,
+        key=str(row["key"]),
+        policies=str(row["policies"]),
+        role=role,
+        neuron_share=neurons,
+        token_share=float(row["token_share"]),
+        figures=_figures(row),
+        kinds={str(kind): _figures(values) for kind, values in row["kinds"].items()},
+        kl=_number(row["kl"]),
+        top1=_number(row["top1"]),
+        prefill=_spread(row["prefill_ms"]),
+        gather=_spread(row["gather_ms"]),
+        decode=_spread(row["ms_per_token"]),
+        image_tokens=float(row["image_tokens"]),
+        image_tokens_kept=kept,
+        recipe=as_recipe,
+        ffn_bytes=round(ffn),
+        image_kv_bytes=round(2 * shape.layers * shape.kv_heads * shape.head_dim * _BYTES * kept),
+    )
+
+
+def _figures(row: dict[str, Any]) -> Figures:
+    n = row["n"]
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"n = {n!r}")
+    return Figures(float(row["accuracy"]), _pair(row["ci"]), _number(row["of_dense"]), _pair(row["of_dense_ci"]), n)
+
+
+def _pair(value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    low, high = value
+    return float(low), float(high)
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _spread(value: Any) -> Spread | None:
+    return value and Spread(*(float(value[k]) for k in ("median", "q1", "q3")), int(value["n"]))
+
+
+def distinct(points: Iterable[Point]) -> list[Point]:
+    """Without rows that two sweeps over the same questions share, such as dense; the first one stays."""
+    seen: dict[Any, Point] = {}
+    for p in points:
+        seen.setdefault((p.task, p.key, p.figures), p)
+    return list(seen.values())
+
+
+_EVAL = "give a file that `cm-export eval ... --out` wrote"
+_BENCH = "give what `cm-export bench ... --json` printed"
+
+
+def read_eval(path: Path, seal: str) -> dict[str, Any]:
+    """An eval report of the bundle with this seal. Raises InputError."""
+    return _read(path, seal, ("task", "rule", "n", "environment"), "an eval report", _EVAL)
+
+
+def read_bench(path: Path, seal: str) -> dict[str, Any]:
+    """A bench report of the bundle with this seal. Raises InputError."""
+    found = _read(path, seal, ("prompt_tokens", "repeats", "environment"), "a bench report", _BENCH)
+    try:
+        for row in found["rows"]:
+            for key in ("median_ms", "q1_ms", "q3_ms"):
+                row[key] = float(row[key])
+            row["phase"], row["mode"], row["n"] = str(row["phase"]), str(row["mode"]), int(row["n"])
+            row["speedup"] = _number(row["speedup"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise InputError(f"its rows are not those of a bench report ({e})", where=path, fix=_BENCH) from e
+    return found
+
+
+def _read(path: Path, seal: str, keys: tuple[str, ...], what: str, fix: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"cannot be read ({e.strerror})", where=path, fix=fix) from e
+    except (ValueError, RecursionError) as e:
+        raise InputError("is not JSON", where=path, fix=fix) from e
+    missing = [k for k in ("bundle", "rows", *keys) if not isinstance(found, dict) or k not in found]
+    if missing:
+        raise InputError(f"is not {what} (no {missing[0]!r})", where=path, fix=fix)
+    if not isinstance(found["rows"], list) or not found["rows"] or not isinstance(found["environment"], dict):
+        raise InputError(f"is not {what} (no rows)", where=path, fix=fix)
+    if "seal" not in found:
+        raise InputError(
+            "does not say which bundle it measured; an older version wrote it", where=path, fix="run it again"
+        )
+    if found["seal"] != seal:
+        other = f"{found['bundle']}, seal {str(found['seal'])[:12]}"
+        fix = f"this one has the seal {seal[:12]}: measure it"
+        raise InputError(f"measured another bundle ({other})", where=path, fix=fix)
+    return found
+
+
+def known_task(name: str) -> bool:
+    """Whether a report's task comes with the program, so that its questions can be asked again."""
+    return name.replace("-", "_") in by_name.names_in("cm_export.evals")
