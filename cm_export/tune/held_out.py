@@ -33,12 +33,12 @@ def second_look(
 ) -> dict[str, Any]:
     """The verdict as part of the report: finalists are asked the held-out half, which decides."""
     told = studies.finished(study)
-    points = [point(t) for t in told if t.user_attrs["whole"]]
+    points = [point(t) for t in told if studies.facts_of(t)["whole"]]
     stored = {int(k.partition(".")[2]): v for k, v in study.user_attrs.items() if k.startswith("held_out.")}
     fresh = affordable(len(held), wish.floor, len(stored))
     chosen = finalists(points, wish.floor, fresh) if fresh else []
     chosen += [p for p in finalists(points, wish.floor, FINALISTS) if p.number in stored and p not in chosen]
-    recipes = {t.number: from_dict(t.user_attrs["recipe"]) for t in told}
+    recipes = {t.number: from_dict(studies.facts_of(t)["recipe"]) for t in told}
     for i, p in enumerate(chosen):
         if p.number not in stored:  # asked once: another process may have done it, or this one before it was killed
             what = f"finalist {i + 1} of {len(chosen)}, held-out questions"
@@ -60,7 +60,7 @@ def second_look(
     on_front = {p.number for p in front(points)}
     rows = []
     for t in told:
-        facts = {k: v for k, v in t.user_attrs.items() if k not in ("owner", "seen", "right", "dense", "deaths")}
+        facts = {k: v for k, v in studies.facts_of(t).items() if k not in ("right", "dense")}
         rows.append({"trial": t.number, **facts, "on_front": t.number in on_front, "held_out": None})
         if t.number in stored:
             rows[-1]["held_out"] = _row(stored[t.number], looks)
@@ -92,17 +92,11 @@ def refusal(
     points: list[Point], asked: list[HeldOut], fresh: int, looks: int, floor: float, held: int
 ) -> tuple[str, str]:
     """Why nothing is recommended, and what to do, each in a few words."""
-    if not points or max(p.kept for p in points) < floor:
-        best = f"; the best kept {max(p.kept for p in points):.4f}" if points else ""
-        return (
-            f"no point kept {floor:g} of the dense accuracy on the search half{best}",
-            "more --trials, or lower --floor",
-        )
-    if not [p for p in points if p.kept >= floor and p.cost < 1]:
-        return (
-            f"no point that keeps {floor:g} of the dense accuracy costs less than dense",
-            "more --trials, or lower --floor",
-        )
+    cheaper = [p.kept for p in points if p.cost < 1]
+    if not cheaper or max(cheaper) < floor:
+        best = f"; the best kept {max(cheaper):.4f}" if cheaper else ""
+        what = f"no point cheaper than dense kept {floor:g} of its accuracy on the search half{best}"
+        return what, "more --trials, or lower --floor"
     if not asked:
         what = f"{looks} points were already looked at on the {held} held-out questions, which can bear no more"
         return what, "ask new questions: another --seed or --limit and a new --study"
@@ -124,7 +118,7 @@ def refusal(
 
 def point(trial: Any) -> Point:
     """A told trial as the verdict sees it."""
-    return Point(trial.number, trial.values[0], tuple(trial.user_attrs["of_dense_ci"]), trial.values[1])
+    return Point(trial.number, trial.values[0], tuple(studies.facts_of(trial)["of_dense_ci"]), trial.values[1])
 
 
 def _ask_held_out(

@@ -156,11 +156,9 @@ def _trial(
         given = trial.user_attrs.get("recipe")
         chosen = spaces.recipe_of(trial, space)  # also where a recipe is given: the model of what is good reads these
         recipe = from_dict(given) if given else chosen
-        trial.set_user_attr("recipe", recipe.to_dict())
-        twin = next((t for t in told if from_dict(t.user_attrs["recipe"]) == recipe), None)
+        twin = next((t for t in told if from_dict(studies.facts_of(t)["recipe"]) == recipe), None)
         if twin:
-            keys = ("whole", "n", "of_dense_ci", "accuracy", "neuron_share", "token_share", "memory", "latency")
-            facts = {k: twin.user_attrs[k] for k in keys} | {"same_as": twin.number}
+            facts = studies.facts_of(twin) | {"same_as": twin.number}
             kept, cost = twin.values
         elif spaces.is_dense(recipe):
             facts = {"whole": True, "n": 0, "of_dense_ci": [1.0, 1.0], "accuracy": None, "neuron_share": 1.0}
@@ -170,7 +168,8 @@ def _trial(
             timed = _TIMED if wish.objective == "latency" else 0
             kept, facts = examine(judge, recipe, search, steps, wish.floor, timed, beat)
             cost = facts[wish.objective]["ratio"]
-        studies.finish(study, trial, kept, cost, **facts)
+        told_of = {k: v for k, v in facts.items() if k not in ("of_dense", "cost", "recipe")}
+        studies.finish(study, trial, kept, cost, recipe=recipe.to_dict(), **told_of)
     except CmExportError as e:
         if isinstance(e, GateFailed):
             studies.give_back(study, trial.number)
@@ -185,7 +184,7 @@ def _trial(
 
 def _best(told: list[Any], floor: float) -> str:
     """The cheapest so far that looks good enough."""
-    good = [point(t) for t in told if t.user_attrs["whole"] and t.values[0] >= floor and t.values[1] < 1]
+    good = [point(t) for t in told if studies.facts_of(t)["whole"] and t.values[0] >= floor and t.values[1] < 1]
     if not good:
         return ""
     best = min(good, key=lambda p: p.cost)

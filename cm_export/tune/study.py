@@ -50,7 +50,7 @@ class Sampler(optuna.samplers.BaseSampler):
                 group=True,
                 constant_liar=True,  # other processes are at work on trials of their own
                 seed=int.from_bytes(digest[:4], "big"),
-                constraints_func=lambda t: (self.floor - t.user_attrs["of_dense"],),
+                constraints_func=lambda t: (self.floor - t.user_attrs["facts"]["of_dense"],),
             )
         self._inner.before_trial(study, trial)
 
@@ -91,7 +91,7 @@ def open_study(place: str, name: str, settings: dict[str, Any], seed: int, floor
         )
     for key, value in settings.items():
         if found is not None and found.get(key) != value:
-            what = f"is the study of another {key} ({_short(found.get(key))}, here {_short(value)})"
+            what = f"holds another search: its {key} is {_short(found.get(key))}, here it is {_short(value)}"
             raise InputError(what, where=shown(place), fix="give another --study or --study-name, or the same settings")
     if found is None:
         study.set_user_attr("settings", settings)
@@ -114,8 +114,7 @@ def claim(study: optuna.Study, total: int) -> optuna.Trial | None:
     if len(_counted(study)) >= total:
         return None
     trial = study.ask()
-    trial.set_user_attr("owner", _me())
-    beat(trial)
+    trial.set_user_attr("owner", _me() | {"seen": time.time()})
     # Two processes may both have seen room for one: the later of the two gives way.
     if [t.number for t in _counted(study)].index(trial.number) >= total:
         trial.set_user_attr("surplus", True)
@@ -136,8 +135,8 @@ def beat(trial: optuna.Trial) -> bool:
 def finish(study: optuna.Study, trial: optuna.Trial, kept: float, cost: float, **facts: Any) -> None:
     """Tell what came of a trial; dropped without a word when it had been given up."""
     try:
-        for key, value in {"of_dense": kept, "cost": cost, **facts}.items():
-            trial.set_user_attr(key, value)
+        # One attribute, not one each: every write to a shared storage waits for its turn and for the disk.
+        trial.set_user_attr("facts", {"of_dense": kept, "cost": cost, **facts})
         study.tell(trial, [kept, cost], skip_if_finished=True)
     except (optuna.exceptions.UpdateFinishedTrialError, KeyError):
         return
@@ -181,7 +180,7 @@ def reopen(study: optuna.Study, floor: float) -> int:
     """Let trials wait again that an earlier, higher floor dropped and this one would not; their number."""
     again = 0
     for t in _counted(study):
-        if t.state == TrialState.COMPLETE and not t.user_attrs["whole"] and t.user_attrs["of_dense_ci"][1] >= floor:
+        if t.state == TrialState.COMPLETE and not facts_of(t)["whole"] and facts_of(t)["of_dense_ci"][1] >= floor:
             _wait(study, t.params, t.user_attrs.get("recipe"), again_of=t.number)
             again += 1
     return again
@@ -195,6 +194,11 @@ def running(study: optuna.Study) -> int:
 def finished(study: optuna.Study) -> list[FrozenTrial]:
     """Told trials, each set of parameters once, in the order of their numbers."""
     return [t for t in _counted(study) if t.state == TrialState.COMPLETE]
+
+
+def facts_of(trial: FrozenTrial) -> dict[str, Any]:
+    """What `finish` was told."""
+    return trial.user_attrs["facts"]
 
 
 def counted(study: optuna.Study) -> int:
@@ -233,7 +237,7 @@ def _is_dead(trial: FrozenTrial) -> bool:
     if owner is None:
         return abs(time.time() - trial.datetime_start.timestamp()) > _NAMELESS
     if owner["host"] != _me()["host"]:
-        return abs(time.time() - trial.user_attrs.get("seen", 0)) > SILENCE
+        return abs(time.time() - trial.user_attrs.get("seen", owner["seen"])) > SILENCE
     try:
         return abs(psutil.Process(owner["pid"]).create_time() - owner["born"]) > 1
     except psutil.NoSuchProcess:
