@@ -246,12 +246,14 @@ def test_an_error_in_a_trial_leaves_it_to_be_run_again(tmp_path):
 
 
 def offered(base: Recipe, layers: int = 8) -> space.Space:
-    return space.of_bundle(SimpleNamespace(shape=SimpleNamespace(layers=layers, ffn=1024)), base)
+    return space.of_bundle(SimpleNamespace(shape=SimpleNamespace(layers=layers, hidden=256, ffn=1024)), base)
 
 
 def test_only_what_a_bundle_can_do_is_offered():
     plain = offered(Recipe())
-    assert {"griffin", "coreinfer", "dense"} <= set(plain.neurons) and "random" not in plain.neurons + plain.tokens
+    assert {"griffin", "coreinfer", "predicted", "dense"} <= set(
+        plain.neurons
+    ) and "random" not in plain.neurons + plain.tokens
     assert not {"glass", "glass_rank"} & set(plain.neurons), "they need a calibration"
     assert {"attention", "overlap", "dense"} <= set(plain.tokens) and plain.blocks == (1,) and plain.prune_layers == 6
     calibrated = offered(Recipe().replace(calibration="calibration.safetensors"))
@@ -265,12 +267,12 @@ def test_only_what_a_bundle_can_do_is_offered():
 
 def test_a_policy_that_prunes_nothing_has_no_share_and_what_is_not_searched_stays():
     base = Recipe().replace(neurons__rho=0.3, tokens__cache="index")
-    for neurons, tokens in (("dense", "attention"), ("griffin", "dense"), ("griffin", "attention")):
+    for neurons, tokens in (("dense", "attention"), ("predicted", "dense"), ("griffin", "attention")):
         asked = optuna.trial.FixedTrial(
             {"neurons": neurons, "tokens": tokens, "neuron_percent": 35, "neuron_voters": "text"}
             | {"token_percent": 20, "token_voters": "last", "prune_layer": 3}
         )
-        found = space.recipe_of(asked, dataclasses.replace(SPACE, base=base))
+        found = space.recipe_of(asked, dataclasses.replace(SPACE, base=base, neurons=("dense", "griffin", "predicted")))
         assert ("neuron_percent" in asked.distributions) == (neurons != "dense")
         assert ("token_percent" in asked.distributions) == (tokens != "dense") == ("prune_layer" in asked.distributions)
         assert space.shares(found) == (0.35 if neurons != "dense" else None, 0.2 if tokens != "dense" else None)

@@ -51,7 +51,7 @@ def second_look(
     if best:
         facts = stored[best.number]
         progress("random control of the same size")
-        random_recipe = _random_like(recipes[best.number], facts["neuron_share"], facts["token_share"])
+        random_recipe = _random_like(recipes[best.number], facts)
         control = _row(_ask_held_out(judge, random_recipe, held, wish, "random control", progress), 1)
     dense = {}
     for half, numbers in (("search", search), ("held_out", held)):
@@ -143,12 +143,12 @@ def _row(facts: dict[str, Any], looks: int) -> dict[str, Any]:
     return out | {"of_dense_ci": h.kept(looks)[1], "ci": list(wilson(sum(h.right), len(h.right)))}
 
 
-def _random_like(recipe: Recipe, neuron_share: float, token_share: float) -> Recipe:
+def _random_like(recipe: Recipe, facts: dict[str, Any]) -> Recipe:
     """Random choices of the size that was measured; what is not pruned stays whole."""
     values: dict[str, Any] = {"neurons__fill": "none"}  # a random set is better off without, see evals/_compare.py
     neurons, tokens = recipe.neurons.policy != "dense", recipe.tokens.policy != "dense"
     if neurons:
-        values |= {"neurons__policy": "random", "neurons__share": neuron_share, "neurons__block": 1}
+        values |= {"neurons__policy": "random", "neurons__share": facts["neuron_share"], "neurons__block": 1}
     if tokens:
-        values |= {"tokens__policy": "random", "tokens__share": token_share, "tokens__budget": "share"}
+        values |= {"tokens__policy": "random", "tokens__share": facts["token_share"], "tokens__budget": "share"}
     return recipe.replace(**values)

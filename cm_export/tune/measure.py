@@ -84,9 +84,12 @@ class BundleJudge:
         # With cache = "index" decode reads the listed rows, but all of them stay in memory.
         rows = request.tokens if recipe.tokens.cache == "index" else kept
         counts, layers = int(prefilled.core_set.counts.sum()), shape.layers
+        ffn = counts * self._neuron_bytes
+        if recipe.neurons.in_decode:  # which rows are read is known only token by token: all are held, and the copies
+            ffn = layers * shape.ffn * self._neuron_bytes + engine.bundle.predictor.path.stat().st_size
         return Answered(
             right=right,
-            bytes=counts * self._neuron_bytes + rows * self._row_bytes,
+            bytes=ffn + rows * self._row_bytes,
             dense_bytes=layers * shape.ffn * self._neuron_bytes + request.tokens * self._row_bytes,
             neuron_share=counts / (layers * shape.ffn),
             image_tokens=request.image_tokens,

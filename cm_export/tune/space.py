@@ -48,7 +48,7 @@ def of_bundle(bundle: Bundle, base: Recipe) -> Space:
         t
         for t in by_name.names_in(TOKENS)
         if t != "random"
-        and (last or not _prunes(TOKENS, t))
+        and (last or not _prunes(t))
         and _runs(base, bundle, tokens__policy=t, tokens__budget="share", tokens__prune_layer=1)
     )
     # Blocks want neurons that fire together side by side: a build puts them in that order, and graphs rewritten in memory
@@ -60,14 +60,14 @@ def of_bundle(bundle: Bundle, base: Recipe) -> Space:
 def recipe_of(trial: Any, space: Space) -> Recipe:
     """The recipe of an Optuna trial."""
     values: dict[str, Any] = {"neurons__policy": trial.suggest_categorical("neurons", space.neurons)}
-    if _prunes(NEURONS, values["neurons__policy"]):
+    if _prunes(values["neurons__policy"]):
         values["neurons__share"] = trial.suggest_int("neuron_percent", *PERCENT[:2], step=PERCENT[2]) / 100
         if "weight" in _policy(NEURONS, values["neurons__policy"]).WIRES:
             values["neurons__voters"] = trial.suggest_categorical("neuron_voters", VOTERS)
         if len(space.blocks) > 1:
             values["neurons__block"] = trial.suggest_categorical("block", space.blocks)
     values["tokens__policy"] = trial.suggest_categorical("tokens", space.tokens)
-    if _prunes(TOKENS, values["tokens__policy"]):
+    if _prunes(values["tokens__policy"]):
         values["tokens__budget"] = "share"
         values["tokens__share"] = trial.suggest_int("token_percent", *PERCENT[:2], step=PERCENT[2]) / 100
         values["tokens__prune_layer"] = trial.suggest_int("prune_layer", 1, space.prune_layers)
@@ -82,9 +82,9 @@ def params_of(recipe: Recipe, space: Space) -> dict[str, Any] | None:
     if n.policy not in space.neurons or t.policy not in space.tokens:
         return None
     params: dict[str, Any] = {"neurons": n.policy, "tokens": t.policy}
-    if _prunes(NEURONS, n.policy):
+    if _prunes(n.policy):
         params |= {"neuron_percent": _step(n.share), "neuron_voters": n.voters, "block": n.block}
-    if _prunes(TOKENS, t.policy):
+    if _prunes(t.policy):
         layer = min(t.prune_layer, space.prune_layers)
         params |= {"token_percent": _step(t.share), "token_voters": t.voters, "prune_layer": layer}
     return params
@@ -94,8 +94,8 @@ def first(space: Space) -> list[tuple[dict[str, Any], Recipe | None]]:
     """Where a search starts: the bundle's own recipe, as it is, and a few corners (their recipe follows from the params)."""
     own = params_of(space.base, space)
     out: list[tuple[dict[str, Any], Recipe | None]] = [(own, space.base)] if own else []
-    neurons = _own_or_first(NEURONS, space.base.neurons.policy, space.neurons)
-    tokens = _own_or_first(TOKENS, space.base.tokens.policy, space.tokens)
+    neurons = _own_or_first(space.base.neurons.policy, space.neurons)
+    tokens = _own_or_first(space.base.tokens.policy, space.tokens)
     for neuron_percent, token_percent in CORNERS:
         values: dict[str, Any] = {"tokens__budget": "share"}
         values["neurons__policy"] = neurons if neuron_percent else "dense"
@@ -111,13 +111,13 @@ def first(space: Space) -> list[tuple[dict[str, Any], Recipe | None]]:
 
 def is_dense(recipe: Recipe) -> bool:
     """Whether nothing is pruned."""
-    return not (_prunes(NEURONS, recipe.neurons.policy) or _prunes(TOKENS, recipe.tokens.policy))
+    return not (_prunes(recipe.neurons.policy) or _prunes(recipe.tokens.policy))
 
 
 def shares(recipe: Recipe) -> tuple[float | None, float | None]:
     """What to ask of an engine for this recipe: None where its policy prunes nothing or counts by another rule."""
-    n = recipe.neurons.share if _prunes(NEURONS, recipe.neurons.policy) else None
-    t = recipe.tokens.share if _prunes(TOKENS, recipe.tokens.policy) and recipe.tokens.budget == "share" else None
+    n = recipe.neurons.share if _prunes(recipe.neurons.policy) else None
+    t = recipe.tokens.share if _prunes(recipe.tokens.policy) and recipe.tokens.budget == "share" else None
     return n, t
 
 
@@ -139,12 +139,12 @@ def _policy(package: str, name: str) -> ModuleType:
     return by_name.load(package, name, "policy")
 
 
-def _prunes(package: str, name: str) -> bool:
-    return _policy(package, name).FUNCTION is not None
+def _prunes(name: str) -> bool:
+    return name != "dense"  # not FUNCTION: a policy may choose in decode and have none in prefill
 
 
-def _own_or_first(package: str, own: str, offered: tuple[str, ...]) -> str:
-    pruning = [name for name in offered if _prunes(package, name)]
+def _own_or_first(own: str, offered: tuple[str, ...]) -> str:
+    pruning = [name for name in offered if _prunes(name)]
     return own if own in pruning else pruning[0] if pruning else "dense"
 
 
