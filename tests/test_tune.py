@@ -1,5 +1,6 @@
 """Tuning: what is searched, what is recommended and what is refused, and that a killed or shared search goes on."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -473,19 +474,23 @@ def _started(arguments: list[object]) -> subprocess.Popen:
 
 
 def _trials(place: Path) -> list:
-    """What a study holds by now; nothing while it is being made."""
+    return optuna.load_study(study_name="cm-export", storage=f"sqlite:///{place}").trials
+
+
+def _states(place: Path) -> Counter:
+    """How many trials are in which state, read past Optuna, which takes longer to open a study than a trial may take."""
     try:
-        storage = f"sqlite:///{place}"
-        return optuna.load_study(study_name="cm-export", storage=storage).trials if place.exists() else []
-    except Exception:
-        return []
+        with contextlib.closing(sqlite3.connect(f"file:{place}?mode=ro", uri=True)) as db:
+            return Counter(state for (state,) in db.execute("select state from trials"))
+    except sqlite3.Error:
+        return Counter()  # it is just being made
 
 
 def _wait(process: subprocess.Popen, place: Path, done: int) -> None:
     """Until `done` trials are complete and another is running."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while process.poll() is None:
-        states = Counter(t.state.name for t in _trials(place))
+        states = _states(place)
         if states["COMPLETE"] >= done and states["RUNNING"]:
             return
         assert time.monotonic() < deadline
