@@ -85,12 +85,13 @@ def check_questions(n: int, search: int, held: int, floor: float) -> None:
     if held and search and affordable(held, floor, 0):
         return
     needed = questions_needed(floor)
-    fix = f"ask {2 * needed} or more" if needed else "no number of questions shows that nothing is lost: lower --floor"
+    none = "no number of questions shows that nothing at all is lost"
+    fix = f"ask {2 * needed} or more, or lower --floor" if needed else f"{none}: lower --floor"
     raise GateFailed(
         f"{held} held-out questions (half of {n}) cannot show that {floor:g} of the dense accuracy is kept, "
         "even if none is lost",
         where="tune",
-        fix=f"{fix}, or lower --floor",
+        fix=fix,
     )
 
 
