@@ -266,6 +266,16 @@ def test_only_what_a_bundle_can_do_is_offered():
     assert "coreinfer" not in offered(Recipe().replace(neurons__image_weight=0.5)).neurons
 
 
+def test_a_first_cut_leaves_what_every_share_needs_and_goes_with_the_second():
+    base = Recipe().replace(tokens__first="spread", tokens__first_share=0.6, tokens__share=0.3)
+    found = offered(base)
+    assert "dense" in found.tokens and len(space.first(found)) > 3
+    params = {"neurons": "dense", "tokens": "attention", "token_percent": 80, "token_voters": "all", "prune_layer": 1}
+    tokens = space.recipe_of(optuna.trial.FixedTrial(params), found).tokens
+    assert (tokens.first, tokens.first_share, tokens.share) == ("spread", 0.8, 0.8)
+    assert space.recipe_of(optuna.trial.FixedTrial(params | {"tokens": "dense"}), found).tokens.first == "none"
+
+
 def test_a_policy_that_prunes_nothing_has_no_share_and_what_is_not_searched_stays():
     base = Recipe().replace(neurons__rho=0.3, tokens__cache="index")
     for neurons, tokens in (("dense", "attention"), ("predicted", "dense"), ("griffin", "attention")):

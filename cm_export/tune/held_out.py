@@ -150,5 +150,10 @@ def _random_like(recipe: Recipe, facts: dict[str, Any]) -> Recipe:
     if neurons:
         values |= {"neurons__policy": "random", "neurons__share": facts["neuron_share"], "neurons__block": 1}
     if tokens:
-        values |= {"tokens__policy": "random", "tokens__share": facts["token_share"], "tokens__budget": "share"}
+        values |= {
+            "tokens__policy": "random",
+            "tokens__share": facts["token_share"],
+            "tokens__budget": "share",
+            "tokens__first": "none",
+        }
     return recipe.replace(**values)
