@@ -161,7 +161,7 @@ def test_the_search_recommends_the_cheapest_recipe_that_holds(tmp_path):
     assert [r["trial"] for r in report["trials"]] == list(range(30))
     assert report["trials"][0]["recipe"] == Recipe().to_dict(), "the bundle's own recipe comes first"
     level = 1 - 0.05 / report["looks"]
-    assert report["level"] == level and report["looks"] == len(report["finalists"]) > 1
+    assert report["level"] == level and report["looks"] == len(report["finalists"]) >= 1
 
 
 def test_bad_trials_are_stopped_after_a_quarter_of_the_questions_and_good_ones_are_not(tmp_path):
