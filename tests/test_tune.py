@@ -246,8 +246,8 @@ def test_an_error_in_a_trial_leaves_it_to_be_run_again(tmp_path):
 # ---------------------------------------------------------------- what may be tried
 
 
-def offered(base: Recipe, layers: int = 8) -> space.Space:
-    return space.of_bundle(SimpleNamespace(shape=SimpleNamespace(layers=layers, hidden=256, ffn=1024)), base)
+def offered(base: Recipe, layers: int = 8, sees: bool = True) -> space.Space:
+    return space.of_bundle(SimpleNamespace(shape=SimpleNamespace(layers=layers, hidden=256, ffn=1024, sees=sees)), base)
 
 
 def test_only_what_a_bundle_can_do_is_offered():
@@ -264,6 +264,7 @@ def test_only_what_a_bundle_can_do_is_offered():
     assert offered(Recipe(), layers=3).prune_layers == 2
     assert offered(Recipe().replace(tokens__policy="dense"), layers=1).tokens == ("dense",)
     assert "coreinfer" not in offered(Recipe().replace(neurons__image_weight=0.5)).neurons
+    assert offered(Recipe().replace(tokens__policy="dense"), sees=False).tokens == ("dense",), "it sees no pictures"
 
 
 def test_a_first_cut_leaves_what_every_share_needs_and_goes_with_the_second():
