@@ -18,6 +18,7 @@ EXTRAS = {
     "tensorrt": "nothing yet: the TensorRT backend is not built; the graphs carry its plugin attributes",
     "eval": "brings the pictures and questions that `cm-export eval` asks",
     "bench": "measures neuron policies on a real language model: `make bench-quality`",
+    "tune": "searches recipes: `cm-export tune`",
     "dev": "runs the tests and the linter",
 }
 

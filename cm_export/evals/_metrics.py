@@ -21,8 +21,10 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, mid - half), min(1.0, mid + half)
 
 
-def kept_of_dense(dense: np.ndarray, sparse: np.ndarray) -> tuple[float | None, list[float] | None]:
-    """Sparse accuracy over dense accuracy of the same questions [n] bool, and its 95 % interval; None if dense has none.
+def kept_of_dense(
+    dense: np.ndarray, sparse: np.ndarray, level: float = 0.95
+) -> tuple[float | None, list[float] | None]:
+    """Sparse accuracy over dense accuracy of the same questions [n] bool, and its interval; None if dense has none.
 
     The questions are paired, so the interval is far narrower than that of two separate samples. Equal-tailed posterior
     interval of the four shares under Jeffreys' prior (a half in each cell): unlike a bootstrap it does not shrink to a
@@ -32,9 +34,14 @@ def kept_of_dense(dense: np.ndarray, sparse: np.ndarray) -> tuple[float | None, 
     if not dense.any():
         return None, None
     cells = [(dense & sparse).sum(), (dense & ~sparse).sum(), (~dense & sparse).sum(), (~dense & ~sparse).sum()]
-    both, lost, won, _ = np.random.default_rng(0).dirichlet(np.array(cells) + 0.5, _DRAWS).T
-    low, high = np.quantile((both + won) / (both + lost), [0.025, 0.975])
-    return float(sparse.sum() / dense.sum()), [float(low), float(high)]
+    return float(sparse.sum() / dense.sum()), kept_interval(np.array(cells), level)
+
+
+def kept_interval(cells: np.ndarray, level: float = 0.95) -> list[float]:
+    """The interval of (a + c) / (a + b) for counts [a, b, c, d] of the square above; they need not be whole."""
+    both, lost, won, _ = np.random.default_rng(0).dirichlet(cells + 0.5, _DRAWS).T
+    tail = (1 - level) / 2
+    return np.quantile((both + won) / (both + lost), [tail, 1 - tail]).tolist()
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

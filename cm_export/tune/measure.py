@@ -1,0 +1,193 @@
+"""One question under one recipe: is the answer right, what was kept, how long did it take beside dense.
+
+latency  (prefill + gather + ms per token * tokens) / the same of dense      medians over the timed questions, dense and
+                                                                             sparse in turn; the vision tower is left out
+memory   (kept FFN rows + kept KV rows) / all of them                        bytes, counted, so without noise
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..errors import GateFailed
+from ..evals._compare import _decode, _Desk, with_policies
+from ..evals._metrics import kept_of_dense, spread
+from ..evals._task import Task
+from ..generate import Budget, Engine, Prefilled
+from ..recipe import Recipe
+from .space import shares
+
+_ENGINES = 3  # policies whose sessions are kept ready; a share is not a policy, so most trials of a pair share one
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one answer; None where it ended with its first token."""
+
+    prefill: float
+    gather: float | None
+    step: float | None
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What came of one question. Bytes: FFN rows and KV rows that decode holds."""
+
+    right: bool
+    bytes: int
+    dense_bytes: int
+    neuron_share: float
+    image_tokens: int
+    image_tokens_kept: int
+    times: tuple[Times, Times] | None = None  # dense, sparse
+
+
+class Judge(Protocol):
+    """Who asks: the bundle (`BundleJudge`), or in tests a formula."""
+
+    def dense(self, number: int) -> bool: ...
+
+    def ask(self, recipe: Recipe, number: int, timed: bool) -> Answered: ...
+
+
+class BundleJudge:
+    """Asks a bundle, under any policies that its dense graphs can be rewritten to."""
+
+    def __init__(self, engine: Engine, task: Task, seed: int, progress: Callable[..., None]):
+        self.engine, self.task, self.seed = engine, task, seed
+        self.desk = _Desk(engine, task, progress)
+        self._right: dict[int, bool] = {}
+        self._engines: dict[Recipe, Engine] = {}
+
+    def dense(self, number: int) -> bool:
+        """Whether the dense model is right; asked once."""
+        if number not in self._right:
+            self._right[number], _, _ = self._answer(self.engine, number, Budget(dense=True))
+        return self._right[number]
+
+    def ask(self, recipe: Recipe, number: int, timed: bool) -> Answered:
+        """One question; `timed`: dense is timed just before, in the same process."""
+        engine, beside = self._engine(recipe), None
+        neurons, tokens = shares(recipe)
+        if timed:
+            self._right[number], beside, _ = self._answer(self.engine, number, Budget(dense=True))
+        # A random control that drops the same positions in every question would measure those positions.
+        budget = Budget(False, neurons, tokens, self.seed + number)
+        right, times, prefilled = self._answer(engine, number, budget)
+        request, shape = prefilled.request, engine.bundle.shape
+        kept = prefilled.kept_tokens.shape[1]
+        # With cache = "index" decode reads the listed rows, but all of them stay in memory.
+        rows = request.tokens if recipe.tokens.cache == "index" else kept
+        counts, layers = int(prefilled.core_set.counts.sum()), shape.layers
+        ffn = counts * self._neuron_bytes
+        if recipe.neurons.in_decode:  # which rows are read is known only token by token: all are held, and the copies
+            ffn = layers * shape.ffn * self._neuron_bytes + engine.bundle.predictor.path.stat().st_size
+        return Answered(
+            right=right,
+            bytes=ffn + rows * self._row_bytes,
+            dense_bytes=layers * shape.ffn * self._neuron_bytes + request.tokens * self._row_bytes,
+            neuron_share=counts / (layers * shape.ffn),
+            image_tokens=request.image_tokens,
+            image_tokens_kept=int(request.is_image[0, prefilled.kept_tokens[0]].sum()),
+            times=(beside, times) if beside else None,
+        )
+
+    @cached_property
+    def _neuron_bytes(self) -> int:
+        return 3 * 4 * self.engine.bundle.shape.hidden  # gate, up and down rows, float32
+
+    @cached_property
+    def _row_bytes(self) -> int:
+        shape = self.engine.bundle.shape
+        return 2 * 4 * shape.layers * shape.kv_heads * shape.head_dim  # key and value of a token in every layer
+
+    def _answer(self, engine: Engine, number: int, budget: Budget) -> tuple[bool, Times, Prefilled]:
+        question = self.task.questions[number]
+        started = time.perf_counter()
+        prefilled = self.desk.prefill(engine, question, budget)
+        prefill_ms = 1000 * (time.perf_counter() - started)
+        ids, _, gather_ms, steps = _decode(engine, prefilled, self.task.limits[question.kind])
+        said = engine.chat.decode(ids).strip()
+        right = any(self.task.same(said, answer) for answer in question.answers)
+        return right, Times(prefill_ms, gather_ms, float(np.median(steps)) if steps else None, len(ids)), prefilled
+
+    def _engine(self, recipe: Recipe) -> Engine:
+        """The bundle under these policies. Shares are given with each question, so they are not part of the key."""
+        neurons, tokens = shares(recipe)
+        key = recipe.replace(neurons__share=neurons and 1.0, tokens__share=tokens and 1.0)
+        if key not in self._engines:
+            while len(self._engines) >= _ENGINES:
+                del self._engines[next(iter(self._engines))]
+            made = with_policies(self.engine, recipe)
+            # The first run loads the sessions and touches the pages: not what a trial should be charged for.
+            self._answer(made, 0, Budget(False, neurons, tokens))
+            self._answer(self.engine, 0, Budget(dense=True))
+            self._engines[key] = made
+        self._engines[key] = self._engines.pop(key)  # the one used last goes last
+        return self._engines[key]
+
+
+def memory(answers: list[Answered]) -> dict[str, Any]:
+    """Bytes kept, of how many, medians over questions; `ratio`."""
+    kept, whole = (float(np.median([getattr(a, k) for a in answers])) for k in ("bytes", "dense_bytes"))
+    return {"ratio": kept / whole, "bytes": kept, "dense_bytes": whole, "n": len(answers)}
+
+
+def latency(answers: list[Answered]) -> dict[str, Any] | None:
+    """Milliseconds of dense and sparse with quartiles, and `ratio`, for answers as long as dense's; None if none was timed."""
+    timed = [a.times for a in answers if a.times]
+    if not timed:
+        return None
+    out: dict[str, Any] = {"n": len(timed), "tokens": float(np.mean([dense.tokens for dense, _ in timed]))}
+    totals = []
+    for who, times in zip(("dense", "sparse"), zip(*timed, strict=True), strict=True):
+        parts = {k: [v for t in times if (v := getattr(t, k)) is not None] for k in ("prefill", "gather", "step")}
+        out[who] = {f"{k}_ms": spread(v) for k, v in parts.items() if v}
+        middle = {k: float(np.median(v)) if v else 0.0 for k, v in parts.items()}
+        gather = (
+            middle["gather"] if who == "sparse" else 0.0
+        )  # dense gathers nothing, its decoder takes the file's rows
+        totals.append(middle["prefill"] + gather + middle["step"] * max(0.0, out["tokens"] - 1))
+    return out | {"ratio": totals[1] / totals[0]}
+
+
+def examine(
+    judge: Judge,
+    recipe: Recipe,
+    numbers: list[int],
+    steps: list[int],
+    floor: float,
+    timed: int,
+    beat: Callable[[int], None],
+) -> tuple[float, dict[str, Any]]:
+    """Share of dense kept, and the figures, after the last step or the first at which the floor is out of reach."""
+    answers: list[Answered] = []
+    for step in steps:
+        for number in numbers[len(answers) : step]:
+            answers.append(judge.ask(recipe, number, len(answers) < timed))
+            beat(len(answers))
+        dense = np.array([judge.dense(n) for n in numbers[:step]])
+        right = np.array([a.right for a in answers])
+        kept, interval = kept_of_dense(dense, right)
+        if interval and interval[1] < floor:
+            break
+    if kept is None:
+        raise GateFailed("the dense model answers nothing right", where="tune", fix="check the questions and answers")
+    pictures = sum(a.image_tokens for a in answers)
+    return kept, {
+        "whole": len(answers) == steps[-1],
+        "n": len(answers),
+        "of_dense_ci": interval,
+        "accuracy": float(right.mean()),
+        "neuron_share": float(np.mean([a.neuron_share for a in answers])),
+        "token_share": sum(a.image_tokens_kept for a in answers) / pictures if pictures else 1.0,
+        "memory": memory(answers),
+        "latency": latency(answers),
+        "right": "".join("01"[int(r)] for r in right),
+        "dense": "".join("01"[int(d)] for d in dense),
+    }

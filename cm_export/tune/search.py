@@ -1,0 +1,192 @@
+"""The search: trials on one half of the questions until `trials` are done by all processes together, finalists on the other.
+
+claim a trial -> a quarter of the search half -> a half -> all of it -> told       stops where the interval is below the floor
+no trial left -> finalists -> the held-out half -> a recipe, or a refusal in one line
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .. import environment
+from ..bundle import MANIFEST, Bundle
+from ..errors import CmExportError, GateFailed
+from ..evals._journal import key_of
+from ..evals._task import Task
+from ..generate import Engine
+from ..recipe import from_dict
+from . import space as spaces
+from . import study as studies
+from .held_out import Wish, point, second_look
+from .measure import BundleJudge, Judge, examine
+from .space import Space
+from .verdict import affordable, halves, questions_needed, rungs
+
+Progress = Callable[..., None]
+_TIMED = 24  # questions timed beside dense in each trial
+_BEAT, _POLL = 20.0, 1.0  # seconds: sign of life; look at what other processes do
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a search; says what is kept."""
+
+
+class _GivenUp(Exception):
+    """Another process took this trial for dead."""
+
+
+def tune(
+    path: Path, task: Task, wish: Wish, place: str, name: str, threads: int, progress: Progress = lambda *_, **__: None
+) -> dict[str, Any]:
+    """Search a bundle's recipes and return the report; `recommended` in it is None when `refusal` says why.
+
+    Raises InputError, BundleError; GateFailed when these questions cannot show this floor whatever the recipe.
+    """
+    search, held = halves(task.questions, wish.seed)
+    check_questions(len(task.questions), len(search), len(held), wish.floor)
+    bundle = Bundle(path)
+    engine = Engine(bundle, threads)
+    space = spaces.of_bundle(bundle, engine.recipe)
+    settings = {
+        "bundle": json.loads((path / MANIFEST).read_bytes())["seal"],
+        "task": task.name,
+        "questions": questions_key(task),
+        "n": len(task.questions),
+        "seed": wish.seed,
+        "objective": wish.objective,
+        "space": key_of(space=space.to_dict()),
+    }
+    progress("open the study")
+    opened = studies.open_study(place, name, settings, wish.seed, wish.floor)
+    bundle.wait_verified()
+    judge = BundleJudge(engine, task, wish.seed, progress)
+    report = run(opened, space, judge, search, held, wish, progress)
+    running = {n: version(n) for n in ("cm-export", "onnxruntime", "numpy", "optuna")}
+    return {
+        "task": task.name,
+        "rule": task.rule,
+        "bundle": str(path),
+        "model": bundle.manifest["model"]["source"],
+        "revision": bundle.manifest["model"]["revision"],
+        "study": studies.shown(place),
+        "settings": settings,
+        **report,
+        "environment": environment.describe(threads, bundle.manifest["versions"]) | {"running": running},
+    }
+
+
+def check_questions(n: int, search: int, held: int, floor: float) -> None:
+    """Raises GateFailed when not even a recipe that loses nothing could be shown to hold the floor on so few questions."""
+    if held and search and affordable(held, floor, 0):
+        return
+    needed = questions_needed(floor)
+    none = "no number of questions shows that nothing at all is lost"
+    fix = f"ask {2 * needed} or more, or lower --floor" if needed else f"{none}: lower --floor"
+    raise GateFailed(
+        f"{held} held-out questions (half of {n}) cannot show that {floor:g} of the dense accuracy is kept, "
+        "even if none is lost",
+        where="tune",
+        fix=fix,
+    )
+
+
+def questions_key(task: Task) -> str:
+    """A short name for the questions and the pixels of their pictures, wherever on which machine the files lie."""
+    seen: dict[str, str] = {}
+    for name in {p for q in task.questions for p in q.pictures}:
+        picture = task.open_picture(name)
+        seen[name] = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+    return key_of(questions=[asdict(q) | {"pictures": [seen[p] for p in q.pictures]} for q in task.questions])
+
+
+def run(
+    opened: tuple[Any, bool],
+    space: Space,
+    judge: Judge,
+    search: list[int],
+    held: list[int],
+    wish: Wish,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Every trial that is left, then the verdict."""
+    study, is_new = opened
+    if is_new:
+        studies.start_with(study, spaces.first(space))
+    swept, again = studies.sweep(study), studies.reopen(study, wish.floor)
+    if not is_new:
+        done = len(studies.finished(study))
+        progress(f"go on after {done} trials, {swept} of them half run, {again} dropped by a higher floor")
+    try:
+        while True:
+            trial = studies.claim(study, wish.trials)
+            if trial is not None:
+                _trial(study, trial, space, judge, search, wish, progress)
+            elif studies.running(study):
+                progress("wait for the trials of other processes", studies.counted(study), wish.trials)
+                time.sleep(_POLL)
+            else:
+                break
+            studies.sweep(study)
+        return second_look(study, judge, search, held, wish, progress)
+    except KeyboardInterrupt as stop:
+        done = len(studies.finished(study))
+        raise Interrupted(f"interrupted, {done} of {wish.trials} trials are kept: the same command goes on") from stop
+
+
+def _trial(
+    study: Any, trial: Any, space: Space, judge: Judge, search: list[int], wish: Wish, progress: Progress
+) -> None:
+    told = studies.finished(study)
+    number = f"trial {min(studies.counted(study), wish.trials)} of {wish.trials}{_best(told, wish.floor)}"
+    steps, last = rungs(len(search)), time.monotonic()
+
+    def beat(done: int) -> None:
+        nonlocal last
+        progress(number, done, steps[-1])
+        if time.monotonic() - last > _BEAT:
+            last = time.monotonic()
+            if not studies.beat(trial):
+                raise _GivenUp
+
+    try:
+        given = trial.user_attrs.get("recipe")
+        chosen = spaces.recipe_of(trial, space)  # also where a recipe is given: the model of what is good reads these
+        recipe = from_dict(given) if given else chosen
+        twin = next((t for t in told if from_dict(studies.facts_of(t)["recipe"]) == recipe), None)
+        if twin:
+            facts = studies.facts_of(twin) | {"same_as": twin.number}
+            kept, cost = twin.values
+        elif spaces.is_dense(recipe):
+            facts = {"whole": True, "n": 0, "of_dense_ci": [1.0, 1.0], "accuracy": None, "neuron_share": 1.0}
+            facts |= {"token_share": 1.0, "memory": {"ratio": 1.0}, "latency": None}
+            kept = cost = 1.0
+        else:
+            timed = _TIMED if wish.objective == "latency" else 0
+            kept, facts = examine(judge, recipe, search, steps, wish.floor, timed, beat)
+            cost = facts[wish.objective]["ratio"]
+        told_of = {k: v for k, v in facts.items() if k not in ("of_dense", "cost", "recipe")}
+        studies.finish(study, trial, kept, cost, recipe=recipe.to_dict(), **told_of)
+    except CmExportError as e:
+        if isinstance(e, GateFailed):
+            studies.give_back(study, trial.number)
+            raise
+        studies.fail(study, trial, str(e))
+    except _GivenUp:
+        return
+    except BaseException:
+        studies.give_back(study, trial.number)
+        raise
+
+
+def _best(told: list[Any], floor: float) -> str:
+    """The cheapest so far that looks good enough."""
+    good = [point(t) for t in told if studies.facts_of(t)["whole"] and t.values[0] >= floor and t.values[1] < 1]
+    if not good:
+        return ""
+    best = min(good, key=lambda p: p.cost)
+    return f", best so far: {best.cost:.3f} of the cost at {best.kept:.4f} of the accuracy"

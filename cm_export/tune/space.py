@@ -1,0 +1,163 @@
+"""What a search may try on one bundle: policies that it can run, their budgets, where the cut is, who votes.
+
+neurons -> neuron_percent, neuron_voters, block        tokens -> token_percent, token_voters, prune_layer
+A policy that prunes nothing (`dense`) has none of the numbers behind it, so they are only asked where they mean something.
+"""
+
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any
+
+from .. import by_name
+from ..bundle import Bundle
+from ..errors import InputError
+from ..recipe import BLOCKS, VOTERS, Recipe
+from ..surgery import pipeline
+
+NEURONS, TOKENS = "cm_export.policies.neurons", "cm_export.policies.tokens"
+PERCENT = (
+    5,
+    95,
+    5,
+)  # lowest, highest, step of both shares: finer steps are below what a few hundred questions can tell
+DEEPEST = 6  # the keys and values of cut tokens leave every layer, so a late cut takes back what early layers had read
+# (neurons, tokens) in percent of the bundle's own policies; None: that part dense. The search starts from these.
+CORNERS = ((90, 75), (70, 50), (50, 35), (60, None), (None, 50))
+
+
+@dataclass(frozen=True)
+class Space:
+    """The choices of every dimension; what is not among them stays as in `base`, the bundle's own recipe."""
+
+    base: Recipe
+    neurons: tuple[str, ...]
+    tokens: tuple[str, ...]
+    blocks: tuple[int, ...]
+    prune_layers: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: two studies agree when these do."""
+        return asdict(self) | {"percent": PERCENT}
+
+
+def of_bundle(bundle: Bundle, base: Recipe) -> Space:
+    """Every policy that the recipe's and the graphs' own checks allow here; no random ones. Raises InputError."""
+    neurons = tuple(n for n in by_name.names_in(NEURONS) if n != "random" and _runs(base, bundle, neurons__policy=n))
+    last = min(bundle.shape.layers - 1, DEEPEST)
+    tokens = tuple(
+        t
+        for t in by_name.names_in(TOKENS)
+        if t != "random"
+        and (last or not _prunes(t))
+        and _runs(base, bundle, tokens__policy=t, tokens__budget="share", tokens__prune_layer=1)
+    )
+    # Blocks want neurons that fire together side by side: a build puts them in that order, and graphs rewritten in memory
+    # cannot. So only a bundle that was built in blocks is asked for them; its single neurons are those of any bundle.
+    blocks = tuple(b for b in BLOCKS if bundle.shape.ffn % b == 0) if base.neurons.block > 1 else (1,)
+    return Space(base, neurons, tokens, blocks, last)
+
+
+def recipe_of(trial: Any, space: Space) -> Recipe:
+    """The recipe of an Optuna trial."""
+    values: dict[str, Any] = {"neurons__policy": trial.suggest_categorical("neurons", space.neurons)}
+    if _prunes(values["neurons__policy"]):
+        values["neurons__share"] = trial.suggest_int("neuron_percent", *PERCENT[:2], step=PERCENT[2]) / 100
+        if "weight" in _policy(NEURONS, values["neurons__policy"]).WIRES:
+            values["neurons__voters"] = trial.suggest_categorical("neuron_voters", VOTERS)
+        if len(space.blocks) > 1:
+            values["neurons__block"] = trial.suggest_categorical("block", space.blocks)
+    values["tokens__policy"] = trial.suggest_categorical("tokens", space.tokens)
+    if _prunes(values["tokens__policy"]):
+        values["tokens__budget"] = "share"
+        values["tokens__share"] = trial.suggest_int("token_percent", *PERCENT[:2], step=PERCENT[2]) / 100
+        values["tokens__prune_layer"] = trial.suggest_int("prune_layer", 1, space.prune_layers)
+        if "vote" in _policy(TOKENS, values["tokens__policy"]).WIRES:
+            values["tokens__voters"] = trial.suggest_categorical("token_voters", VOTERS)
+    return _replaced(space.base, **values)
+
+
+def params_of(recipe: Recipe, space: Space) -> dict[str, Any] | None:
+    """The nearest parameters of a recipe; None where its policies are not offered."""
+    n, t = recipe.neurons, recipe.tokens
+    if n.policy not in space.neurons or t.policy not in space.tokens:
+        return None
+    params: dict[str, Any] = {"neurons": n.policy, "tokens": t.policy}
+    if _prunes(n.policy):
+        params |= {"neuron_percent": _step(n.share), "neuron_voters": n.voters, "block": n.block}
+    if _prunes(t.policy):
+        layer = min(t.prune_layer, space.prune_layers)
+        params |= {"token_percent": _step(t.share), "token_voters": t.voters, "prune_layer": layer}
+    return params
+
+
+def first(space: Space) -> list[tuple[dict[str, Any], Recipe | None]]:
+    """Where a search starts: the bundle's own recipe, as it is, and a few corners (their recipe follows from the params)."""
+    own = params_of(space.base, space)
+    out: list[tuple[dict[str, Any], Recipe | None]] = [(own, space.base)] if own else []
+    neurons = _own_or_first(space.base.neurons.policy, space.neurons)
+    tokens = _own_or_first(space.base.tokens.policy, space.tokens)
+    for neuron_percent, token_percent in CORNERS:
+        values: dict[str, Any] = {"tokens__budget": "share"}
+        values["neurons__policy"] = neurons if neuron_percent else "dense"
+        values["tokens__policy"] = tokens if token_percent else "dense"
+        values["neurons__share"] = neuron_percent / 100 if neuron_percent else None
+        values["tokens__share"] = token_percent / 100 if token_percent else None
+        values["tokens__prune_layer"] = max(1, min(space.base.tokens.prune_layer, space.prune_layers))
+        params = params_of(_replaced(space.base, **values), space)
+        if params and params not in [p for p, _ in out]:
+            out.append((params, None))
+    return out
+
+
+def is_dense(recipe: Recipe) -> bool:
+    """Whether nothing is pruned."""
+    return not (_prunes(recipe.neurons.policy) or _prunes(recipe.tokens.policy))
+
+
+def shares(recipe: Recipe) -> tuple[float | None, float | None]:
+    """What to ask of an engine for this recipe: None where its policy prunes nothing or counts by another rule."""
+    n = recipe.neurons.share if _prunes(recipe.neurons.policy) else None
+    t = recipe.tokens.share if _prunes(recipe.tokens.policy) and recipe.tokens.budget == "share" else None
+    return n, t
+
+
+def needs_calibration(recipe: Recipe) -> bool:
+    """Whether a build of this recipe reads a calibration."""
+    n = recipe.neurons
+    return "prior" in _policy(NEURONS, n.policy).WIRES or "calibrated" in (n.fill, n.layers) or n.block > 1
+
+
+def _replaced(base: Recipe, **values: Any) -> Recipe:
+    """`base` with other values; a first cut goes with the second one, and leaves at least what that one keeps."""
+    if base.tokens.first != "none":
+        if values.get("tokens__policy") == "dense":
+            values["tokens__first"] = "none"
+        else:
+            values["tokens__first_share"] = max(base.tokens.first_share, values.get("tokens__share") or 0.0)
+    return base.replace(**values)
+
+
+def _runs(base: Recipe, bundle: Bundle, **values: Any) -> bool:
+    try:
+        pipeline.check_recipe(_replaced(base, **values), bundle.shape)
+    except InputError:
+        return False
+    return True
+
+
+def _policy(package: str, name: str) -> ModuleType:
+    return by_name.load(package, name, "policy")
+
+
+def _prunes(name: str) -> bool:
+    return name != "dense"  # not FUNCTION: a policy may choose in decode and have none in prefill
+
+
+def _own_or_first(own: str, offered: tuple[str, ...]) -> str:
+    pruning = [name for name in offered if _prunes(name)]
+    return own if own in pruning else pruning[0] if pruning else "dense"
+
+
+def _step(share: float) -> int:
+    low, high, step = PERCENT
+    return min(high, max(low, step * round(100 * share / step)))

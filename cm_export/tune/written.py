@@ -1,0 +1,107 @@
+"""The winner as a TOML recipe that `cm-export build --recipe` reads, with the figures that it was chosen by as comments."""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from .. import recipe as recipes
+from ..calibration import FILE as CALIBRATION
+from ..checkpoint import ALIASES
+from ..errors import InputError
+from ..recipe import Recipe
+from .space import needs_calibration
+
+
+def write(out: Path, report: dict[str, Any], command: str, date: str) -> Recipe:
+    """Write the recommended recipe of a report of `search.tune` to `out`, atomically, and return it as `load` reads it."""
+    bundle, recipe = Path(report["bundle"]), recipes.from_dict(report["recipe"])
+    calibration = None
+    if needs_calibration(recipe):  # the bundle's copy; relative, as `recipe.load` reads it from the recipe's folder
+        calibration = os.path.relpath(bundle.resolve() / CALIBRATION, out.resolve().parent)
+    known = report["model"] in ALIASES or "/" in report["model"]  # a directory's bare name says nothing elsewhere
+    model, revision = (report["model"], report["revision"]) if known else (None, None)
+    if model in ALIASES and ALIASES[model].path:
+        revision = None  # it comes with the program
+    recipe = dataclasses.replace(recipe, model=model, revision=revision, calibration=calibration)
+    text = "".join(f"# {_plain(line)}\n" for line in comments(report, command, date)) + toml(recipe)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(out)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot be written ({e.strerror})", where=out, fix="check the disk and the path") from e
+    return recipes.load(str(out))
+
+
+def comments(report: dict[str, Any], command: str, date: str) -> list[str]:
+    """What the recipe was chosen by: figures with n, interval, hardware, versions and the command."""
+    winner, held, machine = report["recommended"], report["recommended"]["held_out"], report["environment"]
+    looks, dense = report["looks"], report["dense"]["held_out"]
+    out = [
+        f"Found by: {command} ({date})",
+        f"Task {report['task']}: {report['rule']}; {report['n_search']} questions for the search, "
+        f"{report['n_held_out']} others for the verdict, of which the figures below are.",
+        f"Keeps {held['of_dense']:.4f} [{held['of_dense_ci'][0]:.4f}, {held['of_dense_ci'][1]:.4f}] of the dense accuracy, "
+        f"n = {held['n']}, paired; floor {report['floor']:g}.",
+        f"The interval is at {100 * report['level']:.2f} %: {looks} point(s) were looked at on these questions, so together "
+        "their intervals hold with 95 % (Bonferroni).",
+        f"Accuracy {held['accuracy']:.4f} [{held['ci'][0]:.4f}, {held['ci'][1]:.4f}], "
+        f"dense {dense['accuracy']:.4f} [{dense['ci'][0]:.4f}, {dense['ci'][1]:.4f}]{_random(report)}.",
+        f"Memory of FFN and KV rows {held['memory']['ratio']:.4f} of dense.",
+    ]
+    if held["latency"]:
+        out.append(_speed(held["latency"]))
+    running = ", ".join(f"{k} {v}" for k, v in machine["running"].items())
+    out += [
+        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads; {running}.",
+        f"Trial {winner['trial']} of {len(report['trials'])}; bundle {report['settings']['bundle'][:16]}, "
+        f"model {report['model']}. Other models and questions must be measured.",
+    ]
+    return out
+
+
+def toml(recipe: Recipe) -> str:
+    """A recipe as TOML; what is None is left out."""
+    tables = {f.name for f in dataclasses.fields(recipe) if dataclasses.is_dataclass(getattr(recipe, f.name))}
+    values = recipe.to_dict()
+    lines = [f"{k} = {_value(v)}" for k, v in values.items() if k not in tables and v is not None]
+    for table in sorted(tables):
+        lines += ["", f"[{table}]"]
+        lines += [f"{k} = {_value(v)}" for k, v in values[table].items() if v is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda c: f"\\u{ord(c[0]):04x}", text) + '"'
+
+
+def _plain(line: str) -> str:
+    """One line without control characters: paths may hold what a TOML comment may not."""
+    return "".join(c if c.isprintable() else " " for c in line)
+
+
+def _random(report: dict[str, Any]) -> str:
+    control = report["random"]
+    return f", random choices of the same size {control['accuracy']:.4f}" if control else ""
+
+
+def _speed(found: dict[str, Any]) -> str:
+    parts = []
+    for name, words in (("prefill_ms", "prefill"), ("gather_ms", "gather"), ("step_ms", "per token")):
+        dense, sparse = found["dense"].get(name), found["sparse"].get(name)
+        if sparse:
+            spread = f"{sparse['median']:.2f} [{sparse['q1']:.2f}, {sparse['q3']:.2f}]"
+            # Dense takes the rows as they lie in the file: its gather is nothing to compare with.
+            beside = f" (dense {dense['median']:.2f})" if dense and name != "gather_ms" else ""
+            parts.append(f"{words} {spread} ms{beside}")
+    return f"Latency {found['ratio']:.4f} of dense, n = {found['n']}, medians [quartiles]: {', '.join(parts)}."
