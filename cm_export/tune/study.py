@@ -71,13 +71,7 @@ class Sampler(optuna.samplers.BaseSampler):
 def open_study(place: str, name: str, settings: dict[str, Any], seed: int, floor: float) -> tuple[optuna.Study, bool]:
     """The study of these settings in a file or a database, and whether it is new. Raises InputError for another's."""
     try:
-        study = optuna.create_study(
-            storage=_storage(place),
-            study_name=name,
-            sampler=Sampler(seed, floor),
-            directions=["maximize", "minimize"],
-            load_if_exists=True,
-        )
+        study = _created(place, name, Sampler(seed, floor))
         found = study.user_attrs.get("settings")
         trials = study.get_trials(deepcopy=False)
     except InputError:
@@ -242,6 +236,23 @@ def _is_dead(trial: FrozenTrial) -> bool:
         return abs(psutil.Process(owner["pid"]).create_time() - owner["born"]) > 1
     except psutil.NoSuchProcess:
         return True
+
+
+def _created(place: str, name: str, sampler: Sampler, attempts: int = 4) -> optuna.Study:
+    for attempt in range(attempts):
+        try:
+            storage = _storage(place)
+            goals = ["maximize", "minimize"]
+            return optuna.create_study(
+                storage=storage, study_name=name, sampler=sampler, directions=goals, load_if_exists=True
+            )
+        except Exception as e:
+            # Processes started together make the tables at the same time; the slower one finds them made, a moment later.
+            raced = any(word in f"{type(e).__name__} {e}" for word in ("Integrity", "exists", "locked"))
+            if attempt + 1 == attempts or not raced:
+                raise
+            time.sleep(0.5 * (attempt + 1))
+    raise AssertionError("not reached")
 
 
 def _storage(place: str) -> Any:
