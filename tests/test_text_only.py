@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 
 from cm_export import bench, by_name, calibrate, generate, trace
 from cm_export.backends.onnxruntime import CoreRows, Decoder
-from cm_export.build import build
 from cm_export.chat import Chat
 from cm_export.errors import BundleError, InputError
 from cm_export.evals._compare import Sweep, compare
@@ -22,6 +21,7 @@ from cm_export.evals._user_data import load as load_data
 from cm_export.inspect_bundle import describe
 from cm_export.recipe import Recipe, from_dict
 from cm_export.request import Request, core_row_names, prefill_feeds, sparse_feeds
+from cm_export.surgery import pipeline
 
 # Fixed by hand, the rest is drawn by the seed; the bundle below is a third case: llama, tied, plain rope, in shards.
 LLAMA_3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -197,16 +197,21 @@ def test_the_manifest_records_the_token_policy_that_was_resolved(bundle):
 
 
 @pytest.mark.parametrize(
-    "asked", [{"tokens__policy": "attention"}, {"tokens__policy": "random"}, {"tokens__share": 0.5}], ids=str
+    "asked", [{"policy": "attention"}, {"policy": "random"}, {"share": 0.5}, {"prune_layer": 1}], ids=str
 )
-def test_pruning_image_tokens_that_there_are_none_of_is_refused(checkpoint, tmp_path, asked):
-    tables = {}
-    for key, value in asked.items():
-        tables.setdefault(key.split("__")[0], {})[key.split("__")[1]] = value
-    for recipe in (Recipe().replace(**asked), from_dict(tables)):
+def test_pruning_image_tokens_that_there_are_none_of_is_refused(asked):
+    blind = SimpleNamespace(sees=False, layers=2, ffn=64, hidden=64)
+    for recipe in (Recipe().replace(**{f"tokens__{k}": v for k, v in asked.items()}), from_dict({"tokens": asked})):
         with pytest.raises(InputError, match=r"tokens\.policy: .* reads text only; .* --tokens dense"):
-            build(str(checkpoint), tmp_path / "x.plan", recipe)
-    assert Recipe().replace(tokens__policy="dense", **{"tokens__share": 0.5}).for_model(SimpleNamespace(sees=False))
+            pipeline.check_recipe(recipe.for_model(blind), blind)
+        pipeline.check_recipe(recipe.replace(tokens__policy="dense").for_model(blind), blind)
+    pipeline.check_recipe(Recipe().for_model(blind), blind)
+
+
+def test_build_refuses_to_prune_image_tokens_in_one_line(checkpoint, tmp_path):
+    done = cm_export("build", "--model", checkpoint, "--out", tmp_path / "x.plan", "--tokens", "attention", "--quiet")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "reads text only" in done.stderr
+    assert not (tmp_path / "x.plan").exists()
 
 
 def test_what_was_chosen_is_neither_a_key_of_a_recipe_nor_part_of_it():
