@@ -162,7 +162,7 @@ class Exported:
         decode, _ = pipeline.sparse_decode(copy(self.dense["decode"]), self.family, self.shape, recipe)
         dense = {n if n == "vision" else f"{n}_dense": copy(p) for n, p in self.dense.items()}
         if recipe.has_turn:
-            dense["turn"], _ = pipeline.turn(copy(self.dense["decode"]), family, self.shape, recipe, constants)
+            dense["turn"], _ = pipeline.turn(copy(self.dense["decode"]), self.family, self.shape, recipe, constants)
         return dense | {"prefill": prefill, "decode": decode}
 
     def backend(self, recipe: Recipe | None = None, calibration: Any = None) -> Backend:

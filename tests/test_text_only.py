@@ -182,10 +182,12 @@ def engine(bundle):
 
 def test_the_bundle_has_no_vision_graph_and_every_proof_but_that_of_vision(bundle):
     found = describe(bundle)
-    assert {g["name"] for g in found["graphs"]} == {"prefill", "decode", "prefill_dense", "decode_dense"}
+    names = {g["name"] for g in found["graphs"]}
+    assert {"prefill", "decode", "prefill_dense", "decode_dense"} <= names and "vision" not in names
     assert not (bundle / "vision.onnx").exists()
     proved = [g["name"] for g in found["gates"] if g["limit"] is not None]
-    assert proved == ["positions", "prefill", "decode", "full budget, prefill", "full budget, decode"]
+    assert {"positions", "prefill", "decode", "full budget, prefill", "full budget, decode"} <= set(proved)
+    assert "vision" not in proved
     assert all(g["passed"] for g in found["gates"])
     assert not any(link["from"].startswith("vision.") for link in found["links"])
     assert "takes no pictures" in found["pruned"]["tokens"]
