@@ -32,7 +32,7 @@ class Page:
     def __init__(self, width: int = 1366, height: int = 900, dark: bool = False):
         self.complaints: list[str] = []
         self.requests: list[str] = []
-        self._profile = tempfile.TemporaryDirectory(prefix="cm-export-chromium-")
+        self._profile = tempfile.TemporaryDirectory(prefix="cm-export-chromium-", ignore_cleanup_errors=True)
         to_read, self._write = os.pipe()
         self._read, to_write = os.pipe()
 
@@ -62,9 +62,10 @@ class Page:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._session = None
+        self.send("Browser.close")  # and not a signal: its children would still write into the profile
+        self._process.wait(30)
         os.close(self._write)
-        self._process.terminate()
-        self._process.wait(20)
         os.close(self._read)
         self._profile.cleanup()
 

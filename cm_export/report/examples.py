@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..evals._task import Question, Task
-from ..generate import Answer, Engine
+from ..generate import Engine
 from ..overlay import compose
 from ..request import Request
+from ..turns import Answer
 
 ASKED_PER_SHOWN = 4
 _SIDE = 512  # pixels: enough to see the patches, small enough for a page
