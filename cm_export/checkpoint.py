@@ -21,6 +21,7 @@ from .errors import InputError
 from .safetensors_check import damaged, tensor_names
 
 DEMO = Path(__file__).parent / "demo" / "model"
+SCENES = Path(__file__).parent / "demo" / "scenes"
 PATTERNS = ("*.json", "*.txt", "*.jinja", "*.safetensors", "*.model")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 HUB_TIMEOUT = 5.0  # seconds for the first question; the hub client retries for half a minute when asked for files
@@ -40,6 +41,7 @@ class Alias:
 _QWEN2_VL_2B = Alias("Qwen/Qwen2-VL-2B-Instruct", "895c3a49bc3fa70a340399125c650a463535e71c")
 ALIASES = {
     "demo": Alias(path=DEMO),
+    "scenes": Alias(path=SCENES),
     "qwen2-vl": _QWEN2_VL_2B,
     "qwen2-vl-2b": _QWEN2_VL_2B,
     "qwen2-vl-7b": Alias("Qwen/Qwen2-VL-7B-Instruct", "eed13092ef92e448dd6875b2a00151bd3f7db0ac"),

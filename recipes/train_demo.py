@@ -208,8 +208,8 @@ def build_tokenizer():
     return tok
 
 
-def build_model():
-    """A small Qwen2-VL: 8 decoder layers of width 256, 4 vision blocks of width 128, 64 tokens a picture."""
+def build_model(**text_config):
+    """A small Qwen2-VL: 8 decoder layers of width 256, 4 vision blocks of width 128; `text_config` overrides."""
     ends = dict(bos_token_id=0, eos_token_id=END, pad_token_id=0)
     rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[8, 12, 12])
     text = dict(
@@ -225,6 +225,7 @@ def build_model():
         rope_parameters=rope,
         **ends,
     )
+    text |= text_config
     vision = dict(
         depth=4,
         embed_dim=128,
@@ -486,8 +487,10 @@ def save(model, tok, out):
 
 
 @torch.no_grad()
-def generate(model, tok, processor, pictures, questions, zeroed=False, batch=48):
-    """Greedy answers to (picture number, question) pairs, through the chat template and the image processor.
+def generate(model, tok, processor, pictures, questions, zeroed=False, batch=48, grid=GRID, longest=16):
+    """Greedy answers, up to `longest` tokens, to (picture number, question) pairs, as a user would ask them.
+
+    Through the chat template and the image processor; `grid` image tokens on a side.
 
     The prompt up to the question is the same for all questions of a picture: read once, its cache is reused.
     """
@@ -495,7 +498,7 @@ def generate(model, tok, processor, pictures, questions, zeroed=False, batch=48)
     for i, (picture, question) in enumerate(questions):
         chat = [dict(role="user", content=[dict(type="image"), dict(type="text", text=question)])]
         text = tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        ids = tok(text.replace("<|image_pad|>", "<|image_pad|>" * GRID**2)).input_ids
+        ids = tok(text.replace("<|image_pad|>", "<|image_pad|>" * grid**2)).input_ids
         by_length[len(ids)].append((i, picture, ids))  # batches of one length need no padding
     shared = ids[: ids.index(TOKENS.index("<|vision_end|>")) + 1]
     for start in range(0, len(pictures), batch):
@@ -512,7 +515,7 @@ def generate(model, tok, processor, pictures, questions, zeroed=False, batch=48)
             cache, ids = DynamicCache(), torch.tensor(ids)
             for layer, (keys, values) in enumerate(reads[:, :, list(seen)]):
                 cache.update(keys, values, layer)
-            out = model.generate(ids, past_key_values=cache, max_new_tokens=16)
+            out = model.generate(ids, past_key_values=cache, max_new_tokens=longest)
             for i, row in zip(numbers, out, strict=True):
                 answers[i] = tok.decode(row[length:], skip_special_tokens=True).strip()
     return answers

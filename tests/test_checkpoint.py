@@ -65,8 +65,9 @@ def test_a_directory_is_accepted_with_hashes_and_config(folder):
     assert found.config == {"model_type": "qwen2_vl"}
 
 
-def test_the_demo_alias_is_the_shipped_model():
-    assert resolve("demo").path == checkpoint.DEMO.resolve()
+@pytest.mark.parametrize(("alias", "folder"), [("demo", checkpoint.DEMO), ("scenes", checkpoint.SCENES)])
+def test_an_alias_of_a_shipped_model_is_its_directory(alias, folder):
+    assert resolve(alias).path == folder.resolve()
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "preprocessor_config.json"])

@@ -38,7 +38,7 @@ BACKENDS = ByName("cm_export.backends", "backend")
         "cm-export build --model ./my-qwen2-vl --out my.plan --require-retained 0.985 --data my.jsonl",
     ),
 )
-@click.option("--model", help="demo, qwen2-vl, qwen2-vl-7b, a directory, or a hub id owner/name[@revision].")
+@click.option("--model", help="demo, scenes, qwen2-vl, qwen2-vl-7b, a directory, or a hub id owner/name[@revision].")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The bundle directory to write.")
 @click.option("--recipe", help="Name of a shipped recipe, or a TOML file; the options below override it.")
 @click.option("--revision", help="Commit, branch or tag of a hub id.")

@@ -144,7 +144,7 @@ def ask(scene: Scene, kind: str, salt: int = 0) -> tuple[str, str] | None:
         answer = f"{'yes' if asked == true else 'no'} , the {one.name} is {true} the {other.name} ."
         return f"is the {one.name} {asked} the {other.name} ?", answer
     if kind == "colors":
-        colors = list(dict.fromkeys(t.color for t in things))
+        colors = sorted({t.color for t in things})
         subject = "the colors are" if len(colors) > 1 else "the color is"
         return "what colors are present ?", f"{subject} {_listing(colors)} ."
     raise ValueError(f"no kind of question is called {kind!r}")
