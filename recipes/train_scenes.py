@@ -372,7 +372,8 @@ def report(directory: Path, work: Path, pictures: int):
         said = generate(model, tok, processor, shown, asked, "zeroed" in control, grid=GRID, longest=48)
         for kind in (*_scene.KINDS, "all"):
             right = [a == s for (_, k, _, a), s in zip(rows, said, strict=True) if kind in (k, "all")]
-            result[kind + control] = share(sum(right), len(right))
+            if right:
+                result[kind + control] = share(sum(right), len(right))
         wrong += [] if control else [(*row, s) for row, s in zip(rows, said, strict=True) if row[-1] != s]
     for kind, found in result.items():
         print(

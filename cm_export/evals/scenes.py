@@ -3,8 +3,8 @@
     describe, colors      long answers: what decode says            count_all, count_some    how many
     where, what_at        places on a 3x3 board                     relation                 left of, above ...
 
-Pictures and answers follow from a seed (`_scene.py`), and no picture of the test split was trained on. The vocabulary
-is that of the model `demo`, which was not trained on them; bring your own questions (`--data`) for other models.
+Pictures and answers follow from a seed (`_scene.py`), and no picture of the test split was trained on. The model
+`scenes` was trained for this task; `demo` knows the words but not the task. Bring your own questions (`--data`) for others.
 """
 
 from PIL import Image
