@@ -25,6 +25,7 @@ from .cluster import cluster
 from .core_index import neuron_count, select_core_neurons
 from .errors import InputError
 from .evals._compare import with_policies
+from .evals._task import OWN_TASKS
 from .generate import Budget, Engine
 from .images import open_image
 from .neuron_constants import neuron_constants
@@ -44,7 +45,8 @@ class Prompt:
     """What is asked, and the pictures it is about."""
 
     text: str
-    images: tuple[Path, ...] = ()
+    images: tuple[Path | str, ...] = ()  # what `open` opens
+    open: Callable[[Any], Any] = open_image
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -151,7 +153,7 @@ def _answers(engine, prompts, own, limit, seed, progress) -> Iterator[tuple[Requ
     for i, prompt in enumerate(prompts):
         progress("let the model answer", i, len(prompts))
         if prompt.images not in seen:
-            seen = {prompt.images: engine.embed([open_image(p) for p in prompt.images])}
+            seen = {prompt.images: engine.embed([prompt.open(p) for p in prompt.images])}
         embeds, grid = seen[prompt.images]
         counts = engine.bundle.family.image_tokens(grid, shape.merge)
         request = engine.request(engine.chat.encode(prompt.text, None, counts), grid, embeds)
@@ -242,16 +244,16 @@ def task_prompts(task: ModuleType, count: int, seed: int) -> list[Prompt]:
     if not hasattr(task, "calibration_prompts"):
         name = task.__name__.rpartition(".")[2]
         raise InputError(f"the task {name} has no training questions", where="--data", fix="give a .jsonl file")
-    return [Prompt(text, (Path(image),)) for text, image in task.calibration_prompts(count, seed)]
+    return [Prompt(text, (image,), task.open_picture) for text, image in task.calibration_prompts(count, seed)]
 
 
 def prompts_of(data: str | None, model: str, count: int, seed: int) -> tuple[list[Prompt], str]:
     """The prompts that `data` names and how to call them: a .jsonl file, an eval task, or None (the model's default).
 
-    The demo model is asked its own task; any other model writes from random beginnings.
+    The demo models are asked their own task; any other model writes from random beginnings.
     """
     if data is None:
-        data = "easy-vqa" if model == "demo" else "own text"
+        data = OWN_TASKS.get(model, "own text")
     if data == "own text":
         return [], data
     name = data.replace("-", "_")

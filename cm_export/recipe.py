@@ -1,7 +1,7 @@
 """A recipe: model x policies x budgets x target, frozen, read from TOML with unknown keys refused.
 
     [neurons]                     [tokens]
-    policy = "griffin"            policy = "attention"   # a file in policies/tokens/
+    policy = "griffin"            policy = "spread_keys" # a file in policies/tokens/
     share = 0.6                   share = 0.5            # of the image tokens
 
 The defaults are what won on the demo model (LOG.md); the paper's own pair is `coreinfer` with `overlap`.
@@ -54,7 +54,7 @@ class Neurons:
 class Tokens:
     """Which image tokens run from `prune_layer` on (METHOD: core tokens; CoreMatching arXiv 2505.19235, section 4)."""
 
-    policy: str = "attention"
+    policy: str = "spread_keys"
     budget: str = "share"  # share | count | knee
     share: float = 0.5  # of the image tokens; the fallback of `knee`
     count: int = 0  # image tokens kept, when budget = "count"

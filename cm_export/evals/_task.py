@@ -14,6 +14,10 @@ from .. import by_name
 from ..errors import InputError
 
 
+# Models that come with the program, and the task that each was trained for.
+OWN_TASKS = {"demo": "easy-vqa", "scenes": "scenes"}
+
+
 @dataclass(frozen=True)
 class Question:
     """One question about pictures (names that the task can open) and the answers that count as right."""
