@@ -376,10 +376,8 @@ def report(directory: Path, work: Path, pictures: int):
                 result[kind + control] = share(sum(right), len(right))
         wrong += [] if control else [(*row, s) for row, s in zip(rows, said, strict=True) if row[-1] != s]
     for kind, found in result.items():
-        print(
-            f"| {kind} | {found['right']} / {found['n']} |",
-            *(f"{100 * found[k]:.2f}" for k in ("share", "low", "high")),
-        )
+        right, n, *shares = found["right"], found["n"], *(100 * found[k] for k in ("share", "low", "high"))
+        print("| {} | {} / {} | {:.2f} % | {:.2f} to {:.2f} % |".format(kind, right, n, *shares))
     (work / "report.json").write_text(json.dumps(dict(result=result, wrong=wrong), indent=1) + "\n")
 
 
