@@ -5,7 +5,7 @@ DEMO := artifacts/demo.plan
 PICTURE := cm_export/demo/images/teal-circle.png
 STAMP := .venv/.installed
 
-.PHONY: demo test lint clean accuracy bench-quality bench-neurons bench-matching bench-guard
+.PHONY: demo test lint clean accuracy bench-quality bench-neurons bench-policies bench-matching bench-guard
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("cm-export needs Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
@@ -43,10 +43,18 @@ bench-neurons: $(STAMP)
 	$(BIN)/cm-export build --recipe demo --calibration artifacts/calibration.safetensors --out artifacts/neurons.plan
 	$(BIN)/python benchmarks/neuron_policies.py artifacts/neurons.plan --out artifacts/neurons.json
 
-# The paper's question, whether tokens and neurons are better chosen together: benchmarks/matching.json (about 20 minutes).
-bench-matching: $(STAMP)
-	$(BIN)/cm-export build --recipe demo --out $(DEMO)
-	$(BIN)/python benchmarks/matching.py $(DEMO) --limit 200 --out benchmarks/matching.json
+SCENES := artifacts/scenes.plan
+$(SCENES): $(STAMP)
+	$(BIN)/cm-export calibrate --model scenes --out artifacts/scenes-calibration.safetensors --prompts 112 --threads 1
+	$(BIN)/cm-export build --recipe scenes --calibration artifacts/scenes-calibration.safetensors --out $@
+
+# Policies of neurons and tokens beside each other at four budgets: benchmarks/policies/scenes.json and docs/policies.md (about 40 minutes).
+bench-policies: $(SCENES)
+	$(BIN)/python benchmarks/policies.py $(SCENES) --limit 60 --out benchmarks/policies/scenes.json --docs docs/policies.md
+
+# The paper's question, whether tokens and neurons are better chosen together: benchmarks/policies/matching.json (about 15 minutes).
+bench-matching: $(SCENES)
+	$(BIN)/python benchmarks/matching.py $(SCENES) --out benchmarks/policies/matching.json --docs docs/policies.md
 
 # What the guard costs where nothing is wrong: benchmarks/guard.json and the table of docs/guard.md (about 10 minutes).
 bench-guard: $(STAMP)

@@ -8,7 +8,7 @@ With `overlap` the tokens are those that drive the sentence's core neurons, and 
 tokens drive: CoreMatching (arXiv 2505.19235, section 3) in both directions. All arms with both decode the same number of
 FFN rows and image tokens. Default cache: "index", since only there every layer has seen all tokens that may be counted.
 
-    python benchmarks/matching.py demo.plan --limit 200 --out benchmarks/matching.json
+    python benchmarks/matching.py scenes.plan --out benchmarks/policies/matching.json --docs docs/policies.md
 """
 
 import argparse
@@ -107,6 +107,27 @@ def run(engine: Engine, task: Task, args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def into(page: str, report: dict[str, Any]) -> str:
+    """The page with the report's table between its marks."""
+    lines = ["| arm | neurons | image tokens | exact match | of dense | KL | right where only the other arm is wrong |"]
+    lines.append("|---|" + "---|" * 6)
+    for r in report["rows"]:
+        low, high = r["ci"]
+        kept = f"{r['of_dense']:.3f} [{r['of_dense_ci'][0]:.3f}, {r['of_dense_ci'][1]:.3f}]"
+        pairs = f"{r['only_matched']} matched, {r['only_independent']} independent" if "only_matched" in r else ""
+        what = f"{r['neurons']} {r['neuron_share']:.0%} | {r['tokens']} {r['token_share']:.0%}"
+        lines.append(
+            f"| {r['arm']} | {what} | {r['accuracy']:.4f} [{low:.3f}, {high:.3f}] | {kept} | {r['kl']:.4f} | {pairs} |"
+        )
+    before, rest = page.split("<!-- matching -->\n")
+    return (
+        f"{before}<!-- matching -->\n"
+        + "\n".join(lines)
+        + "\n<!-- end matching -->"
+        + rest.split("<!-- end matching -->")[1]
+    )
+
+
 def show(row: dict[str, Any]) -> None:
     low, high = row["ci"]
     pairs = (
@@ -123,9 +144,9 @@ def show(row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--task", default="easy-vqa")
-    parser.add_argument("--kinds", nargs="+", default=["sentence"], help="kinds of question of the task")
-    parser.add_argument("--limit", type=int, default=200, help="questions of each kind")
+    parser.add_argument("--task", default="scenes")
+    parser.add_argument("--kinds", nargs="+", default=[], help="kinds of question of the task; all")
+    parser.add_argument("--limit", type=int, default=40, help="questions of each kind")
     parser.add_argument("--neurons", nargs="+", default=["griffin", "coreinfer"])
     parser.add_argument("--tokens", nargs="+", default=list(USUAL), choices=list(TOKENS), metavar="TOKENS")
     parser.add_argument("--neuron-share", type=float, default=0.6)
@@ -135,6 +156,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="the report is written here after every arm (.json)")
+    parser.add_argument("--docs", type=Path, help="a page whose table is written anew (.md)")
     args = parser.parse_args()
 
     for name in args.neurons:
@@ -142,7 +164,9 @@ def main() -> None:
     bundle = Bundle(args.bundle)
     bundle.wait_verified()
     task = load(args.task.replace("-", "_"), tuple(args.kinds), args.limit, args.seed)
-    run(Engine(bundle, args.threads), task, args)
+    report = run(Engine(bundle, args.threads), task, args)
+    if args.docs:
+        args.docs.write_text(into(args.docs.read_text(encoding="utf-8"), report), encoding="utf-8")
 
 
 if __name__ == "__main__":

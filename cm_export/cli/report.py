@@ -71,8 +71,8 @@ def command(
     path = check_output(out, (".html", ".htm"))
     if len({p.resolve() for p in evals}) < len(evals):
         raise InputError("one report is given twice", where="--eval", fix="give each file once")
-    if task is None and data is None and not evals and _is_demo(bundle):
-        task = "easy_vqa"
+    if task is None and data is None and not evals:
+        task = _own_task(bundle)
     if task is None and data is None and (kinds or limit):
         raise InputError("--kinds and --limit choose from a task", fix="give --task")
     asked = None
@@ -107,7 +107,10 @@ def command(
         print(path)
 
 
-def _is_demo(bundle: Path) -> bool:
+def _own_task(bundle: Path) -> str | None:
+    """The task of a model that comes with the program."""
     from ..bundle import read_manifest
+    from ..evals._task import OWN_TASKS
 
-    return read_manifest(bundle)["model"]["source"] == "demo"
+    own = OWN_TASKS.get(read_manifest(bundle)["model"]["source"])
+    return own and own.replace("-", "_")

@@ -13,7 +13,6 @@ from typing import Any
 from .. import by_name
 from ..errors import InputError
 
-
 # Models that come with the program, and the task that each was trained for.
 OWN_TASKS = {"demo": "easy-vqa", "scenes": "scenes"}
 
