@@ -16,7 +16,6 @@ Ids are those of the checkpoint. One metadata entry holds the checkpoint's hashe
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from . import atomic
 from .errors import InputError
 
 FILE = "calibration.safetensors"
@@ -75,13 +75,7 @@ def write(path: Path, calibration: Calibration) -> None:
     arrays = {n: np.ascontiguousarray(getattr(calibration, n), np.float32) for n in _FLOATS}
     arrays |= {n: np.ascontiguousarray(getattr(calibration, n), np.int32) for n in _INTEGERS}
     about = json.dumps({"format": FORMAT, **calibration.about}, sort_keys=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(save(arrays, {_META: about}))
-        temporary.replace(path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot be written ({e.strerror})", where=path, fix="check the disk and the path") from e
+    atomic.write(path, save(arrays, {_META: about}))
 
 
 def read(path: Path) -> Calibration:

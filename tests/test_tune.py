@@ -21,7 +21,7 @@ from conftest import cm_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cm_export import checkpoint, recipe
+from cm_export import checkpoint, recipe, recipe_text
 from cm_export.errors import CmExportError, GateFailed, InputError
 from cm_export.evals._journal import key_of
 from cm_export.evals._task import Question
@@ -458,7 +458,7 @@ def test_any_recipe_survives_toml(text, share, flag, seed):
     chosen = Recipe().replace(
         calibration=text, revision=text, neurons__share=share, neurons__row_norm=flag, tokens__rho=share, seed=seed
     )
-    assert recipe.from_dict(tomllib.loads(written.toml(chosen))) == chosen
+    assert recipe.from_dict(tomllib.loads(recipe_text.toml(chosen))) == chosen
 
 
 # ---------------------------------------------------------------- the verb

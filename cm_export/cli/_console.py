@@ -5,7 +5,6 @@ Nothing heavy is imported here: `--help` must answer at once.
 
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import click
 
+from .. import atomic
 from ..by_name import names_in, nearest
 from ..errors import InputError
 
@@ -129,13 +129,7 @@ def emit_json(value: Any) -> None:
 
 def write_json(value: Any, path: Path) -> None:
     """The same into a file, under a temporary name and then renamed. Raises InputError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(_json(value) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot be written ({e.strerror})", where=path, fix="check the disk and the path") from e
+    atomic.write(path, _json(value) + "\n")
 
 
 def _json(value: Any) -> str:

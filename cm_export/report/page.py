@@ -7,7 +7,6 @@ what an answer or a path might smuggle in; the template escapes every value besi
 import base64
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,7 +16,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from ..errors import InputError
+from .. import atomic
 from ..recipe import Recipe
 from . import charts
 from .analysis import NEURONS, TOKENS, Layers
@@ -49,14 +48,7 @@ class Inputs:
 
 def write(inputs: Inputs, out: Path) -> None:
     """The page, under a temporary name and then renamed. Raises InputError."""
-    text = render(inputs)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(out)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot be written ({e.strerror})", where=out, fix="check the disk and the path") from e
+    atomic.write(out, render(inputs))
 
 
 def render(inputs: Inputs) -> str:

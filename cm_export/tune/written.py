@@ -2,15 +2,15 @@
 
 import dataclasses
 import os
-import re
 from pathlib import Path
 from typing import Any
 
+from .. import atomic
 from .. import recipe as recipes
 from ..calibration import FILE as CALIBRATION
 from ..checkpoint import ALIASES
-from ..errors import InputError
 from ..recipe import Recipe
+from ..recipe_text import findable, toml
 from .space import needs_calibration
 
 
@@ -20,19 +20,12 @@ def write(out: Path, report: dict[str, Any], command: str, date: str) -> Recipe:
     calibration = None
     if needs_calibration(recipe):  # the bundle's copy; relative, as `recipe.load` reads it from the recipe's folder
         calibration = os.path.relpath(bundle.resolve() / CALIBRATION, out.resolve().parent)
-    known = report["model"] in ALIASES or "/" in report["model"]  # a directory's bare name says nothing elsewhere
-    model, revision = (report["model"], report["revision"]) if known else (None, None)
+    model, revision = (report["model"], report["revision"]) if findable(report["model"]) else (None, None)
     if model in ALIASES and ALIASES[model].path:
         revision = None  # it comes with the program
     recipe = dataclasses.replace(recipe, model=model, revision=revision, calibration=calibration)
     text = "".join(f"# {_plain(line)}\n" for line in comments(report, command, date)) + toml(recipe)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(out)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot be written ({e.strerror})", where=out, fix="check the disk and the path") from e
+    atomic.write(out, text)
     return recipes.load(str(out))
 
 
@@ -61,28 +54,6 @@ def comments(report: dict[str, Any], command: str, date: str) -> list[str]:
         f"model {report['model']}. Other models and questions must be measured.",
     ]
     return out
-
-
-def toml(recipe: Recipe) -> str:
-    """A recipe as TOML; what is None is left out."""
-    tables = {f.name for f in dataclasses.fields(recipe) if dataclasses.is_dataclass(getattr(recipe, f.name))}
-    values = recipe.to_dict()
-    lines = [f"{k} = {_value(v)}" for k, v in values.items() if k not in tables and v is not None]
-    for table in sorted(tables):
-        lines += ["", f"[{table}]"]
-        lines += [f"{k} = {_value(v)}" for k, v in values[table].items() if v is not None]
-    return "\n".join(lines) + "\n"
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_value, value))}]"
-    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda c: f"\\u{ord(c[0]):04x}", text) + '"'
 
 
 def _plain(line: str) -> str:
