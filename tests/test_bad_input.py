@@ -116,7 +116,8 @@ def test_a_bad_option_of_run_is_refused(refused, demo_bundle, tmp_path, name):
     options, word = RUN[name]
     image_token = Chat(Bundle(demo_bundle)).image_token
     options = [o.format(picture=tmp_path / "x.png", image_token=image_token) for o in options]
-    refused(["run", demo_bundle, "--prompt", "what ?", *options], word)
+    asked = [] if "--prompt" in options else ["--prompt", "what ?"]
+    refused(["run", demo_bundle, *asked, *options], word)
     assert os.listdir(tmp_path) == ["x.png"]
 
 

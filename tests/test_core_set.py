@@ -1,7 +1,7 @@
 """What stands in for dropped neurons, how many each layer keeps, and blocks: laws on random models, by independent roads."""
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -316,7 +316,7 @@ def test_what_is_no_whole_block_is_refused(exported):
 class Reordered(Exported):
     """The same checkpoint with the neurons of every layer stored in another order: same graphs, same byte ranges."""
 
-    dense: dict[str, Any]
+    dense: dict[str, Any] = field(kw_only=True)
 
     @cached_property
     def order(self):
@@ -337,7 +337,7 @@ class Reordered(Exported):
 @pytest.mark.parametrize("policy", ["griffin", "coreinfer", "glass", "glass_rank"])
 def test_law_b_reordered_weights_are_the_same_model_with_other_ids(exported, seed, policy, tmp_path):
     x = exported(seed)
-    y = Reordered(x.path, tmp_path, x.dense)
+    y = Reordered(x.path, tmp_path, dense=x.dense)
     calibration = made_up(x)
     recipe = Recipe().replace(neurons__policy=policy, neurons__row_norm=True, **CALIBRATED)
     req = request(x, seed)
@@ -364,7 +364,7 @@ def test_law_b_reordered_weights_are_the_same_model_with_other_ids(exported, see
 def test_a_weight_stored_in_a_wrong_place_is_noticed(exported, tmp_path):
     """The build compares the reordered file with the checkpoint by the inverse order."""
     x = exported(1)
-    y = Reordered(x.path, tmp_path, x.dense)
+    y = Reordered(x.path, tmp_path, dense=x.dense)
     assert y.weights
     name = "model.language_model.layers.0.mlp.up_proj.weight"
     wrong = hf.neuron_order(name, family, y.order).copy()
@@ -377,4 +377,5 @@ def test_every_neuron_reads_the_mapped_file_and_needs_no_bias(exported):
     x = exported(1)
     out = every_neuron(rows_of(x))
     assert not out["core_bias"].any() and out["core_bias"].shape == (x.shape.layers, 1, x.shape.hidden)
-    assert all(a.shape[1] == x.shape.ffn for n, a in out.items() if n != "core_bias")
+    assert out["core_counts"].tolist() == [x.shape.ffn] * x.shape.layers
+    assert all(a.shape[1] == x.shape.ffn for n, a in out.items() if n.startswith("ffn."))

@@ -15,7 +15,7 @@ from cm_export.recipe import Recipe, Tokens
 CASES = settings(max_examples=60, deadline=None)
 
 
-def calibrated(kl, policy="attention", shares=(0.25, 0.5), layers=None):
+def calibrated(kl, policy="spread_keys", shares=(0.25, 0.5), layers=None):
     kl, nothing = np.array(kl, np.float32), np.zeros((1, 1), np.float32)
     layers = np.arange(1, len(kl) + 1, dtype=np.int32) if layers is None else np.array(layers, np.int32)
     about = {"ran": {"token_policy": policy}}
@@ -73,7 +73,7 @@ def test_a_recipe_gets_the_calibrated_layer_and_says_it():
     [
         (None, "did not measure where to cut"),
         (calibrated(np.zeros((0, 2))), "did not measure where to cut"),
-        (calibrated([[0.1, 0.1]], policy="value"), "measured the token policy 'value', not 'attention'"),
+        (calibrated([[0.1, 0.1]], policy="value"), "measured the token policy 'value', not 'spread_keys'"),
     ],
 )
 def test_a_layer_that_nobody_measured_is_refused(calibration, says):

@@ -79,7 +79,7 @@ def test_with_every_neuron_the_sparse_reading_is_the_dense_model(bench, tmp_path
     stock = LlamaForCausalLM(config).eval()
     stock.save_pretrained(tmp_path)
     model = bench.Model.__new__(bench.Model)
-    model.model, model.seen, model._keep = stock, {}, None
+    model.model, model.seen, model.inputs, model._keep = stock, {}, {}, None
     ids, answer = torch.randint(1, 50, (1, 9)), torch.randint(1, 50, (1, 6))
     with torch.no_grad():
         expected = stock(torch.cat([ids, answer], 1)).logits[0, 8:14]

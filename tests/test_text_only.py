@@ -217,7 +217,7 @@ def test_build_refuses_to_prune_image_tokens_in_one_line(checkpoint, tmp_path):
 
 
 def test_what_was_chosen_is_neither_a_key_of_a_recipe_nor_part_of_it():
-    chosen = Recipe().replace(tokens__policy="attention")
+    chosen = Recipe().replace(tokens__policy=Recipe().tokens.policy)
     assert chosen == Recipe() and chosen.to_dict() == Recipe().to_dict() and "chosen" not in Recipe().to_dict()
     with pytest.raises(InputError, match="unknown key 'chosen'"):
         from_dict({"chosen": []})

@@ -32,7 +32,8 @@ from cm_export.tune.measure import Answered, Times, latency, memory
 from cm_export.tune.verdict import HeldOut, Point
 
 PICTURE = Path(checkpoint.__file__).parent / "demo" / "images" / "teal-circle.png"
-SPACE = space.Space(Recipe(), ("dense", "griffin"), ("attention", "dense"), (1,), 6)
+OWN = Recipe().replace(tokens__policy="attention")
+SPACE = space.Space(OWN, ("dense", "griffin"), ("attention", "dense"), (1,), 6)
 SETTINGS = {"bundle": "b", "task": "t"}
 
 
@@ -159,7 +160,7 @@ def test_the_search_recommends_the_cheapest_recipe_that_holds(tmp_path):
     assert Fake._by_shares(recipe.from_dict(report["recipe"])) > 0.97 and won["cost"] <= 0.57
     assert report["random"]["n"] == won["held_out"]["n"] == 400 and len(report["trials"]) == 30
     assert [r["trial"] for r in report["trials"]] == list(range(30))
-    assert report["trials"][0]["recipe"] == Recipe().to_dict(), "the bundle's own recipe comes first"
+    assert report["trials"][0]["recipe"] == OWN.to_dict(), "the bundle's own recipe comes first"
     level = 1 - 0.05 / report["looks"]
     assert report["level"] == level and report["looks"] == len(report["finalists"]) >= 1
 
@@ -292,7 +293,7 @@ def test_a_policy_that_prunes_nothing_has_no_share_and_what_is_not_searched_stay
 
 
 def test_the_own_recipe_is_tried_as_it_is_even_where_the_grid_cannot_say_it(tmp_path):
-    own = Recipe().replace(neurons__share=0.617, tokens__budget="knee", tokens__max_share=0.8)
+    own = OWN.replace(neurons__share=0.617, tokens__budget="knee", tokens__max_share=0.8)
     report = searched(tmp_path / "s", Wish(0.9, "memory", 3), of=dataclasses.replace(SPACE, base=own))
     assert report["trials"][0]["recipe"] == own.to_dict()
 

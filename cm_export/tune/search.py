@@ -134,6 +134,7 @@ def run(
             studies.sweep(study)
         return second_look(study, judge, search, held, wish, progress)
     except KeyboardInterrupt as stop:
+        studies.sweep(study, own=True)
         done = len(studies.finished(study))
         raise Interrupted(f"interrupted, {done} of {wish.trials} trials are kept: the same command goes on") from stop
 

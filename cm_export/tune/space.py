@@ -37,7 +37,7 @@ class Space:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: two studies agree when these do."""
-        return asdict(self) | {"percent": PERCENT}
+        return asdict(self) | {"base": self.base.to_dict(), "percent": PERCENT}
 
 
 def of_bundle(bundle: Bundle, base: Recipe) -> Space:
