@@ -82,7 +82,8 @@ def _run(
     family.check_config(config)
     shape = family.shape(config)
     recipe = recipe.for_model(shape)
-    pipeline.check_recipe(recipe, shape)
+    # Cheap, and before the calibration is read, which may know the layer that 0 stands for.
+    pipeline.check_recipe(recipe if recipe.tokens.prune_layer else recipe.replace(tokens__prune_layer=1), shape)
     if shape.activation not in ACTIVATIONS:
         fix = by_name.nearest(shape.activation, [*ACTIVATIONS])
         raise InputError(f"unknown hidden_act {shape.activation!r}", where=source.path / "config.json", fix=fix)

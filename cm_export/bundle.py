@@ -138,7 +138,7 @@ class Bundle:
         try:
             for name in {WEIGHTS, PREDICTOR} & set(self.manifest["files"]):
                 self._verify(self.path / name, self.manifest["files"][name]["sha256"])
-        except (BundleError, OSError) as e:
+        except Exception as e:  # whatever stopped it, the weights are not verified
             self._failure = e if isinstance(e, BundleError) else BundleError(str(e), where=self.path / WEIGHTS)
 
 

@@ -133,7 +133,7 @@ def measure(
         "model": bundle.manifest["model"]["source"],
         "ran": {"data": what, "prompts": len(answers), "generated_tokens": total, "seed": seed}
         | {"max_new_tokens": max_new_tokens, "sensitivity_prompts": len(some)}
-        | {"token_policy": tokens.policy},
+        | {"token_policy": tokens.policy, "tokens": {k: getattr(tokens, k) for k in prune_layers.MATTER}},
         "versions": {n: version(n) for n in _LIBRARIES},
     }
     return Calibration(energy, mean_z, np.stack(mean_y), sensitivity, np.array(SHARES), np.stack(order), about, **prune)

@@ -5,6 +5,7 @@ vision            vision graph with transformers' tower                  yes, of
 prefill           dense prefill: logits and cache                        yes
 decode            8 dense greedy steps: logits and token ids             yes
 full budget       sparse graphs with all tokens and all neurons, dense   yes
+predictor         copies by which decode chooses, with the weights       yes
 turn              those 8 tokens read at once over the prefill's cache   yes, where the bundle has that graph
 drift             sparse graphs at the recipe's budget, dense            no: it is what the budget costs
 """
@@ -19,12 +20,15 @@ from .backends.onnxruntime import Backend, CoreRows, Decoder
 from .calibration import Calibration
 from .core_set import choose, every_neuron
 from .errors import GateFailed
+from .predictor import copy_error
 from .recipe import Recipe
 from .request import Request, core_row_names, prefill_feeds, sparse_feeds
 
 # Largest difference allowed, relative to max(1, largest reference value). float32 differs from PyTorch by 1e-6 where
 # sums are short; sums over 10^4 terms in 28 layers bring it to some 1e-5, and a wrong mask or position to above 1e-2.
 LIMIT = 1e-4
+# Of a 4-bit copy, relative: .1 for weights like a Gaussian, up to .3 where a few are very large; in a wrong order 1.4.
+COPY_LIMIT = 0.5
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,14 @@ def run_gates(
     gate("full budget, prefill", "prefill", pairs, "dense prefill")
     chosen = _numpy(backend.prefill(feeds | sparse_feeds(request, recipe), "prefill"))
     backend.drop("prefill")
+    if recipe.neurons.in_decode:  # at full budget nothing depends on them
+        error, worst = copy_error(backend.predictor, backend.weights, family, shape)
+        gates.append(Gate("predictor", error, COPY_LIMIT, error <= COPY_LIMIT, "low-bit copies and the weights"))
+        if not gates[-1].passed:
+            fix = "no bundle was written; check memory and disk, or choose another neuron policy"
+            raise GateFailed(
+                f"differs by {error:.1e} (limit {COPY_LIMIT})", where=f"gate 'predictor', {worst}", fix=fix
+            )
     decoder = Decoder(backend, "decode", _ort(cache), every_neuron(rows))
     sparse = _steps(decoder, request, reference["tokens"], core_tokens=full.get("kept_tokens"), recipe=recipe)
     backend.drop("decode")

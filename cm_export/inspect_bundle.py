@@ -42,6 +42,12 @@ def _pruned(recipe: Recipe, shape: Any) -> dict[str, str]:
         }[t.budget]
         where = "leave the computation and the cache of all layers" if t.cache == "cut" else "are not read by decode"
         tokens = f"{budget}, by {t.policy} after layer {t.prune_layer} of {shape.layers} (votes: {t.voters}); the rest {where}"
+        tokens += "; every picture has its own budget" if t.quota == "each" else ""
+        tokens += "; scores of all layers before the cut are added" if t.layers == "all" else ""
+        if t.first != "none":
+            tokens = (
+                f"{t.first_share:g} of the image tokens stay, by {t.first} before the first layer; of all, {tokens}"
+            )
     neurons = "none: decode computes every neuron"
     if n.policy != "dense":
         kept = neuron_count(n.share, shape.ffn)

@@ -63,6 +63,36 @@ def pack(q: np.ndarray) -> np.ndarray:
     return nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
 
 
+def unpack(packed: np.ndarray) -> np.ndarray:
+    """[F,D/2] uint8 -> [F,D] int8: the way back, written on its own so that it can tell a wrong `pack`."""
+    out = np.empty((len(packed), 2 * packed.shape[1]), np.int8)
+    out[:, 0::2] = (packed << 4).astype(np.uint8).view(np.int8) >> 4
+    out[:, 1::2] = packed.view(np.int8) >> 4
+    return out
+
+
+def copy_error(copies: WeightFile, file: WeightFile, family: ModuleType, shape: Any) -> tuple[float, str]:
+    """The worst copy's distance from its matrix (root of summed squares, relative) and its name; rounding gives about .1.
+
+    Row norms are not rounded: where one is off by more than a thousandth, the distance is infinite.
+    """
+    worst, where = -1.0, ""
+    for layer, (gate, up, down) in enumerate(core_row_names(family, shape.layers)):
+        own = names(layer)
+        if not np.allclose(copies[own["norm"]], np.linalg.norm(file[down].astype(np.float64), axis=1), rtol=1e-3):
+            return float("inf"), own["norm"]
+        pairs = {}
+        for part, source in (("gate", gate), ("up", up)):
+            scale = copies[own[f"{part}_scale"]]
+            q = unpack(copies[own[part]]).reshape(*scale.shape, -1)
+            pairs[own[part]] = ((q * scale[..., None]).reshape(shape.ffn, -1), file[source])
+        for name, (ours, theirs) in pairs.items():
+            error = float(np.linalg.norm(ours - theirs) / max(float(np.linalg.norm(theirs)), 1e-30))
+            if not error <= worst:  # also takes nan
+                worst, where = error, name
+    return worst, where
+
+
 def names(layer: int) -> dict[str, str]:
     """Names in the predictor file of one layer's parts: gate, gate_scale, up, up_scale, norm."""
     return {part: f"predictor.{layer}.{part}" for part in ("gate", "gate_scale", "up", "up_scale", "norm")}

@@ -6,7 +6,6 @@ share .25       layer   1     2     3     4          the earliest within reach o
                 KL     .31   .12   .11   .40         (earlier cuts save more of the prefill)
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +16,10 @@ from .errors import InputError
 from .evals._compare import with_policies
 from .generate import Budget, Engine
 from .recipe import Recipe, Tokens
+from .vary import varied
 
 SHARES = (0.25, 0.5)  # of the image tokens
+MATTER = ("voters", "layers", "cache", "quota", "first", "first_share")  # keys of [tokens] besides the policy
 MOST_LAYERS = 8  # prune layers measured in a deep model: denser among the early ones, whose cuts save more
 MOST_PROMPTS = 8
 SLACK, LEAST = 0.1, 1e-3  # a layer is as good as the best within a tenth of its KL, or a thousandth of a nat
@@ -44,8 +45,8 @@ def measure(
     expected = [_forced(engine, request, answer, Budget(dense=True)) for request, answer in asked]
     for n, layer in enumerate(layers):
         progress("measure where to cut the image tokens: layer", n + 1, len(layers))
-        cut = dataclasses.replace(tokens, prune_layer=layer, budget="share")
-        sparse = with_policies(engine, Recipe(tokens=cut).replace(neurons__policy="dense"))
+        cut = varied(Recipe(tokens=tokens), tokens__prune_layer=layer, tokens__budget="share", neurons__policy="dense")
+        sparse = with_policies(engine, cut)
         for (request, answer), wanted in zip(asked, expected, strict=True):
             for q, share in enumerate(SHARES):
                 kl[n, q] += judge(wanted, _forced(sparse, request, answer, Budget(token_share=share))).sum()
@@ -73,14 +74,21 @@ def best(calibration: Calibration, share: float) -> int:
 
 def resolve(recipe: Recipe, calibration: Calibration | None) -> Recipe:
     """The recipe with prune_layer = 0 replaced by the calibration's layer. Raises InputError if it does not know one."""
-    if recipe.tokens.prune_layer or recipe.tokens.policy == "dense":
+    if recipe.tokens.policy == "dense" and not recipe.tokens.prune_layer:
+        return recipe.replace(tokens__prune_layer=Tokens.prune_layer)  # nothing is cut; other policies may be tried
+    if recipe.tokens.prune_layer:
         return recipe
     where, policy = "recipe: tokens.prune_layer = 0", recipe.tokens.policy
     if calibration is None or not len(calibration.prune_layers):
         fix = "calibrate with pictures (`cm-export calibrate --data`), or give a layer"
         raise InputError("the calibration did not measure where to cut", where=where, fix=fix)
-    was = calibration.about.get("ran", {}).get("token_policy")
+    ran = calibration.about.get("ran", {})
+    was = ran.get("token_policy")
     if was != policy:
         fix = f"calibrate a bundle built with --tokens {policy}, or give a layer"
         raise InputError(f"the calibration measured the token policy {was!r}, not {policy!r}", where=where, fix=fix)
+    for key, measured in ran.get("tokens", {}).items():
+        if getattr(recipe.tokens, key) != measured:
+            what = f"the calibration measured tokens.{key} = {measured!r}, not {getattr(recipe.tokens, key)!r}"
+            raise InputError(what, where=where, fix="calibrate a bundle built with these tokens, or give a layer")
     return recipe.replace(tokens__prune_layer=best(calibration, recipe.tokens.share))

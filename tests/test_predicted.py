@@ -20,6 +20,7 @@ from cm_export.backends.onnxruntime import Backend, CoreRows, Decoder
 from cm_export.core_set import choose, every_neuron
 from cm_export.errors import InputError
 from cm_export.families import qwen2_vl as family
+from cm_export.gates import COPY_LIMIT
 from cm_export.onnx_text import model_of
 from cm_export.policies.neurons import predicted
 from cm_export.recipe import Recipe
@@ -49,6 +50,17 @@ def test_a_copy_is_what_onnx_unpacks_and_within_a_step_of_the_weight(ffn, blocks
     plain = np.square(np.clip(np.rint(weight.reshape(back.shape) / step), -8, 7) * step - weight.reshape(back.shape))
     assert (error <= plain.sum(-1) * (1 + 1e-4) + 1e-12).all()
     assert error.sum() <= 0.02 * np.square(weight).sum(), "four bits keep 98 % of the energy of a Gaussian"
+
+
+def test_a_copy_in_a_wrong_place_fails_the_build(layered):
+    """At full budget decode is dense whatever the copies say, so they have a gate of their own."""
+    x, _, copies = layered
+    error, _ = predictor.copy_error(copies, x.weights, family, x.shape)
+    assert error < 0.2 < COPY_LIMIT
+    for name, shift in (("predictor.1.gate", 1), ("predictor.0.up_scale", 1), ("predictor.1.norm", 2)):
+        moved = {n: np.roll(copies[n], shift, axis=0) if n == name else copies[n] for n in copies.tensors}
+        error, where = predictor.copy_error(moved, x.weights, family, x.shape)
+        assert error > COPY_LIMIT and where == name.removesuffix("_scale")
 
 
 def test_zeros_stay_zeros_and_are_not_divided_by():

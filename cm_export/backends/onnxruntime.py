@@ -28,7 +28,7 @@ class Backend:
         predictor: WeightFile | None = None,
     ):
         """`predictor`: the file of low-bit copies, where the decode graph reads one."""
-        self._graph, self.weights, self.threads, self._predictor = graph, weights, threads, predictor
+        self._graph, self.weights, self.threads, self.predictor = graph, weights, threads, predictor
         self._sessions: dict[tuple[str, bool, bool], ort.InferenceSession] = {}
         self._views: dict[str, ort.OrtValue] = {}  # sessions read these buffers as long as they live
         self._inputs: dict[tuple[str, bool, bool], list[str]] = {}  # weights that a session takes as inputs
@@ -61,7 +61,7 @@ class Backend:
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
         external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-        missing = [t.name for t in external if t.name not in self.weights and t.name not in (self._predictor or ())]
+        missing = [t.name for t in external if t.name not in self.weights and t.name not in (self.predictor or ())]
         if missing:
             raise BundleError(f"the weight file has no {missing[0]}", where=where, fix="build the bundle again")
         for tensor in external:
@@ -100,7 +100,7 @@ class Backend:
         """What an initializer reads: the mapped file as it is, or int4 pairs turned into what ONNX Runtime multiplies."""
         if tensor.name in self.weights:
             return self.weights[tensor.name]
-        stored = self._predictor[tensor.name]
+        stored = self.predictor[tensor.name]
         is_packed = tensor.data_type == onnx.TensorProto.UINT8
         return unsigned(stored, 2 * tensor.dims[-1]) if is_packed else stored
 

@@ -28,6 +28,7 @@ from ..neuron_constants import neuron_constants
 from ..predictor import predictor_share
 from ..recipe import Recipe
 from ..surgery import pipeline
+from ..vary import at_random, varied
 from ._journal import Journal, key_of
 from ._metrics import divergence, kept_of_dense, spread, wilson
 from ._task import Question, Task
@@ -91,11 +92,15 @@ def compare(
     """
     bundle = Bundle(path)
     engine = Engine(bundle, threads)
+    rows = _rows(engine.recipe, sweep, seed)
+    for row in rows:  # before anything is asked
+        pipeline.check_recipe(row.recipe, bundle.shape)
     bundle.wait_verified()
     desk = _Desk(engine, task, progress)
     run = key_of(
         bundle=bundle.manifest,
         questions=[asdict(q) for q in task.questions],
+        answers=[task.limits, task.rule],
         pictures=desk.fingerprint,
         threads=threads,
     )
@@ -107,7 +112,7 @@ def compare(
         dense = desk.ask(Row(engine.recipe, Budget(dense=True)), engine, journal)
         results = [dense]
         engines = {engine.recipe.replace(): engine}
-        for row in _rows(engine.recipe, sweep, seed):
+        for row in rows:
             results.append(desk.ask(row, _engine_for(row, engine, engines), journal, dense))
             control = _random_like(row, results[-1])
             # Several policies at one budget share one control.
@@ -176,9 +181,8 @@ def _rows(recipe: Recipe, sweep: Sweep, seed: int | None) -> list[Row]:
         if any(t not in ("attention", "dense") for _, t in policies):
             policies.append((policies[0][0], "attention"))
         for neurons, tokens in dict.fromkeys(policies):
-            chosen = recipe.replace(neurons__policy=neurons, tokens__policy=tokens)
-            if token_share is not None:
-                chosen = chosen.replace(tokens__budget="share")
+            budgeted = "share" if token_share is not None and tokens != "dense" else None
+            chosen = varied(recipe, neurons__policy=neurons, tokens__policy=tokens, tokens__budget=budgeted)
             budget = Budget(
                 neuron_share=None if neurons == "dense" else neuron_share,
                 token_share=None if tokens == "dense" else token_share,
@@ -190,15 +194,13 @@ def _rows(recipe: Recipe, sweep: Sweep, seed: int | None) -> list[Row]:
 
 def _random_like(row: Row, result: dict[str, Any]) -> Row:
     """Random choices of the size that the row was measured to keep; what it does not prune stays whole."""
-    policies = {part: "random" for part in ("neurons", "tokens") if getattr(row.recipe, part).policy != "dense"}
-    # Without a mean in place of dropped neurons: a random set is better off without (benchmarks/neuron_policies.py).
-    recipe = row.recipe.replace(
-        **{f"{part}__policy": name for part, name in policies.items()}, tokens__budget="share", neurons__fill="none"
-    )
+    # as many bytes: what another policy reads to choose, a random set may spend on neurons
+    neurons, tokens = min(1.0, result["ffn_bytes_share"]), result["token_share"]
+    # One recipe for all sizes, so that they share their sessions; the sizes are asked for with each question.
+    recipe = at_random(row.recipe, row.recipe.neurons.share, row.recipe.tokens.share)
     budget = Budget(
-        # as many bytes: what another policy reads to choose, a random set may spend on neurons
-        neuron_share=min(1.0, result["ffn_bytes_share"]) if "neurons" in policies else None,
-        token_share=result["token_share"] if "tokens" in policies else None,
+        neuron_share=neurons if recipe.neurons.policy != "dense" else None,
+        token_share=tokens if recipe.tokens.policy != "dense" else None,
         seed=row.budget.seed,
     )
     return Row(recipe, budget)

@@ -50,6 +50,9 @@ def check_recipe(recipe: Recipe, shape: Any) -> None:
             where="recipe: tokens.policy",
             fix="leave the options of tokens out, or build with --tokens dense",
         )
+    if policy.FUNCTION is not None and recipe.tokens.prune_layer < 1:
+        fix = "give a layer, or build anew with the calibration that knows one"
+        raise InputError("no layer is known after which to cut", where="recipe: tokens.prune_layer = 0", fix=fix)
     if policy.FUNCTION is not None and recipe.tokens.prune_layer >= shape.layers:
         raise InputError(
             f"prune_layer {recipe.tokens.prune_layer} leaves no layer to run on kept tokens",

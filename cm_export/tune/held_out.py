@@ -9,6 +9,7 @@ from typing import Any
 
 from ..evals._metrics import wilson
 from ..recipe import Recipe, from_dict
+from ..vary import at_random
 from . import study as studies
 from .measure import Judge, examine
 from .verdict import FINALISTS, HeldOut, Point, affordable, decide, finalists, front
@@ -51,7 +52,7 @@ def second_look(
     if best:
         facts = stored[best.number]
         progress("random control of the same size")
-        random_recipe = _random_like(recipes[best.number], facts)
+        random_recipe = at_random(recipes[best.number], facts["neuron_share"], facts["token_share"])
         control = _row(_ask_held_out(judge, random_recipe, held, wish, "random control", progress), 1)
     dense = {}
     for half, numbers in (("search", search), ("held_out", held)):
@@ -141,19 +142,3 @@ def _row(facts: dict[str, Any], looks: int) -> dict[str, Any]:
     h = _held_out(0, facts, "memory")
     out = {k: v for k, v in facts.items() if k not in ("right", "dense", "whole")}
     return out | {"of_dense_ci": h.kept(looks)[1], "ci": list(wilson(sum(h.right), len(h.right)))}
-
-
-def _random_like(recipe: Recipe, facts: dict[str, Any]) -> Recipe:
-    """Random choices of the size that was measured; what is not pruned stays whole."""
-    values: dict[str, Any] = {"neurons__fill": "none"}  # a random set is better off without, see evals/_compare.py
-    neurons, tokens = recipe.neurons.policy != "dense", recipe.tokens.policy != "dense"
-    if neurons:
-        values |= {"neurons__policy": "random", "neurons__share": facts["neuron_share"], "neurons__block": 1}
-    if tokens:
-        values |= {
-            "tokens__policy": "random",
-            "tokens__share": facts["token_share"],
-            "tokens__budget": "share",
-            "tokens__first": "none",
-        }
-    return recipe.replace(**values)

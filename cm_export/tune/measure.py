@@ -119,7 +119,9 @@ class BundleJudge:
     def _engine(self, recipe: Recipe) -> Engine:
         """The bundle under these policies. Shares are given with each question, so they are not part of the key."""
         neurons, tokens = shares(recipe)
-        key = recipe.replace(neurons__share=neurons and 1.0, tokens__share=tokens and 1.0)
+        # A first cut has a share of its own, which is asked for as the graph's recipe says.
+        first = recipe.tokens.first_share if recipe.tokens.first != "none" else 1.0
+        key = recipe.replace(neurons__share=neurons and 1.0, tokens__share=tokens and first)
         if key not in self._engines:
             while len(self._engines) >= _ENGINES:
                 del self._engines[next(iter(self._engines))]

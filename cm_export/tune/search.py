@@ -101,7 +101,8 @@ def questions_key(task: Task) -> str:
     for name in {p for q in task.questions for p in q.pictures}:
         picture = task.open_picture(name)
         seen[name] = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
-    return key_of(questions=[asdict(q) | {"pictures": [seen[p] for p in q.pictures]} for q in task.questions])
+    questions = [asdict(q) | {"pictures": [seen[p] for p in q.pictures]} for q in task.questions]
+    return key_of(questions=questions, limits=task.limits, rule=task.rule)
 
 
 def run(

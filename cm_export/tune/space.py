@@ -13,6 +13,7 @@ from ..bundle import Bundle
 from ..errors import InputError
 from ..recipe import BLOCKS, VOTERS, Recipe
 from ..surgery import pipeline
+from ..vary import varied
 
 NEURONS, TOKENS = "cm_export.policies.neurons", "cm_export.policies.tokens"
 PERCENT = (
@@ -73,7 +74,7 @@ def recipe_of(trial: Any, space: Space) -> Recipe:
         values["tokens__prune_layer"] = trial.suggest_int("prune_layer", 1, space.prune_layers)
         if "vote" in _policy(TOKENS, values["tokens__policy"]).WIRES:
             values["tokens__voters"] = trial.suggest_categorical("token_voters", VOTERS)
-    return _replaced(space.base, **values)
+    return varied(space.base, **values)
 
 
 def params_of(recipe: Recipe, space: Space) -> dict[str, Any] | None:
@@ -103,7 +104,7 @@ def first(space: Space) -> list[tuple[dict[str, Any], Recipe | None]]:
         values["neurons__share"] = neuron_percent / 100 if neuron_percent else None
         values["tokens__share"] = token_percent / 100 if token_percent else None
         values["tokens__prune_layer"] = max(1, min(space.base.tokens.prune_layer, space.prune_layers))
-        params = params_of(_replaced(space.base, **values), space)
+        params = params_of(varied(space.base, **values), space)
         if params and params not in [p for p, _ in out]:
             out.append((params, None))
     return out
@@ -127,19 +128,9 @@ def needs_calibration(recipe: Recipe) -> bool:
     return "prior" in _policy(NEURONS, n.policy).WIRES or "calibrated" in (n.fill, n.layers) or n.block > 1
 
 
-def _replaced(base: Recipe, **values: Any) -> Recipe:
-    """`base` with other values; a first cut goes with the second one, and leaves at least what that one keeps."""
-    if base.tokens.first != "none":
-        if values.get("tokens__policy") == "dense":
-            values["tokens__first"] = "none"
-        else:
-            values["tokens__first_share"] = max(base.tokens.first_share, values.get("tokens__share") or 0.0)
-    return base.replace(**values)
-
-
 def _runs(base: Recipe, bundle: Bundle, **values: Any) -> bool:
     try:
-        pipeline.check_recipe(_replaced(base, **values), bundle.shape)
+        pipeline.check_recipe(varied(base, **values), bundle.shape)
     except InputError:
         return False
     return True
