@@ -37,12 +37,6 @@ bench-quality: $(STAMP)
 	$(BIN)/python recipes/fetch_smollm2.py --out artifacts/smollm2-135m
 	$(BIN)/python benchmarks/neuron_quality.py --model artifacts/smollm2-135m --out benchmarks/quality/smollm2-135m.json --docs docs/quality.md
 
-# Neuron policies beside each other on the demo model, sentences of easy-VQA (about half an hour on one thread).
-bench-neurons: $(STAMP)
-	$(BIN)/cm-export calibrate --model demo --out artifacts/calibration.safetensors
-	$(BIN)/cm-export build --recipe demo --calibration artifacts/calibration.safetensors --out artifacts/neurons.plan
-	$(BIN)/python benchmarks/neuron_policies.py artifacts/neurons.plan --out artifacts/neurons.json
-
 SCENES := artifacts/scenes.plan
 $(SCENES): $(STAMP)
 	$(BIN)/cm-export calibrate --model scenes --out artifacts/scenes-calibration.safetensors --prompts 112 --threads 1
@@ -52,9 +46,13 @@ $(SCENES): $(STAMP)
 bench-policies: $(SCENES)
 	$(BIN)/python benchmarks/policies.py $(SCENES) --limit 60 --out benchmarks/policies/scenes.json --docs docs/policies.md
 
+# Fills, layer budgets and blocks of every neuron policy: benchmarks/policies/neurons.json and docs/neurons.md (half an hour).
+bench-neurons: $(SCENES)
+	$(BIN)/python benchmarks/neuron_policies.py $(SCENES) --out benchmarks/policies/neurons.json --docs docs/neurons.md
+
 # The paper's question, whether tokens and neurons are better chosen together: benchmarks/policies/matching.json (about 15 minutes).
 bench-matching: $(SCENES)
-	$(BIN)/python benchmarks/matching.py $(SCENES) --out benchmarks/policies/matching.json --docs docs/policies.md
+	$(BIN)/python benchmarks/matching.py $(SCENES) --limit 30 --out benchmarks/policies/matching.json --docs docs/policies.md
 
 # What the guard costs where nothing is wrong: benchmarks/guard.json and the table of docs/guard.md (about 10 minutes).
 bench-guard: $(STAMP)

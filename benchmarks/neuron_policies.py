@@ -7,8 +7,10 @@
 
 Every image token is kept, so that only neurons differ. `random` is the control; dense is the first row.
 
-    python benchmarks/neuron_policies.py demo.plan --out artifacts/neurons.json         # the bundle needs a calibration
-    python benchmarks/neuron_policies.py my.plan --data my.jsonl --shares 0.5 --policies griffin+row glass
+    python benchmarks/neuron_policies.py scenes.plan --out benchmarks/policies/neurons.json --docs docs/neurons.md
+    python benchmarks/neuron_policies.py my.plan --data my.jsonl --shares 0.5 --policies griffin+row glass --out my.json
+
+The bundle needs a calibration.
 """
 
 import argparse
@@ -53,6 +55,7 @@ POLICIES = {
     "static": {"policy": "glass", "mix": 1.0},
     "glass_rank": {"policy": "glass_rank"},
 }
+BLOCKED = ("glass", "griffin+row", "random")  # policies whose blocks are measured as well, without fill or budgets
 USUAL = ("random", "coreinfer", "griffin", "griffin+row", "glass", "glass_rank", "static")
 
 
@@ -176,18 +179,19 @@ def divergence(p_logits: np.ndarray, q_logits: np.ndarray) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--task", default="easy-vqa", help="questions of this eval task, one-word ones left out")
+    parser.add_argument("--task", default="scenes", help="questions of this eval task, one-word ones left out")
     parser.add_argument("--data", type=Path, help="prompts of your own instead (.jsonl)")
-    parser.add_argument("--limit", type=int, default=400)
+    parser.add_argument("--limit", type=int, default=140)
     parser.add_argument("--max-new-tokens", type=int, default=SENSITIVITY_TOKENS)
     parser.add_argument("--policies", nargs="+", default=list(USUAL), choices=list(POLICIES), metavar="POLICY")
     parser.add_argument("--shares", nargs="+", type=float, default=[0.6, 0.4, 0.3])
     parser.add_argument("--fills", nargs="+", default=["none", "prompt", "calibrated"])
     parser.add_argument("--layers", nargs="+", default=["uniform", "calibrated"])
-    parser.add_argument("--blocks", nargs="+", type=int, default=[1])
+    parser.add_argument("--blocks", nargs="*", type=int, default=[8, 16, 32], help="besides single neurons")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="rows are written here after every policy (.json)")
+    parser.add_argument("--docs", type=Path, help="a page whose tables are written anew (.md)")
     args = parser.parse_args()
 
     bundle = Bundle(args.bundle)
@@ -211,15 +215,15 @@ def main() -> None:
     }
     print(f"dense {right / len(asked):.4f} [{low:.3f}, {high:.3f}], {sum(len(q.logits) for q in asked)} tokens")
     for policy in args.policies:
-        cells = []
-        for block in args.blocks:
-            for share in args.shares:
-                for fill in args.fills:
-                    for layers in args.layers:
-                        neurons = Neurons(fill=fill, layers=layers, block=block)
-                        cells += [
-                            Cell(neurons, share, clustered) for clustered in ((True, False) if block > 1 else (True,))
-                        ]
+        cells = [
+            Cell(Neurons(fill=fill, layers=layers), share)
+            for share in args.shares
+            for fill in args.fills
+            for layers in args.layers
+        ]
+        for block in args.blocks if policy in BLOCKED else ():
+            blocks = Neurons(block=block)
+            cells += [Cell(blocks, share, clustered) for share in args.shares for clustered in (True, False)]
         rows += run(engine, policy, asked, cells, args.seed)
         for row in rows[-len(cells) :]:
             what = f"{row['policy']:22} {row['share']:.0%} fill {row['fill']:10} {row['layers']:10} block {row['block']:12}"
@@ -233,6 +237,37 @@ def main() -> None:
             temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}")
             temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             temporary.replace(args.out)
+    if args.docs:
+        args.docs.write_text(into(args.docs.read_text(encoding="utf-8"), report), encoding="utf-8")
+
+
+def into(page: str, report: dict) -> str:
+    """The page with the report's two tables between their marks."""
+    rows = [r for r in report["rows"] if r["policy"] != "dense"]
+    shares = sorted({r["share"] for r in rows}, reverse=True)
+
+    def table(head: str, lines: dict[str, list[dict]]) -> str:
+        out = [f"| {head} | " + " | ".join(f"{s:.0%}" for s in shares) + " |", "|---|" + "---|" * len(shares)]
+        for name, found in lines.items():
+            cells = {
+                r["share"]: f"{r['of_dense']:.3f} [{r['low']:.3f}, {r['high']:.3f}] KL {r['kl']:.4f}" for r in found
+            }
+            out.append(f"| {name} | " + " | ".join(cells.get(s, "") for s in shares) + " |")
+        return "\n".join(out) + "\n"
+
+    single: dict[str, list[dict]] = {}
+    blocks: dict[str, list[dict]] = {}
+    for r in rows:
+        plain = r["fill"] == "none" and r["layers"] == "uniform"
+        if r["block"] == "1":
+            single.setdefault(f"{r['policy']}, {r['layers']} layers, fill {r['fill']}", []).append(r)
+        if plain and r["policy"] in BLOCKED:
+            blocks.setdefault(f"{r['policy']}, blocks of {r['block']}", []).append(r)
+    tables = {"single": table("policy", single), "blocks": table("policy", blocks)}
+    for mark, text in tables.items():
+        before, rest = page.split(f"<!-- {mark} -->\n")
+        page = f"{before}<!-- {mark} -->\n{text}<!-- end {mark} -->{rest.split(f'<!-- end {mark} -->')[1]}"
+    return page
 
 
 if __name__ == "__main__":

@@ -101,7 +101,9 @@ def _check_bundle(_ctx: click.Context, _param: click.Parameter, value: Path) -> 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path), callback=_check_bundle)
 neuron_share = click.option("--neuron-share", type=Share(), help="Share of FFN neurons that decode computes, (0, 1].")
 token_share = click.option("--token-share", type=Share(), help="Share of image tokens kept after the cut, (0, 1].")
-seed_option = click.option("--seed", type=Count(0, 2**31 - 1), help="Seed of chance.  [default: the recipe's]")
+seed_option = click.option(
+    "--seed", type=Count(0, 2**31 - 1), help="Seed of chance.  [default: the recipe's; where questions are asked, 0]"
+)
 threads_option = click.option("--threads", type=Count(0), default=0, help="CPU threads; 0 takes all cores.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress and no summary.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout, nothing else.")
