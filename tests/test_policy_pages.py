@@ -1,0 +1,64 @@
+"""The pages about policies show the committed figures, and the figures say what the docs claim of them."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = {  # bench -> (report, page)
+    "policies": ("scenes.json", "policies.md"),
+    "matching": ("matching.json", "policies.md"),
+    "neuron_policies": ("neurons.json", "neurons.md"),
+}
+
+
+def bench(name):
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def report(name):
+    return json.loads((ROOT / "benchmarks" / "policies" / PAGES[name][0]).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_shows_the_committed_figures(name):
+    page = (ROOT / "docs" / PAGES[name][1]).read_text(encoding="utf-8")
+    found = report(name)
+    assert bench(name).into(page, found) == page
+    number = {
+        "policies": lambda r: r["joint"][1],
+        "matching": lambda r: r["rows"][1],
+        "neuron_policies": lambda r: r["rows"][1],
+    }
+    row = number[name](found)
+    row["of_dense"] += 0.0123
+    assert bench(name).into(page, found) != page, "another figure makes another page"
+
+
+def test_the_default_holds_the_floor_and_beats_both_controls():
+    dense, default, *controls = report("policies")["joint"]
+    assert dense["policies"] == "dense" and default["policies"] == "griffin + spread_keys"
+    assert default["token_share"] == pytest.approx(0.25) and default["ffn_bytes_share"] <= 0.601
+    assert default["of_dense"] >= 0.985
+    assert {c["policies"] for c in controls} == {"random + random", "griffin + attention"}
+    for control in controls:
+        assert control["of_dense_ci"][1] < default["of_dense_ci"][0], "outside the interval"
+        assert control["token_share"] == pytest.approx(default["token_share"], abs=0.01)
+
+
+def test_at_least_six_policies_of_each_kind_at_four_budgets():
+    found = report("policies")
+    for part, share, budgets in (("neurons", "ffn_bytes_share", 4), ("tokens", "token_share", 4)):
+        rows = [r for r in found[part] if r["policies"] != "dense"]
+        cells = {}
+        for r in rows:
+            cells.setdefault(r[part], set()).add(round(r[share], 2))
+        assert len(cells) >= 6 and "random" in cells
+        assert all(len(c) >= budgets for c in cells.values()), cells
