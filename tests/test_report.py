@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from cm_export import recipe as recipes
 from cm_export.bundle import Bundle
 from cm_export.cli import main
+from cm_export.errors import InputError
 from cm_export.evals._task import Question
 from cm_export.recipe import Recipe
 from cm_export.report import analysis, as_recipe, charts, examples, page
@@ -308,7 +309,7 @@ def test_a_kind_below_the_floor_is_named_beside_the_recommendation():
 
 def test_a_page_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     (tmp_path / "r.html").mkdir()
-    with pytest.raises(page.InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="cannot be written"):
         page.write(inputs(dense(), row("a", 1.0, (0.99, 1.0))), tmp_path / "r.html")
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
 

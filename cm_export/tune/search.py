@@ -4,10 +4,13 @@ claim a trial -> a quarter of the search half -> a half -> all of it -> told    
 no trial left -> finalists -> the held-out half -> a recipe, or a refusal in one line
 """
 
+import contextlib
 import hashlib
 import json
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -123,21 +126,49 @@ def run(
         done = len(studies.finished(study))
         progress(f"go on after {done} trials, {swept} of them half run, {again} dropped by a higher floor")
     try:
-        while True:
-            trial = studies.claim(study, wish.trials)
-            if trial is not None:
-                _trial(study, trial, space, judge, search, wish, progress)
-            elif studies.running(study):
-                progress("wait for the trials of other processes", studies.counted(study), wish.trials)
-                time.sleep(_POLL)
-            else:
-                break
-            studies.sweep(study)
-        return second_look(study, judge, search, held, wish, progress)
+        with _stopped_between_steps(progress) as step:
+            while True:
+                step("next trial", studies.counted(study), wish.trials)
+                trial = studies.claim(study, wish.trials)
+                if trial is not None:
+                    _trial(study, trial, space, judge, search, wish, step)
+                elif studies.running(study):
+                    step("wait for the trials of other processes", studies.counted(study), wish.trials)
+                    time.sleep(_POLL)
+                else:
+                    break
+                studies.sweep(study)
+            return second_look(study, judge, search, held, wish, step)
     except KeyboardInterrupt as stop:
-        studies.sweep(study, own=True)
         done = len(studies.finished(study))
         raise Interrupted(f"interrupted, {done} of {wish.trials} trials are kept: the same command goes on") from stop
+
+
+@contextlib.contextmanager
+def _stopped_between_steps(progress: Progress) -> Iterator[Progress]:
+    """Ctrl-C is taken where the next step is announced, never within a write to the study, which would stay locked.
+
+    A second one is taken at once.
+    """
+    asked = threading.Event()
+
+    def on_interrupt(*_: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    def step(*args: Any, **more: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        progress(*args, **more)
+
+    in_charge = threading.current_thread() is threading.main_thread()  # of signals
+    before = signal.signal(signal.SIGINT, on_interrupt) if in_charge else None
+    try:
+        yield step
+    finally:
+        if in_charge:
+            signal.signal(signal.SIGINT, before)
 
 
 def _trial(

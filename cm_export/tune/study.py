@@ -159,18 +159,9 @@ def give_back(study: optuna.Study, number: int) -> bool:
     return True
 
 
-def sweep(study: optuna.Study, own: bool = False) -> int:
-    """Give back the trials whose process is dead, or (`own`) is this one, which is being stopped; their number.
-
-    A trial without an owner was claimed a moment ago, most likely by this process; if not, it only runs again.
-    """
-
-    def is_mine(t: FrozenTrial) -> bool:
-        owner = t.user_attrs.get("owner")
-        return owner is None or _me().items() <= owner.items()
-
-    lost = [t for t in _in(study, TrialState.RUNNING) if _is_dead(t) or (own and is_mine(t))]
-    return sum(give_back(study, t.number) for t in lost)
+def sweep(study: optuna.Study) -> int:
+    """Give back the trials whose process is dead; their number."""
+    return sum(give_back(study, t.number) for t in _in(study, TrialState.RUNNING) if _is_dead(t))
 
 
 def start_with(study: optuna.Study, first: list[tuple[dict[str, Any], Any]]) -> None:
