@@ -54,11 +54,13 @@ bench-neurons: $(SCENES)
 bench-matching: $(SCENES)
 	$(BIN)/python benchmarks/matching.py $(SCENES) --limit 30 --out benchmarks/policies/matching.json --docs docs/policies.md
 
-# What the guard costs where nothing is wrong: benchmarks/guard.json and the table of docs/guard.md (about 10 minutes).
+# What the guard costs where nothing is wrong: benchmarks/guard.json and the table of docs/guard.md (about 10 minutes, 10 GB of memory).
 bench-guard: $(STAMP)
 	$(BIN)/cm-export build --recipe demo --token-cache index --out artifacts/guard.plan
 	$(BIN)/python benchmarks/random_bundle.py --out artifacts/mid.plan
-	$(BIN)/python benchmarks/guard.py artifacts/guard.plan --random artifacts/mid.plan --out benchmarks/guard.json --docs docs/guard.md
+	$(BIN)/python benchmarks/random_bundle.py --out artifacts/2b.plan --sizes qwen2-vl-2b
+	$(BIN)/python benchmarks/guard.py artifacts/guard.plan --random artifacts/mid.plan artifacts/2b.plan --every 16 --questions 24 \
+		--tokens 33 --repeats 3 --neuron-share 0.4 --out benchmarks/guard.json --docs docs/guard.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check . --fix
