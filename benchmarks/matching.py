@@ -12,13 +12,14 @@ FFN rows and image tokens. Default cache: "index", since only there every layer 
 """
 
 import argparse
-import json
 import os
 import platform
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from _page import between, write_report
 
 from cm_export import by_name
 from cm_export.bundle import Bundle
@@ -100,10 +101,8 @@ def run(engine: Engine, task: Task, args: argparse.Namespace) -> dict[str, Any]:
             show(rows[-1])
             report["seconds"] = time.perf_counter() - started
             if args.out:
-                temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}")
                 slim = [{k: v for k, v in r.items() if k != "right"} for r in rows]
-                temporary.write_text(json.dumps(report | {"rows": slim}, indent=1) + "\n", encoding="utf-8")
-                temporary.replace(args.out)
+                write_report(args.out, report | {"rows": slim})
     return report
 
 
@@ -119,13 +118,7 @@ def into(page: str, report: dict[str, Any]) -> str:
         lines.append(
             f"| {r['arm']} | {what} | {r['accuracy']:.4f} [{low:.3f}, {high:.3f}] | {kept} | {r['kl']:.4f} | {pairs} |"
         )
-    before, rest = page.split("<!-- matching -->\n")
-    return (
-        f"{before}<!-- matching -->\n"
-        + "\n".join(lines)
-        + "\n<!-- end matching -->"
-        + rest.split("<!-- end matching -->")[1]
-    )
+    return between(page, "matching", "\n".join(lines) + "\n")
 
 
 def show(row: dict[str, Any]) -> None:

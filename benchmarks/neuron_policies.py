@@ -14,7 +14,6 @@ The bundle needs a calibration.
 """
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _page import between, write_report
 
 from cm_export import by_name
 from cm_export.bundle import Bundle
@@ -33,7 +33,7 @@ from cm_export.calibrate import SENSITIVITY_TOKENS, read_prompts
 from cm_export.core_set import CoreSet, choose
 from cm_export.evals import _task
 from cm_export.evals._compare import with_policies
-from cm_export.evals._metrics import wilson
+from cm_export.evals._metrics import divergences, wilson
 from cm_export.evals._task import Question
 from cm_export.generate import Budget, Engine
 from cm_export.images import open_image
@@ -146,7 +146,7 @@ def run(engine: Engine, policy: str, asked: list[Asked], cells: list[Cell], seed
             decoder = prefilled.decoder_of(core_of(cell, prefilled.measured, engine).constants(sparse.rows))
             for t in range(len(q.logits)):
                 got = decoder.step(prefilled.step_feeds(int(q.answer[t]), t))[0]
-                kl[c, i] += divergence(q.logits[t], got)
+                kl[c, i] += divergences(q.logits[t], got)
                 agree[c, i] += got.argmax() == q.answer[t + 1]
             tokens[c, i] = len(q.logits)
             same[c, i] = agree[c, i] == tokens[c, i]
@@ -168,12 +168,6 @@ def run(engine: Engine, policy: str, asked: list[Asked], cells: list[Cell], seed
             }
         )
     return rows
-
-
-def divergence(p_logits: np.ndarray, q_logits: np.ndarray) -> float:
-    p, q = (x.astype(np.float64) - x.max() for x in (p_logits, q_logits))
-    p, q = p - np.log(np.exp(p).sum()), q - np.log(np.exp(q).sum())
-    return float((np.exp(p) * (p - q)).sum())
 
 
 def main() -> None:
@@ -234,9 +228,7 @@ def main() -> None:
             )
         report["seconds"] = time.perf_counter() - started
         if args.out:
-            temporary = args.out.with_name(f".{args.out.name}.{os.getpid()}")
-            temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(args.out)
+            write_report(args.out, report)
     if args.docs:
         args.docs.write_text(into(args.docs.read_text(encoding="utf-8"), report), encoding="utf-8")
 
@@ -265,8 +257,7 @@ def into(page: str, report: dict) -> str:
             blocks.setdefault(f"{r['policy']}, blocks of {r['block']}", []).append(r)
     tables = {"single": table("policy", single), "blocks": table("policy", blocks)}
     for mark, text in tables.items():
-        before, rest = page.split(f"<!-- {mark} -->\n")
-        page = f"{before}<!-- {mark} -->\n{text}<!-- end {mark} -->{rest.split(f'<!-- end {mark} -->')[1]}"
+        page = between(page, mark, text)
     return page
 
 

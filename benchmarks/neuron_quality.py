@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _page import write_report
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -394,10 +395,7 @@ def main() -> None:
         "seconds": round(time.time() - started),
         "rows": rows,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    part = args.out.with_suffix(".part")
-    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    part.replace(args.out)
+    write_report(args.out, report)
     if args.docs:
         args.docs.write_text(into(args.docs.read_text(encoding="utf-8"), report), encoding="utf-8")
     print(table(report))

@@ -10,9 +10,10 @@ Every cell is `cm-export eval`: exact match of free-running greedy answers. A ki
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
+
+from _page import between, write_report
 
 from cm_export import by_name
 from cm_export.bundle import Bundle
@@ -107,8 +108,7 @@ def into(page: str, report: dict) -> str:
         "joint": joint_table(report["joint"]),
     }
     for mark in MARKS:
-        before, rest = page.split(f"<!-- {mark} -->\n")
-        page = f"{before}<!-- {mark} -->\n{tables[mark]}<!-- end {mark} -->{rest.split(f'<!-- end {mark} -->')[1]}"
+        page = between(page, mark, tables[mark])
     return page
 
 
@@ -137,10 +137,7 @@ def main() -> None:
         "model": Bundle(args.bundle).manifest["model"]["source"],
     }
     report |= measure(args.bundle, task, args.threads, args.journal, progress)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    part = args.out.with_suffix(".part")
-    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    part.replace(args.out)
+    write_report(args.out, report)
     if args.docs:
         args.docs.write_text(into(args.docs.read_text(encoding="utf-8"), report), encoding="utf-8")
 

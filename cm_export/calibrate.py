@@ -25,6 +25,7 @@ from .cluster import cluster
 from .core_index import neuron_count, select_core_neurons
 from .errors import InputError
 from .evals._compare import with_policies
+from .evals._metrics import divergences, log_softmax
 from .evals._task import OWN_TASKS
 from .generate import Budget, Engine
 from .images import open_image
@@ -126,7 +127,7 @@ def measure(
     some = [a for a in answers if len(a[1])][:sensitivity_prompts]
     sensitivity = _sensitivity(engine, some, energy, progress)
     tokens = engine.recipe.tokens if engine.recipe.tokens.policy != "dense" else Recipe().tokens
-    prune = prune_layers.measure(engine, some, tokens, _kl, progress)
+    prune = prune_layers.measure(engine, some, tokens, divergences, progress)
     files = bundle.manifest["model"]["files"]
     about = {
         "checkpoint": checkpoint_id(files),
@@ -166,7 +167,7 @@ def _write(engine: Engine, request: Request, limit: int, stop: frozenset[int], r
     prefilled = engine.prefill(request, Budget(dense=True))
     logits, decoder, out = prefilled.logits, prefilled.decoder(), []
     for step in range(limit):
-        p = np.exp(_log_softmax(logits[0].astype(np.float64)))
+        p = np.exp(log_softmax(logits[0]))
         token = int(rng.choice(len(p), p=p / p.sum()))
         if token in stop:
             break
@@ -219,24 +220,13 @@ def _sensitivity(engine: Engine, answers: list, energy: np.ndarray, progress: Ca
             for layer in range(shape.layers):
                 progress("measure each layer's sensitivity", i * shape.layers + layer, len(answers) * shape.layers)
                 rows = judge.rows.all() | judge.rows.one(layer, core[layer])
-                kl[layer, p] += _kl(expected, _forced(prefilled, prefilled.decoder_of(rows), answer)).sum()
+                kl[layer, p] += divergences(expected, _forced(prefilled, prefilled.decoder_of(rows), answer)).sum()
     return kl / max(1, tokens)
 
 
 def _forced(prefilled: Any, decoder: Decoder, answer: np.ndarray) -> np.ndarray:
     """Logits [T,V] after each token of the answer."""
     return np.concatenate([decoder.step(prefilled.step_feeds(int(t), i)) for i, t in enumerate(answer)])
-
-
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-
-def _kl(p_logits: np.ndarray, q_logits: np.ndarray) -> np.ndarray:
-    """[T]: KL(p || q) of two rows of logits, nats."""
-    p, q = (_log_softmax(x.astype(np.float64)) for x in (p_logits, q_logits))
-    return (np.exp(p) * (p - q)).sum(-1)
 
 
 def task_prompts(task: ModuleType, count: int, seed: int) -> list[Prompt]:

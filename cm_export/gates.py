@@ -20,6 +20,7 @@ from .backends.onnxruntime import Backend, CoreRows, Decoder
 from .calibration import Calibration
 from .core_set import choose, every_neuron
 from .errors import GateFailed
+from .evals._metrics import divergences
 from .predictor import copy_error
 from .recipe import Recipe
 from .request import Request, core_row_names, prefill_feeds, sparse_feeds
@@ -153,7 +154,7 @@ def _drift(backend, rows, core, recipe, request, chosen, dense, tokens, steps) -
     backend.drop("decode")
     first = np.concatenate([chosen["logits"], sparse[:-1]]), np.concatenate([dense["logits"], steps[:-1]])
     agree = float((first[0].argmax(-1) == first[1].argmax(-1)).mean())
-    kl = float(np.mean([_kl(b, a) for a, b in zip(*first, strict=True)]))
+    kl = float(divergences(first[1], first[0]).mean())
     kept = chosen["kept_tokens"].shape[1] if "kept_tokens" in chosen else request.tokens
     detail = (
         f"{kept} of {request.tokens} prompt tokens, {core.counts.mean():.0f} of {core.ffn} neurons, synthetic probe"
@@ -195,9 +196,3 @@ def _ort(arrays: dict[str, np.ndarray]) -> dict:
 def _first_difference(ours: np.ndarray, theirs: np.ndarray) -> str:
     differ = np.flatnonzero(ours.argmax(-1) != theirs.argmax(-1))
     return f"first diverging token at step {differ[0]}" if len(differ) else "every token the same"
-
-
-def _kl(p_logits: np.ndarray, q_logits: np.ndarray) -> float:
-    p, q = (x.astype(np.float64) - x.max() for x in (p_logits, q_logits))
-    p, q = p - np.log(np.exp(p).sum()), q - np.log(np.exp(q).sum())
-    return float((np.exp(p) * (p - q)).sum())

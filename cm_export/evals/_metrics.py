@@ -51,11 +51,16 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
+def divergences(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """[..]: KL(reference || other) in nats of two logits [..,V]."""
+    p, q = log_softmax(reference), log_softmax(logits)
+    return (np.exp(p) * (p - q)).sum(-1)
+
+
 def divergence(reference: np.ndarray, logits: np.ndarray) -> tuple[float, float]:
     """Mean KL(reference || other) in nats and share of equal first choices, over the rows of two logits [T,V]."""
-    p, q = log_softmax(reference), log_softmax(logits)
-    kl = (np.exp(p) * (p - q)).sum(-1)
-    return float(kl.mean()), float((p.argmax(-1) == q.argmax(-1)).mean())
+    same = reference.argmax(-1) == logits.argmax(-1)
+    return float(divergences(reference, logits).mean()), float(same.mean())
 
 
 def spread(values: list[float]) -> dict[str, float | int]:
