@@ -104,6 +104,8 @@ class Engine:
     workspace_mb: int = 0  # of the builder; 0: as much as it wants
     weight_streaming: bool = False  # weights may stay in host memory
     strip_weights: bool = False  # plans without weights, refitted when loaded
+    plugins: str = ""  # path of libcm_plugins.so; "": where `make plugins` puts it
+    architecture: str = ""  # of cards that are not here, such as "sm_86,sm_89" (tensorrt-rtx); "": of the one that is
     dense: bool = True  # engines of the dense graphs as well: --dense, and the controls of eval and bench
 
 

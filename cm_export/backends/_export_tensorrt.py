@@ -63,14 +63,14 @@ def write_graphs(source: Source, folder: Path, target: Target, graphs: Iterable[
     """Write the lowered graphs and their weights into `folder`; returns what they are.
 
     {"version", "kv", "capacity", "precision", "graphs": {name: {"inputs", "outputs", "profile": {input: [min, opt, max]},
-    "plugins": {op: nodes}, "index_inputs", "weight_bytes"}}}. Raises InputError, SurgeryError.
+    "plugins": {op: how many}, "plugin_nodes": [names], "index_inputs", "weight_bytes"}}}. Raises InputError, SurgeryError.
     """
     engine, out, models = source.recipe.engine, {}, {}
     ranges = axis_ranges(source.recipe, source.shape)
     for name in source.chosen(graphs):
         models[name] = lowered(source, name, target)
         out[name] = describe(models[name], ranges, target)
-    file = f"weights.{engine.precision}.safetensors"
+    file = weight_file(engine.precision)
     index = _write_weights(source.weights, folder / file, models.values())
     for name, model in models.items():
         _point_at(model, file, index)
@@ -86,12 +86,25 @@ def write_graphs(source: Source, folder: Path, target: Target, graphs: Iterable[
     }
 
 
-def lowered(source: Source, name: str, target: Target, precision: str | None = None) -> onnx.ModelProto:
-    """One graph for `target`, functions of plugin ops in it, weights still pointing at the bundle's own file."""
+def lowered(
+    source: Source, name: str, target: Target, precision: str | None = None, weights: Path | None = None
+) -> onnx.ModelProto:
+    """One graph for `target`, functions of plugin ops in it, its weights in the bundle's own file.
+
+    `weights`: a folder of `write_graphs`, whose weight file takes the place of that one.
+    """
     engine = source.recipe.engine
     model = onnx.load(source.graph(name), load_external_data=False)
-    tensors = source.weights.tensors
-    return lower(model, name, target, tensors, engine.capacity, engine.max_prompt, precision or engine.precision)
+    precision = precision or engine.precision
+    model = lower(model, name, target, source.weights.tensors, engine.capacity, engine.max_prompt, precision)
+    if weights:
+        file = weight_file(engine.precision)
+        _point_at(model, file, weight_files.index(weights / file))
+    return model
+
+
+def weight_file(precision: str) -> str:
+    return f"weights.{precision}.safetensors"
 
 
 def axis_ranges(recipe: Recipe, shape: Any) -> dict[str, Range]:
@@ -116,12 +129,13 @@ def axis_ranges(recipe: Recipe, shape: Any) -> dict[str, Range]:
 def describe(model: onnx.ModelProto, ranges: dict[str, Range], target: Target) -> dict[str, Any]:
     """Inputs and outputs with their types and axes, profiles, plugin nodes and index inputs of a lowered graph."""
     inputs, outputs = ([_value(v) for v in values] for values in (model.graph.input, model.graph.output))
-    nodes = [n.op_type for n in model.graph.node]
+    own = [n for n in model.graph.node if n.op_type in PLUGINS and target.plugins]
     return {
         "inputs": inputs,
         "outputs": outputs,
         "profile": {v["name"]: _profile(v, ranges) for v in inputs},
-        "plugins": {op: nodes.count(op) for op in PLUGINS if op in nodes and target.plugins},
+        "plugins": {op: sum(n.op_type == op for n in own) for op in PLUGINS if own},
+        "plugin_nodes": [n.name for n in own],
         "index_inputs": [v["name"] for v in inputs if v["name"].startswith(INDEX_INPUTS)],
     }
 
