@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,14 @@ def _write(file: Path, content: bytes) -> None:
     os.replace(part, file)
 
 
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()  # until the other end closes
+    os._exit(1)
+
+
 def main(file: str) -> int:
     job = json.loads(Path(file).read_bytes())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     told = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what the library itself prints is no answer
 
