@@ -143,7 +143,7 @@ def run(engine: Engine, policy: str, asked: list[Asked], cells: list[Cell], seed
     for i, q in enumerate(asked):
         prefilled = sparse.prefill(sparse.request(q.ids, q.grid, q.embeds), Budget(seed=seed + i))
         for c, cell in enumerate(cells):
-            decoder = prefilled.decoder_of(core_of(cell, prefilled.measured, engine).constants(sparse.rows))
+            decoder = prefilled.decoder_of(core_of(cell, prefilled.measured, engine).constants(sparse.backend.rows))
             for t in range(len(q.logits)):
                 got = decoder.step(prefilled.step_feeds(int(q.answer[t]), t))[0]
                 kl[c, i] += divergences(q.logits[t], got)

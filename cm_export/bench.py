@@ -31,15 +31,17 @@ def measure(
     token_share: float | None = None,
     threads: int = 0,
     vision: bool = False,
+    backend: str | None = None,
     progress: Callable[..., None] = lambda what, done=None, total=None: None,
 ) -> dict[str, Any]:
     """Milliseconds per phase, dense and sparse. `vision` also times the vision graph, which is the same for both.
 
+    backend None: the one that the bundle was built for.
     image_tokens None: IMAGE_TOKENS, or none where the model takes no pictures.
     Raises InputError, BundleError.
     """
     bundle = Bundle(path)
-    engine = Engine(bundle, threads)
+    engine = Engine(bundle, threads, backend=backend)
     if image_tokens or vision:
         engine.check_sees()
     if image_tokens is None:
@@ -83,11 +85,13 @@ def measure(
         "speedup": {p["phase"]: p["speedup"] for p in phases if p["speedup"]},
         "rows": rows,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "backend": engine.backend.name,
         "environment": environment.describe(threads, bundle.manifest["versions"]),
         "notes": [
             f"{request.tokens} prompt tokens of which {request.image_tokens} are image tokens; "
             f"sparse keeps {kept['sparse']['tokens']} tokens and {kept['sparse']['neurons']} of {bundle.shape.ffn} neurons",
             "median and quartiles in ms; decode per token; dense and sparse alternate in one process",
+            *engine.backend.notes,
         ],
     }
 

@@ -32,6 +32,7 @@ from .calibration import read as read_calibration
 from .errors import BundleError, InputError
 from .predictor import FILE as PREDICTOR
 from .predictor import write as write_predictor
+from .recipe import Recipe, from_dict
 from .weights import FILE as WEIGHTS
 from .weights import WeightFile
 
@@ -81,6 +82,11 @@ class Bundle:
         self.family: ModuleType = by_name.load("cm_export.families", self.manifest["model"]["type"], "model type")
         self.config: dict[str, Any] = self.manifest["model"]["config"]
         self.shape = self.family.shape(self.config)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """Its policies, budgets and backend."""
+        return from_dict(self.manifest["recipe"], "manifest.json: recipe")
 
     @cached_property
     def seal(self) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 
 from . import by_name, prune_layers
-from .backends.onnxruntime import Decoder
+from .backends._base import Decoder
 from .calibration import Calibration, checkpoint_id
 from .cluster import cluster
 from .core_index import neuron_count, select_core_neurons
@@ -123,7 +123,7 @@ def measure(
         progress("order the neurons: layer", layer + 1, shape.layers)
         order.append(cluster(np.concatenate(profiles[layer]).astype(np.float32)))
     energy, mean_z = energy / np.maximum(energy.sum(1, keepdims=True), 1e-60), mean_z / total
-    mean_y = [z @ rows[2].astype(np.float64) for z, rows in zip(mean_z, engine.rows.sources, strict=True)]
+    mean_y = [z @ rows[2].astype(np.float64) for z, rows in zip(mean_z, engine.backend.rows.sources, strict=True)]
     some = [a for a in answers if len(a[1])][:sensitivity_prompts]
     sensitivity = _sensitivity(engine, some, energy, progress)
     tokens = engine.recipe.tokens if engine.recipe.tokens.policy != "dense" else Recipe().tokens
@@ -211,7 +211,7 @@ def _sensitivity(engine: Engine, answers: list, energy: np.ndarray, progress: Ca
     for i, (request, answer) in enumerate(answers):
         answer = answer[:SENSITIVITY_TOKENS]
         prefilled = judge.prefill(request, Budget())
-        expected = _forced(prefilled, prefilled.decoder_of(judge.rows.all()), answer)
+        expected = _forced(prefilled, prefilled.decoder_of(judge.backend.rows.all()), answer)
         tokens += len(answer)
         of_prompt = prefilled.scores[:, 0] / prefilled.scores[:, 0].sum(-1, keepdims=True)
         scores = ((of_prompt + energy) * down)[:, None].astype(np.float32)
@@ -219,7 +219,7 @@ def _sensitivity(engine: Engine, answers: list, energy: np.ndarray, progress: Ca
             core = select_core_neurons(scores, neuron_count(share, shape.ffn))
             for layer in range(shape.layers):
                 progress("measure each layer's sensitivity", i * shape.layers + layer, len(answers) * shape.layers)
-                rows = judge.rows.all() | judge.rows.one(layer, core[layer])
+                rows = judge.backend.rows.all() | judge.backend.rows.one(layer, core[layer])
                 kl[layer, p] += divergences(expected, _forced(prefilled, prefilled.decoder_of(rows), answer)).sum()
     return kl / max(1, tokens)
 

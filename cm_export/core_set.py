@@ -35,13 +35,16 @@ class CoreSet:
     mean_y: np.ndarray | None  # [L,B,D]
 
     def constants(self, rows: Any) -> Arrays:
-        """The inputs of decode that stay for the whole answer, rows gathered; `rows`: the backend's CoreRows."""
+        """The inputs of decode that stay for the whole answer, rows gathered; `rows`: the backend's."""
         if self.neurons is None or (self.counts == self.ffn).all():
             return every_neuron(rows) | {"core_counts": self.counts}
         check_core_neurons(self.neurons, *self.neurons.shape[:2], self.ffn, self.counts)
         out = rows.gather(self.neurons, self.counts)
         out["core_neurons"], out["core_counts"] = self.neurons, self.counts
-        out["core_bias"] = self.bias([out[f"ffn.{i}.down"] for i in range(len(self.counts))])
+        out["core_bias"] = np.zeros((*self.neurons.shape[:2], rows.sources[0][2].shape[1]), np.float32)
+        if self.mean_z is not None:
+            ids = enumerate(zip(self.neurons, self.counts, strict=True))
+            out["core_bias"] = self.bias([rows.down(i, out, index[:, :count]) for i, (index, count) in ids])
         return out
 
     def bias(self, down: list[np.ndarray]) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .backends.onnxruntime import Backend, CoreRows, Decoder
+from .backends.onnxruntime import Backend, CoreRows  # proofs of the portable graphs, whatever the bundle runs on
 from .calibration import Calibration
 from .core_set import choose, every_neuron
 from .errors import GateFailed
@@ -92,7 +92,7 @@ def run_gates(
         "what PyTorch's rotary embedding got",
     )
     feeds = prefill_feeds(request)
-    dense = _numpy(backend.prefill(feeds, "prefill_dense"))
+    dense = backend.host(backend.prefill(feeds, "prefill_dense"))
     backend.drop("prefill_dense")
     pairs = {"logits": (dense["logits"][0], reference["logits"])}
     for i in range(shape.layers):
@@ -101,7 +101,7 @@ def run_gates(
     gate("prefill", "prefill_dense", pairs, "PyTorch: logits, keys, values")
 
     cache, rows = _cache(dense), CoreRows(backend.weights, core_row_names(family, shape.layers))
-    steps = _steps(Decoder(backend, "decode_dense", _ort(cache), {}), request, reference["tokens"])
+    steps = _steps(backend.decoder("decode_dense", backend.device(cache), {}), request, reference["tokens"])
     backend.drop("decode_dense")
     pairs = {
         f"logits of step {i}": (a, b) for i, (a, b) in enumerate(zip(steps, reference["step_logits"], strict=True))
@@ -110,10 +110,10 @@ def run_gates(
     gate("decode", "decode_dense", pairs, f"PyTorch: {len(steps)} greedy steps, {diverged}")
 
     everything = sparse_feeds(request, recipe, token_share=1.0)
-    full = _numpy(backend.prefill(feeds | everything, "prefill"))
+    full = backend.host(backend.prefill(feeds | everything, "prefill"))
     pairs = {n: (full[n], dense[n]) for n in dense}
     gate("full budget, prefill", "prefill", pairs, "dense prefill")
-    chosen = _numpy(backend.prefill(feeds | sparse_feeds(request, recipe), "prefill"))
+    chosen = backend.host(backend.prefill(feeds | sparse_feeds(request, recipe), "prefill"))
     backend.drop("prefill")
     if recipe.neurons.in_decode:  # at full budget nothing depends on them
         error, worst = copy_error(backend.predictor, backend.weights, family, shape)
@@ -123,7 +123,7 @@ def run_gates(
             raise GateFailed(
                 f"differs by {error:.1e} (limit {COPY_LIMIT})", where=f"gate 'predictor', {worst}", fix=fix
             )
-    decoder = Decoder(backend, "decode", _ort(cache), every_neuron(rows))
+    decoder = backend.decoder("decode", backend.device(cache), every_neuron(rows))
     sparse = _steps(decoder, request, reference["tokens"], core_tokens=full.get("kept_tokens"), recipe=recipe)
     backend.drop("decode")
     pairs = {f"logits of step {i}": (a, b) for i, (a, b) in enumerate(zip(sparse, steps, strict=True))}
@@ -132,7 +132,7 @@ def run_gates(
     if recipe.has_turn:
         ids = reference["tokens"].tolist()
         feeds = request.step_feeds(ids, 0) | everything | {"image_mask": request.extended(ids).is_image}
-        turn = _numpy(backend.turn(feeds | {"question": np.array([1])}, _ort(cache)))
+        turn = backend.host(backend.turn(feeds | {"question": np.array([1])}, backend.device(cache)))
         backend.drop("turn")
         gate(
             "turn",
@@ -149,7 +149,7 @@ def run_gates(
 def _drift(backend, rows, core, recipe, request, chosen, dense, tokens, steps) -> list[Gate]:
     """What the recipe's budget costs on the probe: no limit, the quality of answers is what `eval` measures."""
     mask = chosen.get("kept_mask") if recipe.tokens.cache == "cut" else None
-    decoder = Decoder(backend, "decode", _ort(_cache(chosen)), core.constants(rows))
+    decoder = backend.decoder("decode", backend.device(_cache(chosen)), core.constants(rows))
     sparse = _steps(decoder, request, tokens, mask=mask, core_tokens=chosen.get("kept_tokens"), recipe=recipe)
     backend.drop("decode")
     first = np.concatenate([chosen["logits"], sparse[:-1]]), np.concatenate([dense["logits"], steps[:-1]])
@@ -181,16 +181,6 @@ def _indexed(recipe: Recipe | None) -> bool:
 
 def _cache(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {n: v for n, v in outputs.items() if n.startswith("present.")}
-
-
-def _numpy(outputs: dict) -> dict[str, np.ndarray]:
-    return {n: v.numpy() for n, v in outputs.items()}
-
-
-def _ort(arrays: dict[str, np.ndarray]) -> dict:
-    import onnxruntime as ort
-
-    return {n: ort.OrtValue.ortvalue_from_numpy(v) for n, v in arrays.items()}
 
 
 def _first_difference(ours: np.ndarray, theirs: np.ndarray) -> str:

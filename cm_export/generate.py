@@ -14,13 +14,13 @@ import numpy as np
 import psutil
 
 from . import turns
-from .backends.onnxruntime import Backend, CoreRows, Decoder
+from .backends import _base as backends
 from .bundle import Bundle
 from .chat import Chat
 from .core_set import CoreSet, choose, together
 from .errors import InputError
-from .recipe import Recipe, from_dict
-from .request import Request, core_row_names, prefill_feeds, sparse_feeds
+from .recipe import Recipe
+from .request import Request, prefill_feeds, sparse_feeds
 
 MEASURED = ("core_scores", "core_mean_z", "core_mean_y")  # what a prefill says about neurons
 
@@ -65,20 +65,20 @@ class Prefilled:
         """[L,1,K] int32, ascending; where layers differ in number, -1 behind the shorter ones."""
         return self.core_set.neurons
 
-    def decoder(self) -> Decoder:
+    def decoder(self) -> backends.Decoder:
         """A decoder over this prompt's cache, with its core rows gathered."""
         engine = self._engine
         if self.budget.dense:
-            return Decoder(engine.backend, "decode_dense", self._cache, {})
-        return self.decoder_of(self.core_set.constants(engine.rows))
+            return engine.backend.decoder("decode_dense", self._cache, {})
+        return self.decoder_of(self.core_set.constants(engine.backend.rows))
 
-    def decoder_of(self, constants: dict[str, np.ndarray]) -> Decoder:
+    def decoder_of(self, constants: dict[str, np.ndarray]) -> backends.Decoder:
         """A decoder over this prompt's cache with rows (and a bias) of the caller's choice."""
-        return Decoder(self._engine.backend, "decode", self._cache, constants)
+        return self._engine.backend.decoder("decode", self._cache, constants)
 
-    def checker(self) -> Decoder:
+    def checker(self) -> backends.Decoder:
         """A dense decoder over this prompt's whole cache, made to read some tokens at once."""
-        return Decoder(self._engine.backend, "decode_dense", self._cache, {}, few_rows=True)
+        return self._engine.backend.decoder("decode_dense", self._cache, {}, few_rows=True)
 
     def then(self, ids: list[int], question: int | None = None) -> "Prefilled":
         """This context with these text tokens read after it, densely and in one pass: a later question.
@@ -96,7 +96,7 @@ class Prefilled:
             return Prefilled(engine, request, self.budget, found, cache)
         feeds |= sparse_feeds(request, recipe, self.budget.token_share, self.budget.seed)
         feeds |= {"image_mask": request.is_image, "question": np.array([question or len(ids)], np.int64)}
-        found, cache = _split(engine.backend.turn(feeds, self._cache))
+        found, cache = engine.split(engine.backend.turn(feeds, self._cache))
         if recipe.tokens.policy != "dense" and recipe.tokens.later == "same":  # the first choice, and all text since
             new = np.arange(self.request.tokens, request.tokens, dtype=np.int32)[None]
             found["kept_tokens"] = np.concatenate([self.kept_tokens, new], 1)
@@ -110,12 +110,21 @@ class Prefilled:
 class Engine:
     """A bundle with its sessions, ready for requests one at a time."""
 
-    def __init__(self, bundle: Bundle, threads: int = 0, recipe: Recipe | None = None, graph: Callable | None = None):
-        """`recipe` and `graph` replace the bundle's own: how `eval` runs control policies on the same weights."""
-        self.bundle, self.recipe = bundle, recipe or from_dict(bundle.manifest["recipe"], "manifest.json: recipe")
-        copies = bundle.predictor if self.recipe.neurons.in_decode else None
-        self.backend = Backend(graph or bundle.graph, bundle.weights, threads, copies)
-        self.rows = CoreRows(bundle.weights, core_row_names(bundle.family, bundle.shape.layers), threads)
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int = 0,
+        recipe: Recipe | None = None,
+        graph: Callable | None = None,
+        backend: str | None = None,
+    ):
+        """`recipe` and `graph` replace the bundle's own: how `eval` runs control policies on the same weights.
+
+        `backend`: what it runs on (default: as its recipe says); graphs that replace its own run on ONNX Runtime.
+        """
+        self.bundle, self.recipe = bundle, recipe or bundle.recipe
+        runtime = backends.DEFAULT if graph else backend or bundle.recipe.backend
+        self.backend: backends.Backend = backends.find(runtime).open(bundle, threads, self.recipe, graph)
 
     @cached_property
     def chat(self) -> Chat:
@@ -189,7 +198,12 @@ class Engine:
         if not budget.dense:
             feeds |= sparse_feeds(request, recipe, budget.token_share, seed=budget.seed)
         outputs = self.backend.prefill(feeds, "prefill_dense" if budget.dense else "prefill")
-        return Prefilled(self, request, budget, *_split(outputs))
+        return Prefilled(self, request, budget, *self.split(outputs))
+
+    def split(self, outputs: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """A graph's outputs: what the host reads, as arrays; and the cache, which stays where it is."""
+        cache = {n: v for n, v in outputs.items() if n.startswith("present.")}
+        return self.backend.host({n: v for n, v in outputs.items() if n not in cache}), cache
 
     def tokens(self, prefilled: Prefilled, limit: int, stop: frozenset[int]) -> Iterator[int]:
         """Greedy token ids until a stop id (not yielded) or `limit` tokens."""
@@ -238,13 +252,12 @@ class Engine:
         return turns.Conversation(self, images or [], system, budget).ask(prompt, max_new_tokens, guard, on_text)
 
 
-def load(path: str | Path, threads: int = 0, progress: Callable[..., None] = lambda what, *_: None) -> Engine:
-    """Open a bundle for running. Raises InputError, BundleError."""
+def load(
+    path: str | Path,
+    threads: int = 0,
+    progress: Callable[..., None] = lambda what, *_: None,
+    backend: str | None = None,
+) -> Engine:
+    """Open a bundle for running; `backend` None: the one that it was built for. Raises InputError, BundleError."""
     progress("open the bundle")
-    return Engine(Bundle(path), threads)
-
-
-def _split(outputs: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """A graph's outputs: what the host reads, as numpy; and the cache, which stays where it is."""
-    cache = {n: v for n, v in outputs.items() if n.startswith("present.")}
-    return {n: v.numpy() for n, v in outputs.items() if n not in cache}, cache
+    return Engine(Bundle(path), threads, backend=backend)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime as ort
 
 from .core_set import choose
 from .errors import InputError
@@ -74,7 +73,7 @@ def guarded(
     indexed = recipe.tokens.policy != "dense"
     listed = prefilled.kept_tokens if indexed else None
     dense = prefilled.checker()
-    engine.backend.session("decode")  # made before anything is timed
+    engine.backend.ready("decode")  # made before anything is timed
     share = prefilled.budget.neuron_share or recipe.neurons.share
     sparse, ladder, size = None, list(LADDER), report.every
     if prefilled.neurons == shape.ffn:
@@ -93,7 +92,7 @@ def guarded(
         while len(draft) < wanted and draft[-1] not in stop:
             if sparse is None:
                 core = choose(prefilled.measured, recipe.neurons, shape, engine.bundle.calibration, share)
-                sparse = prefilled.decoder_of(core.constants(engine.rows))
+                sparse = prefilled.decoder_of(core.constants(engine.backend.rows))
                 sparse.cache = dense.cache
             row = sparse.step(request.step_feeds(draft[-1], len(ids) + len(draft) - 1, core_tokens=listed))
             draft.append(int(row[0].argmax()))
@@ -108,7 +107,7 @@ def guarded(
             while right < len(draft) and draft[right] == chosen[right - 1]:
                 right += 1
             if right < len(read):
-                dense.cache = _truncated(dense.cache, request.tokens + len(ids) + right)
+                dense.truncate(request.tokens + len(ids) + right)
             logits = rows[min(right, len(read)) - 1]
         report.check_s += time.perf_counter() - checked_at
         report.free += bool(ids)
@@ -136,11 +135,3 @@ def guarded(
                     ladder.insert(0, "more neurons")
             elif action == "tokens back":
                 listed = np.arange(request.tokens, dtype=np.int32)[None]
-
-
-def _truncated(cache: dict[str, ort.OrtValue], rows: int) -> dict[str, ort.OrtValue]:
-    """The first `rows` rows of every key and value; what was read after them is forgotten."""
-    return {
-        name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[:, :, :rows]))
-        for name, value in cache.items()
-    }

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .backends._base import DEFAULT
 from .errors import GateFailed
 from .evals._compare import Sweep, compare
 from .evals._task import Task
@@ -29,7 +30,8 @@ def check(
     folder: Path, required: Requirement, recipe: Recipe, threads: int, progress: Callable[..., None]
 ) -> list[dict[str, Any]]:
     """The gates of an assembled bundle, as plain values. Raises GateFailed naming the figure that is too low."""
-    report = compare(folder, required.task, Sweep(neuron_shares=(recipe.neurons.share,)), None, threads, None, progress)
+    sweep = Sweep(neuron_shares=(recipe.neurons.share,))
+    report = compare(folder, required.task, sweep, None, threads, None, progress, DEFAULT)
     dense, sparse, random = report["dense"], report["sparse"], report["random"]
     low, high = sparse["ci"]
     detail = f"{report['task']}, n = {report['n']}: sparse {sparse['accuracy']:.4f} [{low:.3f}, {high:.3f}]"

@@ -187,7 +187,7 @@ def check(recipe: Recipe, where: str = "recipe") -> Recipe:
     n, t = recipe.neurons, recipe.tokens
     policy = by_name.load("cm_export.policies.neurons", n.policy, "neuron policy")
     by_name.load("cm_export.policies.tokens", t.policy, "token policy")
-    by_name.load("cm_export.backends", recipe.backend, "backend")
+    by_name.load("cm_export.backends", recipe.backend.replace("-", "_"), "backend")
     for label, value, allowed in (
         ("neurons.voters", n.voters, VOTERS),
         ("neurons.fill", n.fill, FILLS),

@@ -334,7 +334,7 @@ def engine(stub):
             text="a circle", token_ids=[7, 8], stats=STATS, kept=[kept for _ in images], notes=["a remark"]
         )
 
-    def load(bundle, *, threads, progress):
+    def load(bundle, *, threads, progress, backend):
         progress("load the graphs")
         return SimpleNamespace(generate=generate, image_rule=SimpleNamespace(patch=14, merge=2))
 

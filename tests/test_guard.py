@@ -84,12 +84,12 @@ def test_bringing_the_tokens_back_mends_an_answer_that_only_lacks_them(engine):
 
 @pytest.mark.parametrize(
     "bug",
-    [lambda cache, rows: cache, lambda cache, rows: {n: _rows(v, -rows) for n, v in cache.items()}],
+    [lambda self, rows: None, lambda self, rows: setattr(self, "cache", _last(self.cache, rows))],
     ids=["nothing is forgotten", "the first rows are forgotten"],
 )
 def test_a_cache_that_is_not_truncated_rightly_is_noticed(engine, bug, monkeypatch):
     """The tests above can fail: with this bug planted they would."""
-    monkeypatch.setattr(guard, "_truncated", bug)
+    monkeypatch.setattr(Decoder, "truncate", bug)
     wrong = 0
     for question in easy_vqa.questions("sentence")[:240:20]:
         try:
@@ -101,8 +101,9 @@ def test_a_cache_that_is_not_truncated_rightly_is_noticed(engine, bug, monkeypat
     assert wrong
 
 
-def _rows(value, first):
-    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[:, :, first:]))
+def _last(cache, rows):
+    last = {n: np.ascontiguousarray(v.numpy()[:, :, -rows:]) for n, v in cache.items()}
+    return {n: ort.OrtValue.ortvalue_from_numpy(v) for n, v in last.items()}
 
 
 def test_several_tokens_at_once_are_the_same_numbers_in_the_session_made_for_it(exported):
@@ -135,7 +136,7 @@ def test_a_truncated_cache_is_the_cache_before(exported, seed):
     one, other = (Decoder(backend, "decode_dense", out, {}) for _ in range(2))
     one.read(asked.step_feeds([3, 4], 0))
     other.read(asked.step_feeds([3, 4, 5, 6], 0))
-    other.cache = guard._truncated(other.cache, asked.tokens + 2)
+    other.truncate(asked.tokens + 2)
     a, b = (d.step(asked.step_feeds(7, 2)) for d in (one, other))
     agrees("same numbers", a, b)
     assert not np.array_equal(a, one.step(asked.step_feeds(7, 3)))

@@ -3,8 +3,9 @@
 vision(feeds) -> embeddings      prefill(feeds) -> logits, scores, cache      Decoder.step(embedding) -> logits
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,28 @@ import onnx
 import onnxruntime as ort
 
 from ..errors import BundleError, CmExportError
+from ..recipe import Recipe
+from ..request import core_row_names
 from ..weights import WeightFile
 from ._lower_onnxruntime import ROWS, lower, unsigned
 
 
+def open(
+    bundle: Any,
+    threads: int = 0,
+    recipe: Recipe | None = None,
+    graph: Callable[[str], Path | onnx.ModelProto] | None = None,
+) -> "Backend":
+    """The sessions of an open bundle; `recipe` and `graph` replace its own, on the same weights."""
+    chooses = (recipe or bundle.recipe).neurons.in_decode
+    names = core_row_names(bundle.family, bundle.shape.layers)
+    return Backend(graph or bundle.graph, bundle.weights, threads, bundle.predictor if chooses else None, names)
+
+
 class Backend:
     """Sessions over the graphs of one bundle (or of a build under way), made when first asked for."""
+
+    name = "onnxruntime"
 
     def __init__(
         self,
@@ -26,12 +43,24 @@ class Backend:
         weights: WeightFile,
         threads: int = 0,
         predictor: WeightFile | None = None,
+        row_names: list[tuple[str, str, str]] | None = None,
     ):
-        """`predictor`: the file of low-bit copies, where the decode graph reads one."""
+        """`predictor`: the file of low-bit copies, where the decode graph reads one; `row_names`: see CoreRows."""
+        self.notes: list[str] = []
+        self._row_names = row_names
         self._graph, self.weights, self.threads, self.predictor = graph, weights, threads, predictor
         self._sessions: dict[tuple[str, bool, bool], ort.InferenceSession] = {}
         self._views: dict[str, ort.OrtValue] = {}  # sessions read these buffers as long as they live
         self._inputs: dict[tuple[str, bool, bool], list[str]] = {}  # weights that a session takes as inputs
+
+    @cached_property
+    def rows(self) -> "CoreRows":
+        """What gathers the rows of this bundle, its buffers kept between requests."""
+        return CoreRows(self.weights, self._row_names, self.threads)
+
+    def ready(self, graph: str) -> None:
+        """Make the session of `graph` now. Raises BundleError."""
+        self.session(graph)
 
     def session(self, name: str, rows_as_inputs: bool = True, few_rows: bool = False) -> ort.InferenceSession:
         """The session of graph `name`. `few_rows`: one that reads 2 to 16 tokens at the price of one.
@@ -116,6 +145,20 @@ class Backend:
         """Read new tokens over the whole cache (present.i.key/value, which stays as it is); outputs as of `prefill`."""
         return self._run("turn", feeds, {n.replace("present", "past", 1): v for n, v in cache.items()})
 
+    def decoder(
+        self, graph: str, cache: dict[str, ort.OrtValue], constants: dict[str, np.ndarray], few_rows: bool = False
+    ) -> "Decoder":
+        """One request's decode over a cache (present.i.key/value); see Decoder."""
+        return Decoder(self, graph, cache, constants, few_rows=few_rows)
+
+    def host(self, values: Mapping[str, ort.OrtValue]) -> dict[str, np.ndarray]:
+        """Outputs as arrays."""
+        return {n: v.numpy() for n, v in values.items()}
+
+    def device(self, arrays: Mapping[str, np.ndarray]) -> dict[str, ort.OrtValue]:
+        """Arrays as what a session takes without a copy of its own."""
+        return {n: ort.OrtValue.ortvalue_from_numpy(v) for n, v in arrays.items()}
+
     def _run(
         self, graph: str, feeds: dict[str, np.ndarray], values: dict[str, ort.OrtValue]
     ) -> dict[str, ort.OrtValue]:
@@ -167,6 +210,10 @@ class CoreRows:
         self._given.current = False
         self._given = Rows(self._buffers)
         return self._given
+
+    def down(self, layer: int, gathered: Mapping[str, np.ndarray], core_neurons: np.ndarray) -> np.ndarray:
+        """The down rows [B,K,D] of one layer, as `gather` has just put them there."""
+        return gathered[f"ffn.{layer}.down"]
 
     def one(self, layer: int, core_neurons: np.ndarray) -> dict[str, np.ndarray]:
         """The rows [B,K,D] of one layer alone; core_neurons [B,K] int32, checked."""
@@ -230,3 +277,10 @@ class Decoder:
         logits = values.pop("logits").numpy()
         self.cache = {n.replace("present", "past", 1): v for n, v in values.items()}
         return logits
+
+    def truncate(self, rows: int) -> None:
+        """Keep the first `rows` rows of every key and value; what was read after them is forgotten."""
+        self.cache = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[:, :, :rows]))
+            for name, value in self.cache.items()
+        }

@@ -105,6 +105,10 @@ seed_option = click.option(
     "--seed", type=Count(0, 2**31 - 1), help="Seed of chance.  [default: the recipe's; where questions are asked, 0]"
 )
 threads_option = click.option("--threads", type=Count(0), default=0, help="CPU threads; 0 takes all cores.")
+_BACKENDS = ByName("cm_export.backends", "backend")
+backend_option = click.option(
+    "--backend", type=_BACKENDS, help=f"Run on {' or '.join(_BACKENDS.known())}.  [default: what it was built for]"
+)
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress and no summary.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout, nothing else.")
 

@@ -7,6 +7,7 @@ import click
 from ._console import (
     Count,
     Verb,
+    backend_option,
     bundle_argument,
     command_line,
     emit_json,
@@ -35,12 +36,13 @@ from ._console import (
 @neuron_share
 @token_share
 @click.option("--vision", is_flag=True, help="Time the vision graph as well; it is the same for both.")
+@backend_option
 @threads_option
 @json_option
 @quiet_option
 def command(
     bundle: Path, prompt_tokens: int, image_tokens: int | None, new_tokens: int, repeats: int, neuron_share: float | None,
-    token_share: float | None, vision: bool, threads: int, as_json: bool, quiet: bool,
+    token_share: float | None, vision: bool, backend: str | None, threads: int, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure time to first token and decode speed on made-up inputs, sparse beside dense."""
     from ..bench import measure
@@ -56,6 +58,7 @@ def command(
             token_share=token_share,
             threads=threads,
             vision=vision,
+            backend=backend,
             progress=step,
         )
     report["command"] = command_line()

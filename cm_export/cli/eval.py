@@ -11,6 +11,7 @@ from ._console import (
     Count,
     Share,
     Verb,
+    backend_option,
     bundle_argument,
     command_line,
     emit_json,
@@ -67,12 +68,14 @@ class Several(click.ParamType):
 @click.option("--max-new-tokens", type=Count(1), default=64, show_default=True, help="Longest answer, with --data.")
 @click.option("--out", help="Write the report here (.json); killed half way, the same command goes on.")
 @seed_option
+@backend_option
 @threads_option
 @json_option
 @quiet_option
 def command(
     bundle: Path, task: str | None, data: Path | None, kinds: tuple[str, ...] | None, limit: int | None,
-    max_new_tokens: int, out: str | None, seed: int | None, threads: int, as_json: bool, quiet: bool, **sweep: Any,
+    max_new_tokens: int, out: str | None, seed: int | None, backend: str | None, threads: int, as_json: bool,
+    quiet: bool, **sweep: Any,
 ) -> None:  # fmt: skip
     """Measure a bundle's accuracy, with the dense model, random choices and attention as controls."""
     path = None
@@ -88,7 +91,7 @@ def command(
         sweep["neurons"] or (), sweep["tokens"] or (), sweep["neuron_share"] or (), sweep["token_share"] or ()
     )
     with progress(quiet or as_json) as step:
-        report = compare(bundle, chosen, asked, seed, threads, path, step)
+        report = compare(bundle, chosen, asked, seed, threads, path, step, backend)
     report["command"] = command_line()
     if path:
         write_json(report, path)

@@ -13,6 +13,7 @@ from ..errors import InputError
 from ._console import (
     Count,
     Verb,
+    backend_option,
     bundle_argument,
     emit_json,
     json_option,
@@ -50,13 +51,15 @@ from ._console import (
 @click.option("--guard-every", type=Count(2), default=16, show_default=True, help="Tokens of a draft, with --guard.")
 @click.option("--overlay", help="Write a picture of the image tokens that were kept (.png, .jpg, .webp).")
 @seed_option
+@backend_option
 @threads_option
 @json_option
 @quiet_option
 def command(
     bundle: Path, paths: tuple[str, ...], prompts: tuple[str, ...], chat: bool, system: str | None,
     max_new_tokens: int, dense: bool, neuron_share: float | None, token_share: float | None, guard: bool,
-    guard_every: int, overlay: str | None, seed: int | None, threads: int, as_json: bool, quiet: bool,
+    guard_every: int, overlay: str | None, seed: int | None, backend: str | None, threads: int, as_json: bool,
+    quiet: bool,
 ) -> None:  # fmt: skip
     """Ask a bundle about pictures; the answer streams to stdout, one summary line goes to stderr."""
     if not (prompts or chat):
@@ -80,7 +83,7 @@ def command(
     from ..generate import load
 
     with progress(quiet or as_json) as step:
-        engine = load(bundle, threads=threads, progress=step)
+        engine = load(bundle, threads=threads, progress=step, backend=backend)
     for path, picture in zip(paths, images, strict=True):
         check_size(picture, engine.image_rule.patch * engine.image_rule.merge, where=path)
     budget = {"dense": dense, "neuron_share": neuron_share, "token_share": token_share, "seed": seed}

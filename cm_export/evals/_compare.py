@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 
 from .. import environment
+from ..backends._base import DEFAULT
 from ..bundle import Bundle
 from ..generate import Budget, Engine, Prefilled
 from ..neuron_constants import neuron_constants
@@ -85,13 +86,15 @@ def compare(
     threads: int = 0,
     report: Path | None = None,
     progress: Callable[..., None] = lambda what, done=None, total=None: None,
+    backend: str | None = None,
 ) -> dict[str, Any]:
     """Ask every question in every row. Raises InputError, BundleError.
 
     `report`: where the caller will write the result; answers are noted beside it as they come, and a killed run goes on.
+    `backend`: what the bundle's own graphs run on; rows with other policies are made in memory, for ONNX Runtime.
     """
     bundle = Bundle(path)
-    engine = Engine(bundle, threads)
+    engine = Engine(bundle, threads, backend=backend)
     rows = _rows(engine.recipe, sweep, seed)
     for row in rows:  # before anything is asked
         pipeline.check_recipe(row.recipe, bundle.shape)
@@ -103,6 +106,7 @@ def compare(
         answers=[task.limits, task.rule],
         pictures=desk.fingerprint,
         threads=threads,
+        **_elsewhere(engine),
     )
     with Journal(report, run) as journal:
         if journal.resumed:
@@ -124,6 +128,7 @@ def compare(
             "bundle": str(path),
             "seal": bundle.seal,
             "n": len(task.questions),
+            "backend": engine.backend.name,
             "environment": environment.describe(threads, bundle.manifest["versions"]),
             "dense": dense,
             "sparse": results[1],
@@ -134,9 +139,25 @@ def compare(
             "notes": [
                 f"accuracy: {task.rule}, greedy, free-running; in brackets: 95 % Wilson interval",
                 "of dense: 95 % interval over paired questions; KL and top-1 along the dense model's own answers",
+                *_ran_on(engine, [r["policies"] for r in results], rows),
             ],
         }
     return found
+
+
+def _elsewhere(engine: Engine) -> dict[str, str]:
+    """What tells answers of this backend from those that ONNX Runtime gives."""
+    return {} if engine.backend.name == DEFAULT else {"backend": engine.backend.name}
+
+
+def _ran_on(engine: Engine, policies: list[str], rows: list[Row]) -> list[str]:
+    """Remarks on a report whose rows did not all run on ONNX Runtime."""
+    if engine.backend.name == DEFAULT:
+        return []
+    own = {"dense", *(r.policies for r in rows if r.recipe == engine.recipe)}
+    others = [p for p in dict.fromkeys(policies) if p not in own]
+    there = f"ran on ONNX Runtime, the others on {engine.backend.name}: their milliseconds do not compare"
+    return [*engine.backend.notes, *([f"{', '.join(others)} {there}"] if others else [])]
 
 
 def with_policies(engine: Engine, recipe: Recipe) -> Engine:

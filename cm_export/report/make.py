@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import recipe as recipes
+from ..backends._base import DEFAULT
 from ..bundle import Bundle
 from ..errors import InputError
 from ..evals import _compare, _task
@@ -45,7 +46,8 @@ def make(
     if not reports:
         if task is None:
             raise InputError("no figures to report", where=path, fix="give --eval FILE, or questions: --task or --data")
-        report = _compare.compare(path, task, seed=seed, threads=threads, report=measured, progress=progress)
+        asked = {"seed": seed, "threads": threads, "report": measured, "progress": progress, "backend": DEFAULT}
+        report = _compare.compare(path, task, **asked)
         report["command"] = command
         if measured and keep:
             keep(report, measured)
@@ -57,7 +59,7 @@ def make(
     if asked is None:
         notes.append("No examples and no layers: the questions are not at hand. Give --task or --data.")
     else:
-        engine = Engine(bundle, threads)
+        engine = Engine(bundle, threads, backend=DEFAULT)  # layers are watched in graphs made in memory
         best = choose(points, floor).point
         recipe = best.recipe if best else engine.recipe
         chosen = engine if recipe == engine.recipe else _compare.with_policies(engine, recipe)

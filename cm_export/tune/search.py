@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import environment
+from ..backends._base import DEFAULT
 from ..bundle import MANIFEST, Bundle
 from ..errors import CmExportError, GateFailed
 from ..evals._journal import key_of
@@ -53,7 +54,7 @@ def tune(
     search, held = halves(task.questions, wish.seed)
     check_questions(len(task.questions), len(search), len(held), wish.floor)
     bundle = Bundle(path)
-    engine = Engine(bundle, threads)
+    engine = Engine(bundle, threads, backend=DEFAULT)  # every trial runs on graphs made in memory
     space = spaces.of_bundle(bundle, engine.recipe)
     settings = {
         "bundle": json.loads((path / MANIFEST).read_bytes())["seal"],
