@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from . import gates_lowered
-from .by_name import nearest
 from .backends._export_tensorrt import Source, write_graphs
 from .backends._targets import Target, target
 from .bundle import file_sha256
+from .by_name import nearest
 from .errors import CmExportError, InputError
 from .recipe import Engine, Recipe
 

@@ -218,7 +218,7 @@ def test_a_weight_beyond_16_bit_is_refused_and_bf16_takes_it(exported, tmp_path)
             pass
 
     loud = dataclasses.replace(s, weights=Loud())
-    with pytest.raises(InputError, match="does not fit into 16 bit.*bf16"):
+    with pytest.raises(InputError, match=r"does not fit into 16 bit.*bf16"):
         write_graphs(loud, tmp_path, target("10.3"))
     write_graphs(dataclasses.replace(loud, recipe=SMALL.replace(engine__precision="bf16")), tmp_path, target("10.3"))
 
@@ -226,5 +226,5 @@ def test_a_weight_beyond_16_bit_is_refused_and_bf16_takes_it(exported, tmp_path)
 def test_a_set_for_every_token_is_refused_in_words():
     node = onnx.helper.make_node("PredictNeurons", [], ["x"], domain="cm_export")
     model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], []))
-    with pytest.raises(InputError, match="predicted.*griffin"):
+    with pytest.raises(InputError, match=r"predicted.*griffin"):
         _lower_tensorrt.lower(model, "decode", target("10.3"), {}, 96, 64)
