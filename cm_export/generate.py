@@ -178,6 +178,12 @@ class Engine:
         self.check_length(len(ids))
         return Request.of(ids, grid, self.bundle.family, self.bundle.shape, self.bundle.weights, embeds)
 
+    def check_reads_several(self, what: str) -> None:
+        """Raises InputError where the backend cannot do `what`, for which several tokens are read at once."""
+        if not self.backend.reads_several:
+            text = f"{what} needs several tokens read at once, its engines read one"
+            raise InputError(text, where=f"backend {self.backend.name}", fix="add --backend onnxruntime")
+
     def check_length(self, tokens: int) -> None:
         """Raises InputError when a prompt is longer than the model can hold."""
         limit = self.bundle.shape.max_positions or tokens
@@ -228,6 +234,7 @@ class Engine:
     ) -> turns.Conversation:
         """Questions about the same PIL pictures, one after the other (see turns.py). Raises InputError."""
         turns.check_bundle(self.recipe, dense)
+        self.check_reads_several("a second question")
         return turns.Conversation(self, images or [], system, Budget(dense, neuron_share, token_share, seed))
 
     def generate(
