@@ -133,6 +133,21 @@ def sparse_feeds(
     return feeds | {"seed": np.array([recipe.seed if seed is None else seed], np.int64)}
 
 
+def kept_slots(request: Request, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Inputs whose length says how many prompt tokens stay: kept_slots [T], kept_slots_first [T1] int32.
+
+    For graphs in which a length cannot come out of data. `feeds` as from `sparse_feeds`; the knee rule gets its largest T.
+    """
+    before_last = request.is_image[0].copy()
+    before_last[-1] = False  # the last token always stays, as text
+    out = {}
+    for name, keep in (("kept_slots", feeds["image_keep_high"]), ("kept_slots_first", feeds["image_keep_first"])):
+        sizes = picture_sizes(before_last) if keep.ndim == 2 else [int(before_last.sum())]
+        images = sum(min(int(k), size) for k, size in zip(keep.ravel(), sizes, strict=True))
+        out[name] = np.zeros(request.tokens - int(before_last.sum()) + images, np.int32)
+    return out
+
+
 def picture_sizes(is_image: np.ndarray) -> list[int]:
     """Image tokens of each picture of a prompt [S]: the lengths of their runs, between which markers stand; [0] of none."""
     edges = np.flatnonzero(np.diff(is_image.astype(np.int8), prepend=0, append=0))

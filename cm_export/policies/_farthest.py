@@ -88,7 +88,6 @@ def farthest_text(out: str, x: str, relevance: str | None = None) -> str:
         {out}_nearest, {out}_left, {out} = Loop (far_rounds, far_always, far_nearest_0, image_mask, far_score_0) <body = take (
             int64 far_number, bool far_going, int64[B,S] far_nearest, bool[B,S] far_left, int64[B,S] far_score
         ) => (bool far_going_on, int64[B,S] far_nearest_next, bool[B,S] far_left_next, int64[B,S] far_score_next) {{
-            far_going_on = Identity (far_going)
             far_scaled = Mul (far_nearest, far_size)
             far_unique = Add (far_scaled, far_tie_break)
             far_key = Where (far_left, far_unique, far_no_key)
@@ -111,4 +110,8 @@ def farthest_text(out: str, x: str, relevance: str | None = None) -> str:
             far_down = Floor (far_raised)
             far_whole = Cast <to = 7> (far_down)
             far_nearest_next = Min (far_nearest, far_whole)
+            # ends as soon as nothing is left, so that a runtime which needs a constant bound may take a larger one
+            far_left_number = Cast <to = 6> (far_left_next)
+            far_left_any = ReduceMax <keepdims = 0> (far_left_number)
+            far_going_on = Cast <to = 9> (far_left_any)
         }}>"""

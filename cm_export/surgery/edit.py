@@ -14,7 +14,9 @@ from ..plugins.contract import Op, node_attributes
 class Edit:
     """One graph under the knife. Weights stay external: only names, shapes and byte ranges are in memory."""
 
-    def __init__(self, model: onnx.ModelProto):
+    def __init__(self, model: onnx.ModelProto, prefix: str = "cm"):
+        """`prefix`: of the names that are given here; one per program that edits the same graph."""
+        self.prefix = prefix
         self.graph = gs.import_onnx(model)
         self.functions: dict[str, onnx.FunctionProto] = {f.name: f for f in model.functions}
         self._tensors = self.graph.tensors()
@@ -55,7 +57,7 @@ class Edit:
 
     def constant(self, value: Any, dtype: Any) -> gs.Constant:
         self._count += 1
-        return gs.Constant(f"cm/const_{self._count}", np.asarray(value, dtype))
+        return gs.Constant(f"{self.prefix}/const_{self._count}", np.asarray(value, dtype))
 
     def op(self, kind: str, *inputs: gs.Tensor, **attrs: Any) -> gs.Variable:
         """One standard node with one output."""
@@ -70,7 +72,7 @@ class Edit:
 
     def _node(self, kind, inputs, outputs, attrs, domain) -> list[gs.Variable]:
         self._count += 1
-        name = f"cm/{kind}_{self._count}"
+        name = f"{self.prefix}/{kind}_{self._count}"
         out = [gs.Variable(f"{name}/{i}") for i in range(outputs)]
         self.graph.nodes.append(gs.Node(kind, name, attrs=attrs, inputs=inputs, outputs=out, domain=domain))
         return out

@@ -1,0 +1,181 @@
+"""Proofs that lowering for TensorRT broke nothing, run by ONNX Runtime before any engine is built.
+
+gate                  compares                                                  fails the build
+lowered vision        the lowered graph in float32 with the portable one        yes
+lowered prefill       all tokens kept: logits, scores, cache                    yes
+lowered decode        8 steps with every neuron, over the static cache          yes
+lowered choice        tokens kept at the recipe's budget: share that is the     no: float32 scores may fall otherwise where
+                      same                                                      float64 ones are nearly equal
+half precision        the graphs as they are built, with the portable ones      yes; skipped where memory is short
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import psutil
+
+from .backends._export_tensorrt import Source, lowered
+from .backends._targets import Target
+from .backends.onnxruntime import Backend, CoreRows
+from .core_set import every_neuron
+from .errors import GateFailed
+from .gates import LIMIT, Gate
+from .request import Request, core_row_names, kept_slots, prefill_feeds, sparse_feeds
+
+STEPS = 8
+# 16-bit products of a few thousand terms differ by some 1e-3 of the largest value; a lost cast, mask or scale by above 1e-1.
+HALF_LIMIT = 3e-2
+Feeds = dict[str, np.ndarray]
+Answers = dict[str, dict[str, np.ndarray]]  # by graph, then by output
+
+
+def run_gates(source: Source, target: Target, family: Any, probe: Feeds, folder: Path, threads: int = 0) -> list[Gate]:
+    """All gates. Raises GateFailed. `folder` holds the weights of the lowered graphs, as `write_graphs` left it."""
+    precision = source.recipe.engine.precision
+    portable = _Portable(source, threads)
+    expected = _answers(portable, source, family, probe)
+    portable.backend.drop(*source.graphs)
+    exact = _Exact(source, target, threads)
+    found = _answers(exact, source, family, probe)
+    exact.backend.drop(*source.graphs)
+    gates = [_gate(f"lowered {g}", g, found, expected, LIMIT, f"portable graph; for {target.name}") for g in expected]
+    gates.append(_choice(exact.chosen, portable.chosen))
+    weight_bytes = sum(f.stat().st_size for f in folder.glob("weights.*.safetensors"))
+    free = psutil.virtual_memory().available
+    if precision != "fp16":
+        detail = f"not run: ONNX Runtime has no {precision} on a CPU" if precision == "bf16" else "nothing is halved"
+        return [*gates, Gate("half precision", 0.0, None, True, detail)]
+    if 4 * weight_bytes > free:  # ONNX Runtime computes in float32 what it holds in 16 bit: a copy of each
+        detail = f"not run: {4 * weight_bytes / 1e9:.0f} GB of memory needed, {free / 1e9:.0f} GB free"
+        return [*gates, Gate("half precision", 0.0, None, True, detail)]
+    found = _answers(_Half(source, target, folder, threads), source, family, probe)
+    return [*gates, *(_gate(f"half {g}", g, found, expected, HALF_LIMIT, "portable graph in float32") for g in expected)]
+
+
+def _answers(graphs: Any, source: Source, family: Any, probe: Feeds) -> Answers:
+    """What the probe gives: image embeddings, a prefill that keeps every token, 8 steps of decode with every neuron."""
+    shape, recipe, out, embeds = source.shape, source.recipe, {}, None
+    if shape.sees:
+        feeds = family.vision_inputs(probe["pixel_values"], probe["grid"], shape.merge)
+        embeds = graphs.run("vision", feeds)["image_embeds"].astype(np.float32)
+        out["vision"] = {"image_embeds": embeds}
+    request = Request.of(probe["input_ids"], probe["grid"], family, shape, source.weights, embeds)
+    budgets = {"all": sparse_feeds(request, recipe, token_share=1.0), "own": sparse_feeds(request, recipe)}
+    feeds = {n: prefill_feeds(request) | b | kept_slots(request, b) for n, b in budgets.items()}
+    prefill = graphs.run("prefill", feeds["all"])
+    graphs.chosen = graphs.run("prefill", feeds["own"]).get("kept_tokens")
+    out["prefill"] = {n: v.astype(np.float32) for n, v in prefill.items() if n != "kept_tokens"}
+    cache = {n: v for n, v in prefill.items() if n.startswith("present.")}
+    words = probe["input_ids"][probe["input_ids"] != shape.image_token][:STEPS] if shape.sees else probe["input_ids"][:STEPS]
+    logits = graphs.decode(request, cache, words, every_neuron(CoreRows(source.weights, core_row_names(family, shape.layers))))
+    out["decode"] = {f"logits of step {i}": step.astype(np.float32) for i, step in enumerate(logits)}
+    return out
+
+
+class _Portable:
+    """The bundle's own graphs."""
+
+    chosen: np.ndarray | None = None
+
+    def __init__(self, source: Source, threads: int):
+        self.backend = Backend(source.graph, source.weights, threads)
+
+    def run(self, name: str, feeds: Feeds) -> Feeds:
+        return _run(self.backend.session(name), feeds)
+
+    def decode(self, request: Request, cache: Feeds, words: np.ndarray, constant: Feeds) -> list[np.ndarray]:
+        logits = []
+        for i, word in enumerate(words):
+            feeds = request.step_feeds(int(word), i) | constant | _past(cache)
+            feeds["core_tokens"] = np.arange(request.tokens + i + 1, dtype=np.int32)[None]
+            cache = self.run("decode", feeds)
+            logits.append(cache.pop("logits"))
+        return logits
+
+
+class _Exact:
+    """The lowered graphs in float32, over the bundle's own weights."""
+
+    chosen: np.ndarray | None = None
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, source: Source, target: Target, threads: int):
+        self.source = source
+        self.backend = Backend(lambda name: lowered(source, name, target, "fp32"), source.weights, threads)
+
+    def run(self, name: str, feeds: Feeds) -> Feeds:
+        return _run(self.backend.session(name, rows_as_inputs=False), feeds)
+
+    def decode(self, request: Request, cache: Feeds, words: np.ndarray, constant: Feeds) -> list[np.ndarray]:
+        """Over a static cache, whose rows beyond the mask hold what must not be read."""
+        shape, capacity, logits = self.source.shape, self.source.recipe.engine.capacity, []
+        past = {}
+        for name, rows in cache.items():
+            past[name] = np.full((*rows.shape[:2], capacity, rows.shape[3]), 7, self.dtype)
+            past[name][:, :, : rows.shape[2]] = rows
+        every = np.broadcast_to(np.arange(shape.ffn, dtype=np.int32), (shape.layers, 1, shape.ffn))
+        constant = {n: v.astype(self.dtype) if n.startswith("ffn.") else v for n, v in constant.items()}
+        constant |= {"core_neurons": every} | {f"core_neurons.{i}": rows for i, rows in enumerate(every)}
+        for i, word in enumerate(words):
+            used = request.tokens + i + 1
+            feeds = request.step_feeds(int(word), i) | constant | _past(past)
+            feeds["attention_mask"] = (np.arange(capacity) < used).astype(np.int64)[None]
+            feeds["write_index"] = np.array([used - 1], np.int64)
+            feeds["core_tokens"] = np.arange(used, dtype=np.int32)[None]
+            past = self.run("decode", feeds)
+            logits.append(past.pop("logits"))
+        return logits
+
+
+class _Half(_Exact):
+    """The lowered graphs as the builder gets them, over the 16-bit weights; plugin nodes run as their functions."""
+
+    dtype = np.dtype(np.float16)
+
+    def __init__(self, source: Source, target: Target, folder: Path, threads: int):
+        self.source, self.target, self.folder, self.threads = source, target, folder, threads
+        self._sessions: dict[str, ort.InferenceSession] = {}
+
+    def run(self, name: str, feeds: Feeds) -> Feeds:
+        if name not in self._sessions:
+            self._sessions = {}  # one at a time: each holds a float32 copy of its weights
+            options = ort.SessionOptions()
+            options.intra_op_num_threads, options.log_severity_level = self.threads, 3
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.folder))
+            model = lowered(self.source, name, self.target, weights=self.folder)
+            self._sessions[name] = ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        return _run(self._sessions[name], feeds)
+
+
+def _run(session: ort.InferenceSession, feeds: Feeds) -> Feeds:
+    names = [o.name for o in session.get_outputs()]
+    return dict(zip(names, session.run(names, {i.name: feeds[i.name] for i in session.get_inputs()}), strict=True))
+
+
+def _past(cache: Feeds) -> Feeds:
+    return {n.replace("present", "past", 1): v for n, v in cache.items()}
+
+
+def _choice(ours: np.ndarray | None, theirs: np.ndarray | None) -> Gate:
+    same = 1.0 if theirs is None else float(np.isin(ours, theirs).mean())
+    return Gate("lowered choice", same, None, True, "share of the kept tokens that the portable graph keeps, too")
+
+
+def _gate(name: str, graph: str, found: Answers, expected: Answers, limit: float, detail: str) -> Gate:
+    worst, value = "", -1.0
+    for output, theirs in expected[graph].items():
+        ours = found[graph][output]
+        if ours.shape != theirs.shape:
+            raise GateFailed(f"shape {ours.shape}, expected {theirs.shape}", where=f"lowered {graph}.onnx: {output}")
+        difference = float(np.abs(ours.astype(np.float64) - theirs).max() / max(1.0, np.abs(theirs).max()))
+        if not difference <= value:  # also takes nan
+            worst, value = output, difference
+    if not value <= limit:
+        raise GateFailed(
+            f"differs by {value:.1e} (limit {limit:.0e})",
+            where=f"gate {name!r}, {graph}.onnx: {worst}",
+            fix="no engine was built; please report this checkpoint's config.json",
+        )
+    return Gate(name, value, limit, True, detail)
