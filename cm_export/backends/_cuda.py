@@ -28,6 +28,11 @@ def open_cuda() -> "Cuda":
     return Cuda(runtime)
 
 
+def architecture() -> str:
+    """The architecture of this machine's GPU, such as sm_87. Raises as `open_cuda`."""
+    return open_cuda().gpu.architecture
+
+
 @dataclass(frozen=True)
 class Gpu:
     """The device that runs the engines; architecture is such as sm_87."""

@@ -93,10 +93,13 @@ REBUILD = f"build the bundle on this machine: cm-export build ... --backend tens
 class Session:
     """An engine with its execution context; all sessions of a bundle share one stream and one scratch memory."""
 
-    def __init__(self, library: Library, file: Path, buffers: Buffers):
+    def __init__(self, library: Library, file: Path, buffers: Buffers, streams_weights: bool = False):
+        """`streams_weights`: the engine was built to leave weights in host memory, as many as do not fit."""
         trt, self.graph = library.trt, file.stem
         self.library, self.cuda, self._file, self._buffers = library, library.cuda, file, buffers
         self._engine = engine = library.engine(file)
+        if streams_weights:
+            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.dtypes = {n: self._dtype(engine.get_tensor_dtype(n)) for n in names}
         self.inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]

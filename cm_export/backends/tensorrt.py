@@ -38,6 +38,9 @@ def open_as(
     if recipe.neurons.in_decode:
         what = f"neurons.policy = {recipe.neurons.policy!r} chooses anew for every token, which no engine does yet"
         raise InputError(what, where=f"backend {name}", fix=f"build with another policy, or {ELSEWHERE}")
+    if bundle.recipe.engine.strip_weights:
+        what = "its engines hold no weights and must be refitted before they run"
+        raise InputError(what, where=bundle.path, fix=f"build without engine.strip_weights, or {ELSEWHERE}")
     engines = bundle.manifest.get("engines")
     if not engines or engines["backend"] != name:
         what = f"holds no engines of {name}" + (f", only of {engines['backend']}" if engines else "")
@@ -45,7 +48,7 @@ def open_as(
     try:
         trt = importlib.import_module(module)
     except ImportError as e:
-        fix = f"install it (for TensorRT: pip install 'cm-export[tensorrt]'), or {ELSEWHERE}"
+        fix = f"install it: pip install 'cm-export[{name}]'; or {ELSEWHERE}"
         raise InputError(
             f"the Python package {module} cannot be imported ({e})", where=f"backend {name}", fix=fix
         ) from e
@@ -76,8 +79,8 @@ class Backend:
         """Raises BundleError that names what differs: an engine runs on the GPU and the version it was built for."""
         here = {"version": trt.__version__, "architecture": self._cuda.gpu.architecture}
         for what, value in here.items():
-            built = self._engines[what]
-            if built != value:
+            built = self._engines[what]  # one version; one architecture or several, by commas
+            if value not in built.split(","):
                 fix = f"build on this machine: cm-export build ... --backend {self.name}; or {ELSEWHERE}"
                 text = f"its engines were built for {what} {built}, this machine has {value}"
                 raise BundleError(text, where=self._bundle.path, fix=fix)
@@ -110,7 +113,8 @@ class Backend:
                 dense = "dense answers and controls need it: " if graph.endswith("_dense") else ""
                 fix = f"{dense}build the bundle with it, or {ELSEWHERE}"
                 raise BundleError(f"has no {self.name} engine of {graph}", where=self._bundle.path, fix=fix)
-            self._sessions[graph] = Session(self._library, file, self._buffers)
+            streams = self._bundle.recipe.engine.weight_streaming
+            self._sessions[graph] = Session(self._library, file, self._buffers, streams)
             scratch = self._buffers.get("scratch", max(s.scratch_size for s in self._sessions.values()))
             for session in self._sessions.values():
                 session.use_scratch(scratch)
@@ -131,10 +135,9 @@ class Backend:
     def prefill(self, feeds: Mapping[str, np.ndarray], graph: str = "prefill") -> dict[str, Held]:
         """Run a prefill engine; every output stays on the device. Raises InputError for a prompt that does not fit."""
         session = self.session(graph)
-        kept = kept_slots(feeds) if session.has("kept_slots") else feeds["inputs_embeds"].shape[1]
-        self.check_rows(None, kept + 1)
-        if session.has("kept_slots"):
-            feeds = {**feeds, "kept_slots": np.arange(kept, dtype=np.int32)}
+        cut = session.has("kept_slots") and self._recipe.tokens.cache == "cut"
+        stays = len(feeds["kept_slots"]) if cut else feeds["inputs_embeds"].shape[1]
+        self.check_rows(None, stays + 1)
         return session.run(feeds)
 
     def turn(self, feeds: Mapping[str, np.ndarray], cache: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,9 +189,3 @@ class Backend:
         """Something that the user should know; told once."""
         if text not in self.notes:
             self.notes.append(text)
-
-
-def kept_slots(feeds: Mapping[str, np.ndarray]) -> int:
-    """T, the rows of the cache behind the cut: text tokens and image tokens kept, under the knee rule at most so many."""
-    text = int((~feeds["image_mask"]).sum())
-    return text + int(feeds["image_keep_high"].sum())
