@@ -21,9 +21,9 @@ import onnx
 from ..onnx_text import DOMAIN, OPSET
 from ..plugins.core_ffn.op import ACTIVATIONS
 from ..policies.neurons.predicted import choose_text
+from ._core_rows import ROWS
 
 _MICROSOFT = "com.microsoft"
-ROWS = ("gate", "up", "down")
 
 
 def lower(model: onnx.ModelProto, rows_as_inputs: bool, few_rows: bool = False) -> onnx.ModelProto:
