@@ -35,7 +35,8 @@ def build(trt: Any, job: dict[str, Any], say: Say) -> dict[str, Any]:
     parser = trt.OnnxParser(network, logger)
     say({"step": "parse"})
     if not parser.parse_from_file(job["onnx"]):
-        errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+        told = [parser.get_error(i) for i in range(parser.num_errors)]
+        errors = "; ".join(f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in told)
         raise CmExportError(f"the parser refuses it ({_short(errors)})", where=job["onnx"])
     _refuse(check_network(network, expected), job["onnx"])
     config = _config(trt, builder, network, job, say)
