@@ -32,11 +32,15 @@ def fetch_headers(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     # --no-deps: of the package only these headers are wanted, none of what it needs to run.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    done = subprocess.run([*command, "--dest", str(folder), HEADERS_PACKAGE], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "--dest", str(folder), HEADERS_PACKAGE], capture_output=True, text=True, check=False
+    )
     wheel = next(iter(sorted(folder.glob("kernel_lens-*.whl"))), None)
     fix = "give --tensorrt-include (TENSORRT_INCLUDE= for make), the directory of NvInferRuntime.h"
     if done.returncode or wheel is None:
-        raise InputError(f"pip could not fetch {HEADERS_PACKAGE}: {done.stderr.strip()[-300:]}", where="headers", fix=fix)
+        raise InputError(
+            f"pip could not fetch {HEADERS_PACKAGE}: {done.stderr.strip()[-300:]}", where="headers", fix=fix
+        )
     if hashlib.sha256(wheel.read_bytes()).hexdigest() != HEADERS_SHA256:
         raise InputError("the fetched wheel has another content", where=HEADERS_PACKAGE, fix=fix)
     partial = folder / f"tensorrt-headers.{os.getpid()}"
