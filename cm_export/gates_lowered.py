@@ -7,6 +7,7 @@ lowered decode        8 steps with every neuron, over the static cache          
 lowered choice        tokens kept at the recipe's budget: share that is the     no: float32 scores may fall otherwise where
                       same                                                      float64 ones are nearly equal
 half ...              the graphs as they are built, with the portable ones      yes; said so where memory is short
+packing               int8 and int4 weights as written, with the weights        yes
 half choice           core neurons at the recipe's share that are the same      no
 """
 
@@ -17,7 +18,8 @@ import numpy as np
 import onnxruntime as ort
 import psutil
 
-from .backends._export_tensorrt import Source, lowered
+from .backends._export_tensorrt import Source, lowered, weight_file
+from .backends._quantize_tensorrt import BITS, error_of, packed
 from .backends._targets import Target
 from .backends.onnxruntime import Backend, CoreRows
 from .core_index import neuron_count, select_core_neurons
@@ -25,10 +27,13 @@ from .core_set import every_neuron
 from .errors import GateFailed
 from .gates import LIMIT, Gate
 from .request import Request, core_row_names, kept_slots, prefill_feeds, sparse_feeds
+from .weights import WeightFile
 
 STEPS = 8
 # 16-bit products of a few thousand terms differ by some 1e-3 of the largest value; a lost cast, mask or scale by above 1e-1.
 HALF_LIMIT = 3e-2
+# Of one weight, relative: rounding a Gaussian to 4 bits in groups of 64 costs .12, to 8 bits .007; a wrong order 1.4.
+PACK_LIMIT = {4: 0.4, 8: 0.04}
 Feeds = dict[str, np.ndarray]
 Answers = dict[str, dict[str, np.ndarray]]  # by graph, then by output
 
@@ -46,7 +51,7 @@ def run_gates(source: Source, target: Target, family: Any, probe: Feeds, folder:
     gates.append(_choice(exact.chosen, portable.chosen))
     weight_bytes = sum(f.stat().st_size for f in folder.glob("weights.*.safetensors"))
     free = psutil.virtual_memory().available
-    if precision != "fp16":
+    if precision in ("bf16", "fp32"):
         detail = f"not run: ONNX Runtime has no {precision} on a CPU" if precision == "bf16" else "nothing is halved"
         return [*gates, Gate("half precision", 0.0, None, True, detail)]
     if 4 * weight_bytes > free:  # ONNX Runtime computes in float32 what it holds in 16 bit: a copy of each
@@ -54,7 +59,11 @@ def run_gates(source: Source, target: Target, family: Any, probe: Feeds, folder:
         return [*gates, Gate("half precision", 0.0, None, True, detail)]
     found = _answers(_Half(source, target, folder, threads), source, family, probe)
     ours, theirs = (a["prefill"].pop("core_scores", None) for a in (found, expected))  # may be counts, which jump
-    gates += [_gate(f"half {g}", g, found, expected, HALF_LIMIT, "portable graph in float32") for g in expected]
+    if precision in BITS:
+        gates.append(_packing(source, target, folder, BITS[precision]))
+    # What low bits cost is for the evaluation of answers to say; the vision tower has none.
+    limits = {g: None if precision in BITS and g != "vision" else HALF_LIMIT for g in expected}
+    gates += [_gate(f"half {g}", g, found, expected, limits[g], "portable graph in float32") for g in expected]
     return [*gates, _same_neurons(ours, theirs, source.recipe.neurons.share)]
 
 
@@ -175,6 +184,25 @@ def _choice(ours: np.ndarray | None, theirs: np.ndarray | None) -> Gate:
     return Gate("lowered choice", same, None, True, "share of the kept tokens that the portable graph keeps, too")
 
 
+def _packing(source: Source, target: Target, folder: Path, bits: int) -> Gate:
+    """Every packed weight, read back from the file that builders get, beside the weight that it stands for."""
+    file, worst = WeightFile(folder / weight_file(source.recipe.engine.precision)), ("nothing is packed", -1.0)
+    for graph in ("prefill", "decode"):
+        for name, how in packed(lowered(source, graph, target)):
+            scale = name.replace(".words", ".scale") if how["part"] == "words" else f"{name}.scale"
+            error = error_of(source.weights[how["weight"]], how, file[name], file[scale])
+            worst = max(worst, (how["weight"], error), key=lambda pair: pair[1])
+        source.weights.release()
+    if not 0 <= worst[1] <= PACK_LIMIT[bits]:
+        fix = "no engine was built; build with fp16, or check memory and disk"
+        raise GateFailed(
+            f"differs by {worst[1]:.1e} (limit {PACK_LIMIT[bits]})", where=f"gate 'packing', {worst[0]}", fix=fix
+        )
+    return Gate(
+        "packing", worst[1], PACK_LIMIT[bits], True, f"int{bits} weights as written, relative, with the weights"
+    )
+
+
 def _same_neurons(ours: np.ndarray | None, theirs: np.ndarray | None, share: float) -> Gate:
     same = 1.0
     if theirs is not None:
@@ -183,7 +211,7 @@ def _same_neurons(ours: np.ndarray | None, theirs: np.ndarray | None, share: flo
     return Gate("half choice", same, None, True, "share of the core neurons that float32 chooses, too")
 
 
-def _gate(name: str, graph: str, found: Answers, expected: Answers, limit: float, detail: str) -> Gate:
+def _gate(name: str, graph: str, found: Answers, expected: Answers, limit: float | None, detail: str) -> Gate:
     worst, value = "", -1.0
     for output, theirs in expected[graph].items():
         ours = found[graph][output]
@@ -192,9 +220,9 @@ def _gate(name: str, graph: str, found: Answers, expected: Answers, limit: float
         difference = float(np.abs(ours.astype(np.float64) - theirs).max() / max(1.0, np.abs(theirs).max()))
         if not difference <= value:  # also takes nan
             worst, value = output, difference
-    if not value <= limit:
+    if not value <= (np.inf if limit is None else limit):
         raise GateFailed(
-            f"differs by {value:.1e} (limit {limit:.0e})",
+            f"differs by {value:.1e} (limit {limit})",
             where=f"gate {name!r}, {graph}.onnx: {worst}",
             fix="no engine was built; please report this checkpoint's config.json",
         )

@@ -26,7 +26,7 @@ BEFORE_LAYERS = {"embeds", "image_mask", "vote", "seed"}  # what a token policy 
 FILLS = ("none", "prompt", "calibrated")
 LAYERS = ("uniform", "calibrated")
 BLOCKS = (1, 8, 16, 32)
-PRECISIONS = ("fp16", "bf16", "fp32")
+PRECISIONS = ("fp16", "bf16", "fp32", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ class Tokens:
 class Engine:
     """What TensorRT engines are built for: the type of what is large, and the largest request they take."""
 
-    precision: str = "fp16"  # of products, FFN, attention and cache; the rest is float32
+    # Of products, FFN, attention and cache; the rest is float32. int8: FFN rows of decode; int4: those, and all weights
+    # of the decoder besides the logits', the cache in fp16.
+    precision: str = "fp16"
     capacity: int = 4096  # rows of the cache: prompt and answer together
     max_prompt: int = 2048  # tokens that a prefill reads
     max_patches: int = 4096  # of one picture

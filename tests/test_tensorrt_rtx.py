@@ -230,5 +230,3 @@ def test_a_card_that_nobody_builds_for_is_refused_before_any_work(tmp_path):
         done = cm_export("build", "--recipe", "demo", "--out", out, "--backend", "tensorrt-rtx", *options)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
         assert not out.exists()
-
-

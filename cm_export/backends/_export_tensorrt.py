@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..recipe import Recipe
 from ..weights import Planned, WeightFile
 from ._lower_tensorrt import PLUGINS, for_parser, lower
+from ._quantize_tensorrt import BITS, how_made, made_of, quantize_graph
 from ._targets import Target
 
 INDEX_INPUTS = ("core_neurons", "core_tokens", "ffn.")  # graph inputs that say what decode reads
@@ -96,7 +97,10 @@ def lowered(
     graph = source.graph(name)
     model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph
     precision = precision or engine.precision
-    model = lower(model, name, target, source.weights.tensors, engine.capacity, engine.max_prompt, precision)
+    half = "fp16" if precision in BITS else precision
+    model = lower(model, name, target, source.weights.tensors, engine.capacity, engine.max_prompt, half)
+    if precision in BITS:
+        quantize_graph(model, precision, target.plugins)
     if weights:
         file = weight_file(engine.precision)
         _point_at(model, file, weight_files.index(weights / file))
@@ -177,6 +181,9 @@ def _write_weights(stored: WeightFile, file: Path, models: Iterable[onnx.ModelPr
 
 
 def _planned(stored: WeightFile, tensor: onnx.TensorProto) -> Planned:
+    how = how_made(tensor)
+    if how:
+        return _packed(stored, tensor, how)
     name, dtype = tensor.name, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
     source = stored.tensors[name]
     row = max(1, source.length // max(1, source.shape[0] if source.shape else 1))
@@ -194,6 +201,19 @@ def _planned(stored: WeightFile, tensor: onnx.TensorProto) -> Planned:
         stored.release()
 
     return Planned(_key(tensor), dtype, source.shape, read)
+
+
+def _packed(stored: WeightFile, tensor: onnx.TensorProto, how: dict[str, Any]) -> Planned:
+    half, shape = np.dtype(np.float16), list(tensor.dims)
+    dtype = {"words": np.dtype("<i4"), "codes": np.dtype("u1"), "scale": half}[how["part"]]
+    if how["part"] == "codes":
+        shape[-1] //= 2
+
+    def read() -> Iterator[np.ndarray]:
+        yield made_of(stored[how["weight"]], how, half)
+        stored.release()
+
+    return Planned(_key(tensor), dtype, tuple(shape), read)
 
 
 def _point_at(model: onnx.ModelProto, file: str, index: dict[str, weight_files.Tensor]) -> None:

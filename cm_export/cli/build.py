@@ -24,7 +24,7 @@ NEURONS = ByName("cm_export.policies.neurons", "neuron policy")
 TOKENS = ByName("cm_export.policies.tokens", "token policy")
 TASKS = ByName("cm_export.evals", "task")
 BACKENDS = ByName("cm_export.backends", "backend")
-PRECISIONS = ("fp16", "bf16", "fp32")
+PRECISIONS = ("fp16", "bf16", "fp32", "int8", "int4")
 
 
 @click.command(
