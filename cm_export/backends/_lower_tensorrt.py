@@ -44,8 +44,9 @@ def lower(
 ) -> onnx.ModelProto:
     """The graph `name` of a bundle for `target`; functions of plugin ops stay in, so that ONNX Runtime can run it.
 
-    `weights`: names of the initializers that are weights; those in 16 bit are declared so and must be written so
-    (`half_weights`). `capacity`: rows of the cache; `longest`: tokens of a prompt. Raises InputError for a graph that TensorRT cannot run, SurgeryError.
+    `weights`: names of the initializers that are weights; those in 16 bit are declared so and must be written so.
+    `capacity`: rows of the cache; `longest`: tokens of a prompt. Raises InputError for a graph that TensorRT cannot run,
+    SurgeryError.
     """
     if any(n.op_type == "PredictNeurons" for n in model.graph.node):
         fix = "build with another neuron policy, such as griffin"
@@ -68,6 +69,7 @@ def lower(
     lowered = edit.export()
     _set_opset(lowered, 24 if target.kv == "in_place" else OPSET)
     lowered = inliner.inline_selected_functions(lowered, [(DOMAIN, p) for p in own], exclude=True)
+    _read_weights_directly(lowered.graph)
     halving.no_float64(lowered.graph)
     for tensor in lowered.graph.initializer:
         if tensor.name in halves:
@@ -75,13 +77,6 @@ def lower(
     del lowered.graph.value_info[:]
     lowered.graph.name = name
     return lowered
-
-
-def half_weights(model: onnx.ModelProto) -> set[str]:
-    """Names of the initializers in the weight file that a lowered graph reads in 16 bit."""
-    half = {halving.TYPES["fp16"], halving.TYPES["bf16"]}
-    external = onnx.TensorProto.EXTERNAL
-    return {t.name for t in model.graph.initializer if t.data_location == external and t.data_type in half}
 
 
 def for_parser(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:
@@ -231,6 +226,17 @@ def _replace(edit: Edit, kind: str, function: onnx.FunctionProto, attribute: str
         node.op, node.domain = function.name, DOMAIN
         node.attrs = {attribute: node.attrs[attribute]}
         edit.functions[function.name] = function
+
+
+def _read_weights_directly(graph: onnx.GraphProto) -> None:
+    """Identity(W) is W: what looks for the weights of a product afterwards need not know how functions name them."""
+    stored = {t.name for t in graph.initializer}
+    other = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Identity" and n.input[0] in stored}
+    kept = [n for n in graph.node if not (n.op_type == "Identity" and n.output[0] in other)]
+    for node in kept:
+        node.input[:] = [other.get(name, name) for name in node.input]
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def _set_opset(model: onnx.ModelProto, opset: int) -> None:
