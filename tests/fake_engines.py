@@ -42,9 +42,8 @@ def add_engines(monkeypatch: Any, bundle: Path, out: Path, trt: Any, **recipe: A
     monkeypatch.setattr(engines, "run_builder", lambda job, step: _build_tensorrt.build(trt, job, lambda message: None))
     inputs = probe(opened.shape, opened.config)
     (out / "engines").mkdir()
-    about = engines.build_engines(source, opened.family, inputs, out / "engines", backend, lambda *_: None, threads=1)
-    for leftover in (out / "engines").glob("*.json"):
-        leftover.unlink()
+    aim = engines.aim(chosen)
+    about = engines.build_engines(source, opened.family, inputs, out / "engines", aim, lambda *_: None, threads=1)
     manifest = read_manifest(bundle)
     known = {n: e["sha256"] for n, e in manifest.pop("files").items()}
     (out / MANIFEST).unlink()

@@ -8,7 +8,6 @@ Strict where TensorRT is: op types and plugins by version, profiles, addresses o
 """
 
 import enum
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,275 +16,27 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from fake_cuda import FakeCuda, Recorded, view
-from onnx import inliner
-
-from cm_export import by_name
-from cm_export.onnx_text import DOMAIN
+from fake_tensorrt_api import DTYPE, NUMPY, Api, ILogger, IProgressMonitor, Logger, Severity
+from fake_tensorrt_builder import (
+    Builder,
+    IBuilderConfig,
+    ILayer,
+    INetworkDefinition,
+    IOptimizationProfile,
+    ITensor,
+    ITimingCache,
+    OnnxParser,
+    ParserError,
+    shape_inputs,
+)
 
 _FLAGS = "DEBUG GPU_FALLBACK REFIT DISABLE_TIMING_CACHE TF32 SPARSE_WEIGHTS SAFETY_SCOPE DIRECT_IO VERSION_COMPATIBLE"
 _FLAGS += " EXCLUDE_LEAN_RUNTIME ERROR_ON_TIMING_CACHE_MISS DISABLE_COMPILATION_CACHE STRIP_PLAN REFIT_IDENTICAL"
 _FLAGS += " WEIGHT_STREAMING REFIT_INDIVIDUAL"
 _TYPES = "FLOAT HALF INT8 INT32 BOOL UINT8 FP8 BF16 INT64 INT4"
 _LAYERS = (
-    "ELEMENTWISE CONSTANT SHUFFLE MATRIX_MULTIPLY GATHER SCATTER SHAPE TOPK SOFTMAX REDUCE CAST PLUGIN_V3 TRIP_LIMIT"
-)
 _LAYERS += " LOOP_OUTPUT NORMALIZATION ATTENTION_OUTPUT KV_CACHE_UPDATE"
-_NEWER_LAYERS = ("ATTENTION_OUTPUT", "KV_CACHE_UPDATE")
-_LAYER_OF = {"Constant": "CONSTANT", "Reshape": "SHUFFLE", "Transpose": "SHUFFLE", "MatMul": "MATRIX_MULTIPLY"}
-_LAYER_OF |= {"Gather": "GATHER", "Shape": "SHAPE", "TopK": "TOPK", "Softmax": "SOFTMAX", "Cast": "CAST"}
-_LAYER_OF |= {"Loop": "LOOP_OUTPUT", "Attention": "ATTENTION_OUTPUT", "TensorScatter": "KV_CACHE_UPDATE"}
-_IMPORTED_SINCE = {"Attention": (10, 14), "RotaryEmbedding": (10, 15), "RMSNormalization": (10, 15)}
-_IMPORTED_SINCE |= {"TensorScatter": (10, 15), "NonZero": (99, 0)}  # its shape depends on data: never in our graphs
-_DTYPE = {1: "FLOAT", 10: "HALF", 16: "BF16", 7: "INT64", 6: "INT32", 9: "BOOL"}
-_NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "INT32": np.int32, "BOOL": np.bool_}
-# Operands whose values are sizes: an input that gets there is a shape tensor.
-_SIZES = {"Reshape": (1,), "Expand": (1,), "Slice": (1, 2, 3, 4), "ConstantOfShape": (0,), "Range": (0, 1, 2)}
-_SIZES |= {"Tile": (1,), "TopK": (1,), "Unsqueeze": (1,), "Squeeze": (1,), "Pad": (1,), "Split": (1,)}
-
-
-class Api(Recorded):
-    """A class of the library: unknown names raise, as do names of other versions and attributes that cannot be set."""
-
-    _lib: "Library"
-    _settable: tuple[str, ...] = ()
-
-    def __getattribute__(self, name: str) -> Any:
-        if not name.startswith("_") and (type(self).__name__, name) in object.__getattribute__(self, "_lib")._absent:
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r} in this version")
-        return super().__getattribute__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not name.startswith("_"):
-            if name not in self._settable or (type(self).__name__, name) in self._lib._absent:
-                raise AttributeError(f"{type(self).__name__}.{name} cannot be set")
-            self._calls.add((type(self).__name__, name, -2, ()))
-        object.__setattr__(self, name, value)
-
-
-class Severity(enum.IntEnum):
-    INTERNAL_ERROR = 0
-    ERROR = 1
-    WARNING = 2
-    INFO = 3
-    VERBOSE = 4
-
-
-class ILogger:
-    """To be subclassed with `log(severity, msg)`."""
-
-    Severity = Severity
-
-    def log(self, severity: Severity, msg: str) -> None:
-        raise NotImplementedError
-
-
-class Logger(ILogger):
-    def __init__(self, min_severity: Severity = Severity.WARNING):
-        self.min_severity = min_severity
-
-    def log(self, severity: Severity, msg: str) -> None:
-        pass
-
-
-class IProgressMonitor:
-    """To be subclassed."""
-
-
-class HostMemory(bytes):
-    """What a builder returns; a buffer."""
-
-    @property
-    def nbytes(self) -> int:
-        return len(self)
-
-
-class ITensor(Api):
-    def __init__(self, name: str, dtype: Any = None, shape: tuple[int, ...] = (), sizes: bool = False):
-        self._values = name, dtype, shape, sizes
-
-    name = property(lambda self: self._values[0])
-    dtype = property(lambda self: self._values[1])
-    shape = property(lambda self: self._values[2])
-    is_shape_tensor = property(lambda self: self._values[3])
-
-
-class ILayer(Api):
-    def __init__(self, node: onnx.NodeProto, kind: Any):
-        self._node, self._kind = node, kind
-        self._in = [*node.input, *sorted(_outer(node))]
-        self._out = [o for o in node.output if o]
-
-    name = property(lambda self: self._node.name)
-    type = property(lambda self: self._kind)
-    num_inputs = property(lambda self: len(self._in))
-    num_outputs = property(lambda self: len(self._out))
-
-    def get_input(self, index: int) -> Any:
-        return self._lib._make("ITensor", self._in[index]) if self._in[index] else None
-
-    def get_output(self, index: int) -> Any:
-        return self._lib._make("ITensor", self._out[index])
-
-
-class INetworkDefinition(Api):
-    def __init__(self, typed: bool):
-        self._typed, self._model, self._plugins = typed, None, set()
-
-    num_inputs = property(lambda self: len(self._model.graph.input))
-    num_outputs = property(lambda self: len(self._model.graph.output))
-    num_layers = property(lambda self: len(self._model.graph.node))
-
-    def _tensor(self, value: onnx.ValueInfoProto) -> Any:
-        kind = value.type.tensor_type
-        shape = tuple(-1 if d.dim_param else d.dim_value for d in kind.shape.dim)
-        dtype = getattr(self._lib._enums["DataType"], _DTYPE[kind.elem_type])
-        return self._lib._make("ITensor", value.name, dtype, shape, value.name in _shape_inputs(self._model))
-
-    def get_input(self, index: int) -> Any:
-        return self._tensor(self._model.graph.input[index])
-
-    def get_output(self, index: int) -> Any:
-        return self._tensor(self._model.graph.output[index])
-
-    def get_layer(self, index: int) -> Any:
-        node = self._model.graph.node[index]
-        kind = "PLUGIN_V3" if node.name in self._plugins else _LAYER_OF.get(node.op_type, "ELEMENTWISE")
-        return self._lib._make("ILayer", node, self._lib._enums["LayerType"].__dict__.get(kind) or kind)
-
-
-class ParserError(Api):
-    def __init__(self, text: str):
-        self._text = text
-
-    def desc(self) -> str:
-        return self._text
-
-
-class OnnxParser(Api):
-    def __init__(self, network: Any, logger: ILogger):
-        self._lib._calls.add(("OnnxParser", "__init__", 2, ()))
-        self._network, self._errors = network, []
-
-    num_errors = property(lambda self: len(self._errors))
-
-    def get_error(self, index: int) -> Any:
-        return self._lib._make("ParserError", self._errors[index])
-
-    def parse_from_file(self, model: str) -> bool:
-        if not isinstance(model, str):
-            raise TypeError("parse_from_file(): incompatible function arguments")
-        return self._parse(onnx.load(model))
-
-    def parse(self, model: bytes, path: str | None = None) -> bool:
-        loaded = onnx.load_model(io.BytesIO(model), load_external_data=False)
-        if path:
-            onnx.load_external_data_for_model(loaded, str(Path(path).parent))
-        return self._parse(loaded)
-
-    def _parse(self, model: onnx.ModelProto) -> bool:
-        lib, functions = self._lib, {f.name for f in model.functions}
-        taken = {n.op_type for n in model.graph.node if lib._is_plugin(n, functions)}
-        for node in model.graph.node:  # the library's own meaning of its plugins, where the functions were stripped
-            if node.op_type in taken - functions:
-                model.functions.append(_body(node))
-                functions.add(node.op_type)
-        inlined = inliner.inline_selected_functions(model, [(DOMAIN, t) for t in taken], exclude=True)
-        for node in inlined.graph.node:
-            since = _IMPORTED_SINCE.get(node.op_type, (0, 0))
-            if node.op_type not in taken and (node.domain == DOMAIN or (lib._number < since and not lib._rtx)):
-                self._errors.append(
-                    f"In node with name: {node.name} and operator: {node.op_type}: No importer registered"
-                )
-            if node.op_type == "Attention" and (len(node.output) > 1 or any(node.input[4:6])):
-                self._errors.append(f"In node with name: {node.name}: past and present of Attention are not supported")
-        self._network._model = inlined
-        self._network._plugins = {n.name for n in inlined.graph.node if n.op_type in taken}
-        return not self._errors
-
-
-class IOptimizationProfile(Api):
-    def __init__(self) -> None:
-        self._shapes: dict[str, list] = {}
-
-    def set_shape(self, input: str, min: tuple, opt: tuple, max: tuple) -> None:
-        if not all(a <= b <= c for a, b, c in zip(min, opt, max, strict=True)):
-            raise ValueError(f"profile of {input}: {min} {opt} {max}")
-        self._shapes[input] = [list(map(int, s)) for s in (min, opt, max)]
-
-    def set_shape_input(self, input: str, min: list, opt: list, max: list) -> None:
-        self.set_shape(input, min, opt, max)
-
-
-class ITimingCache(Api):
-    def serialize(self) -> HostMemory:
-        return HostMemory(b"timings")
-
-
-class IBuilderConfig(Api):
-    _settable = ("builder_optimization_level", "profiling_verbosity", "progress_monitor", "num_compute_capabilities")
-
-    def __init__(self) -> None:
-        self._profiles, self._flags, self._cache = [], set(), None
-        object.__setattr__(self, "progress_monitor", None)
-
-    def set_flag(self, flag: Any) -> None:
-        self._flags.add(flag.name)
-
-    def set_memory_pool_limit(self, pool: Any, pool_size: int) -> None:
-        assert pool.name == "WORKSPACE" and pool_size > 0
-
-    def create_timing_cache(self, serialized_timing_cache: bytes) -> Any:
-        return self._lib._make("ITimingCache")
-
-    def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
-        self._cache = cache
-        return True
-
-    def get_timing_cache(self) -> Any:
-        return self._cache
-
-    def add_optimization_profile(self, profile: Any) -> int:
-        self._profiles.append(profile._shapes)
-        return len(self._profiles) - 1
-
-    def set_compute_capability(self, compute_capability: Any, index: int) -> bool:
-        return True
-
-
-class Builder(Api):
-    def __init__(self, logger: ILogger):
-        self._lib._calls.add(("Builder", "__init__", 1, ()))
-        self._logger = logger
-
-    def create_network(self, flags: int = 0) -> Any:
-        typed = bool(flags >> int(self._lib._enums["NetworkDefinitionCreationFlag"].STRONGLY_TYPED) & 1)
-        return self._lib._make("INetworkDefinition", typed or self._lib._number >= (11, 0) or self._lib._rtx)
-
-    def create_builder_config(self) -> Any:
-        return self._lib._make("IBuilderConfig")
-
-    def create_optimization_profile(self) -> Any:
-        return self._lib._make("IOptimizationProfile")
-
-    def build_serialized_network(self, network: Any, config: Any) -> HostMemory | None:
-        model, profile = network._model, (config._profiles or [{}])[0]
-        if not network._typed:
-            self._logger.log(Severity.ERROR, "half types in a network that is not strongly typed")
-            return None
-        for value in model.graph.input:
-            shape = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
-            if any(isinstance(n, str) for n in shape) and value.name not in profile:
-                self._logger.log(Severity.ERROR, f"Network has dynamic input {value.name} without a profile")
-                return None
-        monitor = config.__dict__["progress_monitor"]
-        if monitor:
-            monitor.phase_start("Build", None, 1)
-            monitor.step_complete("Build", 0)
-            monitor.phase_finish("Build")
-        lib = self._lib
-        header = {"version": lib._version, "rtx": lib._rtx, "profile": profile, "plugins": sorted(network._plugins)}
-        head = json.dumps(header).encode()
-        return HostMemory(b"plan" + len(head).to_bytes(4, "little") + head + model.SerializeToString())
+_LAYERS_SINCE = {"ATTENTION_OUTPUT": (10, 14), "KV_CACHE_UPDATE": (10, 15)}
 
 
 class IPluginRegistry(Api):
@@ -343,7 +94,11 @@ class ICudaEngine(Api):
         self._header, self._model, self._logger = header, model, logger
         self._io = {v.name: v for v in (*model.graph.input, *model.graph.output)}
         self._inputs = [v.name for v in model.graph.input]
-        self._sizes = _shape_inputs(model)
+        self._sizes = shape_inputs(model)
+        for node in model.graph.node:  # what only TensorRT reads
+            kept = [a for a in node.attribute if not a.name.startswith("TRT_")]
+            del node.attribute[:]
+            node.attribute.extend(kept)
         options = ort.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 3, 1
         self._session = ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
@@ -363,7 +118,7 @@ class ICudaEngine(Api):
         return kinds.INPUT if name in self._inputs else kinds.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> Any:
-        return getattr(self._lib._enums["DataType"], _DTYPE[self._io[name].type.tensor_type.elem_type])
+        return getattr(self._lib._enums["DataType"], DTYPE[self._io[name].type.tensor_type.elem_type])
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(-1 if d.dim_param else d.dim_value for d in self._io[name].type.tensor_type.shape.dim)
@@ -426,7 +181,7 @@ class IExecutionContext(Api):
         ]
 
     def _dtype(self, name: str) -> np.dtype:
-        return np.dtype(_NUMPY[_DTYPE[self._engine._io[name].type.tensor_type.elem_type]])
+        return np.dtype(NUMPY[DTYPE[self._engine._io[name].type.tensor_type.elem_type]])
 
     def _outputs(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the outputs: from the axes' names, or from a run over zeros."""
@@ -501,7 +256,7 @@ class Library(Recorded):
             self._absent |= {("IBuilderConfig", n) for n in ("num_compute_capabilities", "set_compute_capability")}
         creation = "STRONGLY_TYPED" if rtx else "EXPLICIT_BATCH STRONGLY_TYPED"
         old = "" if newest else "FP16 BF16 INT8 FP8 INT4 OBEY_PRECISION_CONSTRAINTS "
-        layers = [n for n in _LAYERS.split() if rtx or self._number >= (10, 15) or n not in _NEWER_LAYERS]
+        layers = [n for n in _LAYERS.split() if rtx or self._number >= _LAYERS_SINCE.get(n, (0, 0))]
         names = {
             "BuilderFlag": old + _FLAGS,
             "NetworkDefinitionCreationFlag": "STRONGLY_TYPED" if newest else creation,
@@ -517,8 +272,9 @@ class Library(Recorded):
             names["ComputeCapability"] = "NONE CURRENT SM75 SM80 SM86 SM89 SM120 SM121"
         self._enums = {n: self._enum(n, members.split()) for n, members in names.items()}
         self._classes = {}
-        for base in (ITensor, ILayer, INetworkDefinition, ParserError, OnnxParser, IOptimizationProfile, ITimingCache,
-                     IBuilderConfig, Builder, IPluginRegistry, Runtime, EngineInspector, ICudaEngine, IExecutionContext):  # fmt: skip
+        build = ITensor, ILayer, INetworkDefinition, ParserError, OnnxParser, IOptimizationProfile, ITimingCache
+        run = IPluginRegistry, Runtime, EngineInspector, ICudaEngine, IExecutionContext
+        for base in (*build, IBuilderConfig, Builder, *run):
             self._classes[base.__name__] = type(base.__name__, (base,), {"_lib": self, "_calls": self._calls})
         self._registry = self._make("IPluginRegistry")
         public = {n: self._classes[n] for n in ("Builder", "OnnxParser", "Runtime")} | self._enums
@@ -527,7 +283,6 @@ class Library(Recorded):
 
     def _enum(self, name: str, members: list[str]) -> Any:
         kind = enum.IntEnum(name, members, start=0)
-        # Values of flags are shifted by; STRONGLY_TYPED is 1 wherever it stands.
         holder = type(name, (Recorded,), {"_calls": self._calls})()
         holder.__dict__ |= {m: kind[m] for m in members} | {"__members__": {m: kind[m] for m in members}}
         return holder
@@ -551,42 +306,3 @@ class Library(Recorded):
 def library(version: str, cuda: FakeCuda, rtx: bool = False) -> Any:
     """The fake module of that version."""
     return Library(version, cuda, rtx)
-
-
-def _body(node: onnx.NodeProto) -> onnx.FunctionProto:
-    """What the plugin of a node computes."""
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    folder = {"CoreFFN": "core_ffn", "CoreAttention": "core_attention"}[node.op_type]
-    op = by_name.importlib.import_module(f"cm_export.plugins.{folder}.op")
-    if node.op_type == "CoreFFN":
-        return op.function("request", attributes["activation"].decode())
-    return op.function(index=len(node.input) == 5)
-
-
-def _outer(node: onnx.NodeProto) -> set[str]:
-    """What the bodies of a loop or branch read from outside."""
-    read: set[str] = set()
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            graph = attribute.g
-            made = {v.name for v in graph.input} | {t.name for t in graph.initializer}
-            made |= {o for n in graph.node for o in n.output}
-            read |= {i for n in graph.node for i in (*n.input, *_outer(n)) if i} - made
-    return read
-
-
-def _shape_inputs(model: onnx.ModelProto) -> set[str]:
-    """Integer inputs of the graph whose values become sizes."""
-    kinds = {v.name: v.type.tensor_type.elem_type for v in model.graph.input}
-    makers = {o: n for n in model.graph.node for o in n.output}
-    todo = [n.input[i] for n in model.graph.node for i in _SIZES.get(n.op_type, ()) if i < len(n.input) and n.input[i]]
-    seen: set[str] = set()
-    while todo:
-        name = todo.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        node = makers.get(name)
-        if node is not None and node.op_type not in ("Shape", "Size", "TopK", "ArgMax", "ArgMin"):
-            todo.extend(i for i in node.input if i)
-    return {n for n in seen if kinds.get(n) in (6, 7)}
