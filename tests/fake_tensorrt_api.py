@@ -13,7 +13,7 @@ NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "INT32": np
 class Api(Recorded):
     """A class of the library: unknown names raise, as do names of other versions and attributes that cannot be set."""
 
-    _lib: "Library"
+    _lib: Any  # fake_tensorrt.Library
     _settable: tuple[str, ...] = ()
 
     def __getattribute__(self, name: str) -> Any:
