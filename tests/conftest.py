@@ -94,13 +94,13 @@ def on_machine(demo_bundle, whole_bundle, tmp_path_factory):
 
     made = {}
 
-    def build(version: str, cache: str = "cut", calibration=None, **recipe):
+    def build(version: str, cache: str = "cut", measured=None, **recipe):
         key = (version, cache, *sorted(recipe.items()))
         if key not in made:
             with pytest.MonkeyPatch.context() as patch:
                 out = tmp_path_factory.mktemp("engines") / "demo.plan"
                 source = demo_bundle if cache == "cut" else whole_bundle
-                made[key] = add_engines(patch, source, out, machine(version), calibration, **recipe)
+                made[key] = add_engines(patch, source, out, machine(version), measured, **recipe)
         return made[key]
 
     return build

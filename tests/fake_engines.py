@@ -47,11 +47,10 @@ def machine(version: str, gpu: tuple[str, int, int] = ("Fake GPU", 8, 6)) -> Mac
     return Machine(library(version.removeprefix("rtx-"), cuda, version.startswith("rtx-")), cuda)
 
 
-def add_engines(
-    monkeypatch: Any, bundle: Path, out: Path, at: Machine, calibration: Any = None, **recipe: Any
-) -> Machine:
+def add_engines(monkeypatch: Any, bundle: Path, out: Path, at: Machine, measured: Any = None, **recipe: Any) -> Machine:
     """`out`: the bundle with engines beside its graphs; `recipe`: overrides, such as engine__precision="fp32".
 
+    `measured`: a calibration. The proofs of the lowering are test_lowered.py's, and left out here.
     Engines of other policies than the bundle's are built from graphs made in memory; its own graphs stay.
     """
     shutil.copytree(bundle, out, copy_function=lambda a, b: Path(b).hardlink_to(a))
@@ -62,9 +61,10 @@ def add_engines(
     chosen = opened.recipe.replace(backend=at.backend, engine__plugins=str(plugins), **chosen)
     source = replace(Source.of(opened), recipe=chosen)
     if not all(key.startswith("engine__") for key in recipe):
-        source = replace(source, graph=_in_files(opened, chosen, calibration, out.with_suffix(".graphs")))
+        source = replace(source, graph=_in_files(opened, chosen, measured, out.with_suffix(".graphs")))
     at.sit_at(monkeypatch)
     monkeypatch.setattr(engines, "installed", lambda backend: at.trt.__version__)
+    monkeypatch.setattr(engines.gates_lowered, "run_gates", lambda *args: [])
     say = lambda message: None  # noqa: E731
     monkeypatch.setattr(engines, "run_builder", lambda job, step: _build_tensorrt.build(at.trt, job, say))
     inputs, folder = probe(opened.shape, opened.config), out / "engines"

