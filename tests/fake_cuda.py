@@ -33,6 +33,16 @@ class cudaStreamCaptureMode(enum.IntEnum):
     cudaStreamCaptureModeRelaxed = 2
 
 
+class Handle:
+    """A stream or graph as the bindings give it: no number, but it can be made one."""
+
+    def __init__(self, value: int):
+        self._value = value
+
+    def __int__(self) -> int:
+        return self._value
+
+
 OK = cudaError_t.cudaSuccess
 INVALID = cudaError_t.cudaErrorInvalidValue
 
@@ -141,7 +151,7 @@ class FakeCuda(Recorded):
     # ------------------------------------------------------------------------------------------ streams and graphs
     def cudaStreamCreate(self) -> tuple:
         self._queues[stream := 0x5000 + len(self._queues)] = []
-        return (self._code("cudaStreamCreate"), stream)
+        return (self._code("cudaStreamCreate"), Handle(stream))
 
     def _push(self, stream: int, what: str, work: Any) -> tuple:
         if stream not in self._queues:
@@ -180,21 +190,21 @@ class FakeCuda(Recorded):
 
     def cudaGraphInstantiate(self, graph: list, flags: int) -> tuple:
         self._graphs[executable := 0x9000 + len(self._log)] = list(graph)
-        return (self._code("cudaGraphInstantiate"), executable)
+        return (self._code("cudaGraphInstantiate"), Handle(executable))
 
     def cudaGraphDestroy(self, graph: list) -> tuple:
         return (OK,)
 
-    def cudaGraphLaunch(self, graphExec: int, stream: int) -> tuple:
-        if graphExec not in self._graphs:
+    def cudaGraphLaunch(self, graphExec: Handle, stream: int) -> tuple:
+        if int(graphExec) not in self._graphs:
             return (INVALID,)
         self._log.append("cudaGraphLaunch")
-        for what, work in self._graphs[graphExec]:
+        for what, work in self._graphs[int(graphExec)]:
             self._push(stream, what, work)
         return (OK,)
 
-    def cudaGraphExecDestroy(self, graphExec: int) -> tuple:
-        return (OK,) if self._graphs.pop(graphExec, None) is not None else (INVALID,)
+    def cudaGraphExecDestroy(self, graphExec: Handle) -> tuple:
+        return (OK,) if self._graphs.pop(int(graphExec), None) is not None else (INVALID,)
 
     # ------------------------------------------------------------------------------------------ the device
     def cudaGetDevice(self) -> tuple:

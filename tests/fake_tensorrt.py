@@ -212,6 +212,8 @@ class IExecutionContext(Api):
         return self._outputs()[name]
 
     def execute_async_v3(self, stream_handle: int) -> bool:
+        if not isinstance(stream_handle, int):
+            raise TypeError("execute_async_v3(): incompatible function arguments")
         engine, cuda = self._engine, self._lib._cuda
         if self._needs_memory:
             return self._say("enqueueV3: the context has no device memory")
