@@ -282,7 +282,7 @@ def test_planted_faults_are_noticed(sit, monkeypatch, fault):
         ({"architecture": "sm_87"}, "built for architecture sm_87, this machine has sm_86"),
         ({"backend": "tensorrt-rtx"}, "holds no engines of tensorrt, only of tensorrt-rtx"),
         ({"plugins": {"name": "libcm_plugins.so", "sha256": "0"}}, "not the library that its engines were built with"),
-        ({"plugins": {"name": "other.so", "sha256": "0"}}, "other.so: missing"),
+        ({"plugins": {"name": "other.so", "sha256": "0"}}, "its engines/other.so is not the library"),
     ],
 )
 def test_engines_of_elsewhere_are_refused_and_what_differs_is_named(sit, tmp_path, demo_bundle, change, said):
@@ -347,6 +347,21 @@ def test_a_prompt_beyond_the_profile_is_refused_and_the_limit_named(sit):
         engine.prefill(request, Budget())
     with pytest.raises(InputError, match="need 301 rows, the cache of these engines has 255"):
         engine.prefill(engine.request(np.full(300, 7), np.zeros((0, 3), np.int64), None), Budget())
+
+
+@pytest.mark.parametrize("name", ["decode.plan", "libcm_plugins.so"])
+def test_an_edited_engine_is_refused_before_the_library_reads_it(sit, tmp_path, name):
+    at = sit("10.3.0")
+    bundle = copied(at.bundle, tmp_path)
+    file = bundle / "engines" / name
+    file.write_bytes(file.read_bytes()[::-1])
+    before = set(at.trt._calls)
+    at.trt._calls.clear()
+    with pytest.raises(BundleError, match=rf"{name}: its contents do not match the manifest"):
+        ask(generate.load(bundle, threads=1))
+    asked = {n for _, n, *_ in at.trt._calls}
+    at.trt._calls.update(before)
+    assert "deserialize_cuda_engine" not in asked and (name == "decode.plan" or "load_library" not in asked)
 
 
 def test_a_plan_that_the_library_cannot_read_is_named_with_what_it_said(sit, tmp_path):
