@@ -85,3 +85,22 @@ def whole_bundle(demo_bundle, tmp_path_factory) -> Path:
     done = cm_export("build", "--recipe", "demo", "--token-cache", "index", "--out", out, "--quiet", "--work-dir", work)
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def on_machine(demo_bundle, whole_bundle, tmp_path_factory):
+    """(version, cache, recipe overrides) -> the demo bundle with engines of a fake TensorRT of that version, built once."""
+    from fake_engines import add_engines, machine
+
+    made = {}
+
+    def build(version: str, cache: str = "cut", measured=None, **recipe):
+        key = (version, cache, *sorted(recipe.items()))
+        if key not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                out = tmp_path_factory.mktemp("engines") / "demo.plan"
+                source = demo_bundle if cache == "cut" else whole_bundle
+                made[key] = add_engines(patch, source, out, machine(version), measured, **recipe)
+        return made[key]
+
+    return build

@@ -14,6 +14,7 @@ TOLERANCES = {
     ),
     "activation float64": (1e-13, "the same formula in float64, written by somebody else"),
     "export": (1e-5, "float32 through 2-3 layers, summed in another order than PyTorch; measured 2e-6"),
+    "long answer": (1e-4, "float32, 90 steps over keys and values that earlier steps computed; measured 2e-5"),
     "same numbers": (2e-6, "the same float32 products summed in another order"),
 }
 

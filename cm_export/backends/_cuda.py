@@ -49,7 +49,7 @@ class Cuda:
         properties = self.call("cudaGetDeviceProperties", self.call("cudaGetDevice"))
         name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
         self.gpu = Gpu(name.rstrip("\0"), f"sm_{properties.major}{properties.minor}")
-        self.stream = self.call("cudaStreamCreate")
+        self.stream = int(self.call("cudaStreamCreate"))  # TensorRT takes a number
         kinds = runtime.cudaMemcpyKind
         self._up, self._down = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
         self._across = kinds.cudaMemcpyDeviceToDevice

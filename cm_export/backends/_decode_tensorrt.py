@@ -32,7 +32,7 @@ class Decoder:
         self._backend, self._session, self._cuda = backend, session, session.cuda
         self._capacity = backend.rows_held(session)
         self._past = sorted(n for n in session.inputs if n.startswith("past."))
-        self._parity = 0
+        self._parity, self._shapes = 0, {}
         backend.newest = self
         self._fill(cache)
         for name, value in _constants(session, constants).items():
@@ -52,9 +52,10 @@ class Decoder:
         """The prefill's rows into the first set of static buffers."""
         session = self._session
         for past in self._past:
-            given, shape = cache[past.replace("past", "present", 1)].checked(), session.static_shape(past)
+            given = cache[past.replace("past", "present", 1)].checked()
             batch, heads, rows, width = given.shape
-            if (batch, heads, width) != (shape[0], shape[1], shape[3]) or given.dtype != session.dtypes[past]:
+            shape = self._shapes[past] = (batch, *session.static_shape(past)[1:])
+            if (heads, width) != (shape[1], shape[3]) or given.dtype != session.dtypes[past]:
                 what = f"{given.dtype}{list(given.shape)} does not fit into {session.dtypes[past]}{list(shape)}"
                 raise CmExportError(what, where=f"{session.graph} engine: {past}", fix="build the engines again")
             self._backend.check_rows(session, rows + 1)
@@ -74,7 +75,7 @@ class Decoder:
         self._size = size
         self._pinned: Pinned = self._backend.pinned("step", size)
         self._device = session._buffers.get("step", size).address
-        logits = session.static_shape("logits")
+        logits = (next(iter(self._shapes.values()))[0], *session.static_shape("logits")[1:])
         self._logits_size = math.prod(logits) * session.dtypes["logits"].itemsize
         self._logits_down = self._backend.pinned("logits", self._logits_size)
         self._logits = self._logits_down.array(0, logits, session.dtypes["logits"])
@@ -98,7 +99,7 @@ class Decoder:
             session.bind(name, self._device + self._at[name])
         self._cuda.upload_pinned(self._device, self._pinned, self._size)
         for past in self._past:
-            shape, dtype = session.static_shape(past), session.dtypes[past]
+            shape, dtype = self._shapes[past], session.dtypes[past]
             here = self._backend.static(past, self._parity, shape, dtype)
             there = here if self._backend.in_place else self._backend.static(past, 1 - self._parity, shape, dtype)
             session.shape(past, shape)

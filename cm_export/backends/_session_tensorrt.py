@@ -151,7 +151,7 @@ class Session:
             return
         least, most = self.limits(name)
         fits = len(shape) == len(most) and all(a <= s <= b for a, s, b in zip(least, shape, most, strict=True))
-        if fits and least != most:
+        if fits and -1 in self.static_shape(name):
             fits = self._context.set_input_shape(name, shape)
             self._inferred = False
         if not fits:

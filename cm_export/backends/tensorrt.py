@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import Bundle, file_sha256
+from ..bundle import Bundle
 from ..errors import BundleError, CmExportError, InputError
 from ..recipe import Recipe
 from ..request import core_row_names
@@ -86,13 +86,12 @@ class Backend:
                 raise BundleError(text, where=self._bundle.path, fix=fix)
 
     def _load_plugins(self, plugins: Mapping[str, str]) -> None:
-        file = self._bundle.path / "engines" / plugins["name"]
-        if not file.is_file() or file_sha256(file) != plugins["sha256"]:  # before any of its code runs
-            what = "is not the library that its engines were built with (sha256)" if file.is_file() else "missing"
-            raise BundleError(
-                what, where=file, fix=f"build the bundle again: cm-export build ... --backend {self.name}"
-            )
-        self._library.load_plugins(file)
+        name = f"engines/{plugins['name']}"  # compared with its own entry when the bundle was opened
+        if self._bundle.manifest["files"].get(name, {}).get("sha256") != plugins["sha256"]:
+            what = f"its {name} is not the library that its engines were built with (sha256)"
+            fix = f"build the bundle again: cm-export build ... --backend {self.name}"
+            raise BundleError(what, where=self._bundle.path, fix=fix)
+        self._library.load_plugins(self._bundle.path / name)
 
     @cached_property
     def rows(self) -> CoreRows:
@@ -113,6 +112,7 @@ class Backend:
                 dense = "dense answers and controls need it: " if graph.endswith("_dense") else ""
                 fix = f"{dense}build the bundle with it, or {ELSEWHERE}"
                 raise BundleError(f"has no {self.name} engine of {graph}", where=self._bundle.path, fix=fix)
+            self._bundle.wait_verified()  # a plan is code that runs
             streams = self._bundle.recipe.engine.weight_streaming
             self._sessions[graph] = Session(self._library, file, self._buffers, streams)
             scratch = self._buffers.get("scratch", max(s.scratch_size for s in self._sessions.values()))

@@ -16,7 +16,7 @@ def requirements(
     extras = {name: {"enables": what, "libraries": []} for name, what in enables.items()}
     for line in metadata.requires(distribution) or ():
         name, limits, extra = re.fullmatch(
-            r"([A-Za-z0-9._-]+)(?:\[.*?\])?\s*([^;]*?)\s*(?:;.*?extra == [\"'](\w+)[\"'].*)?", line
+            r"([A-Za-z0-9._-]+)(?:\[.*?\])?\s*([^;]*?)\s*(?:;.*?extra == [\"']([\w-]+)[\"'].*)?", line
         ).groups()
         if name == distribution:  # dev includes the extra `eval`
             continue

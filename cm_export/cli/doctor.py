@@ -15,7 +15,8 @@ from ._requirements import requirements
 DISTRIBUTION = "cm-export"
 EXTRAS = {
     "gpu": "runs the graphs on NVIDIA GPUs through ONNX Runtime yourself; the verbs here use its CPU provider",
-    "tensorrt": "nothing yet: the TensorRT backend is not built; the graphs carry its plugin attributes",
+    "tensorrt": "builds and runs engines on this machine's GPU: --backend tensorrt",
+    "tensorrt-rtx": "builds and runs engines on RTX cards: --backend tensorrt-rtx",
     "eval": "brings the pictures and questions that `cm-export eval` asks",
     "bench": "measures neuron policies on a real language model: `make bench-quality`",
     "tune": "searches recipes: `cm-export tune`",
