@@ -1,7 +1,7 @@
 """A bundle's graphs, lowered for one TensorRT version, with one weight file of their own: what a builder reads.
 
-    folder/vision.onnx, prefill.onnx, decode.onnx      plugin nodes or written out, typed, shapes with their ranges
-    folder/weights.fp16.safetensors                    16-bit copies and the few float32 weights, shared by all of them
+folder/vision.onnx, prefill.onnx, decode.onnx      plugin nodes or written out, typed, shapes with their ranges
+folder/weights.fp16.safetensors                    16-bit copies and the few float32 weights, shared by all of them
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +16,7 @@ from .. import dims
 from .. import weights as weight_files
 from ..core_index import neuron_count
 from ..errors import InputError
-from ..recipe import Engine, Recipe, from_dict
+from ..recipe import Recipe, from_dict
 from ..weights import Planned, WeightFile
 from ._lower_tensorrt import PLUGINS, for_parser, lower
 from ._targets import Target
@@ -49,14 +49,12 @@ class Source:
         return tuple(g for g in graphs if g in self.graphs)
 
 
-def export(
-    bundle: Any, folder: Path, target: Target, precision: str, capacity: int, graphs: Iterable[str] | None = None
-) -> dict[str, Any]:
-    """`write_graphs` of an opened bundle at another precision and capacity than its recipe names."""
+def at(bundle: Any, precision: str, capacity: int) -> Source:
+    """An opened bundle at another precision and capacity than its recipe names. Raises InputError."""
     source = Source.of(bundle)
     prompt = min(source.recipe.engine.max_prompt, capacity - 1)
     engine = {"engine__precision": precision, "engine__capacity": capacity, "engine__max_prompt": prompt}
-    return write_graphs(replace(source, recipe=source.recipe.replace(**engine)), folder, target, graphs)
+    return replace(source, recipe=source.recipe.replace(**engine))
 
 
 def write_graphs(source: Source, folder: Path, target: Target, graphs: Iterable[str] | None = None) -> dict[str, Any]:
@@ -202,5 +200,3 @@ def _point_at(model: onnx.ModelProto, file: str, index: dict[str, weight_files.T
         del tensor.external_data[:]
         for key, value in (("location", file), ("offset", place.offset), ("length", place.length)):
             tensor.external_data.add(key=key, value=str(value))
-
-
