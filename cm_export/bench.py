@@ -86,7 +86,7 @@ def measure(
         "rows": rows,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "backend": engine.backend.name,
-        "environment": environment.describe(threads, bundle.manifest["versions"]),
+        "environment": environment.describe(threads, bundle.manifest["versions"]) | engine.backend.hardware,
         "notes": [
             f"{request.tokens} prompt tokens of which {request.image_tokens} are image tokens; "
             f"sparse keeps {kept['sparse']['tokens']} tokens and {kept['sparse']['neurons']} of {bundle.shape.ffn} neurons",

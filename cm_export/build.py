@@ -5,6 +5,7 @@ trace      configuration                 prefill, decode, and vision where there
 weights    checkpoint                    weights.safetensors, processor files, PyTorch's answers to the probe
 graphs     trace, weights, recipe        those, sparse prefill and decode, turn where a later question can be asked
 gates      graphs, weights, reference    gate results; a failed gate ends the build
+engines    graphs, weights               with a TensorRT backend: engines, proved before and checked after
 """
 
 import os
@@ -21,7 +22,19 @@ from typing import Any
 
 import onnx
 
-from . import __version__, by_name, checkpoint, gates, model, plugins, predictor, prune_layers, quality, weights
+from . import (
+    __version__,
+    by_name,
+    checkpoint,
+    engines,
+    gates,
+    model,
+    plugins,
+    predictor,
+    prune_layers,
+    quality,
+    weights,
+)
 from . import bundle as bundles
 from .backends.onnxruntime import Backend
 from .calibration import FILE as CALIBRATION
@@ -90,6 +103,9 @@ def _run(
     model.check_processor(source.path)
     if shape.sees:
         family.image_rule(model.read_picture_rule(source.path))
+    aim = (
+        engines.aim(recipe) if engines.named(recipe) in engines.MODULES else None
+    )  # refuses at once what cannot end well
     calibration, order = _calibration(recipe, source)
     recipe = prune_layers.resolve(recipe, calibration)
     pipeline.check_recipe(recipe, shape)
@@ -139,7 +155,8 @@ def _run(
         return _rewrite(trace_dir, folder, index, family, shape, recipe, constants, copies)
 
     resolved = recipe.to_dict() | {"calibration": CALIBRATION if calibration else None}
-    graphs_key = key_of(trace=trace_key, weights=weights_key, recipe=resolved, calibration=measured)
+    portable = {k: v for k, v in resolved.items() if k not in ("engine", "backend")}
+    graphs_key = key_of(trace=trace_key, weights=weights_key, recipe=portable, calibration=measured)
     graph_dir, graph_state = stages.run("graphs", graphs_key, rewrite)
 
     def prove(folder: Path) -> dict[str, Any]:
@@ -151,6 +168,15 @@ def _run(
         return {"gates": [g.to_dict() for g in results]}
 
     _, gate_state = stages.run("gates", key_of(graphs=graphs_key, threads=threads), prove)
+
+    def compile_engines(folder: Path) -> dict[str, Any]:
+        names = tuple(graph_state["graphs"])
+        files = engines.Source(lambda n: graph_dir / f"{n}.onnx", names, weights.WeightFile(weight_file), shape, recipe)
+        return engines.build_engines(files, family, inputs, folder, aim, progress, threads)
+
+    built: dict[str, Any] = {}
+    if aim:
+        engine_dir, built = stages.run("engines", key_of(graphs=graphs_key, **aim.key), compile_engines)
 
     progress("assemble the bundle")
     manifest = {
@@ -167,7 +193,8 @@ def _run(
         "versions": versions | {"python": platform.python_version(), "platform": platform.machine()},
         "graphs": graph_state["graphs"],
         "passes": graph_state["passes"],
-        "gates": gate_state["gates"],
+        "gates": gate_state["gates"] + built.pop("gates", []),
+        "engines": {k: v for k, v in built.items() if k != "sha256"} or None,
         "links": _links(shape.layers, graph_state["graphs"]),
         "stages": {"trace": trace_key, "weights": weights_key, "graphs": graphs_key},
     }
@@ -182,6 +209,10 @@ def _run(
         if recipe.neurons.in_decode:
             shutil.copyfile(graph_dir / predictor.FILE, folder / predictor.FILE)
             known[predictor.FILE] = graph_state["sha256"][predictor.FILE]
+        for name, digest in built.get("sha256", {}).items():
+            (folder / engines.FOLDER).mkdir(exist_ok=True)
+            _link(engine_dir / name, folder / engines.FOLDER / name)
+            known[f"{engines.FOLDER}/{name}"] = digest
         if calibration:
             shutil.copyfile(recipe.calibration, folder / CALIBRATION)
             known[CALIBRATION] = measured

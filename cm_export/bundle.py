@@ -7,6 +7,7 @@ engine.plan/
                            turn where the cache stays whole
   calibration.safetensors  if the recipe named one
   predictor.safetensors    if decode chooses its neurons itself: low-bit copies of gate and up
+  engines/*                *.plan and libcm_plugins.so, if it was built for TensorRT: for one GPU, version and library
   processor/*              tokenizer.json, chat template, preprocessor_config.json
 """
 
@@ -76,7 +77,7 @@ class Bundle:
                 raise BundleError(
                     f"{file.stat().st_size} bytes, the manifest says {entry['bytes']}", where=file, fix=_REBUILD
                 )
-            if name not in (WEIGHTS, PREDICTOR):
+            if not _is_large(name):
                 self._verify(file, entry["sha256"])
         self.weights = WeightFile(self.path / WEIGHTS)
         self.family: ModuleType = by_name.load("cm_export.families", self.manifest["model"]["type"], "model type")
@@ -142,10 +143,15 @@ class Bundle:
 
     def _verify_weights(self) -> None:
         try:
-            for name in {WEIGHTS, PREDICTOR} & set(self.manifest["files"]):
+            for name in filter(_is_large, self.manifest["files"]):
                 self._verify(self.path / name, self.manifest["files"][name]["sha256"])
         except Exception as e:  # whatever stopped it, the weights are not verified
             self._failure = e if isinstance(e, BundleError) else BundleError(str(e), where=self.path / WEIGHTS)
+
+
+def _is_large(name: str) -> bool:
+    """Whether a file is verified in the background."""
+    return name in (WEIGHTS, PREDICTOR) or name.endswith(".plan")
 
 
 _REBUILD = "it was edited or corrupted: build the bundle again"

@@ -12,15 +12,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from . import gates_lowered
 from .backends._export_tensorrt import Source, write_graphs
-from .backends._targets import target
+from .backends._targets import Target, target
 from .bundle import file_sha256
+from .by_name import nearest
 from .errors import CmExportError, InputError
+from .recipe import Engine, Recipe
 
 FOLDER = "engines"
 PLUGINS = "libcm_plugins.so"
@@ -34,35 +36,66 @@ _CHILD = "cm_export.backends._build_tensorrt"
 Step = Callable[..., None]
 
 
+@dataclass(frozen=True)
+class Aim:
+    """What engines are built for, found out before any work: library and version, cards, plugin library."""
+
+    backend: str
+    version: str
+    target: Target
+    architectures: tuple[str, ...]
+    cross: bool  # for cards that are not in this machine
+    library: Path | None
+    engine: Engine
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Everything besides the graphs that an engine depends on."""
+        plugins = file_sha256(self.library) if self.library else None
+        return {"version": self.version, "cards": self.architectures, "plugins": plugins, "engine": asdict(self.engine)}
+
+
+def named(recipe: Recipe) -> str:
+    """The recipe's backend as people write it: tensorrt-rtx for the file tensorrt_rtx.py."""
+    return recipe.backend.replace("_", "-")
+
+
+def aim(recipe: Recipe) -> Aim:
+    """Raises InputError for a machine that cannot build what the recipe asks for."""
+    backend, engine = named(recipe), recipe.engine
+    version = installed(backend)
+    what = target(f"rtx-{version}" if backend == "tensorrt-rtx" else version)
+    library = _plugin_library(engine.plugins) if what.plugins else None
+    cards = _architectures(engine.architecture, what)
+    return Aim(backend, version, what, cards, bool(engine.architecture), library, engine)
+
+
 def build_engines(
-    source: Source, family: Any, probe: dict, folder: Path, backend: str, progress: Step, threads: int = 0
+    source: Source, family: Any, probe: dict, folder: Path, aim: Aim, progress: Step, threads: int = 0
 ) -> dict[str, Any]:
     """Write `folder`/*.plan (and the plugin library); returns the manifest's `engines`, with `gates` of the lowering.
 
-    Raises InputError for a machine or recipe that cannot, GateFailed, CmExportError when a builder refuses or leaves
+    Raises InputError for a graph that has no such form, GateFailed, CmExportError when a builder refuses or leaves
     something out.
     """
-    engine = source.recipe.engine
-    version = installed(backend)
-    aim = target(f"rtx-{version}" if backend == "tensorrt-rtx" else version)
-    library = _plugin_library(engine.plugins) if aim.plugins else None
-    architectures = _architectures(engine.architecture, backend)
+    engine, what = aim.engine, aim.target
     with _scratch(folder / "onnx") as lowered:
-        progress(f"lower the graphs for {aim.module} {aim.name.removeprefix('rtx-')}")
-        written = write_graphs(source, lowered, aim)
+        progress(f"lower the graphs for {aim.backend} {aim.version}")
+        written = write_graphs(source, lowered, what)
         progress("prove the lowered graphs")
-        gates = gates_lowered.run_gates(source, aim, family, probe, lowered, threads)
+        gates = gates_lowered.run_gates(source, what, family, probe, lowered, threads)
         for name, graph in written["graphs"].items():
+            progress(f"build the {name} engine")
             job = {
-                "module": aim.module,
+                "module": what.module,
                 "onnx": str(lowered / f"{name}.onnx"),
                 "plan": str(folder / f"{name}.plan"),
                 "expected": graph,
-                "typed_flag": aim.typed_flag,
-                "plugin_library": str(library) if library else None,
-                "timing_cache": str(folder / "timing.cache") if aim.module == "tensorrt" else None,
-                "architectures": architectures if engine.architecture else [],
-                "inspect": not engine.architecture,
+                "typed_flag": what.typed_flag,
+                "plugin_library": str(aim.library) if aim.library else None,
+                "timing_cache": str(folder / "timing.cache") if what.module == "tensorrt" else None,
+                "architectures": aim.architectures if aim.cross else (),
+                "inspect": not aim.cross,
                 "workspace_mb": engine.workspace_mb,
                 "optimization_level": engine.optimization_level,
                 "weight_streaming": engine.weight_streaming,
@@ -70,13 +103,15 @@ def build_engines(
             }
             graph |= run_builder(job, lambda *step, n=name: progress(f"build the {n} engine", *step))
     (folder / "timing.cache").unlink(missing_ok=True)
+    if aim.library:
+        shutil.copyfile(aim.library, folder / PLUGINS)
     return {
-        "backend": backend,
-        "version": version,
-        "architecture": ",".join(architectures),
-        "plugins": _copied(library, folder),
+        "backend": aim.backend,
+        "version": aim.version,
+        "architecture": ",".join(aim.architectures),
+        "plugins": {"name": PLUGINS, "sha256": file_sha256(aim.library)} if aim.library else None,
         "capacity": engine.capacity,
-        "kv": aim.kv,
+        "kv": what.kv,
         "precision": engine.precision,
         "graphs": written["graphs"],
         "gates": [asdict(g) for g in gates],
@@ -89,7 +124,9 @@ def installed(backend: str) -> str:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if run.returncode:
         last = (run.stderr.strip().splitlines() or ["it ended without a word"])[-1]
-        raise InputError(f"{MODULES[backend]} does not load ({last})", where=f"backend {backend}", fix=_INSTALL[backend])
+        raise InputError(
+            f"{MODULES[backend]} does not load ({last})", where=f"backend {backend}", fix=_INSTALL[backend]
+        )
     return run.stdout.strip().splitlines()[-1]
 
 
@@ -122,7 +159,9 @@ def run_builder(job: dict[str, Any], progress: Step) -> dict[str, Any]:
     code = child.returncode
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     hint = f" ({told[-1][:300]})" if told else ""
-    raise CmExportError(f"the builder {how}{hint}", where=job["onnx"], fix="free memory, or try a smaller engine.max_prompt")
+    raise CmExportError(
+        f"the builder {how}{hint}", where=job["onnx"], fix="free memory, or try a smaller engine.max_prompt"
+    )
 
 
 @contextlib.contextmanager
@@ -143,22 +182,23 @@ def _plugin_library(given: str) -> Path:
     return found.resolve()
 
 
-def _copied(library: Path | None, folder: Path) -> dict[str, str] | None:
-    if library is None:
-        return None
-    shutil.copyfile(library, folder / PLUGINS)
-    return {"name": PLUGINS, "sha256": file_sha256(library)}
-
-
-def _architectures(asked: str, backend: str) -> list[str]:
-    """What the engines are for: cards that are named (tensorrt-rtx only), or the one in this machine."""
-    if asked and backend != "tensorrt-rtx":
+def _architectures(asked: str, what: Target) -> tuple[str, ...]:
+    """What the engines are for: cards that are named, or the one in this machine. Raises InputError."""
+    names = tuple(a.strip() for a in asked.split(",")) if asked else ()
+    if names and not what.cards:
         fix = "leave it out: TensorRT builds for the GPU of the machine it runs on"
-        raise InputError(f"engine.architecture = {asked!r} with {backend}", fix=fix)
-    if asked:
-        return [a.strip() for a in asked.split(",")]
+        raise InputError(f"engine.architecture = {asked!r} with {what.module}", where="recipe", fix=fix)
+    for name in names:
+        if name not in what.cards:
+            raise InputError(
+                f"unknown architecture {name!r}", where="engine.architecture", fix=nearest(name, [*what.cards])
+            )
+    if names:
+        return names
     from .backends._cuda import architecture
 
-    return [architecture()]
-
-
+    try:
+        return (architecture(),)
+    except CmExportError as e:
+        fix = f"name cards with --architecture: {', '.join(what.cards)}" if what.cards else "run this where the GPU is"
+        raise InputError(f"no GPU here ({e.what})", where=f"backend {what.module}", fix=fix) from e

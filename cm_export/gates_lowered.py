@@ -6,7 +6,8 @@ lowered prefill       all tokens kept: logits, scores, cache                    
 lowered decode        8 steps with every neuron, over the static cache          yes
 lowered choice        tokens kept at the recipe's budget: share that is the     no: float32 scores may fall otherwise where
                       same                                                      float64 ones are nearly equal
-half precision        the graphs as they are built, with the portable ones      yes; skipped where memory is short
+half ...              the graphs as they are built, with the portable ones      yes; said so where memory is short
+half choice           core neurons at the recipe's share that are the same      no
 """
 
 from pathlib import Path
@@ -19,6 +20,7 @@ import psutil
 from .backends._export_tensorrt import Source, lowered
 from .backends._targets import Target
 from .backends.onnxruntime import Backend, CoreRows
+from .core_index import neuron_count, select_core_neurons
 from .core_set import every_neuron
 from .errors import GateFailed
 from .gates import LIMIT, Gate
@@ -51,7 +53,9 @@ def run_gates(source: Source, target: Target, family: Any, probe: Feeds, folder:
         detail = f"not run: {4 * weight_bytes / 1e9:.0f} GB of memory needed, {free / 1e9:.0f} GB free"
         return [*gates, Gate("half precision", 0.0, None, True, detail)]
     found = _answers(_Half(source, target, folder, threads), source, family, probe)
-    return [*gates, *(_gate(f"half {g}", g, found, expected, HALF_LIMIT, "portable graph in float32") for g in expected)]
+    ours, theirs = (a["prefill"].pop("core_scores", None) for a in (found, expected))  # may be counts, which jump
+    gates += [_gate(f"half {g}", g, found, expected, HALF_LIMIT, "portable graph in float32") for g in expected]
+    return [*gates, _same_neurons(ours, theirs, source.recipe.neurons.share)]
 
 
 def _answers(graphs: Any, source: Source, family: Any, probe: Feeds) -> Answers:
@@ -65,11 +69,19 @@ def _answers(graphs: Any, source: Source, family: Any, probe: Feeds) -> Answers:
     budgets = {"all": sparse_feeds(request, recipe, token_share=1.0), "own": sparse_feeds(request, recipe)}
     feeds = {n: prefill_feeds(request) | b | kept_slots(request, b) for n, b in budgets.items()}
     prefill = graphs.run("prefill", feeds["all"])
-    graphs.chosen = graphs.run("prefill", feeds["own"]).get("kept_tokens")
+    own = graphs.run("prefill", feeds["own"])
+    if "kept_tokens" in own:  # slots that nobody needed are filled up, at mask 0
+        graphs.chosen = own["kept_tokens"][own["kept_mask"] > 0]
     out["prefill"] = {n: v.astype(np.float32) for n, v in prefill.items() if n != "kept_tokens"}
     cache = {n: v for n, v in prefill.items() if n.startswith("present.")}
-    words = probe["input_ids"][probe["input_ids"] != shape.image_token][:STEPS] if shape.sees else probe["input_ids"][:STEPS]
-    logits = graphs.decode(request, cache, words, every_neuron(CoreRows(source.weights, core_row_names(family, shape.layers))))
+    words = (
+        probe["input_ids"][probe["input_ids"] != shape.image_token][:STEPS]
+        if shape.sees
+        else probe["input_ids"][:STEPS]
+    )
+    logits = graphs.decode(
+        request, cache, words, every_neuron(CoreRows(source.weights, core_row_names(family, shape.layers)))
+    )
     out["decode"] = {f"logits of step {i}": step.astype(np.float32) for i, step in enumerate(logits)}
     return out
 
@@ -161,6 +173,14 @@ def _past(cache: Feeds) -> Feeds:
 def _choice(ours: np.ndarray | None, theirs: np.ndarray | None) -> Gate:
     same = 1.0 if theirs is None else float(np.isin(ours, theirs).mean())
     return Gate("lowered choice", same, None, True, "share of the kept tokens that the portable graph keeps, too")
+
+
+def _same_neurons(ours: np.ndarray | None, theirs: np.ndarray | None, share: float) -> Gate:
+    same = 1.0
+    if theirs is not None:
+        a, b = (select_core_neurons(s, neuron_count(share, s.shape[-1])) for s in (ours, theirs))
+        same = float(np.mean([np.isin(x, y).mean() for x, y in zip(a[:, 0], b[:, 0], strict=True)]))
+    return Gate("half choice", same, None, True, "share of the core neurons that float32 chooses, too")
 
 
 def _gate(name: str, graph: str, found: Answers, expected: Answers, limit: float, detail: str) -> Gate:

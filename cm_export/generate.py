@@ -20,7 +20,7 @@ from .chat import Chat
 from .core_set import CoreSet, choose, together
 from .errors import InputError
 from .recipe import Recipe
-from .request import Request, prefill_feeds, sparse_feeds
+from .request import Request, kept_slots, prefill_feeds, sparse_feeds
 
 MEASURED = ("core_scores", "core_mean_z", "core_mean_y")  # what a prefill says about neurons
 
@@ -47,8 +47,11 @@ class Prefilled:
         self.logits = found["logits"]
         self.measured = {n: found[n] for n in MEASURED if n in found}
         self.scores = self.measured.get("core_scores")
+        mask = found.get("kept_mask")
+        if kept is not None and mask is not None and not mask.all():  # a graph whose T is given pads up to it
+            kept = kept[:, mask[0] > 0]
         self.kept_tokens = np.arange(request.tokens, dtype=np.int32)[None] if kept is None else kept
-        self._kept_mask = found.get("kept_mask") if tokens.cache == "cut" else None
+        self._kept_mask = mask if tokens.cache == "cut" else None
         self._core_tokens = kept if tokens.cache == "index" else None
         shape = engine.bundle.shape
         self.neurons = shape.ffn if budget.dense else round(float(self.core_set.counts.mean()))  # per layer
@@ -178,6 +181,12 @@ class Engine:
         self.check_length(len(ids))
         return Request.of(ids, grid, self.bundle.family, self.bundle.shape, self.bundle.weights, embeds)
 
+    def check_reads_several(self, what: str) -> None:
+        """Raises InputError where the backend cannot do `what`, for which several tokens are read at once."""
+        if not self.backend.reads_several:
+            text = f"{what} needs several tokens read at once, its engines read one"
+            raise InputError(text, where=f"backend {self.backend.name}", fix="add --backend onnxruntime")
+
     def check_length(self, tokens: int) -> None:
         """Raises InputError when a prompt is longer than the model can hold."""
         limit = self.bundle.shape.max_positions or tokens
@@ -197,6 +206,7 @@ class Engine:
                 )
         if not budget.dense:
             feeds |= sparse_feeds(request, recipe, budget.token_share, seed=budget.seed)
+            feeds |= kept_slots(request, feeds)
         outputs = self.backend.prefill(feeds, "prefill_dense" if budget.dense else "prefill")
         return Prefilled(self, request, budget, *self.split(outputs))
 
@@ -228,6 +238,7 @@ class Engine:
     ) -> turns.Conversation:
         """Questions about the same PIL pictures, one after the other (see turns.py). Raises InputError."""
         turns.check_bundle(self.recipe, dense)
+        self.check_reads_several("a second question")
         return turns.Conversation(self, images or [], system, Budget(dense, neuron_share, token_share, seed))
 
     def generate(

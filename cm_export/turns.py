@@ -72,6 +72,7 @@ class Conversation:
         engine = self.engine
         if guard:
             guards.check_bundle(engine.recipe)
+            engine.check_reads_several("the guard")
         started = time.perf_counter()
         before = self._context
         context, seen_at = self._first(prompt) if before is None else self._later(prompt, started)
@@ -118,6 +119,7 @@ class Conversation:
             stats |= {"read_tokens": context.request.tokens - before.request.tokens}
         unknown = engine.chat.unknown_words(prompt)
         notes = [f"unknown to this model's vocabulary: {', '.join(unknown)}"] if unknown else []
+        notes += engine.backend.notes
         self._context = context
         self._prompts.append(prompt)
         self._answers.append("".join(pieces))

@@ -69,8 +69,9 @@ def write(path: Path, tensors: list[Planned]) -> str:
             wrote = 0
             for piece in t.read():
                 piece = np.ascontiguousarray(piece, t.dtype)
-                f.write(piece.data)
-                digest.update(piece.data)
+                content = piece.reshape(-1).view(np.uint8).data  # bfloat16 has no buffer of its own
+                f.write(content)
+                digest.update(content)
                 wrote += piece.nbytes
             start, end = header[t.name]["data_offsets"]
             if wrote != end - start:

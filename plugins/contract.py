@@ -76,8 +76,9 @@ def declared(*own: str) -> str:
 def model(op: Op, case: Case) -> onnx.ModelProto:
     """A checked model of one node, every axis symbolic: the subject of the tests and of a backend's probes."""
     body = op.body(**case.form)
-    kinds = {"core_neurons": "int32", "core_tokens": "int32"}
-    float_kind = {"float32": "float", "float16": "float16"}[case.dtype]
-    typed = {name: f"{kinds.get(name, float_kind)}[{axes}] {name}" for name, axes in case.axes.items()}
+    kinds = {"float32": "float", "float16": "float16", "int32": "int32"}
+    given = {name: kinds[str(array.dtype)] for name, array in case.feeds().items()}
+    outputs_kind = kinds[case.dtype]
+    typed = {name: f"{given.get(name, outputs_kind)}[{axes}] {name}" for name, axes in case.axes.items()}
     inputs, outputs = (", ".join(typed[name] for name in names) for names in (body.input, body.output))
     return model_of(body, inputs, outputs, **node_attributes(op, layer=0, **case.attributes))

@@ -9,7 +9,9 @@ import onnxruntime as ort
 import pytest
 import torch
 from cm_export.plugins.contract import model, node_attributes
+from cm_export.plugins.core_ffn.body import SCALES, WEIGHTS
 from cm_export.plugins.core_ffn.op import ACTIVATIONS, MEANINGS, OP, Case, function
+from cm_export.plugins.core_ffn.pack import quantize, unpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import agrees
@@ -21,20 +23,21 @@ from cm_export.onnx_text import DOMAIN
 REQUEST = Case("request", B=3, S=4, D=19, F=31, K=12)
 TOKEN = replace(REQUEST, index="token")
 LAWS = settings(max_examples=100, deadline=None)  # no deadline: the first example of a form builds the session
-WEIGHTS = ("w_gate", "w_up", "w_down_t")
 
 
 @functools.cache
-def session(index, activation, dtype):
+def session(index, activation, dtype, block=1, bits=0, group=0):
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    proto = model(OP, Case(index, activation=activation, dtype=dtype))
+    form = Case(index, activation=activation, dtype=dtype, F=4 * block, K=2, block=block, bits=bits, group=group)
+    proto = model(OP, replace(form, D=2 * group if bits else 16))
     return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def run(case, feeds):
-    y, z = session(case.index, case.activation, case.dtype).run(["y", "z"], feeds)
+    own = session(case.index, case.activation, case.dtype, case.block, case.bits, case.group)
+    y, z = own.run(["y", "z"], feeds)
     assert y.dtype == z.dtype == case.dtype
     return y, z
 
@@ -157,10 +160,64 @@ def test_neurons_that_nobody_lists_are_not_read(case):
         np.testing.assert_array_equal(got, same)
 
 
+@pytest.mark.parametrize("index", ["request", "token"])
+@pytest.mark.parametrize("block", [2, 8, 32])
+def test_a_block_is_its_neurons_in_their_order(index, block):
+    blocks = Case(index, B=2, S=3, D=19, F=96, K=2, block=block, ascending=False)
+    feeds = blocks.feeds()
+    neurons = feeds["core_neurons"][..., None] * block + np.arange(block, dtype=np.int32)
+    alone = feeds | {"core_neurons": neurons.reshape(*feeds["core_neurons"].shape[:-1], -1)}
+    for got, expected in zip(run(blocks, feeds), run(replace(blocks, block=1), alone), strict=True):
+        agrees("same numbers", got, expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_words_mean_the_numbers_that_unpack_gives(bits):
+    packed = Case("request", B=2, S=3, D=64, F=31, K=12, bits=bits, group=16)
+    feeds = packed.feeds()
+    plain = {n: a for n, a in feeds.items() if n not in SCALES}
+    for weight, scales in zip(WEIGHTS, SCALES, strict=True):
+        plain[weight] = unpack(feeds[weight], feeds[scales], bits)
+    for got, expected in zip(run(packed, feeds), run(replace(packed, bits=0, group=0), plain), strict=True):
+        agrees("same numbers", got, expected)
+
+
+@given(st.sampled_from([4, 8]), st.integers(1, 9), st.integers(1, 5), st.integers(0, 2**32 - 1))
+@settings(max_examples=100, deadline=None)
+def test_packing_rounds_to_the_nearest_and_each_row_stands_alone(bits, rows, groups, seed):
+    weights = np.random.default_rng(seed).standard_normal((rows, groups * 8)).astype(np.float32)
+    weights[0, :8] = 0  # a group of zeros
+    words, scales = quantize(weights, bits, 8)
+    assert words.dtype == np.int32 and words.shape == (rows, groups * 8 * bits // 32)
+    back = unpack(words, scales, bits)
+    assert np.all(np.abs(back - weights).reshape(rows, groups, 8) <= scales[..., None] * (0.5 + 1e-5))
+    pieces = [quantize(weights[i : i + 2], bits, 8) for i in range(0, rows, 2)]
+    np.testing.assert_array_equal(np.concatenate([w for w, _ in pieces]), words)
+    np.testing.assert_array_equal(np.concatenate([s for _, s in pieces]), scales)
+
+
+def test_unpacking_reads_every_code_as_twos_complement():
+    for bits in (4, 8):
+        codes = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
+        words = np.array([[sum(int(c) % 2**bits << j * bits for j, c in enumerate(codes[i : i + 32 // bits]))]
+                          for i in range(0, len(codes), 32 // bits)], np.uint32).view(np.int32)  # fmt: skip
+        np.testing.assert_array_equal(unpack(words, np.ones((len(words), 1), np.float32), bits).ravel(), codes)
+
+
+def test_rows_that_do_not_fill_words_or_groups_are_refused():
+    weights = np.ones((2, 20), np.float32)
+    for bits, group, match in ((4, 10, "whole 8s"), (8, 16, "whole groups"), (3, 4, "4 or 8")):
+        with pytest.raises(InputError, match=match):
+            quantize(weights, bits, group)
+    with pytest.raises(InputError, match="not finite"):
+        quantize(np.full((1, 8), np.nan, np.float32), 4, 8)
+
+
 def test_node_carries_the_plugin_attributes_and_the_function_declares_them():
     proto = model(OP, REQUEST)
     given_ = {a.name: onnx.helper.get_attribute_value(a) for a in proto.graph.node[0].attribute}
-    assert given_ == {"activation": b"silu", "layer": 0, "plugin_namespace": DOMAIN.encode(), "plugin_version": b"1"}
+    own = {"activation": b"silu", "block": 1, "bits": 0, "group": 0}
+    assert given_ == own | {"layer": 0, "plugin_namespace": DOMAIN.encode(), "plugin_version": b"1"}
     assert sorted(proto.functions[0].attribute) == sorted(given_)
     with pytest.raises(SurgeryError, match="activation"):
         node_attributes(OP, layer=0)
@@ -180,3 +237,5 @@ def test_unknown_activation_or_form_is_refused_with_what_exists():
         function("none", "silo")
     with pytest.raises(SurgeryError, match="none, request, token"):
         function("layer", "silu")
+    with pytest.raises(SurgeryError, match="0, 4, 8"):
+        function("none", "silu", bits=3)

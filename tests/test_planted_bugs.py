@@ -16,7 +16,7 @@ import test_export
 import test_policies
 import test_qwen2_vl_host
 import test_surgery
-from cm_export.plugins.core_ffn import op
+from cm_export.plugins.core_ffn import body
 
 from cm_export import core_index
 from cm_export.backends.onnxruntime import CoreRows
@@ -46,25 +46,26 @@ class Draws:
 
 
 CASE = test_core_ffn.Case("request", B=2, S=3, D=12, F=20, K=7, ascending=False, seed=3)
-UP = "up_BKD = Gather <axis = 0> (w_up, core_neurons)"
+UP = "up_BDN = Transpose <perm = [0, 2, 1]> (up_rows)"
 # The up projection takes the first K rows, whatever is listed.
 UP_BY_PLACE = """
         bug_first = Constant <value_int = 0> ()
         bug_step = Constant <value_int = 1> ()
-        bug_K = Shape <start = 1> (core_neurons)
+        bug_K = Shape <start = 1> (neurons)
         bug_size = Squeeze (bug_K)
         bug_place = Range (bug_first, bug_size, bug_step)
         bug_place_BK = Add (bug_place, bug_zeros)
-        up_BKD = Gather <axis = 0> (w_up, bug_place_BK)"""
+        bug_rows = Gather <axis = 0> (w_up, bug_place_BK)
+        up_BDN = Transpose <perm = [0, 2, 1]> (bug_rows)"""
 
 
 @pytest.fixture
 def up_by_place(monkeypatch):
-    project, combine = op._FORMS["request"]
+    project, combine = body._FORMS["request"]
     assert UP in project
-    zeros = "bug_none = Sub (core_neurons, core_neurons)  bug_zeros = Cast <to = 7> (bug_none)"
+    zeros = "bug_zeros = Sub (neurons, neurons)"
     bugged = project.replace(UP, zeros + UP_BY_PLACE)
-    monkeypatch.setitem(op._FORMS, "request", (bugged, combine))
+    monkeypatch.setitem(body._FORMS, "request", (bugged, combine))
     test_core_ffn.session.cache_clear()
     yield
     test_core_ffn.session.cache_clear()

@@ -63,6 +63,8 @@ class Backend(Protocol):
     weights: WeightFile
     threads: int  # of the CPU; 0 takes all cores
     notes: list[str]  # what the user should know about how this bundle runs here
+    hardware: dict[str, str]  # besides the processor: what a figure measured here depends on
+    reads_several: bool  # whether its decoders read several tokens at once, as the guard and later questions need
 
     @property
     def rows(self) -> CoreRows: ...
@@ -87,9 +89,6 @@ class Backend(Protocol):
 
     def host(self, values: Values) -> dict[str, np.ndarray]:
         """These outputs as arrays."""
-
-    def device(self, arrays: Feeds) -> dict[str, Any]:
-        """These arrays as outputs of the runtime, such as a cache that `decoder` takes."""
 
     def drop(self, *graphs: str) -> None:
         """Free the sessions of these graphs."""

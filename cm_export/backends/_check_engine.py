@@ -77,9 +77,7 @@ def _border(what: str, tensors: list[Any], expected: list[dict[str, Any]]) -> li
             problems.append(f"{what} {value['name']} is {tensor.dtype.name}, not {_DTYPES[value['dtype']]}")
         shape = [axis if isinstance(axis, int) else -1 for axis in value["shape"]]
         # Where the graph leaves an axis open, the parser may know its length.
-        if len(tensor.shape) != len(shape) or any(
-            a != b and b != -1 for a, b in zip(tensor.shape, shape, strict=True)
-        ):
+        if len(tensor.shape) != len(shape) or any(a != b and b != -1 for a, b in zip(tensor.shape, shape, strict=True)):
             problems.append(f"{what} {value['name']} is {tuple(tensor.shape)}, not {tuple(shape)}")
     return problems + [f"{what} {name} was not asked for" for name in there]
 

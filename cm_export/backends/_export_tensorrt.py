@@ -16,7 +16,7 @@ from .. import dims
 from .. import weights as weight_files
 from ..core_index import neuron_count
 from ..errors import InputError
-from ..recipe import Recipe, from_dict
+from ..recipe import Recipe
 from ..weights import Planned, WeightFile
 from ._lower_tensorrt import PLUGINS, for_parser, lower
 from ._targets import Target
@@ -31,7 +31,7 @@ _PIECE = 1 << 25  # bytes of a weight that are converted at a time
 class Source:
     """The portable graphs that are lowered: of a bundle, or of one that is being built."""
 
-    graph: Callable[[str], Path]
+    graph: Callable[[str], Path | onnx.ModelProto]
     graphs: tuple[str, ...]
     weights: WeightFile
     shape: Any  # the family's Shape
@@ -39,8 +39,7 @@ class Source:
 
     @classmethod
     def of(cls, bundle: Any) -> "Source":
-        recipe = from_dict(bundle.manifest["recipe"], "manifest.json: recipe")
-        return cls(bundle.graph, tuple(bundle.manifest["graphs"]), bundle.weights, bundle.shape, recipe)
+        return cls(bundle.graph, tuple(bundle.manifest["graphs"]), bundle.weights, bundle.shape, bundle.recipe)
 
     def chosen(self, graphs: Iterable[str] | None = None) -> tuple[str, ...]:
         """Graphs to build: those asked for that exist; a later question's graph has no TensorRT form yet."""
@@ -92,7 +91,8 @@ def lowered(
     `weights`: a folder of `write_graphs`, whose weight file takes the place of that one.
     """
     engine = source.recipe.engine
-    model = onnx.load(source.graph(name), load_external_data=False)
+    graph = source.graph(name)
+    model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph
     precision = precision or engine.precision
     model = lower(model, name, target, source.weights.tensors, engine.capacity, engine.max_prompt, precision)
     if weights:

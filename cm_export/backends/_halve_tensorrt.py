@@ -88,7 +88,9 @@ def no_float64(graph: onnx.GraphProto) -> None:
     double, single = onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT
     for tensor in graph.initializer:
         if tensor.data_type == double:
-            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+            tensor.CopyFrom(
+                onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float32), tensor.name)
+            )
     for node in graph.node:
         for a in node.attribute:
             if node.op_type == "Cast" and a.name == "to" and a.i == double:

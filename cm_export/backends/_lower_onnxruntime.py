@@ -21,9 +21,9 @@ import onnx
 from ..onnx_text import DOMAIN, OPSET
 from ..plugins.core_ffn.op import ACTIVATIONS
 from ..policies.neurons.predicted import choose_text
+from ._core_rows import ROWS
 
 _MICROSOFT = "com.microsoft"
-ROWS = ("gate", "up", "down")
 
 
 def lower(model: onnx.ModelProto, rows_as_inputs: bool, few_rows: bool = False) -> onnx.ModelProto:
@@ -44,7 +44,9 @@ def lower(model: onnx.ModelProto, rows_as_inputs: bool, few_rows: bool = False) 
             nodes.append(onnx.helper.make_node("CoreMasked", node.input, node.output[:1], node.name, domain=DOMAIN))
             continue
         indexed = node.op_type == "CoreFFN" and len(node.input) == 5
-        if node.op_type != "CoreFFN" or (indexed and not rows_as_inputs):
+        # Words and blocks of neurons are for kernels that read them; here their own function runs.
+        as_it_stands = _attribute(node, "bits") or (_attribute(node, "block") or 1) > 1
+        if node.op_type != "CoreFFN" or as_it_stands or (indexed and not rows_as_inputs):
             nodes.append(node)
             continue
         activation, weights = _attribute(node, "activation"), list(node.input[1:4])

@@ -99,9 +99,7 @@ def _judge_every_row(function: onnx.FunctionProto) -> None:
     for i, node in enumerate(function.node):
         if node.op_type == "NonZero":
             out = node.output[0]
-            made = [
-                onnx.helper.make_node("Constant", [], [f"{out}_{n}"], value_int=v) for n, v in (("0", 0), ("1", 1))
-            ]
+            made = [onnx.helper.make_node("Constant", [], [f"{out}_{n}"], value_int=v) for n, v in (("0", 0), ("1", 1))]
             made += [
                 onnx.helper.make_node("Constant", [], [f"{out}_axis"], value_ints=[0]),
                 onnx.helper.make_node("Size", [node.input[0]], [f"{out}_size"]),
@@ -196,7 +194,9 @@ def _own_ops(edit: Edit, target: Target) -> tuple[str, ...]:
             node.inputs[4] = edit.add_input(f"core_neurons.{layer}", np.int32, [batch, count])
     if not target.plugins:
         edit.functions["CoreRows"] = written.core_rows(activation)
-    _drop_inputs(edit, {"core_counts"} | ({index.name} if index is not None and (counted or not target.plugins) else set()))
+    _drop_inputs(
+        edit, {"core_counts"} | ({index.name} if index is not None and (counted or not target.plugins) else set())
+    )
     if target.plugins:
         _read_listed_rows(edit)
         edit.functions["CoreFFN"] = core_ffn.function("request", activation)
@@ -238,4 +238,3 @@ def _set_opset(model: onnx.ModelProto, opset: int) -> None:
         for entry in holder.opset_import:
             if entry.domain == "":
                 entry.version = opset
-

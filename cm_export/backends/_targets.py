@@ -1,11 +1,11 @@
 """What each TensorRT version does by itself, as data: the lowering and the builder read this table and nothing else.
 
-    version      RMSNorm     attention   KV cache   a node that is also a function
-    10.3..10.6   decomposed  decomposed  copy       the function always wins: functions are stripped
-    10.7..10.13  decomposed  decomposed  copy       a registered plugin wins
-    10.14        decomposed  native      copy       "
-    10.15..      native      native      in place   the plugin wins if the node names its namespace and version
-    rtx          native      native      in place   no plugins: every function is written out
+version      RMSNorm     attention   KV cache   a node that is also a function
+10.3..10.6   decomposed  decomposed  copy       the function always wins: functions are stripped
+10.7..10.13  decomposed  decomposed  copy       a registered plugin wins
+10.14        decomposed  native      copy       "
+10.15..      native      native      in place   the plugin wins if the node names its namespace and version
+rtx          native      native      in place   no plugins: every function is written out
 """
 
 import re
@@ -26,6 +26,7 @@ class Target:
     native_attention: bool = False
     native_norm: bool = False
     kv: str = "copy"
+    cards: tuple[str, ...] = ()  # that it can build for without having one; else only for the one in the machine
     typed_flag: bool = True  # whether STRONGLY_TYPED must be asked for; from 11 there is nothing else
 
     @property
@@ -38,7 +39,15 @@ _PLUGIN_WINS = replace(_OLDEST, version=(10, 7), keep_functions=True)
 _ATTENTION = replace(_PLUGIN_WINS, version=(10, 14), native_attention=True)
 _CACHE = replace(_ATTENTION, version=(10, 15), native_norm=True, kv="in_place")
 _TYPED_ONLY = replace(_CACHE, version=(11, 0), typed_flag=False)
-_RTX = Target("tensorrt_rtx", (1, 4), plugins=False, native_attention=True, native_norm=True, kv="in_place")
+_RTX = Target(
+    "tensorrt_rtx",
+    (1, 4),
+    plugins=False,
+    native_attention=True,
+    native_norm=True,
+    kv="in_place",
+    cards=("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121"),
+)
 
 # Each row holds from its version on, until the next row of the same module.
 TARGETS = (_OLDEST, _PLUGIN_WINS, _ATTENTION, _CACHE, _TYPED_ONLY, _RTX)

@@ -1,9 +1,9 @@
 """Ops that some TensorRT versions do not know, written out in ones that all of them know; and the two forms of the cache.
 
-    Norm       x * rsqrt(mean(x^2) + epsilon) * w          RMSNormalization, in float32
-    Attend     softmax(scale q k^T + mask) v               Attention; k and v repeated for their query heads
-    CacheRow   present = past, with one new row            a copy (older), or in place (TensorScatter, the KV update)
-    CoreRows   CoreFFN over rows that were gathered        where there is no plugin
+Norm       x * rsqrt(mean(x^2) + epsilon) * w          RMSNormalization, in float32
+Attend     softmax(scale q k^T + mask) v               Attention; k and v repeated for their query heads
+CacheRow   present = past, with one new row            a copy (older), or in place (TensorScatter, the KV update)
+CoreRows   CoreFFN over rows that were gathered        where there is no plugin
 """
 
 import onnx

@@ -4,7 +4,6 @@ vision(feeds) -> embeddings      prefill(feeds) -> logits, scores, cache      De
 """
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from ..errors import BundleError, CmExportError
 from ..recipe import Recipe
 from ..request import core_row_names
 from ..weights import WeightFile
-from ._lower_onnxruntime import ROWS, lower, unsigned
+from ._core_rows import CoreRows
+from ._lower_onnxruntime import lower, unsigned
 
 
 def open(
@@ -35,7 +35,7 @@ def open(
 class Backend:
     """Sessions over the graphs of one bundle (or of a build under way), made when first asked for."""
 
-    name = "onnxruntime"
+    name, reads_several = "onnxruntime", True
 
     def __init__(
         self,
@@ -47,6 +47,7 @@ class Backend:
     ):
         """`predictor`: the file of low-bit copies, where the decode graph reads one; `row_names`: see CoreRows."""
         self.notes: list[str] = []
+        self.hardware: dict[str, str] = {}
         self._row_names = row_names
         self._graph, self.weights, self.threads, self.predictor = graph, weights, threads, predictor
         self._sessions: dict[tuple[str, bool, bool], ort.InferenceSession] = {}
@@ -54,7 +55,7 @@ class Backend:
         self._inputs: dict[tuple[str, bool, bool], list[str]] = {}  # weights that a session takes as inputs
 
     @cached_property
-    def rows(self) -> "CoreRows":
+    def rows(self) -> CoreRows:
         """What gathers the rows of this bundle, its buffers kept between requests."""
         return CoreRows(self.weights, self._row_names, self.threads)
 
@@ -174,59 +175,6 @@ class Backend:
             binding.bind_output(name)
         session.run_with_iobinding(binding)
         return dict(zip(outputs, binding.get_outputs(), strict=True))
-
-
-class Rows(dict):
-    """Gathered rows by input name; `current` until the next request's rows take their place in the same buffers."""
-
-    current = True
-
-
-class CoreRows:
-    """Gathers the FFN rows that core_neurons names, once per request, into buffers that are kept between requests."""
-
-    def __init__(self, weights: WeightFile, names: list[tuple[str, str, str]], threads: int = 0):
-        self.sources = [tuple(weights[n] for n in layer) for layer in names]
-        self._buffers: dict[str, np.ndarray] = {}
-        self._given = Rows()
-        self._threads = threads or 2
-
-    def gather(self, core_neurons: np.ndarray, counts: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """core_neurons [L,B,K] int32, checked -> {ffn.i.gate|up|down: [B,K_i,D]}; counts [L]: K_i, else K."""
-        layers, batch, most = core_neurons.shape
-        counts = np.full(layers, most) if counts is None else counts
-
-        def one(layer: int) -> None:
-            count = int(counts[layer])
-            for part, source in zip(ROWS, self.sources[layer], strict=True):
-                name, shape = f"ffn.{layer}.{part}", (batch, count, source.shape[1])
-                if name not in self._buffers or self._buffers[name].shape != shape:
-                    self._buffers[name] = np.empty(shape, source.dtype)
-                # mode="clip" writes straight into `out`; the ids were checked.
-                np.take(source, core_neurons[layer, :, :count], axis=0, out=self._buffers[name], mode="clip")
-
-        with ThreadPoolExecutor(self._threads) as pool:
-            list(pool.map(one, range(len(self.sources))))
-        self._given.current = False
-        self._given = Rows(self._buffers)
-        return self._given
-
-    def down(self, layer: int, gathered: Mapping[str, np.ndarray], core_neurons: np.ndarray) -> np.ndarray:
-        """The down rows [B,K,D] of one layer, as `gather` has just put them there."""
-        return gathered[f"ffn.{layer}.down"]
-
-    def one(self, layer: int, core_neurons: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows [B,K,D] of one layer alone; core_neurons [B,K] int32, checked."""
-        parts = zip(ROWS, self.sources[layer], strict=True)
-        return {f"ffn.{layer}.{part}": np.take(source, core_neurons, axis=0) for part, source in parts}
-
-    def all(self) -> dict[str, np.ndarray]:
-        """Every row, as views of the mapped file: [1,F,D] each, nothing is copied."""
-        return {
-            f"ffn.{layer}.{part}": source[None]
-            for layer, sources in enumerate(self.sources)
-            for part, source in zip(ROWS, sources, strict=True)
-        }
 
 
 class Decoder:

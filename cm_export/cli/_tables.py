@@ -18,7 +18,8 @@ def print_build(manifest: Mapping[str, Any]) -> None:
         (f"{name}.onnx", f"{graph['nodes']} nodes", size(files[f"{name}.onnx"]["bytes"]))
         for name, graph in manifest["graphs"].items()
     ]
-    rows += [(name, "", size(entry["bytes"])) for name, entry in files.items() if name.endswith(".safetensors")]
+    own = (".safetensors", ".plan", ".so")
+    rows += [(name, "", size(entry["bytes"])) for name, entry in files.items() if name.endswith(own)]
     console.print(_table(("file", "holds", "size"), rows, right=(1, 2)))
     reused = f" (unchanged: {', '.join(manifest['stages_reused'])})" if manifest["stages_reused"] else ""
     total = size(sum(entry["bytes"] for entry in files.values()))

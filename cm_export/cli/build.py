@@ -24,6 +24,7 @@ NEURONS = ByName("cm_export.policies.neurons", "neuron policy")
 TOKENS = ByName("cm_export.policies.tokens", "token policy")
 TASKS = ByName("cm_export.evals", "task")
 BACKENDS = ByName("cm_export.backends", "backend")
+PRECISIONS = ("fp16", "bf16", "fp32")
 
 
 @click.command(
@@ -35,6 +36,8 @@ BACKENDS = ByName("cm_export.backends", "backend")
         "cm-export build --model ./my-qwen2-vl --out my.plan --neurons griffin --neuron-share 0.5",
         "cm-export build --model demo --neurons glass --calibration calibration.safetensors --out demo.plan",
         "cm-export build --recipe my-recipe.toml --out my.plan --force --json",
+        "cm-export build --model ./my-qwen2-vl --out my.plan --backend tensorrt --precision fp16 --capacity 4096",
+        "cm-export build --model demo --out demo.plan --backend tensorrt-rtx --architecture sm_86",
         "cm-export build --model ./my-qwen2-vl --out my.plan --require-retained 0.985 --data my.jsonl",
     ),
 )
@@ -68,6 +71,15 @@ BACKENDS = ByName("cm_export.backends", "backend")
 @click.option("--task", type=TASKS, help=f"The same from a task: {', '.join(TASKS.known())}.")
 @click.option("--limit", type=Count(1), help="Questions of each kind, with --task.  [default: all]")
 @click.option("--backend", type=BACKENDS, help=f"What the bundle runs on: {', '.join(BACKENDS.known())}.")
+@click.option("--precision", type=click.Choice(PRECISIONS), help="Engines: type of weights, products and cache.")
+@click.option("--capacity", type=Count(3), help="Engines: rows of the cache, prompt and answer together.")
+@click.option("--max-prompt", type=Count(2), help="Engines: tokens that a prefill reads.")
+@click.option("--max-patches", type=Count(4), help="Engines: patches of one picture.")
+@click.option("--optimization-level", type=Count(0, 5), help="Engines: of the builder, 0 (fast) to 5.")
+@click.option(
+    "--plugins", type=click.Path(), help="Engines: libcm_plugins.so.  [default: where `make plugins` puts it]"
+)
+@click.option("--architecture", help="Engines for cards that are not here, such as sm_86,sm_89 (tensorrt-rtx).")
 @click.option("--force", is_flag=True, help="Do every stage again. (An existing bundle is replaced anyway.)")
 @click.option(
     "--work-dir",
@@ -120,6 +132,14 @@ def command(
         tokens__first_share=choices["first_share"],
         tokens__voters=choices["voters"],
         tokens__cache=choices["token_cache"],
+        engine__precision=choices["precision"],
+        # the smaller one gives way where only the other was named
+        engine__capacity=choices["capacity"] or (2 * choices["max_prompt"] if choices["max_prompt"] else None),
+        engine__max_prompt=choices["max_prompt"] or (choices["capacity"] // 2 if choices["capacity"] else None),
+        engine__max_patches=choices["max_patches"],
+        engine__optimization_level=choices["optimization_level"],
+        engine__plugins=choices["plugins"],
+        engine__architecture=choices["architecture"],
     )
     if not chosen.model:
         raise InputError("names no model", where=recipe, fix="give --model as well, such as --model demo")

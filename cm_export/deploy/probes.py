@@ -31,6 +31,7 @@ from ..request import Request, core_row_names, kept_slots, prefill_feeds, sparse
 from .trtexec import shapes
 
 Arrays = dict[str, np.ndarray]
+SCORE_LIMIT = 0.1  # of core_scores, some of which are counts of tokens and jump
 SAME_IDS = 0.9  # least share of the kept tokens: nearly equal scores may fall otherwise in another order of additions
 _MOST = 1 << 16  # numbers kept of an output; of a larger one every n-th, n odd so that it meets every column
 
@@ -106,7 +107,7 @@ def write(probe: Probe, dynamic: set[str], folder: Path) -> dict[str, Any]:
             "shape": list(value.shape),
             "every": every,
             "compare": "ids" if ids else "values",
-            "limit": SAME_IDS if ids else HALF_LIMIT,
+            "limit": SAME_IDS if ids else SCORE_LIMIT if tensor == "core_scores" else HALF_LIMIT,
         }
     given = {n: list(v.shape) for n, v in probe.feeds.items() if n in dynamic}
     return {

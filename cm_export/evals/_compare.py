@@ -129,7 +129,7 @@ def compare(
             "seal": bundle.seal,
             "n": len(task.questions),
             "backend": engine.backend.name,
-            "environment": environment.describe(threads, bundle.manifest["versions"]),
+            "environment": environment.describe(threads, bundle.manifest["versions"]) | engine.backend.hardware,
             "dense": dense,
             "sparse": results[1],
             "random": next((r for r in results[1:] if r["is_random"]), None),  # none where nothing is pruned

@@ -52,6 +52,9 @@ def replace_ffn(
             [s.x, s.w_gate, s.w_up, s.w_down_t, *rows],
             [s.y, z],
             activation=activation,
+            block=1,
+            bits=0,
+            group=0,
         )
         out.append(FFN(s.layer, s.x, z, s.y, s.w_gate, s.w_up, s.w_down_t))
     return out

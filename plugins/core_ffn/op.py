@@ -1,12 +1,17 @@
 """CoreFFN: a gated FFN that computes only the neurons listed for it.
 
-    z[b,s,k] = act(x[b,s] . w_gate[n]) * (x[b,s] . w_up[n])         n = core_neurons[b,k]  or  core_neurons[b,s,k]
+    z[b,s,k] = act(x[b,s] . w_gate[n]) * (x[b,s] . w_up[n])         n = neuron k of the list of b, or of (b, s)
     y[b,s]   = sum_k z[b,s,k] * w_down_t[n]
 
-    y[B,S,D], z[B,S,K] = CoreFFN(x[B,S,D], w_gate[F,D], w_up[F,D], w_down_t[F,D][, core_neurons int32])
+    y[B,S,D], z[B,S,N] = CoreFFN(x[B,S,D], w_gate[F,D], w_up[F,D], w_down_t[F,D][, scales][, core_neurons int32])
 
-All weights are neuron-major, so a neuron is one contiguous row of each. Without core_neurons every neuron counts, K = F
-(prefill: z feeds the policies). Ids are distinct within a row, 0..F-1, in any order: one given twice is summed twice.
+All weights are neuron-major, so a neuron is one contiguous row of each. Without core_neurons every neuron counts, N = F
+(prefill: z feeds the policies). core_neurons is [B,K] or [B,S,K] and lists blocks: id i stands for the neurons
+i*block .. i*block+block-1, in this order in z, N = K*block. Ids are distinct within a row, 0..F/block-1, in any order:
+one given twice is summed twice.
+
+bits = 0: weights in x's type. bits = 8 or 4: weights are int32 words [F,D*bits/32] (pack.py) and three more inputs come
+after them, gate_scale, up_scale, down_scale [F,D/group] in x's type; a weight is its integer times its group's scale.
 An output that nobody reads is named "", not left out: ONNX shape inference refuses a shorter list.
 Source: CoreMatching, arXiv 2505.19235, section 3 (sparse decode); CoreInfer, arXiv 2410.18311.
 """
@@ -17,103 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 
-from cm_export.by_name import nearest
-from cm_export.errors import InputError, SurgeryError
-from cm_export.onnx_text import function as parse
-
-from ..contract import Arrays, Op, declared
-
-# ONNX text that reads gate_out and writes activated, named as in transformers.activations.ACT2FN. ONNX Runtime and
-# TensorRT know these ops as they stand; CastLike keeps the text free of the element type.
-_SILU = "gate_sigmoid = Sigmoid (gate_out)  activated = Mul (gate_out, gate_sigmoid)"
-_GELU_TANH = 'activated = Gelu <approximate = "tanh"> (gate_out)'
-ACTIVATIONS: dict[str, str] = {
-    "silu": _SILU,
-    "swish": _SILU,
-    "gelu": "activated = Gelu (gate_out)",
-    "gelu_pytorch_tanh": _GELU_TANH,
-    "gelu_new": _GELU_TANH,
-    "quick_gelu": """
-        slope_f32 = Constant <value_float = 1.702> ()
-        slope = CastLike (slope_f32, gate_out)
-        gate_steep = Mul (gate_out, slope)
-        gate_sigmoid = Sigmoid (gate_steep)
-        activated = Mul (gate_out, gate_sigmoid)""",
-    "relu": "activated = Relu (gate_out)",
-    "relu2": "gate_relu = Relu (gate_out)  activated = Mul (gate_relu, gate_relu)",
-    "leaky_relu": "activated = LeakyRelu <alpha = 0.01> (gate_out)",
-    "sigmoid": "activated = Sigmoid (gate_out)",
-    "tanh": "activated = Tanh (gate_out)",
-    "mish": "gate_plus = Softplus (gate_out)  gate_tanh = Tanh (gate_plus)  activated = Mul (gate_out, gate_tanh)",
-}
-
-_FORMS = {  # index form: (how gate_out and up_out are made, how y is made from z)
-    "none": (
-        """
-        gate_DF = Transpose <perm = [1, 0]> (w_gate)
-        up_DF = Transpose <perm = [1, 0]> (w_up)
-        gate_out = MatMul (x, gate_DF)
-        up_out = MatMul (x, up_DF)""",
-        "y = MatMul (z, w_down_t)",
-    ),
-    "request": (
-        """
-        gate_BKD = Gather <axis = 0> (w_gate, core_neurons)
-        up_BKD = Gather <axis = 0> (w_up, core_neurons)
-        gate_BDK = Transpose <perm = [0, 2, 1]> (gate_BKD)
-        up_BDK = Transpose <perm = [0, 2, 1]> (up_BKD)
-        gate_out = MatMul (x, gate_BDK)
-        up_out = MatMul (x, up_BDK)""",
-        """
-        down_BKD = Gather <axis = 0> (w_down_t, core_neurons)
-        y = MatMul (z, down_BKD)""",
-    ),
-    "token": (
-        """
-        last = Constant <value_ints = [-1]> ()
-        x_BSD1 = Unsqueeze (x, last)
-        gate_BSKD = Gather <axis = 0> (w_gate, core_neurons)
-        up_BSKD = Gather <axis = 0> (w_up, core_neurons)
-        gate_BSK1 = MatMul (gate_BSKD, x_BSD1)
-        up_BSK1 = MatMul (up_BSKD, x_BSD1)
-        gate_out = Squeeze (gate_BSK1, last)
-        up_out = Squeeze (up_BSK1, last)""",
-        """
-        row = Constant <value_ints = [2]> ()
-        down_BSKD = Gather <axis = 0> (w_down_t, core_neurons)
-        z_BS1K = Unsqueeze (z, row)
-        y_BS1D = MatMul (z_BS1K, down_BSKD)
-        y = Squeeze (y_BS1D, row)""",
-    ),
-}
-
-
-def function(index: str, activation: str) -> onnx.FunctionProto:
-    """The body of CoreFFN for a graph, whose nodes all share it: (x, w_gate, w_up, w_down_t[, core_neurons]) => (y, z).
-
-    `index`: "none" (all neurons), "request" (core_neurons [B,K]) or "token" (core_neurons [B,S,K]).
-    Float32 or float16. Raises InputError for an unknown activation, SurgeryError for an unknown form.
-    """
-    if activation not in ACTIVATIONS:
-        raise InputError(f"unknown activation {activation!r}", where="CoreFFN", fix=nearest(activation, [*ACTIVATIONS]))
-    if index not in _FORMS:
-        raise SurgeryError(f"unknown index form {index!r}", where="CoreFFN", fix=nearest(index, [*_FORMS]))
-    project, combine = _FORMS[index]
-    inputs = ", ".join(_inputs(index))
-    return parse(
-        f"""CoreFFN {declared("activation")} ({inputs}) => (y, z) {{
-        {project}
-        {ACTIVATIONS[activation]}
-        z = Mul (activated, up_out)
-        {combine}
-        }}"""
-    )
-
-
-def _inputs(index: str) -> list[str]:
-    return ["x", "w_gate", "w_up", "w_down_t"] + (["core_neurons"] if index != "none" else [])
+from ..contract import Arrays, Op
+from .body import _FORMS, ACTIVATIONS, SCALES, WEIGHTS, function
+from .pack import quantize
 
 
 # ---------------------------------------------------------------------------------------------------- oracle
@@ -142,24 +54,42 @@ MEANINGS = {
 }
 
 
+def _numbers(feeds: Arrays, weight: str, attributes: Mapping[str, Any]) -> np.ndarray:
+    """A weight [F,D] in float64; words are read one element at a time."""
+    stored, bits = feeds[weight], attributes["bits"]
+    if not bits:
+        return stored.astype(np.float64)
+    scale, per_word = feeds[dict(zip(WEIGHTS, SCALES, strict=True))[weight]].astype(np.float64), 32 // bits
+    out = np.empty((len(stored), stored.shape[1] * per_word))
+    for f, d in np.ndindex(out.shape):
+        code = int(stored[f, d // per_word]) >> (d % per_word * bits) & (2**bits - 1)
+        out[f, d] = (code - 2**bits if code >= 2 ** (bits - 1) else code) * scale[f, d // attributes["group"]]
+    return out
+
+
 def oracle(feeds: Arrays, attributes: Mapping[str, Any]) -> Arrays:
     """Law (e): the dense FFN with the z of every neuron that is not listed set to zero. Gathers no weight."""
-    x, w_gate, w_up, w_down_t = (feeds[n].astype(np.float64) for n in ("x", "w_gate", "w_up", "w_down_t"))
+    x, block = feeds["x"].astype(np.float64), attributes["block"]
+    w_gate, w_up, w_down_t = (_numbers(feeds, n, attributes) for n in WEIGHTS)
     dense = MEANINGS[attributes["activation"]](np.einsum("bsd,fd->bsf", x, w_gate)) * np.einsum("bsd,fd->bsf", x, w_up)
     if "core_neurons" not in feeds:
         return {"y": np.einsum("bsf,fd->bsd", dense, w_down_t), "z": dense}
     ids = feeds["core_neurons"]
-    mask, z = np.zeros_like(dense), np.empty((*dense.shape[:2], ids.shape[-1]))
+    mask, z = np.zeros_like(dense), np.empty((*dense.shape[:2], ids.shape[-1] * block))
     for b, s in np.ndindex(dense.shape[:2]):
-        for k, n in enumerate(ids[b] if ids.ndim == 2 else ids[b, s]):
-            mask[b, s, n], z[b, s, k] = 1, dense[b, s, n]
+        for k, i in enumerate(ids[b] if ids.ndim == 2 else ids[b, s]):
+            for j in range(block):
+                mask[b, s, i * block + j], z[b, s, k * block + j] = 1, dense[b, s, i * block + j]
     return {"y": np.einsum("bsf,fd->bsd", dense * mask, w_down_t), "z": z}
 
 
 # ---------------------------------------------------------------------------------------------------- cases
 @dataclass(frozen=True)
 class Case:
-    """Sizes and form. Weights are scaled so that z and y are of order 1; core_neurons differ per request and token."""
+    """Sizes and form. Weights are scaled so that z and y are of order 1; core_neurons differ per request and token.
+
+    K counts ids: with a block, blocks. F is a multiple of the block.
+    """
 
     index: str
     B: int = 1
@@ -171,29 +101,36 @@ class Case:
     dtype: str = "float32"
     ascending: bool = True
     seed: int = 0
+    block: int = 1
+    bits: int = 0
+    group: int = 0
 
     @property
     def form(self) -> dict[str, Any]:
-        return {"index": self.index, "activation": self.activation}
+        return {"index": self.index, "activation": self.activation, "bits": self.bits}
 
     @property
     def attributes(self) -> dict[str, Any]:
-        return {"activation": self.activation}
+        return {"activation": self.activation, "block": self.block, "bits": self.bits, "group": self.group}
 
     @property
     def axes(self) -> dict[str, str]:
         ids = {"none": {}, "request": {"core_neurons": "B,K"}, "token": {"core_neurons": "B,S,K"}}[self.index]
-        weights = dict.fromkeys(("w_gate", "w_up", "w_down_t"), "F,D")
-        return {"x": "B,S,D", **weights, **ids, "y": "B,S,D", "z": "B,S,K" if ids else "B,S,F"}
+        weights = dict.fromkeys(WEIGHTS, "F,W" if self.bits else "F,D")
+        scales = dict.fromkeys(SCALES, "F,G") if self.bits else {}
+        return {"x": "B,S,D", **weights, **scales, **ids, "y": "B,S,D", "z": "B,S,N" if ids else "B,S,F"}
 
     def feeds(self) -> Arrays:
         rng = np.random.default_rng(self.seed)
-        sizes = {"x": (self.B, self.S, self.D)} | dict.fromkeys(("w_gate", "w_up", "w_down_t"), (self.F, self.D))
+        sizes = {"x": (self.B, self.S, self.D)} | dict.fromkeys(WEIGHTS, (self.F, self.D))
         scale = {"x": 1.0, "w_gate": self.D**-0.5, "w_up": self.D**-0.5, "w_down_t": self.F**-0.5}
         out = {n: (rng.standard_normal(sizes[n]) * scale[n]).astype(self.dtype) for n in sizes}
+        if self.bits:
+            for weight, scales in zip(WEIGHTS, SCALES, strict=True):
+                out[weight], out[scales] = quantize(out[weight], self.bits, self.group)
         if self.index != "none":
-            rows = (self.B, self.S) if self.index == "token" else (self.B,)
-            ids = rng.permuted(np.broadcast_to(np.arange(self.F), (*rows, self.F)), axis=-1)[..., : self.K]
+            rows, blocks = (self.B, self.S) if self.index == "token" else (self.B,), self.F // self.block
+            ids = rng.permuted(np.broadcast_to(np.arange(blocks), (*rows, blocks)), axis=-1)[..., : self.K]
             out["core_neurons"] = (np.sort(ids, axis=-1) if self.ascending else ids).astype(np.int32)
         return out
 
@@ -208,14 +145,28 @@ _SIZES = (
     {"B": 2, "S": 3, "K": 7, "ascending": False},
     {"B": 2, "S": 5, "D": 33, "F": 65, "K": 32, "dtype": "float16"},
 )
+_PACKED = (  # a row and its groups fit the kernels' loads; they do not; many groups; float16
+    {"B": 2, "D": 64, "F": 40, "K": 9, "group": 32},
+    {"S": 3, "D": 24, "F": 21, "K": 8, "group": 12, "ascending": False},
+    {"B": 2, "D": 96, "F": 48, "K": 5, "block": 8, "group": 16, "ascending": False},
+    {"S": 2, "D": 64, "F": 64, "K": 1, "block": 32, "group": 64, "dtype": "float16"},
+)
+_BLOCKS = (
+    {"B": 2, "S": 2, "F": 64, "K": 3, "block": 8, "ascending": False},
+    {"B": 3, "D": 19, "F": 96, "K": 2, "block": 32},
+    {"S": 2, "F": 30, "K": 10, "block": 3, "ascending": False},
+    {"B": 2, "D": 24, "F": 64, "K": 5, "block": 8, "dtype": "float16"},
+)
 OP = Op(
     name="CoreFFN",
     version="1",
-    attributes=("activation",),
+    attributes=("activation", "block", "bits", "group"),
     body=function,
     oracle=oracle,
     cases=(
         *(Case(index, **sizes) for index in _FORMS for sizes in _SIZES),
         *(Case("request", S=2, activation=name, dtype=t) for name in ACTIVATIONS for t in ("float32", "float16")),
+        *(Case(index, **sizes) for index in ("request", "token") for sizes in _BLOCKS),
+        *(Case(index, bits=bits, **sizes) for index in _FORMS for bits in (8, 4) for sizes in _PACKED),
     ),
 )

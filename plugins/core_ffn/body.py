@@ -1,0 +1,169 @@
+"""The meaning of CoreFFN as an ONNX function: list the neurons, read their rows, multiply.
+
+    core_neurons [..,K] -> neurons [..,K*block] -> rows of the three weights (words -> numbers if bits) -> z -> y
+
+The rows are gathered before they are unpacked: what nobody lists is never read.
+"""
+
+import onnx
+
+from cm_export.by_name import nearest
+from cm_export.errors import InputError, SurgeryError
+from cm_export.onnx_text import function as parse
+
+from ..contract import declared
+
+# ONNX text that reads gate_out and writes activated, named as in transformers.activations.ACT2FN. ONNX Runtime and
+# TensorRT know these ops as they stand; CastLike keeps the text free of the element type.
+_SILU = "gate_sigmoid = Sigmoid (gate_out)  activated = Mul (gate_out, gate_sigmoid)"
+_GELU_TANH = 'activated = Gelu <approximate = "tanh"> (gate_out)'
+ACTIVATIONS: dict[str, str] = {
+    "silu": _SILU,
+    "swish": _SILU,
+    "gelu": "activated = Gelu (gate_out)",
+    "gelu_pytorch_tanh": _GELU_TANH,
+    "gelu_new": _GELU_TANH,
+    "quick_gelu": """
+        slope_f32 = Constant <value_float = 1.702> ()
+        slope = CastLike (slope_f32, gate_out)
+        gate_steep = Mul (gate_out, slope)
+        gate_sigmoid = Sigmoid (gate_steep)
+        activated = Mul (gate_out, gate_sigmoid)""",
+    "relu": "activated = Relu (gate_out)",
+    "relu2": "gate_relu = Relu (gate_out)  activated = Mul (gate_relu, gate_relu)",
+    "leaky_relu": "activated = LeakyRelu <alpha = 0.01> (gate_out)",
+    "sigmoid": "activated = Sigmoid (gate_out)",
+    "tanh": "activated = Tanh (gate_out)",
+    "mish": "gate_plus = Softplus (gate_out)  gate_tanh = Tanh (gate_plus)  activated = Mul (gate_out, gate_tanh)",
+}
+
+WEIGHTS = ("w_gate", "w_up", "w_down_t")
+SCALES = ("gate_scale", "up_scale", "down_scale")
+BITS = (0, 4, 8)
+
+_FORMS = {  # index form: (how gate_out and up_out are made from the rows, how y is made from z)
+    "none": (
+        """
+        gate_DF = Transpose <perm = [1, 0]> (gate_rows)
+        up_DF = Transpose <perm = [1, 0]> (up_rows)
+        gate_out = MatMul (x, gate_DF)
+        up_out = MatMul (x, up_DF)""",
+        "y = MatMul (z, down_rows)",
+    ),
+    "request": (
+        """
+        gate_BDN = Transpose <perm = [0, 2, 1]> (gate_rows)
+        up_BDN = Transpose <perm = [0, 2, 1]> (up_rows)
+        gate_out = MatMul (x, gate_BDN)
+        up_out = MatMul (x, up_BDN)""",
+        "y = MatMul (z, down_rows)",
+    ),
+    "token": (
+        """
+        x_BSD1 = Unsqueeze (x, last)
+        gate_BSN1 = MatMul (gate_rows, x_BSD1)
+        up_BSN1 = MatMul (up_rows, x_BSD1)
+        gate_out = Squeeze (gate_BSN1, last)
+        up_out = Squeeze (up_BSN1, last)""",
+        """
+        token_axis = Constant <value_ints = [2]> ()
+        z_BS1N = Unsqueeze (z, token_axis)
+        y_BS1D = MatMul (z_BS1N, down_rows)
+        y = Squeeze (y_BS1D, token_axis)""",
+    ),
+}
+
+# core_neurons lists blocks of neighbours: id i stands for the neurons i*block .. i*block+block-1.
+_NEURONS = """
+        zero = Constant <value_int = 0> ()
+        one = Constant <value_int = 1> ()
+        block = Constant <value_int: int = @block> ()
+        blocks = Cast <to = 7> (core_neurons)
+        firsts = Mul (blocks, block)
+        firsts_1 = Unsqueeze (firsts, last)
+        within = Range (zero, block, one)
+        neighbours = Add (firsts_1, within)
+        neurons_shape = Constant <value_ints = {shape}> ()
+        neurons = Reshape (neighbours, neurons_shape)"""
+
+# How many dimensions stand before D in the rows of each form: [F,D], [B,N,D], [B,S,N,D].
+_LEADING = {"none": 1, "request": 2, "token": 3}
+
+
+def inputs(index: str, bits: int) -> list[str]:
+    """The inputs of a form, in the order in which every node has them."""
+    return ["x", *WEIGHTS, *(SCALES if bits else ()), *(["core_neurons"] if index != "none" else [])]
+
+
+def function(index: str, activation: str, bits: int = 0) -> onnx.FunctionProto:
+    """The body of CoreFFN for a graph, whose nodes all share it: (x, weights x 3[, scales x 3][, core_neurons]) => (y, z).
+
+    `index`: "none" (all neurons), "request" (core_neurons [B,K]) or "token" (core_neurons [B,S,K]).
+    `bits`: 0 (weights in x's type) or 8 or 4 (int32 words). The block and the group are read from the node.
+    Float32 or float16. Raises InputError for an unknown activation, SurgeryError for an unknown form.
+    """
+    if activation not in ACTIVATIONS:
+        raise InputError(f"unknown activation {activation!r}", where="CoreFFN", fix=nearest(activation, [*ACTIVATIONS]))
+    if index not in _FORMS:
+        raise SurgeryError(f"unknown index form {index!r}", where="CoreFFN", fix=nearest(index, [*_FORMS]))
+    if bits not in BITS:
+        raise SurgeryError(f"weights of {bits} bits", where="CoreFFN", fix=f"known: {', '.join(map(str, BITS))}")
+    project, combine = _FORMS[index]
+    listed = index != "none"
+    rows = [_rows(weight.split("_")[1], weight, listed, _LEADING[index], bits) for weight in WEIGHTS]
+    return parse(
+        f"""CoreFFN {declared("activation", "block", "bits", "group")} ({", ".join(inputs(index, bits))}) => (y, z) {{
+        last = Constant <value_ints = [-1]> ()
+        {_NEURONS.format(shape=[0] * (_LEADING[index] - 1) + [-1]) if listed else ""}
+        {_unpacking(bits, _LEADING[index]) if bits else ""}
+        {" ".join(rows)}
+        {project}
+        {ACTIVATIONS[activation]}
+        z = Mul (activated, up_out)
+        {combine}
+        }}"""
+    )
+
+
+def _rows(part: str, weight: str, listed: bool, leading: int, bits: int) -> str:
+    """ONNX text that writes {part}_rows, the numbers of the listed rows (or of all) of one weight."""
+    if not bits:
+        how = f"Gather <axis = 0> ({weight}, neurons)" if listed else f"Identity ({weight})"
+        return f"{part}_rows = {how}\n"
+    words, scale = (
+        (f"Gather <axis = 0> ({t}, neurons)" if listed else f"Identity ({t})") for t in (weight, f"{part}_scale")
+    )
+    return f"""
+        {part}_words = {words}
+        {part}_scale_rows = {scale}
+        {part}_unsigned = Cast <to = 12> ({part}_words)
+        {part}_column = Unsqueeze ({part}_unsigned, last)
+        {part}_moved = BitShift <direction = "RIGHT"> ({part}_column, shifts)
+        {part}_low = BitwiseAnd ({part}_moved, low_bits)
+        {part}_flipped = BitwiseXor ({part}_low, sign_bit)
+        {part}_wide = Cast <to = 6> ({part}_flipped)
+        {part}_whole = Sub ({part}_wide, sign_value)
+        {part}_grouped = Reshape ({part}_whole, groups_shape)
+        {part}_float = CastLike ({part}_grouped, x)
+        {part}_scale_column = Unsqueeze ({part}_scale_rows, last)
+        {part}_scaled = Mul ({part}_float, {part}_scale_column)
+        {part}_rows = Reshape ({part}_scaled, rows_shape)
+        """
+
+
+def _unpacking(bits: int, leading: int) -> str:
+    """Constants of the unpacking. (u xor s) - s with s = 2^(bits-1) reads the low bits as two's complement."""
+    sign = 1 << (bits - 1)
+    return f"""
+        shifts_i = Constant <value_ints = {[*range(0, 32, bits)]}> ()
+        shifts = Cast <to = 12> (shifts_i)
+        low_bits_i = Constant <value_int = {2 * sign - 1}> ()
+        low_bits = Cast <to = 12> (low_bits_i)
+        sign_i = Constant <value_int = {sign}> ()
+        sign_bit = Cast <to = 12> (sign_i)
+        sign_value = Cast <to = 6> (sign_i)
+        leading = Constant <value_ints = {[0] * leading}> ()
+        group = Constant <value_int: int = @group> ()
+        group_1 = Reshape (group, last)
+        groups_shape = Concat <axis = 0> (leading, last, group_1)
+        rows_shape = Concat <axis = 0> (leading, last)"""

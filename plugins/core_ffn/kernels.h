@@ -1,0 +1,223 @@
+// The kernels of CoreFFN. Every weight is read once per group of rows, and the same inputs give the same bytes.
+//
+//   gate_up     one warp per neuron: both dot products at once, then z = act(gate) * up
+//   down        one block per 32 chunks of columns and part of the neurons: its warps share the neurons, then add up
+//   add_splits  the parts of y, added in their order
+//
+// Loads are issued in batches before any is used (kBatch of 16 bytes and two matrices, or kNeurons rows), because at
+// batch 1 the speed is the number of bytes that are under way.
+#pragma once
+
+#include "activations.h"
+#include "plan.h"
+#include "rows.h"
+
+namespace cm {
+
+// Which neurons a group of rows reads.
+struct Lists {
+    const int32_t* ids;  // [groups, listed], blocks of neighbours; null: all neurons in their order
+    int32_t listed;
+    int32_t block;
+    int32_t neurons;  // N = listed * block
+    int32_t in_weights;  // F
+
+    __device__ int64_t neuron(int64_t group, int32_t n) const {
+        if (ids == nullptr) return n;
+        const int32_t place = block == 1 ? n : n / block;
+        const int32_t id = ids[group * listed + place];
+        require(id >= 0 && id < in_weights / block, "a core neuron is not a row of the weights");
+        return static_cast<int64_t>(id) * block + (n - place * block);
+    }
+};
+
+// Rows of x that one block handles: `count` of them from `first` on, all in group `group`.
+struct RowTile {
+    int64_t group;
+    int64_t first;
+    int32_t count;
+
+    __device__ static RowTile at(int64_t tile, int32_t rows_per_group, int32_t rows) {
+        const int64_t per_group = ceil_div(rows_per_group, rows);
+        const int32_t start = static_cast<int32_t>(tile % per_group) * rows;
+        const int64_t group = tile / per_group;
+        const int32_t left = rows_per_group - start;
+        return RowTile{group, group * rows_per_group + start, left < rows ? left : rows};
+    }
+    // A tile that is not full repeats its last row and stores it once.
+    __device__ int64_t row(int32_t r) const { return first + (r < count ? r : count - 1); }
+};
+
+template <class W>
+struct GateUp {
+    const typename W::Number* x;  // [rows, D]
+    W gate, up;
+    Lists lists;
+    int64_t row_tiles;
+    int32_t rows_per_group;
+    Activation activation;
+    typename W::Number* z;  // [rows, N]
+};
+
+template <class W, int kRows>
+__global__ void CM_THREADS(kGateUpWarps* kWarp) gate_up(GateUp<W> a) {
+    using T = typename W::Number;
+    constexpr int kColumns = W::kColumns;
+    constexpr int kBatch = W::kVector ? 4 : 1;
+    const int lane = threadIdx.x % kWarp;
+    const int32_t n = static_cast<int32_t>(blockIdx.x / a.row_tiles) * kGateUpWarps + threadIdx.x / kWarp;
+    if (n >= a.lists.neurons) return;
+    const RowTile tile = RowTile::at(blockIdx.x % a.row_tiles, a.rows_per_group, kRows);
+    const int64_t neuron = a.lists.neuron(tile.group, n);
+    const int32_t columns = a.gate.m.columns;
+    const int chunks = static_cast<int>(ceil_div(columns, kColumns));
+
+    float gate[kRows] = {}, up[kRows] = {};
+    for (int start = lane; start < chunks; start += kBatch * kWarp) {
+        typename W::Raw gate_raw[kBatch], up_raw[kBatch];
+        CM_UNROLL
+        for (int i = 0; i < kBatch; ++i) {
+            const int chunk = start + i * kWarp;
+            if (chunk < chunks) {
+                gate_raw[i] = a.gate.fetch(neuron, chunk);
+                up_raw[i] = a.up.fetch(neuron, chunk);
+            }
+        }
+        CM_UNROLL
+        for (int i = 0; i < kBatch; ++i) {
+            const int chunk = start + i * kWarp;
+            if (chunk >= chunks) break;
+            float of_gate[kColumns], of_up[kColumns];
+            W::numbers(gate_raw[i], of_gate);
+            W::numbers(up_raw[i], of_up);
+            CM_UNROLL
+            for (int r = 0; r < kRows; ++r) {
+                float x[kColumns];
+                load_numbers<T, kColumns, W::kVector>(a.x + tile.row(r) * columns, chunk * kColumns, columns, x);
+                CM_UNROLL
+                for (int c = 0; c < kColumns; ++c) {
+                    gate[r] += x[c] * of_gate[c];
+                    up[r] += x[c] * of_up[c];
+                }
+            }
+        }
+    }
+    CM_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+        gate[r] = warp_sum(gate[r]);
+        up[r] = warp_sum(up[r]);
+        if (lane == 0 && r < tile.count) {
+            a.z[tile.row(r) * a.lists.neurons + n] = from_float<T>(activate(a.activation, gate[r]) * up[r]);
+        }
+    }
+}
+
+template <class W>
+struct Down {
+    const typename W::Number* z;  // [rows, N]
+    W down;
+    Lists lists;
+    int64_t row_tiles;
+    int64_t column_tiles;
+    int64_t rows;
+    int32_t rows_per_group;
+    int32_t splits;
+    float* parts;            // [splits, rows, D], if there is more than one split
+    typename W::Number* y;  // [rows, D]
+};
+
+template <class W, int kRows>
+__global__ void CM_THREADS(kDownWarps* kWarp) down(Down<W> a) {
+    using T = typename W::Number;
+    constexpr int kColumns = W::kColumns;
+    constexpr int kNeurons = W::kVector ? 8 : 1;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int64_t place = blockIdx.x / a.row_tiles;
+    const int split = static_cast<int>(place / a.column_tiles);
+    const int chunk = static_cast<int>(place % a.column_tiles) * kWarp + lane;
+    const RowTile tile = RowTile::at(blockIdx.x % a.row_tiles, a.rows_per_group, kRows);
+    const int32_t columns = a.down.m.columns, neurons = a.lists.neurons;
+    const bool active = chunk * kColumns < columns;
+
+    // The neurons of this warp: an eighth of those of the split.
+    const int32_t per_split = static_cast<int32_t>(ceil_div(neurons, a.splits));
+    const int32_t per_warp = static_cast<int32_t>(ceil_div(per_split, kDownWarps));
+    const int64_t split_end = static_cast<int64_t>(split + 1) * per_split;
+    const int32_t last = static_cast<int32_t>(split_end < neurons ? split_end : neurons);
+    const int64_t begin = static_cast<int64_t>(split) * per_split + warp * per_warp;
+    const int32_t end = static_cast<int32_t>(begin + per_warp < last ? begin + per_warp : last);
+
+    float sum[kRows][kColumns] = {};
+    int64_t listed[kNeurons] = {};
+    CM_UNROLL
+    for (int i = 0; i < kNeurons; ++i) {
+        if (begin + i < end) listed[i] = a.lists.neuron(tile.group, static_cast<int32_t>(begin + i));
+    }
+    for (int32_t n = static_cast<int32_t>(begin); n < end; n += kNeurons) {
+        typename W::Raw raw[kNeurons];
+        CM_UNROLL
+        for (int i = 0; i < kNeurons; ++i) {
+            if (active && n + i < end) raw[i] = a.down.fetch(listed[i], chunk);
+        }
+        CM_UNROLL
+        for (int i = 0; i < kNeurons; ++i) {  // the ids of the next rows come while these rows are under way
+            if (n + kNeurons + i < end) listed[i] = a.lists.neuron(tile.group, n + kNeurons + i);
+        }
+        CM_UNROLL
+        for (int i = 0; i < kNeurons; ++i) {
+            if (!active || n + i >= end) break;
+            float of_down[kColumns];
+            W::numbers(raw[i], of_down);
+            CM_UNROLL
+            for (int r = 0; r < kRows; ++r) {
+                const float z = to_float(a.z[tile.row(r) * neurons + n + i]);
+                CM_UNROLL
+                for (int c = 0; c < kColumns; ++c) sum[r][c] += z * of_down[c];
+            }
+        }
+    }
+
+    // The warps' sums, added in the order of the warps.
+    float* shared = reinterpret_cast<float*>(shared_memory());  // [warps][kColumns][lanes]
+    CM_UNROLL  // or `sum` would move from registers to memory
+    for (int r = 0; r < kRows; ++r) {
+        CM_UNROLL
+        for (int c = 0; c < kColumns; ++c) shared[(warp * kColumns + c) * kWarp + lane] = sum[r][c];
+        __syncthreads();
+        for (int i = threadIdx.x; i < kColumns * kWarp; i += kDownWarps * kWarp) {
+            float total = 0.0f;
+            CM_UNROLL
+            for (int w = 0; w < kDownWarps; ++w) total += shared[w * kColumns * kWarp + i];
+            const int64_t column =
+                ((place % a.column_tiles) * kWarp + i % kWarp) * static_cast<int64_t>(kColumns) + i / kWarp;
+            if (column < columns && r < tile.count) {
+                if (a.splits == 1) {
+                    a.y[tile.row(r) * columns + column] = from_float<T>(total);
+                } else {
+                    a.parts[(split * a.rows + tile.row(r)) * columns + column] = total;
+                }
+            }
+        }
+        __syncthreads();
+    }
+}
+
+constexpr int kAddThreads = 128;
+
+template <class T>
+__global__ void CM_THREADS(kAddThreads) add_splits(const float* parts, int32_t splits, int64_t size, T* y) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * kAddThreads + threadIdx.x;
+    if (i >= size) return;
+    constexpr int kAtOnce = 8;
+    float total = 0.0f;
+    for (int start = 0; start < splits; start += kAtOnce) {
+        float part[kAtOnce];
+        CM_UNROLL
+        for (int s = 0; s < kAtOnce; ++s) part[s] = start + s < splits ? parts[(start + s) * size + i] : 0.0f;
+        CM_UNROLL
+        for (int s = 0; s < kAtOnce; ++s) total += part[s];
+    }
+    y[i] = from_float<T>(total);
+}
+
+}  // namespace cm

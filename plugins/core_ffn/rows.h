@@ -1,0 +1,169 @@
+// A weight matrix [F,D] as the kernels read it: kColumns numbers of one row at a time.
+//
+//   fetch(row, chunk)     starts the load of columns chunk*kColumns .. of a row; several can be under way
+//   numbers(raw, out)     kColumns floats of what was fetched, in registers
+//
+// Aligned readers load 16 bytes (8 for int4: 16 numbers, so that rows of 1536 still fill whole warps). Others take one
+// number at a time and give zeros past the end of the row: any D and any group work, slowly.
+#pragma once
+
+#include <type_traits>
+
+#include "../native/numbers.h"
+
+namespace cm {
+
+template <class T>
+struct Matrix {
+    const void* data;
+    const T* scales;   // [F, D/group], for packed weights
+    int32_t columns;   // D
+    int32_t group;
+};
+
+template <class T, int kBits, bool kAligned>
+struct Rows;
+
+template <int kColumns>
+struct Unpacked {
+    float number[kColumns];
+};
+
+// Weights in the type of x.
+template <class T>
+struct Rows<T, 0, true> {
+    using Number = T;
+    using Raw = uint4;
+    static constexpr int kColumns = sizeof(uint4) / sizeof(T);
+    static constexpr bool kVector = true;
+    Matrix<T> m;
+
+    __device__ Raw fetch(int64_t row, int chunk) const {
+        return stream_load(reinterpret_cast<const uint4*>(static_cast<const T*>(m.data) + row * m.columns) + chunk);
+    }
+    __device__ static void numbers(const Raw& raw, float* out) { spread<T>(raw, out); }
+};
+
+template <class T>
+struct Rows<T, 0, false> {
+    using Number = T;
+    static constexpr int kColumns = sizeof(uint4) / sizeof(T);
+    static constexpr bool kVector = false;
+    using Raw = Unpacked<kColumns>;
+    Matrix<T> m;
+
+    __device__ Raw fetch(int64_t row, int chunk) const {
+        Raw raw;
+        const T* start = static_cast<const T*>(m.data) + row * m.columns;
+        load_numbers<T, kColumns, false>(start, chunk * kColumns, m.columns, raw.number);
+        return raw;
+    }
+    __device__ static void numbers(const Raw& raw, float* out) {
+        CM_UNROLL
+        for (int i = 0; i < kColumns; ++i) out[i] = raw.number[i];
+    }
+};
+
+// 1024 + u has the bits of u as its lowest in half precision, for u < 1024: an integer becomes a number by one "or".
+constexpr uint32_t kHalf1024 = 0x64006400u;
+
+__device__ inline void half_pair(uint32_t bits, float offset, float* low, float* high) {
+    __half2 pair;
+    memcpy(static_cast<void*>(&pair), &bits, sizeof(bits));
+    const float2 both = __half22float2(__hsub2(pair, __float2half2_rn(1024.0f + offset)));
+    *low = both.x;
+    *high = both.y;
+}
+
+// The eight int4 of a word. Flipping the sign bits turns -8..7 into 0..15, 8 too high; two nibbles 16 bits apart go at once.
+__device__ inline void int4_numbers(uint32_t word, float* out) {
+    word ^= 0x88888888u;
+    CM_UNROLL
+    for (int i = 0; i < 4; ++i) half_pair(((word >> (4 * i)) & 0x000f000fu) | kHalf1024, 8.0f, out + i, out + i + 4);
+}
+
+// The four int8 of a word, likewise.
+__device__ inline void int8_numbers(uint32_t word, float* out) {
+    word ^= 0x80808080u;
+    CM_UNROLL
+    for (int i = 0; i < 2; ++i) half_pair(((word >> (8 * i)) & 0x00ff00ffu) | kHalf1024, 128.0f, out + i, out + i + 2);
+}
+
+template <class Words, class T>
+struct Packed {
+    Words words;
+    T scale;
+};
+
+// Low-bit weights: words and a scale per group of columns; a chunk never crosses a group.
+template <class T, int kBits>
+struct Rows<T, kBits, true> {
+    using Number = T;
+    static constexpr int kColumns = 16;
+    static constexpr bool kVector = true;
+    static constexpr int kWords = kColumns * kBits / 32;
+    using Words = std::conditional_t<kBits == 4, uint2, uint4>;
+    using Raw = Packed<Words, T>;
+    Matrix<T> m;
+
+    __device__ Raw fetch(int64_t row, int chunk) const {
+        const int64_t chunks = m.columns / kColumns;
+        const int64_t groups = m.columns / m.group;
+        return Raw{stream_load(static_cast<const Words*>(m.data) + row * chunks + chunk),
+                   m.scales[row * groups + chunk * kColumns / m.group]};
+    }
+    __device__ static void numbers(const Raw& raw, float* out) {
+        uint32_t words[kWords];
+        memcpy(words, &raw.words, sizeof(words));
+        const float scale = to_float(raw.scale);
+        CM_UNROLL
+        for (int i = 0; i < kWords; ++i) {
+            float* part = out + i * (32 / kBits);
+            if constexpr (kBits == 4) {
+                int4_numbers(words[i], part);
+            } else {
+                int8_numbers(words[i], part);
+            }
+        }
+        CM_UNROLL
+        for (int i = 0; i < kColumns; ++i) out[i] *= scale;
+    }
+};
+
+template <class T, int kBits>
+struct Rows<T, kBits, false> {
+    using Number = T;
+    static constexpr int kColumns = 16;
+    static constexpr bool kVector = false;
+    using Raw = Unpacked<kColumns>;
+    Matrix<T> m;
+
+    __device__ Raw fetch(int64_t row, int chunk) const {
+        constexpr int kPerWord = 32 / kBits;
+        const int32_t* words = static_cast<const int32_t*>(m.data) + row * (m.columns / kPerWord);
+        const T* scales = m.scales + row * (m.columns / m.group);
+        Raw raw;
+        for (int i = 0; i < kColumns; ++i) {
+            const int column = chunk * kColumns + i;
+            raw.number[i] = 0.0f;
+            if (column < m.columns) {
+                const uint32_t word = static_cast<uint32_t>(words[column / kPerWord]);
+                const uint32_t top = word << (32 - kBits - column % kPerWord * kBits);
+                const int code = static_cast<int32_t>(top) >> (32 - kBits);
+                raw.number[i] = static_cast<float>(code) * to_float(scales[column / m.group]);
+            }
+        }
+        return raw;
+    }
+    __device__ static void numbers(const Raw& raw, float* out) {
+        for (int i = 0; i < kColumns; ++i) out[i] = raw.number[i];
+    }
+};
+
+// Whether the aligned reader may be used: whole chunks, whole chunks to a group, 16-byte addresses.
+inline bool fits_vectors(const void* weights, int32_t columns, int bits, int32_t group, int bytes) {
+    const int chunk = bits ? 16 : 16 / bytes;
+    return columns % chunk == 0 && aligned(weights, 16) && (bits == 0 || group % chunk == 0);
+}
+
+}  // namespace cm

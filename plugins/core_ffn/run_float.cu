@@ -1,0 +1,3 @@
+#include "run.cuh"
+
+template cudaError_t cm::run_ffn<float>(const FfnCall& call, cudaStream_t stream);

@@ -1,0 +1,116 @@
+// The names that kernels use, with one meaning under nvcc and in the emulator (emulator/emulator.h).
+//
+//   launch(kernel, grid, block, shared_bytes, stream, arguments)   one kernel, its error as the result
+//   shared_memory()      dynamic shared memory, the only kind that the kernels use: the emulator then knows its size
+//   stream_load(p)       a load of 8 or 16 bytes that are read once: past the first-level cache
+//   require(ok, text)    an invariant of the arguments: stops the kernel in debug builds and in the emulator
+//
+// Kernels use threadIdx.x, blockIdx.x, __syncthreads() and __shfl_xor_sync() as CUDA defines them, all lanes of a warp
+// taking part in each shuffle.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef CM_EMULATE
+#include "../emulator/emulator.h"
+#define CM_UNROLL
+#define CM_THREADS(n)
+#else
+#include <cstdio>
+#define CM_UNROLL _Pragma("unroll")
+#define CM_THREADS(n) __launch_bounds__(n)
+#endif
+
+namespace cm {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+#ifdef CM_EMULATE
+
+template <class Kernel, class... Arguments>
+cudaError_t launch(Kernel kernel, int64_t grid, int block, size_t shared_bytes, cudaStream_t, Arguments... arguments) {
+    return emulator::run(grid, block, shared_bytes, [=] { kernel(arguments...); });
+}
+
+inline unsigned char* shared_memory() { return emulator::shared_memory(); }
+
+template <class Vector>
+Vector stream_load(const Vector* p) {
+    return *p;
+}
+
+inline void require(bool ok, const char* what) {
+    if (!ok) emulator::fail(what);
+}
+
+inline int multiprocessors() { return 16; }
+
+inline const char* error_text(cudaError_t) { return "the emulated kernel failed (see stderr)"; }
+
+#else
+
+template <class Kernel, class... Arguments>
+cudaError_t launch(Kernel kernel, int64_t grid, int block, size_t shared_bytes, cudaStream_t stream,
+                   Arguments... arguments) {
+    kernel<<<static_cast<unsigned>(grid), block, shared_bytes, stream>>>(arguments...);
+    return cudaGetLastError();
+}
+
+__device__ inline unsigned char* shared_memory() {
+    extern __shared__ __align__(16) unsigned char cm_shared_memory[];
+    return cm_shared_memory;
+}
+
+__device__ inline uint4 stream_load(const uint4* p) {
+    uint4 v;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(p));
+    return v;
+}
+
+__device__ inline uint2 stream_load(const uint2* p) {
+    uint2 v;
+    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    return v;
+}
+
+__device__ inline void require(bool ok, const char* what) {
+#ifndef NDEBUG
+    if (!ok) {
+        printf("cm_export: block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, what);
+        __trap();
+    }
+#endif
+}
+
+// Of the current device; 0 without one.
+inline int multiprocessors() {
+    int device = 0, count = 0;
+    const bool found = cudaGetDevice(&device) == cudaSuccess &&
+                       cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+    if (!found) cudaGetLastError();  // or the first launch would report it
+    return found ? count : 0;
+}
+
+inline const char* error_text(cudaError_t error) { return cudaGetErrorString(error); }
+
+#endif
+
+// The sum over a warp, in every lane; the order of the additions is fixed.
+__device__ inline float warp_sum(float value) {
+    CM_UNROLL
+    for (int apart = kWarp / 2; apart > 0; apart /= 2) value += __shfl_xor_sync(kAllLanes, value, apart);
+    return value;
+}
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace cm

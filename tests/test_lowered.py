@@ -1,0 +1,230 @@
+"""Graphs lowered for TensorRT say what the portable graphs say: every version, every kind of recipe, random models."""
+
+import dataclasses
+
+import numpy as np
+import onnx
+import pytest
+from random_models import copy
+
+from cm_export import gates_lowered
+from cm_export.backends import _halve_tensorrt, _lower_tensorrt, _written_out
+from cm_export.backends._export_tensorrt import Source, axis_ranges, describe, lowered, write_graphs
+from cm_export.backends._targets import TARGETS, target
+from cm_export.errors import GateFailed, InputError
+from cm_export.probe import probe
+from cm_export.recipe import Recipe
+
+SMALL = Recipe().replace(engine__capacity=96, engine__max_prompt=64, tokens__prune_layer=1)
+VERSIONS = ("10.3", "10.7", "10.14", "10.15", "11.0", "rtx-1.7")
+RECIPES = {
+    "default": {},
+    "paper": {"neurons__policy": "coreinfer", "tokens__policy": "overlap"},
+    "index": {"tokens__policy": "attention", "tokens__cache": "index", "tokens__voters": "text"},
+    "knee": {"tokens__policy": "value", "tokens__budget": "knee"},
+    "each": {"tokens__policy": "diverse", "tokens__quota": "each"},
+    "first": {"tokens__policy": "value", "tokens__first": "spread", "tokens__first_share": 0.75},
+    "random": {"neurons__policy": "random", "tokens__policy": "random"},
+    "filled": {"neurons__fill": "prompt", "neurons__row_norm": True, "tokens__policy": "anchor"},
+    "counted": {"calibration": "x", "neurons__layers": "calibrated", "tokens__policy": "distinct"},
+    "dense": {"neurons__policy": "dense", "tokens__policy": "dense"},
+}
+
+
+def source(x, recipe: Recipe) -> Source:
+    graphs = x.graphs(recipe)
+    return Source(lambda n: copy(graphs[n]), tuple(graphs), x.weights, x.shape, recipe)
+
+
+def gates(x, recipe, version, folder):
+    s = source(x, recipe)
+    write_graphs(s, folder, target(version))
+    return gates_lowered.run_gates(s, target(version), x.family, probe(x.shape, x.config), folder, threads=1)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("seed", [0, 3])
+def test_for_every_version_the_lowered_graphs_equal_the_portable_ones(exported, tmp_path, seed, version):
+    found = {g.name: g for g in gates(exported(seed), SMALL, version, tmp_path)}
+    assert all(g.passed for g in found.values())
+    assert {"lowered vision", "lowered prefill", "lowered decode", "half vision", "half decode"} <= set(found)
+
+
+@pytest.mark.parametrize("version", ["10.3", "rtx-1.7"])
+@pytest.mark.parametrize("name", [n for n in RECIPES if n != "default"])
+def test_every_kind_of_recipe_is_lowered(exported, tmp_path, name, version):
+    assert all(g.passed for g in gates(exported(0), SMALL.replace(**RECIPES[name]), version, tmp_path))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_same_tokens_stay_where_scores_are_not_nearly_equal(exported, tmp_path, name):
+    found = {g.name: g.value for g in gates(exported(3), SMALL.replace(**RECIPES[name]), "10.3", tmp_path)}
+    assert found["lowered choice"] == 1.0
+
+
+# ------------------------------------------------------------------------------------------ planted bugs
+def _unmasked(edit, weights, precision):
+    for node in edit.graph.nodes:
+        if node.op in ("Attention", "CoreAttention"):
+            node.inputs[3] = edit.op("Mul", node.inputs[3], edit.constant(0, np.float32))
+    return _REAL_HALVE(edit, weights, precision)
+
+
+_REAL_HALVE = _halve_tensorrt.halve
+
+
+def _next_row() -> onnx.FunctionProto:
+    function = onnx.FunctionProto()
+    function.CopyFrom(_written_out.CACHE_COPY)
+    at = next(n for n in function.node if n.op_type == "Equal")
+    function.node.insert(list(function.node).index(at), onnx.helper.make_node("Add", ["at_B111", "one"], ["next"]))
+    at.input[1] = "next"
+    return function
+
+
+def _without_scale() -> onnx.FunctionProto:
+    function = onnx.FunctionProto()
+    function.CopyFrom(_written_out.ATTENTION)
+    next(n for n in function.node if list(n.output) == ["logits"]).input[0] = "q"
+    return function
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "bug"),
+    [
+        (_halve_tensorrt, "halve", _unmasked),
+        (_written_out, "CACHE_COPY", _next_row()),
+        (_written_out, "ATTENTION", _without_scale()),
+    ],
+    ids=["no mask", "a row too far", "no scale"],
+)
+def test_a_bug_in_the_lowering_fails_a_gate(exported, tmp_path, monkeypatch, where, name, bug):
+    monkeypatch.setattr(where, name, bug)
+    with pytest.raises(GateFailed, match="differs by"):
+        gates(exported(0), SMALL, "10.3", tmp_path)
+
+
+def test_a_prompt_that_is_padded_has_no_nan_in_16_bit(exported):
+    x = exported(0)
+    s = source(x, SMALL.replace(tokens__policy="dense"))
+    model = lowered(s, "prefill", target("10.14"), "fp16")
+    bounds = [n for n in model.graph.node if n.op_type == "Max"]
+    casts = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "Cast"}
+    masks = {n.input[3] for n in model.graph.node if n.op_type == "Attention"}
+    assert masks and all(any(casts[m] == b.output[0] for b in bounds) for m in masks)
+
+
+def test_a_damaged_16_bit_weight_fails_a_gate(exported, tmp_path):
+    x, recipe = exported(0), SMALL
+    s = source(x, recipe)
+    write_graphs(s, tmp_path, target("10.3"))
+    file = tmp_path / "weights.fp16.safetensors"
+    broken = bytearray(file.read_bytes())
+    broken[-(len(broken) // 3) :] = bytes(len(broken) // 3)
+    file.write_bytes(broken)
+    with pytest.raises(GateFailed, match="half"):
+        gates_lowered.run_gates(s, target("10.3"), x.family, probe(x.shape, x.config), tmp_path, threads=1)
+
+
+# ------------------------------------------------------------------------------------------ what is in a graph
+def test_versions_get_what_they_know_and_nothing_else(exported):
+    x = exported(0)
+    s = source(x, SMALL)
+
+    def ops(version, name="decode"):
+        model = lowered(s, name, target(version))
+        return {n.op_type for n in model.graph.node}, {f.name for f in model.functions}
+
+    for version in VERSIONS:
+        kinds, functions = ops(version)
+        what = target(version)
+        assert ("RMSNormalization" in kinds) == what.native_norm
+        assert ("TensorScatter" in kinds) == (what.kv == "in_place")
+        assert ("CoreFFN" in kinds) == what.plugins == ("CoreAttention" in kinds)
+        assert functions == ({"CoreFFN", "CoreAttention"} if what.plugins else set())
+        prefill, rest = ops(version, "prefill")
+        assert ("Attention" in prefill) == what.native_attention and not rest
+        assert not {"CoreFFN", "CoreAttention", "NonZero"} & prefill
+
+
+def _casts(model: onnx.ModelProto) -> list[int]:
+    return [onnx.helper.get_node_attr_value(n, "to") for n in model.graph.node if n.op_type == "Cast"]
+
+
+def test_nothing_is_float64_and_large_weights_are_16_bit(exported):
+    x = exported(0)
+    s = source(x, SMALL.replace(tokens__policy="attention"))
+    for precision, kind in (("fp16", onnx.TensorProto.FLOAT16), ("bf16", onnx.TensorProto.BFLOAT16)):
+        model = lowered(s, "prefill", target("10.3"), precision)
+        assert onnx.TensorProto.DOUBLE not in _casts(model)
+        assert all(t.data_type != onnx.TensorProto.DOUBLE for t in model.graph.initializer)
+        large = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL and len(t.dims) > 1]
+        assert large and all(t.data_type == kind for t in large)
+        outputs = {v.name: v.type.tensor_type.elem_type for v in model.graph.output}
+        assert outputs["logits"] == onnx.TensorProto.FLOAT and outputs["present.0.key"] == kind
+
+
+def test_every_axis_has_one_range_and_profiles_follow_it(exported):
+    x = exported(0)
+    recipe = SMALL.replace(engine__max_batch=3, engine__max_patches=400)
+    s = source(x, recipe)
+    ranges = axis_ranges(recipe, x.shape)
+    for name in s.chosen():
+        told = describe(lowered(s, name, target("10.14")), ranges, target("10.14"))
+        for value in told["inputs"]:
+            least, likely, most = told["profile"][value["name"]]
+            assert all(a <= b <= c for a, b, c in zip(least, likely, most, strict=True)), value
+            for axis, length in zip(value["shape"], most, strict=True):
+                assert length == (axis if isinstance(axis, int) else ranges[axis][2])
+    assert ranges["batch"] == (1, 1, 3) and ranges["patches"][2] == 400
+
+
+def test_decode_reads_one_token_over_a_cache_of_fixed_size(exported):
+    x = exported(0)
+    s = source(x, SMALL)
+    told = describe(lowered(s, "decode", target("10.3")), axis_ranges(SMALL, x.shape), target("10.3"))
+    shapes = {v["name"]: v["shape"] for v in told["inputs"]}
+    assert shapes["inputs_embeds"][1] == 1 and shapes["attention_mask"] == ["batch", 96]
+    assert shapes["past.0.key"][2] == 96 and shapes["write_index"] == ["batch"]
+    assert told["index_inputs"] == ["core_neurons", "core_tokens"]
+    assert told["plugins"] == {"CoreFFN": x.shape.layers, "CoreAttention": x.shape.layers}
+
+
+# ------------------------------------------------------------------------------------------ refusals
+def test_versions_that_are_not_known_are_refused():
+    for wrong in ("10.2", "9.3", "rtx-1.0"):
+        with pytest.raises(InputError, match="too old"):
+            target(wrong)
+    with pytest.raises(InputError, match="no TensorRT version"):
+        target("newest")
+    assert target("10.13.3.9").version == (10, 13) and target("11.4").name == "11.4"
+    assert [t.version for t in TARGETS if t.module == "tensorrt"] == sorted(t.version for t in TARGETS[:-1])
+
+
+def test_a_weight_beyond_16_bit_is_refused_and_bf16_takes_it(exported, tmp_path):
+    x = exported(0)
+    s = source(x, SMALL)
+    large = "model.language_model.layers.0.self_attn.q_proj.weight"
+    rows = np.array(x.weights[large])
+    rows[0, 0] = 1e6
+
+    class Loud:
+        tensors, path = x.weights.tensors, x.weights.path
+
+        def __getitem__(self, name):
+            return rows if name == large else x.weights[name]
+
+        def release(self):
+            pass
+
+    loud = dataclasses.replace(s, weights=Loud())
+    with pytest.raises(InputError, match=r"does not fit into 16 bit.*bf16"):
+        write_graphs(loud, tmp_path, target("10.3"))
+    write_graphs(dataclasses.replace(loud, recipe=SMALL.replace(engine__precision="bf16")), tmp_path, target("10.3"))
+
+
+def test_a_set_for_every_token_is_refused_in_words():
+    node = onnx.helper.make_node("PredictNeurons", [], ["x"], domain="cm_export")
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], []))
+    with pytest.raises(InputError, match=r"predicted.*griffin"):
+        _lower_tensorrt.lower(model, "decode", target("10.3"), {}, 96, 64)

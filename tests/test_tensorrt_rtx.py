@@ -1,0 +1,234 @@
+"""TensorRT for RTX builds real engines without a GPU: every graph of the demo model, and a decoder of Qwen2-VL-2B's widths."""
+
+import json
+import subprocess
+import sys
+
+import onnx
+import pytest
+from conftest import cm_export
+from random_models import END, IMAGE, START, VIDEO, Exported, copy, random_checkpoint
+
+from cm_export import engines
+from cm_export.backends._export_tensorrt import Source
+from cm_export.backends._targets import target
+from cm_export.bundle import Bundle
+from cm_export.errors import CmExportError
+from cm_export.probe import probe
+from cm_export.recipe import Recipe
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linux on x86-64 and for Windows only")
+CARD = {"engine__architecture": "sm_86", "engine__capacity": 512, "engine__max_prompt": 256, "engine__max_patches": 256}
+
+
+@pytest.fixture(scope="module")
+def rtx_bundle(demo_bundle, tmp_path_factory):
+    """The demo model with engines, by the real command; stages are taken over from the portable build."""
+    out = tmp_path_factory.mktemp("rtx") / "demo.plan"
+    work = demo_bundle.with_name(f".{demo_bundle.name}.stages")
+    options = ("--backend", "tensorrt-rtx", "--architecture", "sm_86", "--capacity", "512", "--max-patches", "256")
+    done = cm_export("build", "--recipe", "demo", "--out", out, "--work-dir", work, *options, "--json")
+    assert done.returncode == 0, done.stderr
+    return Bundle(out)
+
+
+def test_every_graph_of_the_demo_model_becomes_an_engine(rtx_bundle):
+    told = rtx_bundle.manifest["engines"]
+    assert set(told["graphs"]) == {"vision", "prefill", "decode", "prefill_dense", "decode_dense"}
+    assert told["backend"] == "tensorrt-rtx" and told["architecture"] == "sm_86" and told["plugins"] is None
+    for name, graph in told["graphs"].items():
+        assert (rtx_bundle.path / "engines" / f"{name}.plan").stat().st_size == graph["bytes"] > 100_000
+        assert f"engines/{name}.plan" in rtx_bundle.manifest["files"]
+    assert {g["name"] for g in rtx_bundle.manifest["gates"]} >= {"lowered decode", "half decode"}
+    rtx_bundle.wait_verified()
+
+
+def test_decode_takes_the_gathered_rows_and_a_fixed_cache(rtx_bundle):
+    graph = rtx_bundle.manifest["engines"]["graphs"]["decode"]
+    shape = rtx_bundle.shape
+    rows = [f"ffn.{i}.{part}" for i in range(shape.layers) for part in ("gate", "up", "down")]
+    assert set(rows) == set(graph["index_inputs"])
+    least, likely, most = graph["profile"]["ffn.0.gate"]
+    assert (least, most) == ([1, 1, shape.hidden], [1, shape.ffn, shape.hidden]) and least < likely < most
+    assert graph["profile"]["past.0.key"] == [[1, shape.kv_heads, 512, shape.head_dim]] * 3
+
+
+def test_an_edited_engine_is_noticed(rtx_bundle, tmp_path):
+    import shutil
+
+    other = tmp_path / "x.plan"
+    shutil.copytree(rtx_bundle.path, other)
+    plan = other / "engines" / "decode.plan"
+    content = bytearray(plan.read_bytes())
+    content[len(content) // 2] ^= 1
+    plan.write_bytes(content)
+    from cm_export.errors import BundleError
+
+    with pytest.raises(BundleError, match=r"engines/decode\.plan.*sha256"):
+        Bundle(other).wait_verified()
+
+
+WIDE = {
+    "text_config": {
+        "vocab_size": 512,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
+    "vision_config": {
+        "depth": 2,
+        "embed_dim": 1280,
+        "hidden_size": 1536,
+        "num_heads": 16,
+        "mlp_ratio": 4,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "in_channels": 3,
+    },
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.slow
+def test_two_layers_of_qwen2_vl_2b_build(tmp_path):
+    x = Exported(random_checkpoint(WIDE, tmp_path / "checkpoint"), tmp_path)
+    recipe = Recipe().replace(backend="onnxruntime", tokens__prune_layer=1, engine__dense=False, **CARD)
+    graphs = x.graphs(recipe)
+    source = Source(lambda n: copy(graphs[n]), tuple(graphs), x.weights, x.shape, recipe)
+    version = engines.installed("tensorrt-rtx")
+    aim = engines.Aim("tensorrt-rtx", version, target(f"rtx-{version}"), ("sm_86",), True, None, recipe.engine)
+    told = engines.build_engines(source, x.family, probe(x.shape, x.config), tmp_path, aim, lambda *_: None)
+    assert {"vision", "prefill", "decode"} == set(told["graphs"])
+    decode = {v["name"]: v["shape"] for v in told["graphs"]["decode"]["inputs"]}
+    assert decode["ffn.1.down"] == ["batch", "core_neurons", 1536] and decode["past.1.value"][1:] == [2, 512, 128]
+    assert all(g["passed"] for g in told["gates"])
+
+
+# ------------------------------------------------------------------------------------------ what must not pass
+def _job(tmp_path, model, expected):
+    onnx.save(model, tmp_path / "x.onnx")
+    return {
+        "module": "tensorrt_rtx",
+        "onnx": str(tmp_path / "x.onnx"),
+        "plan": str(tmp_path / "x.plan"),
+        "expected": {"plugin_nodes": [], "index_inputs": []} | expected,
+        "typed_flag": True,
+        "plugin_library": None,
+        "timing_cache": None,
+        "architectures": ["sm_86"],
+        "inspect": False,
+        "workspace_mb": 0,
+        "optimization_level": 0,
+        "weight_streaming": False,
+        "strip_weights": False,
+    }
+
+
+def _attention(with_length: bool):
+    """One attention over a padded cache; `with_length` names its valid rows by an input that the parser does not know."""
+    from onnx import TensorProto as T
+    from onnx import helper as h
+
+    values = {"q": [1, 4, 1, 64], "k": [1, 4, 96, 64], "v": [1, 4, 96, 64]}
+    inputs = [h.make_tensor_value_info(n, T.FLOAT16, s) for n, s in values.items()]
+    names = ["q", "k", "v"]
+    if with_length:
+        inputs.append(h.make_tensor_value_info("rows", T.INT64, [1]))
+        names += ["", "", "", "rows"]
+    node = h.make_node("Attention", names, ["y"], TRT_decomposable=1)
+    graph = h.make_graph([node], "g", inputs, [h.make_tensor_value_info("y", T.FLOAT16, [1, 4, 1, 64])])
+    model = h.make_model(graph, opset_imports=[h.make_opsetid("", 24)], ir_version=11)
+
+    def told(values):
+        return [
+            {
+                "name": v.name,
+                "dtype": T.DataType.Name(v.type.tensor_type.elem_type).lower(),
+                "shape": [d.dim_value for d in v.type.tensor_type.shape.dim],
+            }
+            for v in values
+        ]
+
+    profile = {v["name"]: [v["shape"]] * 3 for v in told(graph.input)}
+    return model, {"inputs": told(graph.input), "outputs": told(graph.output), "profile": profile}
+
+
+def test_an_input_that_the_parser_ignores_fails_the_build(tmp_path):
+    assert engines.run_builder(_job(tmp_path, *_attention(False)), lambda *_: None)["bytes"]
+    (tmp_path / "x.plan").unlink()
+    with pytest.raises(CmExportError, match=r"input rows reaches no output"):
+        engines.run_builder(_job(tmp_path, *_attention(True)), lambda *_: None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda e: e["inputs"][0].update(name="query"), "input query is missing"),
+        (lambda e: e["inputs"][0].update(dtype="float"), "input q is HALF, not FLOAT"),
+        (lambda e: e["outputs"][0].update(shape=[1, 4, 2, 64]), "output y is"),
+        (lambda e: e["inputs"].pop(0), "input q was not asked for"),
+        (lambda e: e.update(plugin_nodes=["ffn.0"]), "no plugin layer for ffn.0"),
+        (lambda e: e.update(index_inputs=["core_neurons"]), "index core_neurons is no input"),
+    ],
+    ids=["renamed", "type", "shape", "extra", "no plugin", "no index"],
+)
+def test_a_network_that_is_not_what_was_asked_for_is_refused(tmp_path, change, words):
+    model, expected = _attention(False)
+    change(expected)
+    with pytest.raises(CmExportError, match=words):
+        engines.run_builder(_job(tmp_path, model, expected), lambda *_: None)
+    assert not (tmp_path / "x.plan").exists()
+
+
+def test_a_graph_that_does_not_parse_is_an_error_with_the_parsers_words(tmp_path):
+    model, expected = _attention(False)
+    model.graph.node[0].op_type, model.graph.node[0].domain = "CoreFFN", "cm_export"
+    del model.graph.node[0].attribute[:]
+    with pytest.raises(CmExportError, match=r"the parser refuses it \(.*CoreFFN"):
+        engines.run_builder(_job(tmp_path, model, expected), lambda *_: None)
+
+
+def test_a_builder_that_dies_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(engines, "_CHILD", "this_is_no_module")
+    with pytest.raises(CmExportError, match=r"the builder ended with code 1 \(.*this_is_no_module"):
+        engines.run_builder(_job(tmp_path, *_attention(False)), lambda *_: None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.onnx"]
+
+
+def test_a_builder_ends_with_its_parent(tmp_path):
+    job = tmp_path / "x.job.json"
+    job.write_text(json.dumps(_job(tmp_path, *_attention(False))))
+    code = "import sys, threading; from cm_export.backends import _build_tensorrt as b; threading.Thread(target=b._end_with_parent).start(); threading.Event().wait()"
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    child.stdin.close()
+    assert child.wait(60) == 1
+
+
+def test_a_card_that_nobody_builds_for_is_refused_before_any_work(tmp_path):
+    out = tmp_path / "x.plan"
+    for options, words in (
+        (("--architecture", "sm_87"), "unknown architecture 'sm_87'; did you mean"),
+        (("--architecture", "sm_86", "--capacity", "64", "--max-prompt", "64"), "engine.capacity = 64"),
+        ((), "no GPU here"),
+    ):
+        done = cm_export("build", "--recipe", "demo", "--out", out, "--backend", "tensorrt-rtx", *options)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert not out.exists()
+
+
