@@ -33,7 +33,7 @@ if [[ $1 == --build ]]; then mkdir -p "$2"; echo library >"$2/libcm_plugins.so";
 """,
     "trtexec": '{record}exec "{python}" "{script}" "$@"\n',
     # No site-packages: the scripts of an archive have the standard library only.
-    "python3": 'exec "{python}" -S -E "$@"\n',
+    "python3": 'exec "{python}" -S "$@"\n',
 }
 
 _TRTEXEC = """
@@ -100,7 +100,7 @@ class Jetson:
     swap_gb: float = 4.0
     disk_gb: float = 50.0
     without: tuple[str, ...] = ()
-    faults: dict[str, str] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)  # variables that the programs read
 
     def __post_init__(self):
         release, model, tensorrt, cuda = RELEASES[self.jetpack]
