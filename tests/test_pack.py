@@ -331,13 +331,18 @@ def test_weights_are_estimated_as_they_are_written(packed, bare_bundle, unpacked
         assert size == pytest.approx(written[graph]["weight_bytes"], rel=0.03)
 
 
-def test_low_bit_weights_of_the_ffn_shrink_and_others_stay(bare_bundle):
+def test_int8_packs_the_ffn_of_decode_and_int4_the_matrices_of_every_layer(bare_bundle):
     bundle = Bundle(bare_bundle)
-    by = {p: memory.estimated_weights(bundle, pack.GRAPHS, p) for p in memory.PRECISIONS}
+    shape, by = bundle.shape, {p: memory.estimated_weights(bundle, pack.GRAPHS, p) for p in memory.PRECISIONS}
     assert by["fp16"]["vision"] == by["int8"]["vision"] == by["int4"]["vision"]
-    ffn = 3 * bundle.shape.layers * bundle.shape.ffn * bundle.shape.hidden
-    assert by["fp16"]["decode"] - by["int8"]["decode"] == pytest.approx(ffn * (1 - 1 / 32), abs=2)
-    assert by["int8"]["decode"] - by["int4"]["decode"] == pytest.approx(ffn / 2, abs=2)
+    assert by["fp16"]["prefill"] == by["int8"]["prefill"]
+    ffn = 3 * shape.layers * shape.ffn * shape.hidden
+    heads = shape.heads + shape.kv_heads
+    attention = 2 * shape.layers * shape.hidden * heads * shape.head_dim  # q and o, k and v
+    assert by["fp16"]["decode"] - by["int8"]["decode"] == pytest.approx(ffn * (2 - 1 - 2 / 128), abs=2)
+    for graph in ("prefill", "decode"):
+        saved = by["fp16"][graph] - by["int4"][graph]
+        assert saved == pytest.approx((ffn + attention) * (2 - 0.5 - 2 / 64), abs=2)
 
 
 def test_a_2_b_model_fits_an_orin_nano_in_int4_only():
@@ -346,15 +351,20 @@ def test_a_2_b_model_fits_an_orin_nano_in_int4_only():
         layers=28, hidden=1536, ffn=8960, heads=12, kv_heads=2, head_dim=128, vocab=151936, patch_dim=1176
     )
     bundle = SimpleNamespace(shape=shape, config={"vision_config": {"embed_dim": 64, "num_heads": 4}})
-    fits = {}
-    for precision, per_weight in (("fp16", 2), ("int8", 1 + 1 / 32), ("int4", 0.5 + 1 / 32)):
-        ffn, attention = 3 * 1536 * 8960 * per_weight, 2 * (2 * 1536 * 1536 + 2 * 1536 * 256)
-        decoder = round(28 * (ffn + attention) + 2 * 151936 * 1536)
-        weights = {"vision": 200_000, "prefill": decoder, "decode": decoder}
-        fits[precision] = memory.predict(weights, bundle, Engine(), "copy", False, 5_200_000_000)
-    assert [p for p, prediction in fits.items() if prediction.fits] == ["int4"]
-    int4 = fits["int4"]
-    assert int4.run_bytes == sum(int4.parts.values()) and 4.5e9 < int4.build_bytes < 5.2e9
+    ffn, attention, head = 28 * 3 * 1536 * 8960, 28 * 2 * (1536 * 1536 + 1536 * 256), 2 * 151936 * 1536
+    low = {"int8": 1 + 2 / 128, "int4": 0.5 + 2 / 64}
+    both = {
+        "fp16": (2 * (ffn + attention) + head, 2 * (ffn + attention) + head),
+        "int8": (2 * (ffn + attention) + head, low["int8"] * ffn + 2 * attention + head),
+        "int4": (low["int4"] * (ffn + attention) + head, low["int4"] * (ffn + attention) + head),
+    }
+    found = {}
+    for precision, (prefill, decode) in both.items():
+        weights = {"vision": 200_000, "prefill": round(prefill), "decode": round(decode)}
+        found[precision] = memory.predict(weights, bundle, Engine(), "copy", False, 5_200_000_000)
+    assert [p for p, prediction in found.items() if prediction.fits] == ["int4"]
+    int4 = found["int4"]
+    assert int4.run_bytes == sum(int4.parts.values()) and int4.build_bytes == 3 * weights["decode"] + 600_000_000
     assert int4.parts["cache"] == 2 * 28 * 2 * 2 * 128 * 2 * 4096
     assert memory.predict(weights, bundle, Engine(), "in_place", True, 1).parts["cache"] == int4.parts["cache"] // 2
 

@@ -21,8 +21,7 @@ FACTORS = {
     "builder": (3.0, "builders hold 2 to 3 times the weights of the engine they build (vendor forums); the worse one"),
     "runtime": (600_000_000, "CUDA context and TensorRT's libraries, resident; an estimate, bytes"),
 }
-_GROUP = 64  # columns that share a 16-bit scale in low-bit weights
-_BITS = {"fp16": 16, "int8": 8, "int4": 4}
+_BITS = {"fp16": (16, 0), "int8": (8, 128), "int4": (4, 64)}  # and columns that share a scale
 _SMALLEST = 256  # rows of a cache that are still worth proposing
 Weights = dict[str, int]  # bytes by graph
 
@@ -71,20 +70,25 @@ def predict(weights: Weights, bundle: Any, engine: Engine, kv: str, fused: bool,
 
 
 def estimated_weights(bundle: Any, graphs: Iterable[str], precision: str) -> Weights:
-    """Bytes of each engine's weights before they are written: FFN at `precision`, other matrices 16 bit, vectors 32."""
+    """Bytes of each engine's weights before they are written: matrices 16 bit, vectors 32, and what `precision` packs.
+
+    int8: FFN rows of decode. int4: every matrix of the decoder's layers. Each group of columns has a 16-bit scale.
+    """
     ffn = {name for layer in core_row_names(bundle.family, bundle.shape.layers) for name in layer}
-    bits = _BITS[precision]
+    layers = bundle.family.LAYER.partition("{")[0]
+    bits, group = _BITS[precision]
     out = {}
     for graph in graphs:
         total = 0.0
         for tensor in onnx.load(bundle.graph(graph), load_external_data=False).graph.initializer:
             if tensor.data_location != onnx.TensorProto.EXTERNAL:
                 continue
-            size = float(np.prod(tensor.dims, dtype=np.float64))
-            if tensor.name in ffn and bits < 16:
-                total += size * (bits / 8 + 2 / _GROUP)
+            size, name = float(np.prod(tensor.dims, dtype=np.float64)), tensor.name
+            packed = (graph == "decode" and name in ffn) if bits == 8 else bits == 4 and name.startswith(layers)
+            if len(tensor.dims) < 2:
+                total += 4 * size
             else:
-                total += size * (2 if len(tensor.dims) > 1 else 4)
+                total += size * (bits / 8 + 2 / group) if packed else 2 * size
         out[graph] = round(total)
     return out
 
