@@ -22,7 +22,7 @@ from ._console import Count, Verb, bundle_argument, emit_json, json_option, prog
 @click.option("--jetpack", help="6.2, 7.1 or 7.2.  [default: 6.2 on Orin, 7.1 on Thor]")
 @click.option(
     "--precision", type=click.Choice(("fp16", "int8", "int4")), default="fp16", show_default=True,
-    help="Of the FFN weights; the rest is 16 bit.",
+    help="int8: FFN weights of decode; int4: every layer of the decoder.",
 )  # fmt: skip
 @click.option(
     "--capacity", type=Count(256, 2**20), help="Rows of the cache, prompt and answer.  [default: the recipe's]"

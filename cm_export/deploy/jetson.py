@@ -6,6 +6,8 @@
     jetson-thor      110   AGX Thor 128 GB                     7.2       39            13.2   10.16      all
 
 Engines are bound to the GPU, the TensorRT version and the platform: what is carried is ONNX, plugin sources and a script.
+The plugin is a C++ library on every one of them, the only form that TensorRT 10.3 takes. Usable memory: 5.2 GB is reported
+for the Orin Nano, the others are what is sold less a guess at the system's own. None of it was measured here.
 """
 
 from dataclasses import dataclass

@@ -18,7 +18,7 @@ from ..request import core_row_names
 
 PRECISIONS = ("fp16", "int8", "int4")
 FACTORS = {
-    "builder": (3.0, "builders hold 2 to 3 times the weights of the engine they build (vendor forums); the worse one"),
+    "builder": (3.0, "builders are reported to need 2 to 3 times the weights of the engine; the worse one"),
     "runtime": (600_000_000, "CUDA context and TensorRT's libraries, resident; an estimate, bytes"),
 }
 _BITS = {"fp16": (16, 0), "int8": (8, 128), "int4": (4, 64)}  # and columns that share a scale
