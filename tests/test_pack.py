@@ -399,6 +399,20 @@ def test_what_does_not_fit_is_refused_and_what_is_named_instead_fits(bare_bundle
     assert json.loads(capsys.readouterr().out)["memory"]["fits"] is False
 
 
+def test_weights_are_measured_again_once_they_are_written(bare_bundle, small_device, tmp_path, monkeypatch, capsys):
+    def weights_alone(weights, *rest):
+        return replace(predict(weights, *rest), parts={"weights": sum(weights.values())})
+
+    predict = memory.predict
+    monkeypatch.setattr(memory, "predict", weights_alone)
+    monkeypatch.setattr(memory, "estimated_weights", lambda _bundle, graphs, _precision: dict.fromkeys(graphs, 0))
+    small_device(memory.FACTORS["runtime"][0] + 1000)
+    options = ["--target", "jetson-orin-nano", "--capacity", "256", "--out", str(tmp_path / "x.tar.gz")]
+    assert main(["pack", str(bare_bundle), *options]) == 2
+    err = capsys.readouterr().err
+    assert "lower the graphs" in err and "building is predicted" in err and not list(tmp_path.iterdir())
+
+
 def test_where_nothing_smaller_fits_nothing_is_named(bare_bundle, small_device, tmp_path, capsys):
     small_device(1000)
     assert main(["pack", str(bare_bundle), "--target", "jetson-orin-nano", "--out", str(tmp_path / "x.tar.gz")]) == 2

@@ -96,20 +96,20 @@ def estimated_weights(bundle: Any, graphs: Iterable[str], precision: str) -> Wei
 def smaller(
     bundle: Any, graphs: Iterable[str], precision: str, engine: Engine, kv: str, fused: bool, limit: int
 ) -> str:
-    """What would fit, as options of `pack`: the next precision at this capacity, or the largest capacity at this one."""
-    names, found = tuple(graphs), []
+    """What would fit, as options of `pack`: another precision or another capacity, else both; "" where nothing does."""
+    names, lower = tuple(graphs), PRECISIONS[PRECISIONS.index(precision) + 1 :]
 
-    def fits(precision: str, engine: Engine) -> bool:
-        return predict(estimated_weights(bundle, names, precision), bundle, engine, kv, fused, limit).fits
+    def largest(precision: str, capacities: list[int]) -> int | None:
+        weights = estimated_weights(bundle, names, precision)
+        engines = ((c, at_capacity(engine, c)) for c in capacities)
+        return next((c for c, e in engines if predict(weights, bundle, e, kv, fused, limit).fits), None)
 
-    lower = PRECISIONS[PRECISIONS.index(precision) + 1 :]
-    found += [f"--precision {p}" for p in lower if fits(p, engine)][:1]
-    for p in (precision, *lower):
-        capacity = next((c for c in _halves(engine.capacity) if fits(p, at_capacity(engine, c))), None)
-        if capacity and len(found) < 2:
-            found.append(f"--capacity {capacity}" if p == precision else f"--precision {p} --capacity {capacity}")
-            break
-    return " or ".join(found)
+    single = [f"--precision {p}" for p in lower if largest(p, [engine.capacity])][:1]
+    shorter = _halves(engine.capacity)
+    capacity = largest(precision, shorter)
+    single += [f"--capacity {capacity}"] if capacity else []
+    both = ((p, largest(p, shorter)) for p in lower)
+    return " or ".join(single) or next((f"--precision {p} --capacity {c}" for p, c in both if c), "")
 
 
 def at_capacity(engine: Engine, capacity: int) -> Engine:
