@@ -24,12 +24,14 @@ import pytest
 from conftest import cm_export
 from fake_jetson import Jetson
 
+from cm_export import generate
 from cm_export.backends._targets import target
 from cm_export.bundle import Bundle
 from cm_export.cli import main
 from cm_export.cli.pack import memory_table
 from cm_export.deploy import archive, jetson, memory, pack, trtexec
 from cm_export.errors import InputError
+from cm_export.probe import probe as synthetic
 from cm_export.recipe import Engine
 
 DEVICES = {"6.2": "jetson-orin-nano", "7.1": "jetson-thor", "7.2": "jetson-orin"}
@@ -159,7 +161,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next(packed, bare_bundle, tmp_
 
 def test_a_large_file_is_streamed(tmp_path):
     (tmp_path / "in").mkdir()
-    with open(tmp_path / "in" / "weights.bin", "wb") as f:
+    with open(tmp_path / "in" / "weights.safetensors", "wb") as f:
         f.truncate(200_000_000)
     tracemalloc.start()
     archive.write_sums(tmp_path / "in")
@@ -168,7 +170,7 @@ def test_a_large_file_is_streamed(tmp_path):
     tracemalloc.stop()
     assert peak < 8_000_000
     with tarfile.open(tmp_path / "x.tar.gz") as tar:
-        assert tar.getmember("x/weights.bin").size == 200_000_000
+        assert tar.getmember("x/weights.safetensors").size == 200_000_000
 
 
 def test_a_link_is_not_packed(tmp_path):
@@ -242,6 +244,25 @@ def test_the_archives_own_graphs_answer_its_probes(unpacked, jetpack, tmp_path):
     assert (
         asked == ["vision", "prefill-all", "prefill-core", "decode-core", "decode-full"][: 3 if jetpack == "6.2" else 5]
     )
+
+
+def test_the_expected_answers_are_the_dense_models_where_nothing_is_left_out(unpacked, bare_bundle):
+    """The bundle's own dense graphs in float32, run by the engine that answers questions, on the same prompt."""
+    folder, engine = unpacked("6.2"), generate.load(bare_bundle, threads=1)
+    probes, bundle = json.loads((folder / "manifest.json").read_text())["probes"], engine.bundle
+    given = synthetic(bundle.shape, bundle.config)
+    feeds = bundle.family.vision_inputs(given["pixel_values"], given["grid"], bundle.shape.merge)
+    embeds = engine.backend.vision(feeds)
+    prefilled = engine.prefill(engine.request(given["input_ids"], given["grid"], embeds), generate.Budget(dense=True))
+    step = prefilled.decoder().step(prefilled.step_feeds(int(given["input_ids"][0]), 0))
+    first = embeds[: given["grid"][0].prod() // bundle.shape.merge**2]
+    for name, output, theirs in (
+        ("vision", "image_embeds", first),
+        ("prefill-all", "logits", prefilled.logits),
+        ("decode-full", "logits", step),
+    ):
+        ours = np.fromfile(folder / probes[name]["outputs"][output]["file"], np.float32)
+        assert np.abs(ours - theirs.ravel()).max() / np.abs(theirs).max() < 0.03, name
 
 
 def test_probes_are_within_the_profiles(unpacked):
@@ -416,7 +437,8 @@ def test_weights_are_measured_again_once_they_are_written(bare_bundle, small_dev
 def test_where_nothing_smaller_fits_nothing_is_named(bare_bundle, small_device, tmp_path, capsys):
     small_device(1000)
     assert main(["pack", str(bare_bundle), "--target", "jetson-orin-nano", "--out", str(tmp_path / "x.tar.gz")]) == 2
-    assert "larger device" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "larger device" in err and "lower the graphs" not in err  # told before the long part
 
 
 def test_the_table_says_that_it_is_a_prediction(packed, bare_bundle, tmp_path, capsys):
@@ -679,6 +701,11 @@ def test_a_second_run_builds_nothing_and_another_setting_builds_again(unpacked, 
     (folder / "engines" / "prefill.plan").unlink()
     assert jetson_.run(folder, "--no-bench", "--workspace", "512").returncode == 0
     assert jetson_.built()[6:] == ["prefill"]
+    with open(folder / "onnx" / "decode.onnx", "ab") as f:  # as of an archive that was packed anew
+        f.write(b" ")
+    archive.write_sums(folder)
+    assert jetson_.run(folder, "--no-bench", "--workspace", "512").returncode == 0
+    assert jetson_.built()[7:] == ["decode"]
 
 
 def test_after_a_kill_only_the_unfinished_engines_are_built(unpacked, device):
