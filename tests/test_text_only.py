@@ -1,12 +1,14 @@
 """A decoder without vision is a legitimate input: exported, proved, run and measured like any other, pictures refused."""
 
 import json
+import tarfile
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ONE_THREAD, cm_export
+from fake_jetson import Jetson
 from random_models import Exported, random_checkpoint, random_text_config
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tolerances import agrees
@@ -15,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from cm_export import bench, by_name, calibrate, generate, trace
 from cm_export.backends.onnxruntime import CoreRows, Decoder
 from cm_export.chat import Chat
+from cm_export.cli import main
 from cm_export.errors import BundleError, InputError
 from cm_export.evals._compare import Sweep, compare
 from cm_export.evals._user_data import load as load_data
@@ -178,6 +181,16 @@ def bundle(checkpoint, tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(bundle):
     return generate.load(bundle, threads=1)
+
+
+def test_an_archive_for_a_jetson_has_no_vision_and_its_script_ends_well(bundle, tmp_path):
+    options = ["--target", "jetson-orin-nano", "--capacity", "256", "--out", str(tmp_path / "x.tar.gz"), "--quiet"]
+    assert main(["pack", str(bundle), *options]) == 0
+    with tarfile.open(tmp_path / "x.tar.gz") as tar:
+        tar.extractall(tmp_path, filter="data")
+    assert sorted(p.name for p in (tmp_path / "x" / "onnx").glob("*.onnx")) == ["decode.onnx", "prefill.onnx"]
+    done = Jetson(tmp_path, "6.2").run(tmp_path / "x")
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_bundle_has_no_vision_graph_and_every_proof_but_that_of_vision(bundle):

@@ -49,14 +49,12 @@ class Source:
         return tuple(g for g in graphs if g in self.graphs)
 
 
-def export(
-    bundle: Any, folder: Path, target: Target, precision: str, capacity: int, graphs: Iterable[str] | None = None
-) -> dict[str, Any]:
-    """`write_graphs` of an opened bundle at another precision and capacity than its recipe names."""
+def at(bundle: Any, precision: str, capacity: int) -> Source:
+    """An opened bundle at another precision and capacity than its recipe names. Raises InputError."""
     source = Source.of(bundle)
     prompt = min(source.recipe.engine.max_prompt, capacity - 1)
     engine = {"engine__precision": precision, "engine__capacity": capacity, "engine__max_prompt": prompt}
-    return write_graphs(replace(source, recipe=source.recipe.replace(**engine)), folder, target, graphs)
+    return replace(source, recipe=source.recipe.replace(**engine))
 
 
 def write_graphs(source: Source, folder: Path, target: Target, graphs: Iterable[str] | None = None) -> dict[str, Any]:
