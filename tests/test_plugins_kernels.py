@@ -94,7 +94,7 @@ from cm_export.plugins.harness.library import Library
 from cm_export.plugins.harness.run import Cpu, run
 library = Library(Path(sys.argv[1]), Path(sys.argv[2]))
 chosen = [c for c in calls() if c.dtype == "float16" and c.case.dtype == "float32"]
-chosen = [c for c in chosen if getattr(c.case, "activation", "silu") == "silu"][::2]
+chosen = [c for c in chosen if getattr(c.case, "activation", "silu") == "silu"][::3]
 wrong = [f"{o.call}: {o.problem}" for o in (run(library, c, Cpu()) for c in chosen) if o.problem]
 print(len(chosen), "calls", *wrong, sep="\\n")
 sys.exit(bool(wrong))
@@ -102,7 +102,7 @@ sys.exit(bool(wrong))
 
 
 def sanitized(name, replaced):
-    """Half of the float16 calls in a process with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    """A third of the float16 calls in a process with AddressSanitizer and UndefinedBehaviorSanitizer."""
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
     rebuilt = ["core_ffn/run_half.cu", "core_attention/run_half.cu", "emulator/emulator.cpp"]
     library = plugin_builds.changed(name, replaced, rebuilt, flags)

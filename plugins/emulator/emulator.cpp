@@ -25,7 +25,7 @@ Index thread_index, block_index, block_size, grid_size;
 
 namespace {
 
-constexpr size_t kStack = 128 * 1024;
+constexpr size_t kStack = 64 * 1024;
 constexpr int kLanes = 32;
 
 // Threads that wait for one another: open when all have arrived, counted by `opened`.
