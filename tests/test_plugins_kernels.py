@@ -64,9 +64,17 @@ def test_a_call_before_its_shapes_are_known_is_an_error(library):
     assert plugin.enqueue(call.inputs, call.outputs, [0] * 5, [0, 0], 0) != 0
 
 
+def test_heads_of_more_than_256_numbers_are_refused(library):
+    for d, accepted in ((256, True), (264, False)):
+        call = Call(ATTENTION, AttentionCase(True, d=d), "float16")
+        plugin = library.creators["CoreAttention"].create(call.case.attributes)
+        assert plugin.shapes(call.inputs, call.outputs) is accepted
+    assert "1 to 256" in library.log()
+
+
 def test_the_workspace_of_a_large_shape_serves_every_smaller_one(library):
     """One engine runs all shapes of its profile with the workspace of the largest; more rows need fewer splits."""
-    plugin = library.creators["CoreFFN"].create(LARGE.__class__.attributes.fget(LARGE))
+    plugin = library.creators["CoreFFN"].create(LARGE.attributes)
     largest = None
     for tokens in (64, 17, 16, 8, 5, 3, 1):
         call = Call(FFN, replace(LARGE, S=tokens), "float16")
@@ -103,7 +111,7 @@ sys.exit(bool(wrong))
 
 def sanitized(name, replaced):
     """A third of the float16 calls in a process with AddressSanitizer and UndefinedBehaviorSanitizer."""
-    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
+    flags = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
     rebuilt = ["core_ffn/run_half.cu", "core_attention/run_half.cu", "emulator/emulator.cpp"]
     library = plugin_builds.changed(name, replaced, rebuilt, flags)
     preload = []
