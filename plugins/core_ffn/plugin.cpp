@@ -165,6 +165,10 @@ int32_t CoreFfn::enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, vo
     call.z = outputs[1];
     call.workspace = static_cast<float*>(workspace);
     if (call.sizes.rows() == 0) return 0;
+    if (call.z == nullptr) {
+        refuse(kName, "there is no memory for z, which y is made from");
+        return status(cudaErrorInvalidDevicePointer);
+    }
     switch (type) {
         case DataType::kFLOAT: return status(run_ffn<float>(call, stream));
         case DataType::kHALF: return status(run_ffn<__half>(call, stream));
