@@ -61,6 +61,7 @@ def changed(
 ) -> Path:
     """The emulated library with texts of source files replaced: {file: [(old, new)]}; `rebuilt` are compiled anew.
 
+    Compiled without optimisation, unless flags say otherwise: most stop at the first call that sees the bug.
     The sources are a copy, so no macro for tests is in the real ones. All other objects are those of `emulated()`.
     """
     library = emulated()
@@ -80,7 +81,7 @@ def changed(
     common = [
         "g++",
         "-std=c++17",
-        "-O1",
+        "-O0",
         "-fPIC",
         "-fvisibility=hidden",
         "-U_FORTIFY_SOURCE",

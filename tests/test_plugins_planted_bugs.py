@@ -9,13 +9,14 @@ from cm_export.plugins.harness.cases import OPS, calls
 from cm_export.plugins.harness.library import Library
 from cm_export.plugins.harness.run import Cpu, run
 
-ASCENDING = """int32_t id = 0;
+LISTED = "return ids == nullptr ? place : ids[group * listed + place];"
+ASCENDING = """if (ids == nullptr) return place;
         for (int32_t i = 0; i < listed; ++i) {
             int32_t smaller = 0;
             for (int32_t j = 0; j < listed; ++j) smaller += ids[group * listed + j] < ids[group * listed + i];
-            if (smaller == place) id = ids[group * listed + i];
-        }"""
-LISTED = "const int32_t id = ids[group * listed + place];"
+            if (smaller == place) return ids[group * listed + i];
+        }
+        return -1;"""
 KERNELS, ROWS = "core_ffn/kernels.h", "core_ffn/rows.h"
 FFN = {  # what is wrong: (file, right, wrong)
     "stride of a row": (ROWS, "+ row * m.columns) + chunk)", "+ row * (m.columns - kColumns)) + chunk)"),
@@ -23,19 +24,18 @@ FFN = {  # what is wrong: (file, right, wrong)
     "last columns of x": (KERNELS, "chunks = static_cast<int>(ceil_div(columns, kColumns));", "chunks = columns / kColumns;"),
     "last columns of y": (KERNELS, "if (column < columns && r", "if (column + 1 < columns && r"),
     "ids taken as ascending": (KERNELS, LISTED, ASCENDING),
-    "ids not read": (KERNELS, LISTED, "const int32_t id = place;"),
-    "list of the first request": (KERNELS, LISTED, "const int32_t id = ids[place];"),
-    "order within a block": (KERNELS, "+ (n - place * block);", "+ (block - 1 - (n - place * block));"),
-    "ids read ahead": (KERNELS, "listed[i] = a.lists.neuron(tile.group, n + kNeurons + i)",
-                       "listed[i] = a.lists.neuron(tile.group, n + i)"),
+    "ids not read": (KERNELS, LISTED, "return place;"),
+    "list of the first request": (KERNELS, LISTED, "return ids == nullptr ? place : ids[place];"),
+    "order within a block": (KERNELS, "* block + n % block;", "* block + block - 1 - n % block;"),
+    "ids read ahead": (KERNELS, "next = n + kNeurons + i, here", "next = n + i, here"),
     "last part of the sum": (KERNELS, "part[s] = start + s < splits", "part[s] = start + s + 1 < splits"),
     "last warp of the sum": (KERNELS, "w < kDownWarps; ++w) total", "w < kDownWarps - 1; ++w) total"),
-    "z of another row": (KERNELS, "a.z[tile.row(r) * neurons", "a.z[tile.first * neurons"),
+    "z of another row": (KERNELS, "a.z[tile.row(r) * neurons + here]", "a.z[tile.first * neurons + here]"),
     "a row of x twice": (KERNELS, "load_numbers<T, kColumns, W::kVector>(a.x + tile.row(r)",
                          "load_numbers<T, kColumns, W::kVector>(a.x + tile.row(r & ~1)"),
     "no barrier before the sum": (KERNELS, "= sum[r][c];\n        __syncthreads();", "= sum[r][c];"),
     "no barrier after the sum": (KERNELS, "        __syncthreads();\n    }\n}", "    }\n}"),
-    "group of a scale": (ROWS, "chunk * kColumns / m.group]", "chunk * kColumns / (2 * m.group)]"),
+    "group of a scale": (ROWS, "m.group_of(chunk)]", "m.group_of(chunk) / 2]"),
     "group of a scale, one by one": (ROWS, "to_float(scales[column / m.group])", "to_float(scales[0])"),
     "zero of int4": (ROWS, "8.0f, out + i, out + i + 4", "7.0f, out + i, out + i + 4"),
     "order of int8": (ROWS, "out + i, out + i + 2)", "out + i + 2, out + i)"),

@@ -1,4 +1,4 @@
-// How the work of one CoreAttention call is cut into blocks: plain arithmetic, shared by the workspace and the launches.
+// How the work of one CoreAttention call is cut into blocks: plain arithmetic, for the workspace and the launches.
 //
 // The queries of a key/value head are its H/Hk heads times S positions. Up to 8 of them are handled together, so a row
 // of the cache is read once for them; the listed rows are cut into splits, so that small batches fill the chip.

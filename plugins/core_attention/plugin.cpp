@@ -48,14 +48,16 @@ bool CoreAttention::check(const Shapes& in) const {
     bool same = agree(k.d[0], q.d[0]) && k.d[3] == columns;
     for (int i = 0; i < 4; ++i) same = same && agree(k.d[i], v.d[i]);
     if (!same) {
-        return refuse(kName, "k " + text_of(k) + " and v " + text_of(v) + " are not both [B,Hk,P,d] for q " + text_of(q));
+        const std::string both = "k " + text_of(k) + " and v " + text_of(v);
+        return refuse(kName, both + " are not both [B,Hk,P,d] for q " + text_of(q));
     }
     if (q.d[1] < 1 || k.d[1] < 1 || q.d[1] % k.d[1] != 0) {
         return refuse(kName, "the heads of q " + text_of(q) + " are not a multiple of those of k " + text_of(k));
     }
     const bool per_batch = agree(mask.d[0], 1) || agree(mask.d[0], q.d[0]);
     if (!per_batch || mask.d[1] != 1 || !agree(mask.d[2], q.d[2]) || !agree(mask.d[3], k.d[2])) {
-        return refuse(kName, "mask is " + text_of(mask) + ", not [B|1,1,S,P] for q " + text_of(q) + " and k " + text_of(k));
+        const std::string both = "q " + text_of(q) + " and k " + text_of(k);
+        return refuse(kName, "mask is " + text_of(mask) + ", not [B|1,1,S,P] for " + both);
     }
     if (k.d[2] == 0) return refuse(kName, "k is " + text_of(k) + ": a softmax over nothing");
     if (in.size() == 5) {

@@ -22,12 +22,15 @@ struct Lists {
     int32_t neurons;  // N = listed * block
     int32_t in_weights;  // F
 
-    __device__ int64_t neuron(int64_t group, int32_t n) const {
-        if (ids == nullptr) return n;
+    // In two steps, so that ids can be under way while other work is done: what is at neuron n of the list, and
+    // which row of the weights that means.
+    __device__ int32_t id(int64_t group, int32_t n) const {
         const int32_t place = block == 1 ? n : n / block;
-        const int32_t id = ids[group * listed + place];
+        return ids == nullptr ? place : ids[group * listed + place];
+    }
+    __device__ int64_t row(int32_t id, int32_t n) const {
         require(id >= 0 && id < in_weights / block, "a core neuron is not a row of the weights");
-        return static_cast<int64_t>(id) * block + (n - place * block);
+        return block == 1 ? id : static_cast<int64_t>(id) * block + n % block;
     }
 };
 
@@ -68,16 +71,16 @@ __global__ void CM_THREADS(kGateUpWarps* kWarp) gate_up(GateUp<W> a) {
     const int32_t n = static_cast<int32_t>(blockIdx.x / a.row_tiles) * kGateUpWarps + threadIdx.x / kWarp;
     if (n >= a.lists.neurons) return;
     const RowTile tile = RowTile::at(blockIdx.x % a.row_tiles, a.rows_per_group, kRows);
-    const int64_t neuron = a.lists.neuron(tile.group, n);
+    const int64_t neuron = a.lists.row(a.lists.id(tile.group, n), n);
     const int32_t columns = a.gate.m.columns;
     const int chunks = static_cast<int>(ceil_div(columns, kColumns));
 
     float gate[kRows] = {}, up[kRows] = {};
-    for (int start = lane; start < chunks; start += kBatch * kWarp) {
+    for (int start = 0; start < chunks; start += kBatch * kWarp) {
         typename W::Raw gate_raw[kBatch], up_raw[kBatch];
         CM_UNROLL
         for (int i = 0; i < kBatch; ++i) {
-            const int chunk = start + i * kWarp;
+            const int chunk = start + i * kWarp + lane;
             if (chunk < chunks) {
                 gate_raw[i] = a.gate.fetch(neuron, chunk);
                 up_raw[i] = a.up.fetch(neuron, chunk);
@@ -85,8 +88,8 @@ __global__ void CM_THREADS(kGateUpWarps* kWarp) gate_up(GateUp<W> a) {
         }
         CM_UNROLL
         for (int i = 0; i < kBatch; ++i) {
-            const int chunk = start + i * kWarp;
-            if (chunk >= chunks) break;
+            const int chunk = start + i * kWarp + lane;
+            if (chunk >= chunks) break;  // without a branch, ptxas moves each load down to where its numbers are used
             float of_gate[kColumns], of_up[kColumns];
             W::numbers(gate_raw[i], of_gate);
             W::numbers(up_raw[i], of_up);
@@ -130,7 +133,7 @@ template <class W, int kRows>
 __global__ void CM_THREADS(kDownWarps* kWarp) down(Down<W> a) {
     using T = typename W::Number;
     constexpr int kColumns = W::kColumns;
-    constexpr int kNeurons = W::kVector ? 8 : 1;
+    constexpr int kNeurons = !W::kVector ? 1 : kRows == 1 ? 8 : 4;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int64_t place = blockIdx.x / a.row_tiles;
     const int split = static_cast<int>(place / a.column_tiles);
@@ -148,31 +151,35 @@ __global__ void CM_THREADS(kDownWarps* kWarp) down(Down<W> a) {
     const int32_t end = static_cast<int32_t>(begin + per_warp < last ? begin + per_warp : last);
 
     float sum[kRows][kColumns] = {};
-    int64_t listed[kNeurons] = {};
+    int32_t ids[kNeurons];
     CM_UNROLL
     for (int i = 0; i < kNeurons; ++i) {
-        if (begin + i < end) listed[i] = a.lists.neuron(tile.group, static_cast<int32_t>(begin + i));
+        if (begin < end) ids[i] = a.lists.id(tile.group, static_cast<int32_t>(begin + i < end ? begin + i : end - 1));
     }
     for (int32_t n = static_cast<int32_t>(begin); n < end; n += kNeurons) {
-        typename W::Raw raw[kNeurons];
+        typename W::Raw raw[kNeurons] = {};  // zeros past the end, and no branch between the loads
+        float z[kNeurons][kRows];
         CM_UNROLL
         for (int i = 0; i < kNeurons; ++i) {
-            if (active && n + i < end) raw[i] = a.down.fetch(listed[i], chunk);
+            if (active && n + i < end) raw[i] = a.down.fetch(a.lists.row(ids[i], n + i), chunk);
         }
         CM_UNROLL
-        for (int i = 0; i < kNeurons; ++i) {  // the ids of the next rows come while these rows are under way
-            if (n + kNeurons + i < end) listed[i] = a.lists.neuron(tile.group, n + kNeurons + i);
+        for (int i = 0; i < kNeurons; ++i) {  // the next ids and this z come while these rows are under way
+            const int32_t next = n + kNeurons + i, here = n + i;
+            ids[i] = a.lists.id(tile.group, next < end ? next : end - 1);
+            CM_UNROLL
+            for (int r = 0; r < kRows; ++r) {
+                z[i][r] = here < end ? to_float(a.z[tile.row(r) * neurons + here]) : 0.0f;
+            }
         }
         CM_UNROLL
         for (int i = 0; i < kNeurons; ++i) {
-            if (!active || n + i >= end) break;
             float of_down[kColumns];
             W::numbers(raw[i], of_down);
             CM_UNROLL
             for (int r = 0; r < kRows; ++r) {
-                const float z = to_float(a.z[tile.row(r) * neurons + n + i]);
                 CM_UNROLL
-                for (int c = 0; c < kColumns; ++c) sum[r][c] += z * of_down[c];
+                for (int c = 0; c < kColumns; ++c) sum[r][c] += z[i][r] * of_down[c];
             }
         }
     }

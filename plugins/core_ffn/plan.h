@@ -29,7 +29,10 @@ inline int chunk_columns(int bits, int bytes) { return bits ? 16 : 16 / bytes; }
 
 // Rows of x that a block handles together. The down product keeps rows * chunk_columns sums in registers, at most 64.
 inline int row_tile(int32_t rows_per_group) { return rows_per_group == 1 ? 1 : rows_per_group <= 4 ? 4 : 8; }
-inline int down_row_tile(int32_t rows_per_group, int bits) { return bits ? std::min(4, row_tile(rows_per_group)) : row_tile(rows_per_group); }
+inline int down_row_tile(int32_t rows_per_group, int bits) {
+    const int tile = row_tile(rows_per_group);
+    return bits ? std::min(4, tile) : tile;
+}
 
 inline int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 

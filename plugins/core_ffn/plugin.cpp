@@ -29,8 +29,9 @@ CoreFfn* CoreFfn::create(const Fields& fields) {
     const int32_t bits = plugin->bits_, group = plugin->group_;
     const bool packs = bits == 0 ? group == 0 : (bits == 4 || bits == 8) && group > 0;
     if (!packs || plugin->block_ < 1 || plugin->grid_blocks_ < 1) {
-        refuse(kName, "block = " + std::to_string(plugin->block_) + ", bits = " + std::to_string(bits) + ", group = " +
-                          std::to_string(group) + ": give block >= 1 and bits 0 with group 0, or bits 4 or 8 and a group");
+        const std::string given = "block = " + std::to_string(plugin->block_) + ", bits = " + std::to_string(bits) +
+                                  ", group = " + std::to_string(group);
+        refuse(kName, given + ": give block >= 1 and bits 0 with group 0, or bits 4 or 8 and a group");
         return nullptr;
     }
     return plugin.release();
@@ -87,8 +88,9 @@ bool CoreFfn::check(const Shapes& in) const {
         const Dims& w = in[i];
         const int64_t wanted = i <= 3 ? words : columns / group_;
         if (w.nbDims != 2 || !agree(w.d[0], gate.d[0]) || w.d[1] != wanted) {
-            return refuse(kName, "input " + std::to_string(i) + " is " + text_of(w) + ", not [F," +
-                                     std::to_string(wanted) + "] with the F of " + text_of(gate) + " and D of " + text_of(x));
+            const std::string shape = "[F," + std::to_string(wanted) + "] with the F of " + text_of(gate);
+            return refuse(kName, "input " + std::to_string(i) + " is " + text_of(w) + ", not " + shape +
+                                     " and the D of " + text_of(x));
         }
     }
     if (!indexed(static_cast<int32_t>(in.size()))) return true;
@@ -163,6 +165,10 @@ int32_t CoreFfn::enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, vo
     call.z = outputs[1];
     call.workspace = static_cast<float*>(workspace);
     if (call.sizes.rows() == 0) return 0;
+    if (call.z == nullptr) {
+        refuse(kName, "there is no memory for z, which y is made from");
+        return status(cudaErrorInvalidDevicePointer);
+    }
     switch (type) {
         case DataType::kFLOAT: return status(run_ffn<float>(call, stream));
         case DataType::kHALF: return status(run_ffn<__half>(call, stream));

@@ -17,7 +17,8 @@ class CoreFfn final : public OpPlugin {
 
     nvinfer1::IPluginV3* clone() noexcept override;
     int32_t getOutputShapes(nvinfer1::DimsExprs const* in, int32_t inputs, nvinfer1::DimsExprs const*, int32_t,
-                            nvinfer1::DimsExprs* out, int32_t outputs, nvinfer1::IExprBuilder& builder) noexcept override;
+                            nvinfer1::DimsExprs* out, int32_t outputs,
+                            nvinfer1::IExprBuilder& builder) noexcept override;
     int32_t enqueue(nvinfer1::PluginTensorDesc const* in, nvinfer1::PluginTensorDesc const* out,
                     void const* const* inputs, void* const* outputs, void* workspace,
                     cudaStream_t stream) noexcept override;

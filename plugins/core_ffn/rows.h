@@ -16,9 +16,21 @@ namespace cm {
 template <class T>
 struct Matrix {
     const void* data;
-    const T* scales;   // [F, D/group], for packed weights
-    int32_t columns;   // D
+    const T* scales;  // [F, D/group], for packed weights
+    int32_t columns;  // D
     int32_t group;
+    int32_t groups;  // D/group
+    uint32_t group_inverse;  // see group_of
+
+    Matrix(const void* data, const T* scales, int32_t columns, int32_t group, int chunk)
+        : data(data), scales(scales), columns(columns), group(group), groups(group > 0 ? columns / group : 0) {
+        const int64_t chunks = group >= chunk ? group / chunk : 1;
+        group_inverse = static_cast<uint32_t>(((int64_t{1} << 31) + chunks - 1) / chunks);
+    }
+    // chunk / (chunks per group) as a product: a division would cost more than unpacking the numbers.
+    __device__ int32_t group_of(int chunk) const {
+        return static_cast<int32_t>((static_cast<uint64_t>(chunk) * group_inverse) >> 31);
+    }
 };
 
 template <class T, int kBits, bool kAligned>
@@ -75,7 +87,8 @@ __device__ inline void half_pair(uint32_t bits, float offset, float* low, float*
     *high = both.y;
 }
 
-// The eight int4 of a word. Flipping the sign bits turns -8..7 into 0..15, 8 too high; two nibbles 16 bits apart go at once.
+// The eight int4 of a word. Flipping the sign bits turns -8..7 into 0..15, 8 too high; two that lie 16 bits apart go at
+// once.
 __device__ inline void int4_numbers(uint32_t word, float* out) {
     word ^= 0x88888888u;
     CM_UNROLL
@@ -108,9 +121,8 @@ struct Rows<T, kBits, true> {
 
     __device__ Raw fetch(int64_t row, int chunk) const {
         const int64_t chunks = m.columns / kColumns;
-        const int64_t groups = m.columns / m.group;
         return Raw{stream_load(static_cast<const Words*>(m.data) + row * chunks + chunk),
-                   m.scales[row * groups + chunk * kColumns / m.group]};
+                   m.scales[row * m.groups + m.group_of(chunk)]};
     }
     __device__ static void numbers(const Raw& raw, float* out) {
         uint32_t words[kWords];

@@ -8,8 +8,9 @@ namespace cm {
 
 template <class T, int kBits, bool kAligned>
 Rows<T, kBits, kAligned> reader(const FfnCall& call, int which) {
-    const Matrix<T> m{call.weights[which], static_cast<const T*>(call.scales[which]), call.sizes.columns, call.group};
-    return Rows<T, kBits, kAligned>{m};
+    using Reader = Rows<T, kBits, kAligned>;
+    return Reader{Matrix<T>(call.weights[which], static_cast<const T*>(call.scales[which]), call.sizes.columns,
+                            call.group, Reader::kColumns)};
 }
 
 template <class W, int kRows>
@@ -18,7 +19,8 @@ cudaError_t launch_gate_up(const FfnCall& call, const Lists& lists, const W& gat
     const int64_t row_tiles = call.sizes.groups * tiles(call.sizes.rows_per_group, kRows);
     const GateUp<W> a{static_cast<const T*>(call.x), gate, up, lists, row_tiles, call.sizes.rows_per_group,
                       call.activation, static_cast<T*>(call.z)};
-    return launch(gate_up<W, kRows>, row_tiles * tiles(lists.neurons, kGateUpWarps), kGateUpWarps * kWarp, 0, stream, a);
+    const int64_t grid = row_tiles * tiles(lists.neurons, kGateUpWarps);
+    return launch(gate_up<W, kRows>, grid, kGateUpWarps * kWarp, 0, stream, a);
 }
 
 template <class W, int kRows>
@@ -50,9 +52,10 @@ cudaError_t run_bits(const FfnCall& call, const Lists& lists, cudaStream_t strea
 
     cudaError_t error;
     if (!fits) {
-        error = launch_gate_up<Any, 1>(call, lists, reader<T, kBits, false>(call, 0), reader<T, kBits, false>(call, 1),
-                                       stream);
-        return error != cudaSuccess ? error : launch_down<Any, 1>(call, lists, reader<T, kBits, false>(call, 2), stream);
+        const Any any[] = {reader<T, kBits, false>(call, 0), reader<T, kBits, false>(call, 1),
+                           reader<T, kBits, false>(call, 2)};
+        error = launch_gate_up<Any, 1>(call, lists, any[0], any[1], stream);
+        return error != cudaSuccess ? error : launch_down<Any, 1>(call, lists, any[2], stream);
     }
     switch (together) {
         case 1: error = launch_gate_up<Aligned, 1>(call, lists, gate, up, stream); break;

@@ -102,7 +102,8 @@ PluginTensorDesc described(int32_t type, int32_t format, int32_t rank, int64_t c
     return tensor;
 }
 
-std::vector<PluginTensorDesc> all_described(int32_t count, int32_t const* types, int32_t const* ranks, int64_t const* dims) {
+std::vector<PluginTensorDesc> all_described(int32_t count, int32_t const* types, int32_t const* ranks,
+                                            int64_t const* dims) {
     std::vector<PluginTensorDesc> tensors;
     for (int i = 0; i < count; ++i) tensors.push_back(described(types[i], 0, ranks[i], dims + kRank * i));
     return tensors;
@@ -184,7 +185,8 @@ void* harness_create(void* creator, int32_t count, char const* const* names, int
         fields.emplace_back(names[i], data[i], static_cast<PluginFieldType>(types[i]), lengths[i]);
     }
     PluginFieldCollection const collection{count, fields.data()};
-    return static_cast<IPluginCreatorV3One*>(creator)->createPlugin("node", &collection, static_cast<TensorRTPhase>(phase));
+    const auto when = static_cast<TensorRTPhase>(phase);
+    return static_cast<IPluginCreatorV3One*>(creator)->createPlugin("node", &collection, when);
 }
 
 // What an engine does: the fields of `plugin` are copied away as bytes and given to the creator again.
@@ -221,8 +223,8 @@ int32_t harness_output_types(void* plugin, int32_t inputs, int32_t const* types,
     return error;
 }
 
-int32_t harness_output_shapes(void* plugin, int32_t inputs, int32_t const* ranks, int64_t const* dims, int32_t* out_ranks,
-                              int64_t* out_dims) {
+int32_t harness_output_shapes(void* plugin, int32_t inputs, int32_t const* ranks, int64_t const* dims,
+                              int32_t* out_ranks, int64_t* out_dims) {
     Builder builder;
     std::vector<DimsExprs> in(inputs), out(harness_outputs(plugin));
     for (int i = 0; i < inputs; ++i) {
@@ -251,8 +253,9 @@ int32_t harness_supports(void* plugin, int32_t place, int32_t inputs, int32_t ou
 int64_t harness_workspace(void* plugin, int32_t inputs, int32_t outputs, int32_t const* types, int32_t const* ranks,
                           int64_t const* dims) {
     const auto tensors = dynamic(all_described(inputs + outputs, types, ranks, dims));
-    if (build(plugin)->configurePlugin(tensors.data(), inputs, tensors.data() + inputs, outputs) != 0) return -1;
-    return static_cast<int64_t>(build(plugin)->getWorkspaceSize(tensors.data(), inputs, tensors.data() + inputs, outputs));
+    const DynamicPluginTensorDesc *in = tensors.data(), *out = in + inputs;
+    if (build(plugin)->configurePlugin(in, inputs, out, outputs) != 0) return -1;
+    return static_cast<int64_t>(build(plugin)->getWorkspaceSize(in, inputs, out, outputs));
 }
 
 // configurePlugin with dims of -1 where a dimension is dynamic.

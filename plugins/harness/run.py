@@ -76,9 +76,12 @@ class Outcome:
     problem: str = ""
 
 
-def run(library: Library, call: Call, device: Device) -> Outcome:
-    """One call as an engine would make it, twice. On an emulated library the second goes through all threads backwards."""
-    made = library.creators[call.op.name].create(call.case.attributes)
+def run(library: Library, call: Call, device: Device, **internal: int) -> Outcome:
+    """One call as an engine would make it, twice. On an emulated library the second goes through all threads backwards.
+
+    `internal`: fields besides the op's attributes, as a serialised plugin has them (grid_blocks).
+    """
+    made = library.creators[call.op.name].create(call.case.attributes | internal)
     if made is None:
         return Outcome(call, problem=f"not created: {library.log()}")
     size = made.workspace(call.inputs, call.outputs)

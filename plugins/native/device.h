@@ -2,7 +2,8 @@
 //
 //   launch(kernel, grid, block, shared_bytes, stream, arguments)   one kernel, its error as the result
 //   shared_memory()      dynamic shared memory, the only kind that the kernels use: the emulator then knows its size
-//   stream_load(p)       a load of 8 or 16 bytes that are read once: past the first-level cache
+//   load(p)              one load of 16 bytes that no kernel writes while they are read
+//   stream_load(p)       one load of 8 or 16 bytes that are read once: past the first-level cache
 //   require(ok, text)    an invariant of the arguments: stops the kernel in debug builds and in the emulator
 //
 // Kernels use threadIdx.x, blockIdx.x, __syncthreads() and __shfl_xor_sync() as CUDA defines them, all lanes of a warp
@@ -41,14 +42,17 @@ cudaError_t launch(Kernel kernel, int64_t grid, int block, size_t shared_bytes, 
 
 inline unsigned char* shared_memory() { return emulator::shared_memory(); }
 
-template <class Vector>
-Vector stream_load(const Vector* p) {
-    return *p;
-}
-
 inline void require(bool ok, const char* what) {
     if (!ok) emulator::fail(what);
 }
+
+template <class Vector>
+Vector stream_load(const Vector* p) {
+    require(reinterpret_cast<uintptr_t>(p) % sizeof(Vector) == 0, "a load from an address that is not aligned for it");
+    return *p;
+}
+
+inline uint4 load(const uint4* p) { return stream_load(p); }
 
 inline int multiprocessors() { return 16; }
 
@@ -67,6 +71,8 @@ __device__ inline unsigned char* shared_memory() {
     extern __shared__ __align__(16) unsigned char cm_shared_memory[];
     return cm_shared_memory;
 }
+
+__device__ inline uint4 load(const uint4* p) { return __ldg(p); }
 
 __device__ inline uint4 stream_load(const uint4* p) {
     uint4 v;

@@ -53,7 +53,8 @@ class OpPlugin : public nvinfer1::IPluginV3,
                  public nvinfer1::IPluginV3OneBuild,
                  public nvinfer1::IPluginV3OneRuntime {
   public:
-    OpPlugin(const char* name, const char* version, int32_t outputs) : name_(name), version_(version), outputs_(outputs) {}
+    OpPlugin(const char* name, const char* version, int32_t outputs)
+        : name_(name), version_(version), outputs_(outputs) {}
 
     nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
     nvinfer1::AsciiChar const* getPluginName() const noexcept override { return name_; }
