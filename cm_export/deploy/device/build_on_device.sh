@@ -239,8 +239,8 @@ if [[ ${fact[plugins]} == 1 ]]; then
             "-DCMAKE_CUDA_ARCHITECTURES=${fact[sm]}" "-DCMAKE_CUDA_COMPILER=$nvcc" "-DCM_TENSORRT_INCLUDE=$headers"
         attempt "plugin library" work/plugins.log cmake --build work/build --parallel 2
         if [[ $dry_run == 0 ]]; then
-            built=$(find work/build -name 'lib*.so' -type f | sort | head -n 1)
-            if [[ -z $built ]]; then failed "plugin library: cmake built no lib*.so; see work/plugins.log"; fi
+            built=$(find work/build -name libcm_plugins.so -type f -print -quit)
+            if [[ -z $built ]]; then failed "plugin library: cmake built no libcm_plugins.so; see work/plugins.log"; fi
             cp "$built" "$library.tmp"
             mv "$library.tmp" "$library"
             printf '%s\n' "$key" >"$library.key"
