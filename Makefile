@@ -5,7 +5,7 @@ DEMO := artifacts/demo.plan
 PICTURE := cm_export/demo/images/teal-circle.png
 STAMP := .venv/.installed
 
-.PHONY: demo test lint clean accuracy bench-quality bench-neurons bench-policies bench-matching bench-guard
+.PHONY: demo test lint clean accuracy bench-quality bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("cm-export needs Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
@@ -61,6 +61,16 @@ bench-guard: $(STAMP)
 	$(BIN)/python benchmarks/random_bundle.py --out artifacts/2b.plan --sizes qwen2-vl-2b
 	$(BIN)/python benchmarks/guard.py artifacts/guard.plan --random artifacts/mid.plan artifacts/2b.plan --every 16 --questions 24 \
 		--tokens 33 --repeats 3 --neuron-share 0.4 --out benchmarks/guard.json --docs docs/guard.md
+
+# The TensorRT plugins for every GPU that this nvcc knows (a few minutes); TENSORRT_INCLUDE= the directory of NvInferRuntime.h,
+# ARCHITECTURES= for fewer, such as 87.
+plugins: $(STAMP)
+	$(BIN)/python -m cm_export.plugins.build --out artifacts/plugins --harness \
+		$(if $(TENSORRT_INCLUDE),--tensorrt-include $(TENSORRT_INCLUDE)) $(if $(ARCHITECTURES),--architectures '$(ARCHITECTURES)')
+
+# The kernels beside dense products: artifacts/kernels.json. Needs a CUDA device and a torch that uses it.
+bench-kernels: plugins
+	$(BIN)/python benchmarks/kernels.py --library artifacts/plugins/libcm_plugins.so --out artifacts/kernels.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check . --fix

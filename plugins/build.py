@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from cm_export.errors import InputError
+from cm_export.errors import CmExportError, InputError
 
 SOURCES = Path(__file__).parent
 HEADERS_PACKAGE = "kernel-lens==2.0.1"
@@ -59,7 +59,6 @@ def compile_library(
     *,
     sources: Path = SOURCES,
     emulate: bool = False,
-    sanitize: bool = False,
     harness: bool = False,
     plugins: bool = True,
     architectures: str | None = None,
@@ -69,7 +68,7 @@ def compile_library(
     """Configures and builds in out/build; the libraries end up in `out`, which is returned. Raises InputError."""
     if shutil.which("cmake") is None:
         raise InputError("cmake is not installed", where="plugins", fix="install cmake 3.22 or newer")
-    flags = {"CM_EMULATE": emulate, "CM_SANITIZE": sanitize, "CM_HARNESS": harness, "CM_PLUGINS": plugins}
+    flags = {"CM_EMULATE": emulate, "CM_HARNESS": harness, "CM_PLUGINS": plugins}
     defines = {
         **{name: "ON" if on else "OFF" for name, on in flags.items()},
         "CM_TENSORRT_INCLUDE": include.resolve(),
@@ -87,8 +86,9 @@ def compile_library(
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            output = (done.stdout + done.stderr)[-4000:]
-            raise InputError(f"{command[1]} failed:\n{output}", where="plugins", fix="see the compiler's message")
+            (out / "build.log").write_text(done.stdout + done.stderr)
+            what = f"{' '.join(command[:2])} failed: ...{(done.stdout + done.stderr)[-600:]}"
+            raise InputError(what, where="plugins", fix=f"all of it is in {out / 'build.log'}")
     return out
 
 
@@ -108,4 +108,8 @@ def main(out: Path, tensorrt_include: Path | None, **options) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CmExportError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)

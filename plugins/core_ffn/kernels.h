@@ -8,7 +8,7 @@
 // batch 1 the speed is the number of bytes that are under way.
 #pragma once
 
-#include "activations.h"
+#include "activate.h"
 #include "plan.h"
 #include "rows.h"
 

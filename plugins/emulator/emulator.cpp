@@ -25,7 +25,7 @@ Index thread_index, block_index, block_size, grid_size;
 
 namespace {
 
-constexpr size_t kStack = 128 * 1024;
+constexpr size_t kStack = 64 * 1024;
 constexpr int kLanes = 32;
 
 // Threads that wait for one another: open when all have arrived, counted by `opened`.
@@ -127,6 +127,20 @@ void arrive(Barrier& barrier) {
     self().waits = nullptr;
 }
 
+// Resumes each lane that need not wait; whether there was one.
+bool run_warp(int warp) {
+    bool moved = false;
+    for (int i = 0; i < kLanes && !failed; ++i) {
+        const int which = warp * kLanes + (reverse ? kLanes - 1 - i : i);
+        Fiber& fiber = *fibers[which];
+        if (fiber.done || (fiber.waits != nullptr && fiber.waits->opened == fiber.since)) continue;
+        moved = true;
+        thread_index.x = which;
+        resume(fiber);
+    }
+    return moved;
+}
+
 void run_block(int threads) {
     whole_block = Barrier{threads};
     warps.assign(threads / kLanes, Warp{});
@@ -135,17 +149,14 @@ void run_block(int threads) {
         fibers[i]->done = false;
         fibers[i]->waits = nullptr;
     }
-    for (bool running = true, moved = true; running && !failed; moved = false) {
+    for (bool running = true; running && !failed;) {
         running = false;
-        for (int i = 0; i < threads && !failed; ++i) {
-            const int which = reverse ? threads - 1 - i : i;
-            Fiber& fiber = *fibers[which];
-            if (fiber.done) continue;
-            running = true;
-            if (fiber.waits != nullptr && fiber.waits->opened == fiber.since) continue;
-            moved = true;
-            thread_index.x = which;
-            resume(fiber);
+        bool moved = false;
+        for (int i = 0; i < threads / kLanes && !failed; ++i) {
+            const int warp = reverse ? threads / kLanes - 1 - i : i;
+            // As far as it gets without the others: what only happens to be ready in time is then missing.
+            while (!failed && run_warp(warp)) moved = true;
+            for (int lane = 0; lane < kLanes; ++lane) running = running || !fibers[warp * kLanes + lane]->done;
         }
         if (running && !moved && !failed) {
             fprintf(stderr, "cm_export emulator: block %u: its threads wait for each other\n", block_index.x);

@@ -1,6 +1,7 @@
 // CUDA's execution model on one CPU thread, enough to run the kernels of this folder as they stand.
 //
-//   block = one fiber per thread, resumed in turn; a fiber runs until it waits at __syncthreads() or in a shuffle
+//   block = one fiber per thread; a fiber runs until it waits at __syncthreads() or in a shuffle, a warp as far as it
+//   gets without the others
 //   shared memory = one allocation of exactly the bytes asked for, filled with NaN before each block
 //
 // What CUDA leaves undefined is an error here: a barrier that a thread has left, a shuffle that a lane has left, and

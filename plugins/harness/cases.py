@@ -41,6 +41,8 @@ _FFN = (
     ffn.Case("request", S=16, D=128, F=160, K=100, ascending=False),
     ffn.Case("none", B=2, S=5, D=256, F=150),
     ffn.Case("token", B=2, S=3, D=128, F=300, K=200, ascending=False),
+    ffn.Case("token", S=40, D=64, F=200, K=150, ascending=False),  # so many rows that the sum over neurons is not cut
+    ffn.Case("token", S=40, D=64, F=200, K=150, bits=4, group=32),
     ffn.Case("request", D=1056, F=120, K=100, bits=4, group=32, ascending=False),
     ffn.Case("request", S=6, D=544, F=130, K=90, bits=8, group=16, ascending=False),
     ffn.Case("token", S=2, D=160, F=256, K=30, block=8, bits=4, group=80, ascending=False),
@@ -50,7 +52,7 @@ _FFN = (
 _ATTENTION = (
     attention.Case(True, H=7, Hk=1, P=300, M=200, d=128, ascending=False),
     attention.Case(True, B=2, H=12, Hk=2, S=3, P=150, M=100, d=64, ascending=False),
-    attention.Case(True, B=2, H=3, Hk=3, P=90, M=70, d=256),
+    attention.Case(True, B=2, H=6, Hk=3, P=90, M=70, d=256),
     attention.Case(True, H=4, Hk=1, P=90, M=80, d=80, mask_rows="1"),
     attention.Case(False, H=4, Hk=2, S=16, P=100, d=40),
     attention.Case(True, H=6, Hk=2, S=2, P=200, M=150, d=33, ascending=False),
@@ -113,4 +115,4 @@ def calls() -> Iterator[Call]:
                 yield Call(op, case, dtype)
     for op, larger in ((ffn.OP, _FFN), (attention.OP, _ATTENTION)):
         yield from (Call(op, case, "float16", shifted=True) for case in larger[:2])
-    yield Call(ffn.OP, _FFN[5], "float16", shifted=True)
+    yield Call(ffn.OP, next(c for c in _FFN if c.bits), "float16", shifted=True)

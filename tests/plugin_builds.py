@@ -1,0 +1,103 @@
+"""Plugin libraries for tests: each compiled once, and copies of the emulated one with a source file changed.
+
+Where nvcc or the CUDA headers are missing, tests that need them skip and say so; where they are there, whatever else
+goes wrong is a failure.
+"""
+
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+from cm_export.plugins.build import SOURCES, compile_library, fetch_headers
+
+CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+
+
+@functools.cache
+def folder() -> Path:
+    """Of this test run; the builds in it are shared by all test files."""
+    made = tempfile.TemporaryDirectory(prefix="cm-plugins-")
+    folder.kept = made  # removed when the process ends
+    return Path(made.name)
+
+
+@functools.cache
+def headers() -> Path:
+    given = os.environ.get("TENSORRT_INCLUDE")
+    return Path(given) if given else fetch_headers(folder() / "headers")
+
+
+def need_cuda_headers() -> None:
+    if not (CUDA_HOME / "include/cuda_fp16.h").is_file():
+        pytest.skip(f"no CUDA headers in {CUDA_HOME}/include: the plugins cannot be compiled here")
+
+
+def need_nvcc() -> None:
+    if shutil.which("nvcc") is None and not (CUDA_HOME / "bin/nvcc").is_file():
+        pytest.skip("no nvcc: the plugins cannot be compiled for a GPU here")
+
+
+@functools.cache
+def emulated() -> Path:
+    """libcm_plugins_emulated.so, with libcm_harness.so beside it."""
+    need_cuda_headers()
+    out = compile_library(folder() / "emulated", headers(), emulate=True, harness=True)
+    return out / "libcm_plugins_emulated.so"
+
+
+@functools.cache
+def real() -> Path:
+    """libcm_plugins.so for one architecture, with libcm_harness.so beside it."""
+    need_nvcc()
+    return compile_library(folder() / "real", headers(), harness=True, architectures="90-real") / "libcm_plugins.so"
+
+
+def changed(
+    name: str, replaced: dict[str, list[tuple[str, str]]], rebuilt: list[str], flags: tuple[str, ...] = ()
+) -> Path:
+    """The emulated library with texts of source files replaced: {file: [(old, new)]}; `rebuilt` are compiled anew.
+
+    The sources are a copy, so no macro for tests is in the real ones. All other objects are those of `emulated()`.
+    """
+    library = emulated()
+    sources = folder() / name / "plugins"
+    shutil.copytree(SOURCES, sources, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
+    for file, texts in replaced.items():
+        text = (sources / file).read_text()
+        for old, new in texts:
+            assert text.count(old) == 1, f"{file} has {text.count(old)} times {old!r}"
+            text = text.replace(old, new)
+        (sources / file).write_text(text)
+    objects = {
+        p.relative_to(p.parents[1]).as_posix(): p
+        for p in library.parent.glob("build/*/CMakeFiles/cm_plugins.dir/*/*.o")
+    }
+    include = ["-isystem", str(headers()), "-isystem", str(CUDA_HOME / "include")]
+    common = [
+        "g++",
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-U_FORTIFY_SOURCE",
+        "-DCM_EMULATE",
+        *include,
+        *flags,
+    ]
+    for file in rebuilt:
+        target = folder() / name / f"{file.replace('/', '_')}.o"
+        _run([*common, "-x", "c++", "-c", str(sources / file), "-o", str(target)])
+        objects[f"{file}.o"] = target
+    out = folder() / name / library.name
+    script = f"-Wl,--version-script={sources / 'native/exports.map'}"
+    _run(["g++", "-shared", *flags, script, *map(str, objects.values()), "-o", str(out)])
+    return out
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

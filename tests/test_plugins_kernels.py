@@ -1,0 +1,134 @@
+"""The kernels, run on the CPU as they stand: every call equals its op's function, twice to the byte, within its buffers."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import plugin_builds
+import pytest
+from cm_export.plugins.core_attention.op import Case as AttentionCase
+from cm_export.plugins.core_ffn.op import Case as FfnCase
+from cm_export.plugins.harness.cases import OPS, Call, calls
+from cm_export.plugins.harness.library import Library
+from cm_export.plugins.harness.run import Cpu, run
+
+FFN, ATTENTION = OPS
+LARGE = FfnCase("request", D=264, F=200, K=130)
+
+
+@pytest.fixture(scope="module")
+def library():
+    return Library(plugin_builds.emulated())
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_every_call_equals_the_function_of_its_op(library, op):
+    """Also that a second run, with all blocks and threads in reverse, gives the same bytes, and that no byte behind
+    an output or the workspace is written."""
+    outcomes = [run(library, call, Cpu()) for call in calls() if call.op is op]
+    assert len(outcomes) > 70
+    assert [f"{o.call}: {o.problem}" for o in outcomes if o.problem] == []
+
+
+def test_the_calls_take_every_path_of_the_kernels():
+    """Sizes for which the work is cut differently: few, 4 and 8 rows at once; with and without splits; odd addresses."""
+    ffn = [c for c in calls() if c.op is FFN]
+    rows = {c.case.B * c.case.S if c.case.index == "none" else 1 if c.case.index == "token" else c.case.S for c in ffn}
+    assert {1, 2, 3, 5, 16} <= rows
+    assert {(c.case.bits, c.case.block, c.dtype) for c in ffn} >= {
+        (bits, block, dtype) for bits in (0, 4, 8) for block in (1, 8, 32) for dtype in ("float16", "bfloat16")
+        if (bits, block) != (4, 32) or dtype == "float16"
+    }  # fmt: skip
+    assert any(c.shifted for c in ffn)
+    attention = [c.case for c in calls() if c.op is ATTENTION]
+    assert {c.H // c.Hk * c.S for c in attention} >= {1, 6, 7}
+    assert max(c.d for c in attention) == 256
+
+
+@pytest.mark.parametrize(
+    "call", [Call(FFN, LARGE, "float16"), Call(ATTENTION, AttentionCase(True), "float16")], ids=str
+)
+def test_an_index_out_of_range_is_an_error_where_indices_are_checked(library, call, capfd):
+    name = list(call.feeds)[-1]
+    for wrong in (-1, 10_000):
+        call.feeds[name].flat[-1] = wrong
+        assert "enqueue returned" in run(library, call, Cpu()).problem
+        assert "is not a row of" in capfd.readouterr().err
+
+
+def test_a_call_before_its_shapes_are_known_is_an_error(library):
+    call = Call(FFN, LARGE, "float16")
+    plugin = library.creators["CoreFFN"].create(call.case.attributes)
+    assert plugin.enqueue(call.inputs, call.outputs, [0] * 5, [0, 0], 0) != 0
+
+
+def test_the_workspace_of_a_large_shape_serves_every_smaller_one(library):
+    """One engine runs all shapes of its profile with the workspace of the largest; more rows need fewer splits."""
+    plugin = library.creators["CoreFFN"].create(LARGE.__class__.attributes.fget(LARGE))
+    largest = None
+    for tokens in (64, 17, 16, 8, 5, 3, 1):
+        call = Call(FFN, replace(LARGE, S=tokens), "float16")
+        size = plugin.workspace(call.inputs, call.outputs)
+        largest = largest or size
+        assert 0 < size <= largest
+
+
+def test_rows_that_are_not_listed_are_not_read(library):
+    """NaN in every row that no list names reaches no output."""
+    call = Call(FFN, replace(LARGE, D=64, K=20), "float16")
+    expected = call.expected
+    rest = np.setdiff1d(np.arange(call.case.F), call.feeds["core_neurons"])
+    for weight in ("w_gate", "w_up", "w_down_t"):
+        call.feeds[weight][rest] = np.nan
+    assert not any(np.isnan(a).any() for a in expected.values())
+    assert run(library, call, Cpu()).problem == ""
+
+
+SANITIZED = """
+import sys
+from pathlib import Path
+from cm_export.plugins.harness.cases import calls
+from cm_export.plugins.harness.library import Library
+from cm_export.plugins.harness.run import Cpu, run
+library = Library(Path(sys.argv[1]), Path(sys.argv[2]))
+chosen = [c for c in calls() if c.dtype == "float16" and c.case.dtype == "float32"]
+chosen = [c for c in chosen if getattr(c.case, "activation", "silu") == "silu"][::3]
+wrong = [f"{o.call}: {o.problem}" for o in (run(library, c, Cpu()) for c in chosen) if o.problem]
+print(len(chosen), "calls", *wrong, sep="\\n")
+sys.exit(bool(wrong))
+"""
+
+
+def sanitized(name, replaced):
+    """A third of the float16 calls in a process with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
+    rebuilt = ["core_ffn/run_half.cu", "core_attention/run_half.cu", "emulator/emulator.cpp"]
+    library = plugin_builds.changed(name, replaced, rebuilt, flags)
+    preload = []
+    for runtime in ("libasan.so", "libubsan.so"):
+        found = subprocess.run(["g++", f"-print-file-name={runtime}"], capture_output=True, text=True, check=True)
+        preload.append(found.stdout.strip())
+    environment = (
+        os.environ
+        | {
+            "LD_PRELOAD": " ".join(preload),
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",  # Python leaks; fibers have stacks of their own
+            "OMP_NUM_THREADS": "1",
+        }
+    )
+    harness = plugin_builds.emulated().parent / "libcm_harness.so"
+    command = [sys.executable, "-c", SANITIZED, str(library), str(harness)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_no_kernel_reads_or_writes_outside_its_arrays():
+    done = sanitized("sanitized", {})
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+
+def test_a_kernel_that_reads_behind_a_row_is_seen():
+    tail = ("first + i < columns ? to_float(row[first + i]) : 0.0f", "to_float(row[first + i])")
+    done = sanitized("reads_behind", {"native/numbers.h": [tail]})
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr

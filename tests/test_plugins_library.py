@@ -1,0 +1,88 @@
+"""The plugin library as TensorRT will load it: compiled by nvcc, its exports, its interface. No GPU is needed."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import plugin_builds
+import pytest
+from cm_export.plugins.build import SOURCES, compile_library
+from cm_export.plugins.core_ffn.body import ACTIVATIONS
+from cm_export.plugins.harness.cases import OPS
+from cm_export.plugins.harness.interface import problems
+from cm_export.plugins.harness.library import Library
+
+from cm_export.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+
+
+def symbols(library: Path, *options: str) -> set[str]:
+    text = subprocess.run(["nm", "-D", *options, str(library)], capture_output=True, text=True, check=True).stdout
+    return {line.split()[-1].split("@")[0] for line in text.splitlines()}
+
+
+def test_the_library_exports_what_tensorrt_looks_for_and_nothing_else():
+    assert symbols(plugin_builds.real(), "--defined-only") == {"getCreators", "setLoggerFinder"}
+
+
+def test_the_library_needs_neither_tensorrt_nor_a_cuda_runtime_to_be_loaded():
+    text = subprocess.run(
+        ["readelf", "-d", str(plugin_builds.real())], capture_output=True, text=True, check=True
+    ).stdout
+    needed = {name.split(".")[0] for name in re.findall(r"NEEDED.*\[(.*)\]", text)}
+    assert needed <= {"libc", "libm", "libstdc++", "libgcc_s", "libdl", "libpthread", "librt", "ld-linux-x86-64"}
+    foreign = re.compile(r"nvinfer|^cuda|^cu[A-Z]", re.IGNORECASE)
+    assert not [s for s in symbols(plugin_builds.real(), "--undefined-only") if foreign.search(s)]
+
+
+@pytest.mark.parametrize("build", [plugin_builds.real, plugin_builds.emulated], ids=["nvcc", "emulated"])
+def test_interface_keeps_every_promise(build):
+    library = Library(build())
+    assert [str(p) for p in problems(library)] == []
+
+
+def test_plugins_are_named_as_the_nodes_are():
+    creators = Library(plugin_builds.emulated()).creators
+    assert {(c.name, c.version, tuple(c.fields)) for c in creators.values()} == {
+        (op.name, op.version, op.attributes) for op in OPS
+    }
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_of_the_op_is_one_of_the_plugin(name):
+    attributes = {"activation": name, "block": 1, "bits": 0, "group": 0}
+    assert Library(plugin_builds.emulated()).creators["CoreFFN"].create(attributes) is not None
+
+
+def test_an_unknown_activation_is_refused_with_those_that_exist():
+    library = Library(plugin_builds.emulated())
+    library.log()
+    attributes = {"activation": "silo", "block": 1, "bits": 0, "group": 0}
+    assert library.creators["CoreFFN"].create(attributes) is None
+    assert re.search(r'unknown activation "silo"; known: silu, .*mish', library.log())
+
+
+def test_a_missing_header_directory_is_an_error_that_says_what_to_give(tmp_path):
+    with pytest.raises(InputError, match=r"NvInferRuntime.h .*CM_TENSORRT_INCLUDE"):
+        compile_library(tmp_path, tmp_path, plugins=False, harness=True)
+
+
+def test_only_the_interface_of_tensorrt_10_3_is_used():
+    newer = re.compile(r"V3OneBuildV2|V3QuickBuild|getAliasedInput|kFP4|kE8M0|kINT64|IStreamReaderV2|IPluginV2")
+    for file in SOURCES.rglob("*"):
+        if file.suffix in (".h", ".cpp", ".cu", ".cuh"):
+            assert not newer.search(file.read_text()), file
+
+
+def test_a_wheel_carries_the_sources_that_a_device_compiles():
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packed = set()
+    for package in tool["packages"]:
+        if package.startswith("cm_export.plugins"):
+            home = SOURCES.joinpath(*package.split(".")[2:])
+            for pattern in ("*.py", *tool["package-data"].get(package, ())):
+                packed |= {f for f in home.glob(pattern) if f.is_file()}
+    ours = {".h", ".cpp", ".cu", ".cuh", ".map", ".txt", ".py", ".md"}
+    assert {f for f in SOURCES.rglob("*") if f.suffix in ours} == packed
