@@ -25,7 +25,7 @@ from conftest import cm_export
 from fake_jetson import Jetson
 
 from cm_export import generate
-from cm_export.backends._export_tensorrt import at, write_graphs
+from cm_export.backends._export_tensorrt import write_graphs
 from cm_export.backends._targets import target
 from cm_export.bundle import Bundle
 from cm_export.cli import main
@@ -352,7 +352,8 @@ def test_a_file_that_is_cut_short_fails_the_gate_in_one_line(gate, tmp_path, cap
 def test_weights_are_estimated_as_they_are_written(bare_bundle, precision, tmp_path):
     """Low-bit ones roughly: a hidden size of 112 makes smaller groups, and so more scales, than those of real models."""
     bundle = Bundle(bare_bundle)
-    written = write_graphs(at(bundle, precision, 256), tmp_path, target("10.3"), pack.GRAPHS)["graphs"]
+    order = pack.Order(*jetson.find("jetson-orin"), precision, capacity=256)
+    written = write_graphs(pack._source(bundle, order), tmp_path, target("10.3"), pack.GRAPHS)["graphs"]
     for graph, size in memory.estimated_weights(bundle, pack.GRAPHS, precision).items():
         assert size == pytest.approx(written[graph]["weight_bytes"], rel=0.03 if precision == "fp16" else 0.15)
 
@@ -395,6 +396,27 @@ def test_a_2_b_model_fits_an_orin_nano_in_int4_only():
     assert memory.predict(weights, bundle, Engine(), "in_place", True, 1).parts["cache"] == int4.parts["cache"] // 2
 
 
+def test_qwen2_vl_2b_with_its_own_vision_fits_an_orin_nano_with_smaller_pictures_and_a_shorter_cache(monkeypatch):
+    """Vision of 665 M parameters: together with it nothing alone suffices, and what is named does."""
+    shape = SimpleNamespace(
+        layers=28, hidden=1536, ffn=8960, heads=12, kv_heads=2, head_dim=128, vocab=151936, patch_dim=1176
+    )
+    bundle = SimpleNamespace(shape=shape, config={"vision_config": {"embed_dim": 1280, "num_heads": 16}})
+    by = {
+        p: {"vision": 1_330_000_000, "prefill": d, "decode": d}
+        for p, d in (("fp16", 3.09e9), ("int8", 2e9), ("int4", 1.163e9))
+    }
+    monkeypatch.setattr(memory, "estimated_weights", lambda _bundle, _graphs, precision: by[precision])
+    ask = (bundle, pack.GRAPHS, "fp16", Engine(), "copy", False, 5_200_000_000)
+    told = memory.smaller(*ask)
+    assert told == "--precision int4 --capacity 1024 --max-patches 1024"
+    fitting = memory.at(Engine(), 1024, 1024)
+    assert memory.predict(by["int4"], bundle, fitting, "copy", False, 5_200_000_000).fits
+    for capacity, patches in ((2048, 256), (1024, 2048)):
+        engine = memory.at(Engine(), capacity, patches)
+        assert not memory.predict(by["int4"], bundle, engine, "copy", False, 5_200_000_000).fits
+
+
 @pytest.fixture
 def small_device(monkeypatch):
     """usable bytes -> jetson-orin-nano has no more than that."""
@@ -410,7 +432,7 @@ def test_what_does_not_fit_is_refused_and_what_is_named_instead_fits(bare_bundle
     bundle, engine = Bundle(bare_bundle), Engine(capacity=4096)
     weights = memory.estimated_weights(bundle, pack.GRAPHS, "fp16")
     sizes = {
-        c: memory.predict(weights, bundle, memory.at_capacity(engine, c), "copy", False, 0).run_bytes
+        c: memory.predict(weights, bundle, memory.at(engine, c, engine.max_patches), "copy", False, 0).run_bytes
         for c in (4096, 2048, 1024, 512)
     }
     small_device((sizes[1024] + sizes[512]) // 2)
