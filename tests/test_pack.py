@@ -488,6 +488,7 @@ BAD = {
     "unknown jetpack": (["--target", "jetson-orin", "--jetpack", "5.1"], "give 6.2 or 7.2"),
     "unknown precision": (["--target", "jetson-orin", "--precision", "fp8"], "fp8"),
     "no rows": (["--target", "jetson-orin", "--capacity", "12"], "--capacity"),
+    "a picture smaller than a probe": (["--target", "jetson-orin", "--max-patches", "16"], "--max-patches"),
     "out is a directory": (["--target", "jetson-orin", "--out", "there.tar.gz"], "is a directory"),
     "out is a pipe": (["--target", "jetson-orin", "--out", "pipe.tar.gz"], "not a regular file"),
     "out of another kind": (["--target", "jetson-orin", "--out", "x.zip"], "end in .tar.gz"),

@@ -27,7 +27,7 @@ from ._console import Count, Verb, bundle_argument, emit_json, json_option, prog
 @click.option(
     "--capacity", type=Count(256, 2**20), help="Rows of the cache, prompt and answer.  [default: the recipe's]"
 )
-@click.option("--max-patches", type=Count(16, 2**20), help="Patches of the largest picture.  [default: the recipe's]")
+@click.option("--max-patches", type=Count(256, 2**20), help="Patches of the largest picture.  [default: the recipe's]")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The archive to write (.tar.gz).")
 @click.option("--force", is_flag=True, help="Write it although the predicted memory does not fit.")
 @quiet_option
