@@ -738,7 +738,9 @@ def test_a_second_run_builds_nothing_and_another_setting_builds_again(unpacked, 
 
 def test_after_a_kill_only_the_unfinished_engines_are_built(unpacked, device):
     folder, jetson_ = unpacked("6.2"), device()
-    jetson_.kill_while_building(folder, "prefill")
+    with jetson_.building(folder, "prefill"):
+        one_line(jetson_.run(folder), 2, "work/lock: another run is at work")
+        assert jetson_.run(folder, "--dry-run").returncode == 0
     assert sorted(p.name for p in (folder / "engines").glob("*.plan*")) == [
         "prefill.plan.tmp",
         "vision.plan",
