@@ -4,11 +4,13 @@ The programs record how they were called. trtexec answers probes from the archiv
 the script and not the engines; planted faults come through FAKE_* variables.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -166,8 +168,9 @@ class Jetson:
         out, err = process.communicate(timeout=120)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
-    def kill_while_building(self, archive: Path, graph: str) -> None:
-        """Start, and end everything without warning while that engine is being built."""
+    @contextlib.contextmanager
+    def building(self, archive: Path, graph: str) -> Iterator[None]:
+        """A run that has come to the building of that engine; at the end everything of it is killed without warning."""
         self.faults = {"FAKE_HANGS": graph}
         process = self.start(archive)
         marker = self.folder / "calls.hangs"
@@ -175,9 +178,10 @@ class Jetson:
             if marker.exists():
                 break
             time.sleep(0.05)
+        self.faults = {}
+        yield
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        self.faults = {}
 
     def _coreutils(self) -> Path:
         """A folder with what every Ubuntu has, and nothing else."""
@@ -197,6 +201,7 @@ class Jetson:
             "cp",
             "cat",
             "find",
+            "flock",
             "sort",
         ):
             link = folder / name

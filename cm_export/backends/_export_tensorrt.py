@@ -5,7 +5,7 @@ folder/weights.fp16.safetensors                    16-bit copies and the few flo
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,6 @@ class Source:
         if graphs is None:
             graphs = [g for g in self.graphs if g != "turn" and (self.recipe.engine.dense or not g.endswith("_dense"))]
         return tuple(g for g in graphs if g in self.graphs)
-
-
-def at(bundle: Any, precision: str, capacity: int) -> Source:
-    """An opened bundle at another precision and capacity than its recipe names. Raises InputError."""
-    source = Source.of(bundle)
-    prompt = min(source.recipe.engine.max_prompt, capacity - 1)
-    engine = {"engine__precision": precision, "engine__capacity": capacity, "engine__max_prompt": prompt}
-    return replace(source, recipe=source.recipe.replace(**engine))
 
 
 def write_graphs(source: Source, folder: Path, target: Target, graphs: Iterable[str] | None = None) -> dict[str, Any]:

@@ -27,13 +27,14 @@ from ._console import Count, Verb, bundle_argument, emit_json, json_option, prog
 @click.option(
     "--capacity", type=Count(256, 2**20), help="Rows of the cache, prompt and answer.  [default: the recipe's]"
 )
+@click.option("--max-patches", type=Count(256, 2**20), help="Patches of the largest picture.  [default: the recipe's]")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The archive to write (.tar.gz).")
 @click.option("--force", is_flag=True, help="Write it although the predicted memory does not fit.")
 @quiet_option
 @json_option
 def command(
-    bundle: Path, target: str, jetpack: str | None, precision: str, capacity: int | None, out: Path, force: bool,
-    quiet: bool, as_json: bool,
+    bundle: Path, target: str, jetpack: str | None, precision: str, capacity: int | None,
+    max_patches: int | None, out: Path, force: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Pack graphs, plugin sources, tokenizer and a script that builds, proves and measures engines on the device.
 
@@ -44,7 +45,7 @@ def command(
     device, release = find(target, jetpack)
     from ..deploy import pack
 
-    order = pack.Order(device, release, precision, capacity, force)
+    order = pack.Order(device, release, precision, capacity, max_patches, force)
     with progress(quiet or as_json) as step:
         summary = pack.pack(bundle, out, order, step)
     if as_json:

@@ -6,6 +6,7 @@
 Jetson's CPU and GPU share one memory, so everything counts against the same limit. Factors: `FACTORS`, with sources.
 """
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ FACTORS = {
     "runtime": (600_000_000, "CUDA context and TensorRT's libraries, resident; an estimate, bytes"),
 }
 _BITS = {"fp16": (16, 0), "int8": (8, 128), "int4": (4, 64)}  # and columns that share a scale
-_SMALLEST = 256  # rows of a cache that are still worth proposing
+_SMALLEST = 256  # rows of a cache, or patches of a picture, that are still worth proposing
 Weights = dict[str, int]  # bytes by graph
 
 
@@ -96,33 +97,41 @@ def estimated_weights(bundle: Any, graphs: Iterable[str], precision: str) -> Wei
 def smaller(
     bundle: Any, graphs: Iterable[str], precision: str, engine: Engine, kv: str, fused: bool, limit: int
 ) -> str:
-    """What would fit, as options of `pack`: another precision or another capacity, else both; "" where nothing does."""
-    names, lower = tuple(graphs), PRECISIONS[PRECISIONS.index(precision) + 1 :]
+    """What would fit, as options of `pack`: one change alone where that suffices, else the least; "" where nothing does."""
+    names = tuple(graphs)
+    precisions = PRECISIONS[PRECISIONS.index(precision) :]
+    weights = {p: estimated_weights(bundle, names, p) for p in precisions}
+    capacities = _halves(engine.capacity)
+    patches = _halves(engine.max_patches) if "vision" in names else [engine.max_patches]
 
-    def largest(precision: str, capacities: list[int]) -> int | None:
-        weights = estimated_weights(bundle, names, precision)
-        engines = ((c, at_capacity(engine, c)) for c in capacities)
-        return next((c for c, e in engines if predict(weights, bundle, e, kv, fused, limit).fits), None)
+    def options(p: str, c: int, n: int) -> str:
+        changed = (
+            ("precision", p, precision),
+            ("capacity", c, engine.capacity),
+            ("max-patches", n, engine.max_patches),
+        )
+        return " ".join(f"--{name} {new}" for name, new, old in changed if new != old)
 
-    single = [f"--precision {p}" for p in lower if largest(p, [engine.capacity])][:1]
-    shorter = _halves(engine.capacity)
-    capacity = largest(precision, shorter)
-    single += [f"--capacity {capacity}"] if capacity else []
-    both = ((p, largest(p, shorter)) for p in lower)
-    return " or ".join(single) or next((f"--precision {p} --capacity {c}" for p, c in both if c), "")
+    def first(tried: Iterable[tuple[str, int, int]]) -> list[str]:
+        fitting = (t for t in tried if predict(weights[t[0]], bundle, at(engine, *t[1:]), kv, fused, limit).fits)
+        return [options(*t) for t in fitting][:1]
+
+    alone = [
+        *first((p, engine.capacity, engine.max_patches) for p in precisions[1:]),
+        *first((precision, c, engine.max_patches) for c in capacities[1:]),
+        *first((precision, engine.capacity, n) for n in patches[1:]),
+    ]
+    return " or ".join(alone) or "".join(first(itertools.product(precisions, capacities, patches)))
 
 
-def at_capacity(engine: Engine, capacity: int) -> Engine:
-    """The same engine settings with a cache of another length, which also bounds the prompt."""
-    return replace(engine, capacity=capacity, max_prompt=min(engine.max_prompt, capacity - 1))
+def at(engine: Engine, capacity: int, max_patches: int) -> Engine:
+    """The same settings with a cache of another length, which also bounds the prompt, and another largest picture."""
+    return replace(engine, capacity=capacity, max_prompt=min(engine.max_prompt, capacity - 1), max_patches=max_patches)
 
 
-def _halves(capacity: int) -> list[int]:
-    out = []
-    while capacity // 2 >= _SMALLEST:
-        capacity //= 2
-        out.append(capacity)
-    return out
+def _halves(size: int) -> list[int]:
+    """The size, and its halves that are still worth proposing."""
+    return [size, *_halves(size // 2)] if size // 2 >= _SMALLEST else [size]
 
 
 # ------------------------------------------------------------------------------------------------- activations

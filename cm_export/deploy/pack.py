@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import __version__, recipe_text, weights
 from ..backends import _check_engine
-from ..backends._export_tensorrt import Source, at, write_graphs
+from ..backends._export_tensorrt import Source, write_graphs
 from ..backends._targets import Target
 from ..backends._targets import target as tensorrt_target
 from ..bundle import Bundle
@@ -36,12 +36,13 @@ Step = Callable[..., None]
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """What is packed for what. `capacity` None: the recipe's."""
+    """What is packed for what. `capacity` and `max_patches` None: the recipe's."""
 
     device: Device
     jetpack: JetPack
     precision: str
     capacity: int | None = None
+    max_patches: int | None = None
     force: bool = False  # write an archive that does not fit all the same
 
 
@@ -50,15 +51,14 @@ def pack(path: Path, out: Path, order: Order, progress: Step = lambda *_: None) 
     name = archive.check_out(out)
     progress("open the bundle")
     bundle, target = Bundle(path), tensorrt_target(order.jetpack.tensorrt)
-    engine = Source.of(bundle).recipe.engine
-    engine = memory.at_capacity(engine, order.capacity or engine.capacity)
+    source = _source(bundle, order)
+    engine = source.recipe.engine
     names = [g for g in GRAPHS if g in bundle.manifest["graphs"]]
     prediction = _check_memory(bundle, names, order, engine, target)
     plugin_sources(plugins_folder())  # told before the long part
     with _folder(out) as folder:
         progress(f"lower the graphs for TensorRT {order.jetpack.tensorrt}")
         (folder / "onnx").mkdir()
-        source = at(bundle, order.precision, engine.capacity)
         written = write_graphs(source, folder / "onnx", target, names)
         sizes = {n: g["weight_bytes"] for n, g in written["graphs"].items()}
         prediction = _predicted(bundle, sizes, order, engine, target)
@@ -86,6 +86,7 @@ def pack(path: Path, out: Path, order: Order, progress: Step = lambda *_: None) 
         "tensorrt": order.jetpack.tensorrt,
         "precision": order.precision,
         "capacity": engine.capacity,
+        "max_patches": engine.max_patches,
         "graphs": {
             n: {"weight_bytes": g["weight_bytes"], "plugins": g["plugins"]} for n, g in written["graphs"].items()
         },
@@ -107,6 +108,15 @@ def plugin_sources(folder: Path) -> list[Path]:
             "no CMakeLists.txt, so the device could not build the plugin library", where=folder, fix=fix
         )
     return found
+
+
+def _source(bundle: Bundle, order: Order) -> Source:
+    """The bundle's graphs with the engine settings of the order instead of the recipe's. Raises InputError."""
+    source = Source.of(bundle)
+    engine = source.recipe.engine
+    engine = memory.at(engine, order.capacity or engine.capacity, order.max_patches or engine.max_patches)
+    engine = dataclasses.replace(engine, precision=order.precision)
+    return dataclasses.replace(source, recipe=source.recipe.replace(engine=engine))
 
 
 # ------------------------------------------------------------------------------------------------- memory
@@ -152,6 +162,7 @@ def _manifest(
         "precision": order.precision,
         "capacity": written["capacity"],
         "max_prompt": source.recipe.engine.max_prompt,
+        "max_patches": source.recipe.engine.max_patches,
         "kv": written["kv"],
         "typed_flag": target.typed_flag,
         "optimization_level": level,

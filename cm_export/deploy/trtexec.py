@@ -12,7 +12,8 @@ from ..backends._targets import Target
 # Each holds from 10.3 on. detailed: without it the list of layers has names only, and no types to find plugins by.
 BUILD = ("--skipInference", "--profilingVerbosity=detailed", "--dumpLayerInfo")
 ONCE = ("--iterations=1", "--warmUp=0", "--duration=0", "--avgRuns=1")
-BENCH = ("--iterations=50", "--warmUp=500", "--duration=5", "--noDataTransfers", "--useSpinWait")
+# With transfers: without them (--noDataTransfers) the ids that a plugin reads might never reach the device.
+BENCH = ("--iterations=50", "--warmUp=500", "--duration=5", "--useSpinWait")
 # What the script itself adds, with paths that only the device knows.
 LATER = (
     "--onnx", "--saveEngine", "--loadEngine", "--exportLayerInfo", "--dynamicPlugins", "--loadInputs", "--shapes",

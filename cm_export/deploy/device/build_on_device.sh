@@ -70,8 +70,8 @@ if [[ ! $workspace =~ ^[0-9]+$ ]]; then unfit "--workspace: '$workspace' is not 
 
 # Everything below names files relative to the archive: no path of the user's reaches trtexec, which splits at ':' and ','.
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
-for tool in python3 sha256sum df; do
-    command -v "$tool" >/dev/null || unfit "$tool: not found; install it (sudo apt-get install python3 coreutils)"
+for tool in python3 sha256sum df flock; do
+    command -v "$tool" >/dev/null || unfit "$tool: not found; install it (sudo apt-get install python3 coreutils util-linux)"
 done
 
 # ---------------------------------------------------------------- the archive
@@ -188,6 +188,8 @@ fi
 # ---------------------------------------------------------------- ready
 if [[ $dry_run == 0 ]]; then
     mkdir -p work engines
+    exec 9>work/lock # held by every child, too: a builder that outlives this script still counts
+    if ! flock --nonblock 9; then unfit "work/lock: another run is at work in this folder; wait for it"; fi
     rm -f work/*.tmp engines/*.tmp work/*.parity.json work/*.bench.log work/failure.txt work/warnings.txt report.json report.txt
     report=1
     python3 device/facts.py device "model=$model" "l4t=$l4t" "jetpack=$jetpack" "tensorrt=$tensorrt" "cuda=$cuda" \
@@ -239,8 +241,8 @@ if [[ ${fact[plugins]} == 1 ]]; then
             "-DCMAKE_CUDA_ARCHITECTURES=${fact[sm]}" "-DCMAKE_CUDA_COMPILER=$nvcc" "-DCM_TENSORRT_INCLUDE=$headers"
         attempt "plugin library" work/plugins.log cmake --build work/build --parallel 2
         if [[ $dry_run == 0 ]]; then
-            built=$(find work/build -name 'lib*.so' -type f | sort | head -n 1)
-            if [[ -z $built ]]; then failed "plugin library: cmake built no lib*.so; see work/plugins.log"; fi
+            built=$(find work/build -name libcm_plugins.so -type f -print -quit)
+            if [[ -z $built ]]; then failed "plugin library: cmake built no libcm_plugins.so; see work/plugins.log"; fi
             cp "$built" "$library.tmp"
             mv "$library.tmp" "$library"
             printf '%s\n' "$key" >"$library.key"
