@@ -217,7 +217,8 @@ def _body(node: onnx.NodeProto) -> onnx.FunctionProto:
     folder = {"CoreFFN": "core_ffn", "CoreAttention": "core_attention"}[node.op_type]
     op = importlib.import_module(f"cm_export.plugins.{folder}.op")
     if node.op_type == "CoreFFN":
-        return op.function("request", attributes["activation"].decode())
+        bits = attributes.get("bits", 0) if len(node.input) > 5 else 0  # words and scales in place of weights
+        return op.function("request", attributes["activation"].decode(), bits=bits)
     return op.function(index=len(node.input) == 5)
 
 

@@ -61,12 +61,18 @@ def logits_of(engine, tokens, images=IMAGES[:1], **budget):
 
 
 # ---------------------------------------------------------------------------------------------------- same answers
-@pytest.mark.parametrize("cache", ["cut", "index"])
-@pytest.mark.parametrize("version", VERSIONS)
-def test_engines_of_every_version_answer_as_onnx_runtime_does(sit, version, cache):
-    if cache == "index" and version not in SOME:
-        pytest.skip("as another version")
-    at = sit(version, cache)
+@pytest.mark.parametrize(
+    ("version", "cache", "precision"),
+    [
+        *((version, "cut", "fp16") for version in VERSIONS),
+        *((version, "index", "fp16") for version in SOME),
+        ("10.3.0", "cut", "int4"),
+        ("10.16.1.11", "cut", "int8"),
+        ("rtx-1.7.1", "cut", "int4"),
+    ],
+)
+def test_engines_of_every_version_answer_as_onnx_runtime_does(sit, version, cache, precision):
+    at = sit(version, cache, **({"engine__precision": precision} if precision != "fp16" else {}))
     ours, theirs = engines_of(at), on_cpu(at)
     for picture in IMAGES[:2]:
         for budget in ({"dense": True}, {}, {"neuron_share": 0.3, "token_share": 0.2}):

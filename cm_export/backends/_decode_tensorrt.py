@@ -74,12 +74,12 @@ class Decoder:
                 size += -(-math.prod(most) * session.dtypes[name].itemsize // _ALIGNED) * _ALIGNED
         self._size = size
         self._pinned: Pinned = self._backend.pinned("step", size)
-        self._device = session._buffers.get("step", size).address
+        self._device = session.buffers.get("step", size).address
         logits = (next(iter(self._shapes.values()))[0], *session.static_shape("logits")[1:])
         self._logits_size = math.prod(logits) * session.dtypes["logits"].itemsize
         self._logits_down = self._backend.pinned("logits", self._logits_size)
         self._logits = self._logits_down.array(0, logits, session.dtypes["logits"])
-        self._logits_at = session._buffers.get("logits", self._logits_size).address
+        self._logits_at = session.buffers.get("logits", self._logits_size).address
 
     def step(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
         """Logits [B,V] after the new token; feeds as of the protocol."""

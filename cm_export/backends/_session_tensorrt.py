@@ -96,7 +96,7 @@ class Session:
     def __init__(self, library: Library, file: Path, buffers: Buffers, streams_weights: bool = False):
         """`streams_weights`: the engine was built to leave weights in host memory, as many as do not fit."""
         trt, self.graph = library.trt, file.stem
-        self.library, self.cuda, self._file, self._buffers = library, library.cuda, file, buffers
+        self.library, self.cuda, self._file, self.buffers = library, library.cuda, file, buffers
         self._engine = engine = library.engine(file)
         if streams_weights:
             engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
@@ -176,7 +176,7 @@ class Session:
             self._host[name], self._inferred = array, False
             self.bind(name, array.ctypes.data)
             return
-        buffer = self._buffers.get(f"{self.graph}/{name}", array.nbytes)
+        buffer = self.buffers.get(f"{self.graph}/{name}", array.nbytes)
         self.cuda.upload(buffer, array)
         self.bind(name, buffer.address)
 
@@ -209,7 +209,7 @@ class Session:
         out, stamp = {}, self.stamp
         for name in self.outputs:
             shape, dtype = self.output_shape(name), self.dtypes[name]
-            address = self._buffers.get(f"{self.graph}/{name}", math.prod(shape) * dtype.itemsize).address
+            address = self.buffers.get(f"{self.graph}/{name}", math.prod(shape) * dtype.itemsize).address
             self.bind(name, address)
             out[name] = Held(address, shape, dtype, lambda: self.stamp == stamp)
         self.enqueue()
