@@ -106,6 +106,26 @@ def test_rows_that_are_not_listed_are_not_read(library):
     assert run(library, call, Cpu()).problem == ""
 
 
+def test_ids_that_mean_nothing_read_nothing_outside():
+    """Builders time plugins on whatever lies in memory; debug builds and the emulator stop there, release builds go on."""
+    quiet = {"native/device.h": [("if (!ok) emulator::fail(what);", "")]}
+    rebuilt = ["core_ffn/run_half.cu", "core_attention/run_half.cu"]
+    library = Library(
+        plugin_builds.changed("any_ids", quiet, rebuilt), plugin_builds.emulated().parent / "libcm_harness.so"
+    )
+    attention = AttentionCase(True, B=2, H=4, Hk=2, P=40, M=30, d=16)
+    for call, ids, count in (
+        (Call(FFN, replace(LARGE, D=64, K=20), "float16"), "core_neurons", LARGE.F),
+        (Call(ATTENTION, attention, "float16"), "core_tokens", 40),
+    ):
+        anything = np.random.default_rng(0).integers(-(2**31), 2**31, call.feeds[ids].shape).astype(np.int32)
+        anything.flat[0] = 0  # a row that every query sees
+        call.feeds[ids] = np.clip(anything, 0, count - 1)
+        assert set(call.expected) and (anything != call.feeds[ids]).any()
+        call.feeds[ids] = anything
+        assert run(library, call, Cpu()).problem == ""
+
+
 SANITIZED = """
 import sys
 from pathlib import Path

@@ -104,10 +104,7 @@ RECIPES = {
         ("10.16.1.11", "each picture"),
         ("10.3.0", "layers differ"),
         ("rtx-1.7.1", "layers differ"),
-        pytest.param(
-            *("rtx-1.7.1", "no tokens cut"),
-            marks=pytest.mark.xfail(strict=True, reason="the lowered prefill keeps image_mask, which nothing reads"),
-        ),
+        ("rtx-1.7.1", "no tokens cut"),
     ],
 )
 def test_in_float32_every_logit_is_onnx_runtimes(sit, demo_bundle, version, name):

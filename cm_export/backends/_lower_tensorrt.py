@@ -61,6 +61,8 @@ def lower(
     own = _own_ops(edit, target) if name == "decode" else ()
     if not own:
         _write_out_attention(edit)
+    if edit.has_input("image_mask") and not edit.input("image_mask").outputs:
+        _drop_inputs(edit, {"image_mask"})  # where no policy asks which tokens are a picture's
     halves = halving.halve(edit, weights, precision)
     if not target.native_norm:
         _replace(edit, "RMSNormalization", written.NORM, "epsilon")

@@ -105,6 +105,7 @@ __global__ void CM_THREADS(kAttendWarps* kWarp) attend(Attend<T> a) {
             position[u] = -1;
             if (n < end) position[u] = a.ids == nullptr ? n : a.ids[static_cast<int64_t>(b) * s.listed + n];
             require(n >= end || (position[u] >= 0 && position[u] < s.cached), "a core token is not a row of the cache");
+            position[u] = n < end ? within(position[u], s.cached) : -1;
         }
         CM_UNROLL
         for (int u = 0; u < kBatch; ++u) {

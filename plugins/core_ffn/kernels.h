@@ -20,7 +20,7 @@ struct Lists {
     int32_t listed;
     int32_t block;
     int32_t neurons;  // N = listed * block
-    int32_t in_weights;  // F
+    int32_t places;   // F / block: ids are below it
 
     // In two steps, so that ids can be under way while other work is done: what is at neuron n of the list, and
     // which row of the weights that means.
@@ -29,8 +29,9 @@ struct Lists {
         return ids == nullptr ? place : ids[group * listed + place];
     }
     __device__ int64_t row(int32_t id, int32_t n) const {
-        require(id >= 0 && id < in_weights / block, "a core neuron is not a row of the weights");
-        return block == 1 ? id : static_cast<int64_t>(id) * block + n % block;
+        require(id >= 0 && id < places, "a core neuron is not a row of the weights");
+        const int32_t real = within(id, places);
+        return block == 1 ? real : static_cast<int64_t>(real) * block + n % block;
     }
 };
 

@@ -73,7 +73,7 @@ cudaError_t run_bits(const FfnCall& call, const Lists& lists, cudaStream_t strea
 
 template <class T>
 cudaError_t run_ffn(const FfnCall& call, cudaStream_t stream) {
-    const Lists lists{call.ids, call.listed, call.block, call.sizes.neurons, call.in_weights};
+    const Lists lists{call.ids, call.listed, call.block, call.sizes.neurons, call.in_weights / call.block};
     switch (call.sizes.bits) {
         case 0: return run_bits<T, 0>(call, lists, stream);
         case 4: return run_bits<T, 4>(call, lists, stream);

@@ -110,6 +110,12 @@ inline const char* error_text(cudaError_t error) { return cudaGetErrorString(err
 
 #endif
 
+// The nearest of 0 .. count - 1. A builder that times a plugin feeds it whatever lies in memory, ids too: that must not
+// read outside the weights or the cache.
+__device__ inline int32_t within(int64_t id, int32_t count) {
+    return static_cast<int32_t>(id < 0 ? 0 : id < count ? id : count - 1);
+}
+
 // The sum over a warp, in every lane; the order of the additions is fixed.
 __device__ inline float warp_sum(float value) {
     CM_UNROLL
