@@ -154,7 +154,7 @@ def _keep(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
     for node in reversed(nodes):
         if any(o in read for o in node.output):
             alive.append(node)
-            read.update(_reads(node))
+            read.update(names_read(node))
     kept = [t for t in graph.initializer if t.name in read]
     inputs = [v for v in graph.input if v.name in read or v.name not in ("core_neurons", "core_counts")]
     del graph.node[:], graph.initializer[:], graph.input[:]
@@ -163,10 +163,10 @@ def _keep(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
     graph.input.extend(inputs)
 
 
-def _reads(node: onnx.NodeProto) -> set[str]:
+def names_read(node: onnx.NodeProto) -> set[str]:
     """Names that a node reads, those that the body of a loop takes from around it included."""
     bodies = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
-    return set(node.input).union(*(_reads(inner) for body in bodies for inner in body.node))
+    return set(node.input).union(*(names_read(inner) for body in bodies for inner in body.node))
 
 
 def _attribute(node: onnx.NodeProto, name: str) -> Any:

@@ -25,6 +25,7 @@ from ..plugins.core_ffn import op as core_ffn
 from ..surgery.edit import Edit
 from . import _halve_tensorrt as halving
 from . import _written_out as written
+from ._lower_onnxruntime import names_read
 from ._targets import Target
 
 DECODES = ("decode", "decode_dense")
@@ -61,8 +62,6 @@ def lower(
     own = _own_ops(edit, target) if name == "decode" else ()
     if not own:
         _write_out_attention(edit)
-    if edit.has_input("image_mask") and not edit.input("image_mask").outputs:
-        _drop_inputs(edit, {"image_mask"})  # where no policy asks which tokens are a picture's
     halves = halving.halve(edit, weights, precision)
     if not target.native_norm:
         _replace(edit, "RMSNormalization", written.NORM, "epsilon")
@@ -72,6 +71,7 @@ def lower(
     _set_opset(lowered, 24 if target.kv == "in_place" else OPSET)
     lowered = inliner.inline_selected_functions(lowered, [(DOMAIN, p) for p in own], exclude=True)
     _read_weights_directly(lowered.graph)
+    _drop_image_mask(lowered.graph)
     halving.no_float64(lowered.graph)
     for tensor in lowered.graph.initializer:
         if tensor.name in halves:
@@ -239,6 +239,14 @@ def _read_weights_directly(graph: onnx.GraphProto) -> None:
         node.input[:] = [other.get(name, name) for name in node.input]
     del graph.node[:]
     graph.node.extend(kept)
+
+
+def _drop_image_mask(graph: onnx.GraphProto) -> None:
+    """Where every token votes, no function looks at which ones are a picture's. Other inputs must have readers."""
+    read = set().union(*(names_read(n) for n in graph.node))
+    kept = [v for v in graph.input if v.name != "image_mask" or v.name in read]
+    del graph.input[:]
+    graph.input.extend(kept)
 
 
 def _set_opset(model: onnx.ModelProto, opset: int) -> None:
