@@ -22,12 +22,32 @@ def describe(path: Path) -> dict[str, Any]:
         "recipe": {k: v for k, v in m["recipe"].items() if v is not None},
         "graphs": graphs,
         "weights": {"file": WEIGHTS, "bytes": m["files"][WEIGHTS]["bytes"], "tensors": len(bundle.weights.tensors)},
+        "engines": _engines(m),
         "gates": m["gates"],
         "passes": m["passes"],
         "pruned": _pruned(recipe, bundle.shape),
         "links": m["links"],
         "versions": m["versions"],
     }
+
+
+def _engines(manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """What the engines are built for, and of each: bytes, layers (None where no GPU could open it), plugin layers."""
+    found = manifest.get("engines")
+    if not found:
+        return None
+    rows = [
+        {
+            "name": name,
+            "bytes": graph["bytes"],
+            "layers": graph["layers"],
+            "plugins": graph["plugins"],
+            "index_inputs": len(graph["index_inputs"]),
+        }
+        for name, graph in found["graphs"].items()
+    ]
+    what = ("backend", "version", "architecture", "precision", "capacity", "kv")
+    return {k: found[k] for k in what} | {"graphs": rows}
 
 
 def _pruned(recipe: Recipe, shape: Any) -> dict[str, str]:

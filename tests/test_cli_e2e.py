@@ -237,7 +237,7 @@ def test_the_commands_of_the_readme_work_as_written(demo_bundle, tmp_path):
     assert len(runs) >= 5 and any("--recipe demo" in line for line in lines)
     for line in runs:
         words = shlex.split(line, comments=True)[1:]
-        made = ("kept.png", "report.html", "tuned.toml")
+        made = ("kept.png", "report.html", "tuned.toml", "demo.tar.gz")
         words = [str(demo_bundle) if w == "demo.plan" else str(tmp_path / w) if w in made else w for w in words]
         done = cm_export(*words, cwd=ROOT)
         assert done.returncode == 0, f"{line}: {done.stderr}"

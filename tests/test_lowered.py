@@ -7,10 +7,11 @@ import onnx
 import pytest
 from random_models import copy
 
-from cm_export import gates_lowered
+from cm_export import gates_lowered, weights
 from cm_export.backends import _halve_tensorrt, _lower_tensorrt, _written_out
 from cm_export.backends._export_tensorrt import Source, axis_ranges, describe, lowered, write_graphs
 from cm_export.backends._targets import TARGETS, target
+from cm_export.bundle import Bundle
 from cm_export.errors import GateFailed, InputError
 from cm_export.probe import probe
 from cm_export.recipe import Recipe
@@ -228,3 +229,88 @@ def test_a_set_for_every_token_is_refused_in_words():
     model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], []))
     with pytest.raises(InputError, match=r"predicted.*griffin"):
         _lower_tensorrt.lower(model, "decode", target("10.3"), {}, 96, 64)
+
+
+def test_the_page_of_versions_is_the_table_that_the_lowering_reads():
+    from pathlib import Path
+
+    page = (Path(__file__).parent.parent / "docs" / "engines.md").read_text()
+    rows = [
+        r.split(" | ") for r in page.split("<!-- versions -->")[1].split("<!-- end -->")[0].strip().splitlines()[2:]
+    ]
+    told = []
+    for version, module, norm, attention, cache, ops, functions in rows:
+        name = version.removeprefix("| ")
+        told.append(
+            (
+                tuple(map(int, name.split("."))),
+                module.strip("`"),
+                norm == "native",
+                attention == "native",
+                cache.replace(" ", "_"),
+                ops == "plugin",
+                functions.startswith("kept"),
+            )
+        )
+    assert told == [
+        (t.version, t.module, t.native_norm, t.native_attention, t.kv, t.plugins, t.keep_functions) for t in TARGETS
+    ]
+
+
+# ------------------------------------------------------------------------------------------ low bits
+def low_bits(demo_bundle, folder, version, precision):
+    bundle = Bundle(demo_bundle)
+    small = {"engine__capacity": 96, "engine__max_prompt": 64, "engine__precision": precision}
+    s = dataclasses.replace(Source.of(bundle), recipe=bundle.recipe.replace(**small))
+    told = write_graphs(s, folder, target(version))
+    return s, bundle, told
+
+
+@pytest.mark.parametrize(
+    ("version", "precision"), [("10.3", "int4"), ("10.16", "int8"), ("10.16", "int4"), ("rtx-1.7", "int4")]
+)
+def test_weights_in_low_bits_are_those_of_the_model(demo_bundle, tmp_path, version, precision):
+    s, bundle, told = low_bits(demo_bundle, tmp_path, version, precision)
+    found = gates_lowered.run_gates(
+        s, target(version), bundle.family, probe(bundle.shape, bundle.config), tmp_path, threads=1
+    )
+    values = {g.name: g.value for g in found}
+    assert 0 < values["packing"] < {"int4": 0.15, "int8": 0.01}[precision]
+    assert values["half decode"] < 0.2 and values["half choice"] > 0.9
+    decode = onnx.load(tmp_path / "decode.onnx", load_external_data=False)
+    packed = [n for n in decode.graph.node if n.op_type in ("DequantizeLinear", "CoreFFN")]
+    layers = bundle.shape.layers
+    assert len(packed) == (
+        layers if precision == "int8" else 4 * layers + (layers if told["version"] != "rtx-1.7" else 0)
+    )
+
+
+def test_a_packed_weight_that_is_damaged_fails_a_gate(demo_bundle, tmp_path):
+    s, bundle, _ = low_bits(demo_bundle, tmp_path, "10.3", "int4")
+    file = tmp_path / "weights.int4.safetensors"
+    place = weights.index(file)["model.language_model.layers.3.mlp.up_proj.weight/int4.words"]
+    content = bytearray(file.read_bytes())
+    content[place.offset : place.offset + place.length] = content[place.offset + 1 : place.offset + place.length + 1]
+    file.write_bytes(content)
+    with pytest.raises(GateFailed, match=r"packing.*layers\.3\.mlp\.up_proj"):
+        gates_lowered.run_gates(
+            s, target("10.3"), bundle.family, probe(bundle.shape, bundle.config), tmp_path, threads=1
+        )
+
+
+def test_decode_and_prefill_share_the_bytes_of_a_packed_weight(demo_bundle, tmp_path):
+    low_bits(demo_bundle, tmp_path, "10.3", "int4")
+    places = {}
+    for name in ("decode", "prefill"):
+        graph = onnx.load(tmp_path / f"{name}.onnx", load_external_data=False).graph
+        tensor = next(t for t in graph.initializer if t.name.endswith("layers.0.mlp.gate_proj.weight/int4.words"))
+        places[name] = sorted((e.key, e.value) for e in tensor.external_data)
+    assert places["decode"] == places["prefill"]
+
+
+def test_sizes_that_do_not_pack_and_int8_without_a_plugin_are_refused(exported, demo_bundle, tmp_path):
+    s = source(exported(1), SMALL.replace(engine__precision="int4"))  # 12 wide: no whole words
+    with pytest.raises(InputError, match=r"build with --precision fp16"):
+        write_graphs(s, tmp_path, target("10.3"))
+    with pytest.raises(InputError, match=r"int8 rows need the plugin"):
+        low_bits(demo_bundle, tmp_path, "rtx-1.7", "int8")

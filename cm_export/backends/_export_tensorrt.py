@@ -196,8 +196,8 @@ def _planned(stored: WeightFile, tensor: onnx.TensorProto) -> Planned:
 def _packed(stored: WeightFile, tensor: onnx.TensorProto, how: dict[str, Any]) -> Planned:
     half, shape = np.dtype(np.float16), list(tensor.dims)
     dtype = {"words": np.dtype("<i4"), "codes": np.dtype("u1"), "scale": half}[how["part"]]
-    if how["part"] == "codes":
-        shape[-1] //= 2
+    if how["part"] != "scale" and tensor.data_type == onnx.TensorProto.INT4:  # ONNX counts numbers, the file elements
+        shape[-1] //= 2 * dtype.itemsize
 
     def read() -> Iterator[np.ndarray]:
         yield made_of(stored[how["weight"]], how, half)

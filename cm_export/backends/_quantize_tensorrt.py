@@ -89,10 +89,11 @@ def _dequantize(graph: onnx.GraphProto, stored: dict, made: dict) -> None:
         group = _group(dims[axis], 4, weight)
         if dims[1] % 2:
             raise InputError(f"rows of {dims[1]}", where=f"weight {weight}", fix="build with --precision fp16")
-        q, scale = f"{weight}/q4.{axis}", f"{weight}/q4.{axis}.scale"
+        part = "words" if axis else "codes"  # words, byte by byte, are ONNX's packing: decode and prefill share them
+        q, scale = (f"{weight}/int4.{n}" for n in (("words", "scale") if axis else ("codes", "codes.scale")))
         scale_dims = [d // group if i == axis else d for i, d in enumerate(dims)]
         how = {"weight": weight, "bits": 4, "group": group, "axis": axis}
-        made[q] = _initializer(q, TensorProto.INT4, dims, how | {"part": "codes"})
+        made[q] = _initializer(q, TensorProto.INT4, dims, how | {"part": part})
         made[scale] = _initializer(scale, stored[weight].data_type, scale_dims, how | {"part": "scale"})
         out = f"{weight}/whole.{axis}"
         new[out] = helper.make_node("DequantizeLinear", [q, scale], [out], out, axis=axis, block_size=group)
@@ -135,11 +136,12 @@ def how_made(tensor: onnx.TensorProto) -> dict[str, Any] | None:
 def made_of(rows: np.ndarray, how: dict[str, Any], dtype: np.dtype) -> np.ndarray:
     """The bytes of one initializer from its weight [F,D] float32; `dtype` is that of the scales.
 
-    "words" int32 [F,D*bits/32], "codes" uint8 [F,D/2] (two int4 a byte, the lower one first), "scale".
+    "words" int32 [F,D*bits/32] with groups along D; "codes" uint8 [F,D/2] (two int4 a byte, the lower one first) with
+    groups along F; "scale".
     """
-    if how["axis"] == 1:  # int4 words, byte by byte, are ONNX's own packing
+    if how["axis"] == 1:
         words, scale = quantize(rows.astype(dtype), how["bits"], how["group"])
-        return {"words": words, "codes": words.view(np.uint8), "scale": scale}[how["part"]]
+        return {"words": words, "scale": scale}[how["part"]]
     grouped = rows.astype(np.float32).reshape(-1, how["group"], rows.shape[1])
     scale = (np.abs(grouped).max(1) / 7).astype(dtype)
     scale[scale.astype(np.float32) == 0] = 1

@@ -40,10 +40,27 @@ def print_bundle(bundle: Mapping[str, Any]) -> None:
     console.print(_table(("graph", "nodes", "size", "inputs", "outputs", "operators"), rows, right=(1, 2)))
     weights = bundle["weights"]
     console.print(f"weights  {weights['file']}: {weights['tensors']} tensors, {size(weights['bytes'])}", markup=False)
+    if bundle["engines"]:
+        _engines(console, bundle["engines"])
     _gates(console, bundle["gates"])
     passes = [(p["graph"], p["name"], f"{p['count']}") for p in bundle["passes"]]
     console.print(_table(("graph", "pass", "sites"), passes, right=(2,)))
     console.print(_table(("made with", "version"), bundle["versions"].items()))
+
+
+def _engines(console: Console, engines: Mapping[str, Any]) -> None:
+    title = "{backend} {version} for {architecture}, {precision}, {capacity} rows of cache".format(**engines)
+    rows = [
+        (
+            g["name"],
+            size(g["bytes"]),
+            "not opened here" if g["layers"] is None else f"{g['layers']}",
+            ", ".join(f"{n} {op}" for op, n in g["plugins"].items()) or "none",
+            f"{g['index_inputs']}",
+        )
+        for g in engines["graphs"]
+    ]
+    console.print(_table(("engine", "size", "layers", "plugins", "index inputs"), rows, title=title, right=(1, 2, 4)))
 
 
 def print_graph(graph: Mapping[str, Any]) -> None:
