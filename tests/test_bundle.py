@@ -501,3 +501,9 @@ def test_a_stage_directory_that_cannot_be_made_is_refused(tmp_path):
     for place in (tmp_path / "file", tmp_path / "file" / "deeper", Path("/proc/x")):
         with pytest.raises(InputError, match="stages"):
             Stages(place)
+
+
+def test_no_path_of_the_machine_is_in_a_bundle(bare_checkpoint, bare_bundle):
+    for file in [*bare_bundle.glob("*.json"), *bare_bundle.glob("*.onnx")]:
+        content = file.read_bytes()
+        assert str(bare_checkpoint).encode() not in content and str(bare_bundle.parent).encode() not in content, file
