@@ -37,7 +37,7 @@ from .recipe import Recipe, from_dict
 from .weights import FILE as WEIGHTS
 from .weights import WeightFile
 
-FORMAT = 1
+FORMAT = 2  # 2: nodes of CoreFFN carry block, bits and group
 MANIFEST = "manifest.json"
 GRAPHS = ("prefill", "decode", "prefill_dense", "decode_dense")  # of every bundle; its manifest may list more
 _LEFTOVER = ".old"
