@@ -18,6 +18,8 @@ from typing import Any
 
 from . import gates_lowered
 from .backends._export_tensorrt import Source, write_graphs
+from .backends._lower_tensorrt import no_predictor
+from .backends._quantize_tensorrt import int8_needs_the_plugin
 from .backends._targets import Target, target
 from .bundle import file_sha256
 from .by_name import nearest
@@ -65,9 +67,18 @@ def aim(recipe: Recipe) -> Aim:
     backend, engine = named(recipe), recipe.engine
     version = installed(backend)
     what = target(f"rtx-{version}" if backend == "tensorrt-rtx" else version)
+    check_recipe(recipe, what)
     library = _plugin_library(engine.plugins) if what.plugins else None
     cards = _architectures(engine.architecture, what)
     return Aim(backend, version, what, cards, bool(engine.architecture), library, engine)
+
+
+def check_recipe(recipe: Recipe, what: Target) -> None:
+    """Raises InputError for what no engine of this version does; the lowering would find it after all other work."""
+    if recipe.neurons.in_decode:
+        no_predictor(f"recipe: neurons.policy = {recipe.neurons.policy!r}")
+    if recipe.engine.precision == "int8" and not what.plugins:
+        int8_needs_the_plugin()
 
 
 def build_engines(
@@ -184,7 +195,7 @@ def _plugin_library(given: str) -> Path:
 
 def _architectures(asked: str, what: Target) -> tuple[str, ...]:
     """What the engines are for: cards that are named, or the one in this machine. Raises InputError."""
-    names = tuple(a.strip() for a in asked.split(",")) if asked else ()
+    names = tuple(dict.fromkeys(a.strip() for a in asked.split(","))) if asked else ()
     if names and not what.cards:
         fix = "leave it out: TensorRT builds for the GPU of the machine it runs on"
         raise InputError(f"engine.architecture = {asked!r} with {what.module}", where="recipe", fix=fix)

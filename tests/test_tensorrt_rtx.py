@@ -223,8 +223,11 @@ def test_a_card_that_nobody_builds_for_is_refused_before_any_work(tmp_path):
     for options, words in (
         (("--architecture", "sm_87"), "unknown architecture 'sm_87'; did you mean"),
         (("--architecture", "sm_86", "--capacity", "64", "--max-prompt", "64"), "engine.capacity = 64"),
+        (("--architecture", "sm_86", "--precision", "int8"), "int8 rows need the plugin"),
+        (("--architecture", "sm_86", "--neurons", "predicted"), "has no TensorRT form yet"),
         ((), "no GPU here"),
     ):
         done = cm_export("build", "--recipe", "demo", "--out", out, "--backend", "tensorrt-rtx", *options)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert "trace" not in done.stderr
         assert not out.exists()

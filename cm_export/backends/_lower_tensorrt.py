@@ -11,6 +11,7 @@ Decode reads one token a step. What is unlike the portable graph besides the typ
 """
 
 from collections.abc import Container
+from typing import NoReturn
 
 import numpy as np
 import onnx
@@ -50,8 +51,7 @@ def lower(
     SurgeryError.
     """
     if any(n.op_type == "PredictNeurons" for n in model.graph.node):
-        fix = "build with another neuron policy, such as griffin"
-        raise InputError("a set of neurons for every token (predicted) has no TensorRT form yet", where=name, fix=fix)
+        no_predictor(name)
     for function in model.functions:
         _judge_every_row(function)
         _bound_loops(function, longest)
@@ -79,6 +79,12 @@ def lower(
     del lowered.graph.value_info[:]
     lowered.graph.name = name
     return lowered
+
+
+def no_predictor(where: str) -> NoReturn:
+    """Raises InputError."""
+    fix = "build with another neuron policy, such as griffin"
+    raise InputError("a set of neurons for every token (predicted) has no TensorRT form yet", where=where, fix=fix)
 
 
 def for_parser(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:

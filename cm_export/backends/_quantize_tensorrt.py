@@ -7,7 +7,7 @@ Rounding to nearest, symmetric. Logits, embeddings and the vision tower stay in 
 """
 
 import json
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import onnx
@@ -26,8 +26,7 @@ def quantize_graph(model: onnx.ModelProto, precision: str, plugins: bool) -> Non
     """Rewrite a lowered graph in 16 bit, in place. Raises InputError for sizes that do not pack, or where nothing would."""
     bits, graph = BITS[precision], model.graph
     if bits == 8 and not plugins:
-        fix = "build with fp16 or int4, or with TensorRT and the plugin library"
-        raise InputError("int8 rows need the plugin", where="engine.precision", fix=fix)
+        int8_needs_the_plugin()
     stored = {t.name: t for t in graph.initializer if t.data_location == TensorProto.EXTERNAL and len(t.dims) == 2}
     made: dict[str, onnx.TensorProto] = {}
     for node in graph.node:
@@ -41,6 +40,12 @@ def quantize_graph(model: onnx.ModelProto, precision: str, plugins: bool) -> Non
     kept = [t for t in graph.initializer if t.name in read]
     del graph.initializer[:]
     graph.initializer.extend([*kept, *made.values()])
+
+
+def int8_needs_the_plugin() -> NoReturn:
+    """Raises InputError."""
+    fix = "build with fp16 or int4, or with TensorRT and the plugin library"
+    raise InputError("int8 rows need the plugin", where="engine.precision", fix=fix)
 
 
 def _words(node: onnx.NodeProto, stored: dict, made: dict, bits: int) -> None:
