@@ -413,6 +413,18 @@ DESCRIBED = {
     "recipe": {"seed": 0, "neurons": {"policy": "griffin"}},
     "graphs": [GRAPH | {"inputs": PORTS, "outputs": [{"name": "logits", "dtype": "float", "shape": ["batch", 96]}]}],
     "weights": {"file": "weights.safetensors", "bytes": 36_000_000, "tensors": 120},
+    "engines": {
+        "backend": "tensorrt",
+        "version": "10.13.3",
+        "architecture": "sm_87",
+        "precision": "int4",
+        "capacity": 4096,
+        "kv": "copy",
+        "graphs": [
+            {"name": "decode", "bytes": 7_700_000, "layers": 321, "plugins": {"CoreFFN": 28}, "index_inputs": 2},
+            {"name": "prefill", "bytes": 5_500_000, "layers": None, "plugins": {}, "index_inputs": 0},
+        ],
+    },
     "gates": [{"name": "prefill equals PyTorch", "value": 1.2e-6, "limit": 1e-4, "passed": True, "detail": "[logits]"}],
     "passes": [{"graph": "decode", "name": "replace_ffn", "count": 8}],
     "pruned": {"tokens": "after layer 2", "neurons": "60 %"},
@@ -428,6 +440,14 @@ def test_inspect_renders_everything_that_describe_returns(stub, bundle, capsys):
         assert word in out, word
     for word in ("[logits]", "replace_ffn", "after layer 2", "1.23"):
         assert word in out, word
+    for word in ("tensorrt 10.13.3 for sm_87, int4, 4096 rows", "28 CoreFFN", "321", "not opened here", "7.7 MB"):
+        assert word in out, word
+
+
+def test_inspect_shows_a_bundle_without_engines(stub, bundle, capsys):
+    stub("inspect_bundle", describe=lambda path: DESCRIBED | {"engines": None})
+    assert main(["inspect", str(bundle)]) == 0
+    assert "engine" not in capsys.readouterr().out
 
 
 def test_inspect_shows_one_graph_or_names_the_nearest(stub, bundle, capsys):
