@@ -72,8 +72,8 @@ PRECISIONS = ("fp16", "bf16", "fp32", "int8", "int4")
 @click.option("--limit", type=Count(1), help="Questions of each kind, with --task.  [default: all]")
 @click.option("--backend", type=BACKENDS, help=f"What the bundle runs on: {', '.join(BACKENDS.known())}.")
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Engines: type of weights, products and cache.")
-@click.option("--capacity", type=Count(3), help="Engines: rows of the cache, prompt and answer together.")
-@click.option("--max-prompt", type=Count(2), help="Engines: tokens that a prefill reads.")
+@click.option("--capacity", type=Count(96, 2**20), help="Engines: rows of the cache, prompt and answer together.")
+@click.option("--max-prompt", type=Count(48, 2**19), help="Engines: tokens that a prefill reads.")
 @click.option("--max-patches", type=Count(4), help="Engines: patches of one picture.")
 @click.option("--optimization-level", type=Count(0, 5), help="Engines: of the builder, 0 (fast) to 5.")
 @click.option(
@@ -113,7 +113,7 @@ def command(
     chosen = chosen.replace(
         revision=revision,
         seed=choices["seed"],
-        backend=choices["backend"],
+        backend=(choices["backend"] or "").replace("_", "-") or None,  # as people write it
         neurons__policy=choices["neurons"],
         neurons__share=choices["neuron_share"],
         calibration=choices["calibration"],
@@ -133,9 +133,8 @@ def command(
         tokens__voters=choices["voters"],
         tokens__cache=choices["token_cache"],
         engine__precision=choices["precision"],
-        # the smaller one gives way where only the other was named
-        engine__capacity=choices["capacity"] or (2 * choices["max_prompt"] if choices["max_prompt"] else None),
-        engine__max_prompt=choices["max_prompt"] or (choices["capacity"] // 2 if choices["capacity"] else None),
+        engine__capacity=choices["capacity"] or _other(choices["max_prompt"], chosen.engine.capacity, above=True),
+        engine__max_prompt=choices["max_prompt"] or _other(choices["capacity"], chosen.engine.max_prompt, above=False),
         engine__max_patches=choices["max_patches"],
         engine__optimization_level=choices["optimization_level"],
         engine__plugins=choices["plugins"],
@@ -176,3 +175,10 @@ def command(
         from ._tables import print_build
 
         print_build(summary)
+
+
+def _other(given: int | None, own: int, above: bool) -> int | None:
+    """Capacity or prompt where only the other one was named: the recipe's own, unless they do not go together."""
+    if given is None or (given < own if above else own < given):
+        return None
+    return 2 * given if above else given // 2

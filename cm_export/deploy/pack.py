@@ -209,7 +209,7 @@ def _small_files(bundle: Bundle, source: Source, folder: Path) -> None:
     calibration = CALIBRATION if CALIBRATION in bundle.manifest["files"] else None
     model = bundle.manifest["model"]["source"]
     recipe = dataclasses.replace(r, model=model, engine=local, calibration=calibration)
-    (folder / "recipe.toml").write_text(recipe_text.toml(recipe), encoding="utf-8")
+    (folder / "recipe.toml").write_text(recipe_text.toml(recipe.replace(backend="tensorrt")), encoding="utf-8")
 
 
 def _embedding(bundle: Bundle, folder: Path, file: str) -> dict[str, Any]:
