@@ -46,6 +46,32 @@ class Gate:
         return asdict(self)
 
 
+def compared(
+    name: str,
+    where: str,
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]],
+    limit: float | None,
+    detail: str,
+    fix: str,
+) -> Gate:
+    """The gate of outputs and what they must equal, by name. Raises GateFailed naming the one that differs most.
+
+    Differences are relative to max(1, largest reference value). limit None: only reported, unless it is no number.
+    """
+    worst, value = "", -1.0
+    for output, (ours, theirs) in pairs.items():
+        if ours.shape != theirs.shape:
+            raise GateFailed(f"shape {ours.shape}, expected {theirs.shape}", where=f"{where}: {output}")
+        difference = float(np.abs(ours.astype(np.float64) - theirs).max() / max(1.0, np.abs(theirs).max()))
+        if not difference <= value:  # also takes nan
+            worst, value = output, difference
+    most = np.inf if limit is None else limit
+    if not value <= most:
+        what = f"differs by {value:.1e} (limit {most:.0e})"
+        raise GateFailed(what, where=f"gate {name!r}, {where}: {worst}", fix=fix)
+    return Gate(name, value, limit, True, detail)
+
+
 def run_gates(
     backend: Backend,
     family: ModuleType,
@@ -62,21 +88,8 @@ def run_gates(
     gates: list[Gate] = []
 
     def gate(name: str, graph: str, pairs: dict[str, tuple[np.ndarray, np.ndarray]], detail: str) -> None:
-        worst, value = "", -1.0
-        for output, (ours, theirs) in pairs.items():
-            if ours.shape != theirs.shape:
-                raise GateFailed(f"shape {ours.shape}, expected {theirs.shape}", where=f"{graph}.onnx: {output}")
-            difference = float(np.abs(ours.astype(np.float64) - theirs).max() / max(1.0, np.abs(theirs).max()))
-            if not difference <= value:  # also takes nan
-                worst, value = output, difference
-        passed = value <= LIMIT
-        gates.append(Gate(name, value, LIMIT, passed, detail))
-        if not passed:
-            raise GateFailed(
-                f"differs by {value:.1e} (limit {LIMIT:.0e})",
-                where=f"gate {name!r}, {graph}.onnx: {worst}",
-                fix="no bundle was written; please report this checkpoint's config.json",
-            )
+        fix = "no bundle was written; please report this checkpoint's config.json"
+        gates.append(compared(name, f"{graph}.onnx", pairs, LIMIT, detail, fix))
 
     embeds = None
     if shape.sees:

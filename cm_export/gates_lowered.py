@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import psutil
 
 from .backends._export_tensorrt import Source, lowered, weight_file
+from .backends._lowered_session import LoweredGraphs, every_neuron_listed, listed, run, static_rows, step_feeds
 from .backends._quantize_tensorrt import BITS, error_of, packed
 from .backends._targets import Target
 from .backends.onnxruntime import Backend, CoreRows
 from .core_index import neuron_count, select_core_neurons
 from .core_set import every_neuron
 from .errors import GateFailed
-from .gates import LIMIT, Gate
+from .gates import LIMIT, Gate, compared
 from .request import Request, core_row_names, kept_slots, prefill_feeds, sparse_feeds
 from .weights import WeightFile
 
@@ -83,14 +83,9 @@ def _answers(graphs: Any, source: Source, family: Any, probe: Feeds) -> Answers:
         graphs.chosen = own["kept_tokens"][own["kept_mask"] > 0]
     out["prefill"] = {n: v.astype(np.float32) for n, v in prefill.items() if n != "kept_tokens"}
     cache = {n: v for n, v in prefill.items() if n.startswith("present.")}
-    words = (
-        probe["input_ids"][probe["input_ids"] != shape.image_token][:STEPS]
-        if shape.sees
-        else probe["input_ids"][:STEPS]
-    )
-    logits = graphs.decode(
-        request, cache, words, every_neuron(CoreRows(source.weights, core_row_names(family, shape.layers)))
-    )
+    words = probe["input_ids"][~request.is_image[0]][:STEPS]
+    rows = CoreRows(source.weights, core_row_names(family, shape.layers))
+    logits = graphs.decode(request, cache, words, every_neuron(rows))
     out["decode"] = {f"logits of step {i}": step.astype(np.float32) for i, step in enumerate(logits)}
     return out
 
@@ -104,7 +99,7 @@ class _Portable:
         self.backend = Backend(source.graph, source.weights, threads)
 
     def run(self, name: str, feeds: Feeds) -> Feeds:
-        return _run(self.backend.session(name), feeds)
+        return run(self.backend.session(name), feeds)
 
     def decode(self, request: Request, cache: Feeds, words: np.ndarray, constant: Feeds) -> list[np.ndarray]:
         logits = []
@@ -120,59 +115,33 @@ class _Exact:
     """The lowered graphs in float32, over the bundle's own weights."""
 
     chosen: np.ndarray | None = None
-    dtype = np.dtype(np.float32)
 
     def __init__(self, source: Source, target: Target, threads: int):
         self.source = source
         self.backend = Backend(lambda name: lowered(source, name, target, "fp32"), source.weights, threads)
 
     def run(self, name: str, feeds: Feeds) -> Feeds:
-        return _run(self.backend.session(name, rows_as_inputs=False), feeds)
+        return run(self.backend.session(name, rows_as_inputs=False), feeds)
 
     def decode(self, request: Request, cache: Feeds, words: np.ndarray, constant: Feeds) -> list[np.ndarray]:
         """Over a static cache, whose rows beyond the mask hold what must not be read."""
         shape, capacity, logits = self.source.shape, self.source.recipe.engine.capacity, []
-        past = {}
-        for name, rows in cache.items():
-            past[name] = np.full((*rows.shape[:2], capacity, rows.shape[3]), 7, self.dtype)
-            past[name][:, :, : rows.shape[2]] = rows
-        every = np.broadcast_to(np.arange(shape.ffn, dtype=np.int32), (shape.layers, 1, shape.ffn))
-        constant = {n: v.astype(self.dtype) if n.startswith("ffn.") else v for n, v in constant.items()}
-        constant |= {"core_neurons": every} | {f"core_neurons.{i}": rows for i, rows in enumerate(every)}
+        past = {name: static_rows(rows, capacity, fill=7) for name, rows in cache.items()}
+        half = next(iter(past.values())).dtype
+        constant = {n: v.astype(half) if n.startswith("ffn.") else v for n, v in constant.items()}
+        constant |= listed(every_neuron_listed(shape.layers, shape.ffn), [shape.ffn] * shape.layers)
         for i, word in enumerate(words):
-            used = request.tokens + i + 1
-            feeds = request.step_feeds(int(word), i) | constant | _past(past)
-            feeds["attention_mask"] = (np.arange(capacity) < used).astype(np.int64)[None]
-            feeds["write_index"] = np.array([used - 1], np.int64)
-            feeds["core_tokens"] = np.arange(used, dtype=np.int32)[None]
-            past = self.run("decode", feeds)
+            past = self.run("decode", step_feeds(request, int(word), i, capacity) | constant | _past(past))
             logits.append(past.pop("logits"))
         return logits
 
 
 class _Half(_Exact):
-    """The lowered graphs as the builder gets them, over the 16-bit weights; plugin nodes run as their functions."""
-
-    dtype = np.dtype(np.float16)
+    """The lowered graphs as the builder gets them, over the 16-bit weights."""
 
     def __init__(self, source: Source, target: Target, folder: Path, threads: int):
-        self.source, self.target, self.folder, self.threads = source, target, folder, threads
-        self._sessions: dict[str, ort.InferenceSession] = {}
-
-    def run(self, name: str, feeds: Feeds) -> Feeds:
-        if name not in self._sessions:
-            self._sessions = {}  # one at a time: each holds a float32 copy of its weights
-            options = ort.SessionOptions()
-            options.intra_op_num_threads, options.log_severity_level = self.threads, 3
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.folder))
-            model = lowered(self.source, name, self.target, weights=self.folder)
-            self._sessions[name] = ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-        return _run(self._sessions[name], feeds)
-
-
-def _run(session: ort.InferenceSession, feeds: Feeds) -> Feeds:
-    names = [o.name for o in session.get_outputs()]
-    return dict(zip(names, session.run(names, {i.name: feeds[i.name] for i in session.get_inputs()}), strict=True))
+        self.source = source
+        self.run = LoweredGraphs(source, target, folder, threads).run
 
 
 def _past(cache: Feeds) -> Feeds:
@@ -212,18 +181,6 @@ def _same_neurons(ours: np.ndarray | None, theirs: np.ndarray | None, share: flo
 
 
 def _gate(name: str, graph: str, found: Answers, expected: Answers, limit: float | None, detail: str) -> Gate:
-    worst, value = "", -1.0
-    for output, theirs in expected[graph].items():
-        ours = found[graph][output]
-        if ours.shape != theirs.shape:
-            raise GateFailed(f"shape {ours.shape}, expected {theirs.shape}", where=f"lowered {graph}.onnx: {output}")
-        difference = float(np.abs(ours.astype(np.float64) - theirs).max() / max(1.0, np.abs(theirs).max()))
-        if not difference <= value:  # also takes nan
-            worst, value = output, difference
-    if not value <= (np.inf if limit is None else limit):
-        raise GateFailed(
-            f"differs by {value:.1e} (limit {limit})",
-            where=f"gate {name!r}, {graph}.onnx: {worst}",
-            fix="no engine was built; please report this checkpoint's config.json",
-        )
-    return Gate(name, value, limit, True, detail)
+    pairs = {output: (found[graph][output], theirs) for output, theirs in expected[graph].items()}
+    fix = "no engine was built; please report this checkpoint's config.json"
+    return compared(name, f"lowered {graph}.onnx", pairs, limit, detail, fix)

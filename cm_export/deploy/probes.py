@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import psutil
 
-from ..backends._export_tensorrt import Source, lowered
+from ..backends._export_tensorrt import Source
+from ..backends._lowered_session import LoweredGraphs, every_neuron_listed, listed, static_rows, step_feeds
 from ..backends._targets import Target
 from ..backends.onnxruntime import CoreRows
 from ..core_set import choose
@@ -53,7 +53,8 @@ def make(bundle: Any, source: Source, target: Target, folder: Path) -> Iterator[
     Raises CmExportError where memory does not suffice for the answers.
     """
     shape, recipe, weights, family = source.shape, source.recipe, source.weights, bundle.family
-    graphs = _Lowered(source, target, folder)
+    # One thread: with several, sums may fall in another order, and the archive would differ in its last bits.
+    graphs = LoweredGraphs(source, target, folder, threads=1, check=lambda: _check_memory(folder))
     given = synthetic(shape, bundle.config)
     embeds = []
     at = 0
@@ -131,64 +132,28 @@ def _file(value: np.ndarray, folder: Path) -> str:
 
 def _decode_feeds(request: Request, recipe: Any, shape: Any, prefill: Arrays, word: int) -> Arrays:
     """One step after a prefill that kept every token: the static cache with its mask, the row to write, rows to read."""
-    capacity, at = recipe.engine.capacity, request.tokens
-    feeds = request.step_feeds(word, 0)
-    feeds["attention_mask"] = (np.arange(capacity) <= at).astype(np.int64)[None]
-    feeds["write_index"] = np.array([at], np.int64)
-    feeds["core_tokens"] = np.arange(at + 1, dtype=np.int32)[None]
+    capacity = recipe.engine.capacity
+    feeds = step_feeds(request, word, 0, capacity)
     for i in range(shape.layers):
         for part in ("key", "value"):
             rows = prefill[f"present.{i}.{part}"]
-            past = np.full((*rows.shape[:2], capacity, rows.shape[3]), np.abs(rows).max(), rows.dtype)
-            past[:, :, : rows.shape[2]] = rows
-            feeds[f"past.{i}.{part}"] = past
+            feeds[f"past.{i}.{part}"] = static_rows(rows, capacity, fill=np.abs(rows).max())
     return feeds
 
 
 def _neurons(core: Any, shape: Any, full: bool, weights: Any, family: Any) -> Arrays:
     """core_neurons (for every layer, or each its own), and what stands in for the others."""
-    every = np.broadcast_to(np.arange(shape.ffn, dtype=np.int32), (shape.layers, 1, shape.ffn))
-    index = every if full else core.neurons
-    counts = [shape.ffn] * shape.layers if full else core.counts.tolist()
-    feeds = {"core_neurons": index} | {f"core_neurons.{i}": index[i, :, :k] for i, k in enumerate(counts)}
+    index = every_neuron_listed(shape.layers, shape.ffn) if full else core.neurons
+    feeds = listed(index, [shape.ffn] * shape.layers if full else core.counts.tolist())
     bias = np.zeros((shape.layers, 1, shape.hidden), np.float32)
     if core.mean_z is not None and not full:
         bias = core.constants(CoreRows(weights, core_row_names(family, shape.layers)))["core_bias"]
     return feeds | {"core_bias": bias}
 
 
-class _Lowered:
-    """The graphs as the builder gets them, over the weights that were written; plugin nodes run as their functions."""
-
-    def __init__(self, source: Source, target: Target, folder: Path):
-        self.source, self.target, self.folder = source, target, folder
-        self._name, self._session = "", None
-
-    def session(self, name: str) -> ort.InferenceSession:
-        if name != self._name:
-            self._name, self._session = "", None  # one at a time: each holds a float32 copy of its weights
-            self._check_memory()
-            options = ort.SessionOptions()
-            # One thread: with several, sums may fall in another order, and the archive would differ in its last bits.
-            options.intra_op_num_threads, options.log_severity_level = 1, 3
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.folder))
-            model = lowered(self.source, name, self.target, weights=self.folder)
-            self._session = ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-            self._name = name
-        return self._session
-
-    def only(self, name: str, feeds: Arrays) -> Arrays:
-        """Of some feeds those that the graph takes."""
-        return {i.name: feeds[i.name] for i in self.session(name).get_inputs() if i.name in feeds}
-
-    def run(self, name: str, feeds: Arrays) -> Arrays:
-        session = self.session(name)
-        names = [o.name for o in session.get_outputs()]
-        return dict(zip(names, session.run(names, {i.name: feeds[i.name] for i in session.get_inputs()}), strict=True))
-
-    def _check_memory(self) -> None:
-        need = 3 * sum(f.stat().st_size for f in self.folder.glob("weights.*"))
-        free = psutil.virtual_memory().available
-        if need > free:
-            what = f"the expected answers need about {need / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
-            raise CmExportError(what, where="pack", fix="pack on a machine with more memory")
+def _check_memory(folder: Path) -> None:
+    need = 3 * sum(f.stat().st_size for f in folder.glob("weights.*"))
+    free = psutil.virtual_memory().available
+    if need > free:
+        what = f"the expected answers need about {need / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
+        raise CmExportError(what, where="pack", fix="pack on a machine with more memory")
