@@ -41,6 +41,7 @@ from .calibration import FILE as CALIBRATION
 from .calibration import Calibration, belongs
 from .calibration import read as read_calibration
 from .errors import InputError
+from .graph_facts import describe, links
 from .neuron_constants import neuron_constants
 from .plugins.core_ffn.op import ACTIVATIONS
 from .probe import probe
@@ -103,9 +104,8 @@ def _run(
     model.check_processor(source.path)
     if shape.sees:
         family.image_rule(model.read_picture_rule(source.path))
-    aim = (
-        engines.aim(recipe) if engines.named(recipe) in engines.MODULES else None
-    )  # refuses at once what cannot end well
+    # Refuses at once what cannot end well.
+    aim = engines.aim(recipe) if recipe.backend in engines.MODULES else None
     calibration, order = _calibration(recipe, source)
     recipe = prune_layers.resolve(recipe, calibration)
     pipeline.check_recipe(recipe, shape)
@@ -195,7 +195,7 @@ def _run(
         "passes": graph_state["passes"],
         "gates": gate_state["gates"] + built.pop("gates", []),
         "engines": {k: v for k, v in built.items() if k != "sha256"} or None,
-        "links": _links(shape.layers, graph_state["graphs"]),
+        "links": links(shape.layers, graph_state["graphs"]),
         "stages": {"trace": trace_key, "weights": weights_key, "graphs": graphs_key},
     }
     with bundles.assemble(out) as folder:
@@ -264,47 +264,6 @@ def _rewrite(
         "graphs": {name: describe(proto) for name, proto in models.items()},
         "passes": [p.__dict__ for p in passes],
     }
-
-
-def describe(proto: onnx.ModelProto) -> dict[str, Any]:
-    """Inputs and outputs with dtype and axes, nodes, and how often each op is used."""
-
-    def io(values) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": v.name,
-                "dtype": onnx.TensorProto.DataType.Name(v.type.tensor_type.elem_type).lower(),
-                "shape": [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim],
-            }
-            for v in values
-        ]
-
-    ops: dict[str, int] = {}
-    for node in proto.graph.node:
-        op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-        ops[op] = ops.get(op, 0) + 1
-    return {
-        "inputs": io(proto.graph.input),
-        "outputs": io(proto.graph.output),
-        "nodes": len(proto.graph.node),
-        "ops": dict(sorted(ops.items())),
-    }
-
-
-def _links(layers: int, graphs: dict[str, Any]) -> list[dict[str, str]]:
-    """How the graphs are wired, as data that any runner can follow: of all wires, those whose two ends exist."""
-    pairs = [("vision.image_embeds", "prefill.inputs_embeds"), ("prefill.core_scores", "decode.core_neurons")]
-    pairs += [("prefill.kept_mask", "decode.attention_mask"), ("prefill.kept_tokens", "decode.core_tokens")]
-    pairs += [("turn.core_scores", "decode.core_neurons"), ("turn.kept_tokens", "decode.core_tokens")]
-    pairs += [(f"prefill.core_mean_{x}", "decode.core_bias") for x in "zy"]
-    for i in range(layers):
-        for part in ("key", "value"):
-            pairs.append((f"prefill.present.{i}.{part}", f"decode.past.{i}.{part}"))
-            pairs.append((f"decode.present.{i}.{part}", f"decode.past.{i}.{part}"))
-            pairs.append((f"prefill.present.{i}.{part}", f"turn.past.{i}.{part}"))
-            pairs.append((f"turn.present.{i}.{part}", f"decode.past.{i}.{part}"))
-    ends = {f"{g}.{v['name']}" for g, described in graphs.items() for v in described["inputs"] + described["outputs"]}
-    return [{"from": a, "to": b} for a, b in pairs if {a, b} <= ends]
 
 
 def _link(source: Path, target: Path) -> None:

@@ -57,14 +57,9 @@ class Aim:
         return {"version": self.version, "cards": self.architectures, "plugins": plugins, "engine": asdict(self.engine)}
 
 
-def named(recipe: Recipe) -> str:
-    """The recipe's backend as people write it: tensorrt-rtx for the file tensorrt_rtx.py."""
-    return recipe.backend.replace("_", "-")
-
-
 def aim(recipe: Recipe) -> Aim:
     """Raises InputError for a machine that cannot build what the recipe asks for."""
-    backend, engine = named(recipe), recipe.engine
+    backend, engine = recipe.backend, recipe.engine
     version = installed(backend)
     what = target(f"rtx-{version}" if backend == "tensorrt-rtx" else version)
     check_recipe(recipe, what)

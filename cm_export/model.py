@@ -38,8 +38,11 @@ def read_config(path: Path) -> dict[str, Any]:
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False).to_dict()
         except Exception as e:  # transformers validates with many exception types; all mean a bad config.json
             raise InputError(f"transformers refuses it ({_in_short(e)})", where=path / "config.json") from e
-    config.pop("_name_or_path", None)  # where the checkpoint lies on this machine is no part of the model
-    return json.loads(json.dumps(config, default=str))
+    # Where a checkpoint lies on this machine is no part of the model, of none of its towers either.
+    return json.loads(
+        json.dumps(config, default=str),
+        object_hook=lambda part: {k: v for k, v in part.items() if k != "_name_or_path"},
+    )
 
 
 def skeleton(path: Path, family: ModuleType) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import by_name
+from .engine_recipe import Engine, check_engine
 from .errors import InputError
 
 VOTERS = ("all", "text", "last")
@@ -26,7 +27,6 @@ BEFORE_LAYERS = {"embeds", "image_mask", "vote", "seed"}  # what a token policy 
 FILLS = ("none", "prompt", "calibrated")
 LAYERS = ("uniform", "calibrated")
 BLOCKS = (1, 8, 16, 32)
-PRECISIONS = ("fp16", "bf16", "fp32", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -92,26 +92,6 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Engine:
-    """What TensorRT engines are built for: the type of what is large, and the largest request they take."""
-
-    # Of products, FFN, attention and cache; the rest is float32. int8: FFN rows of decode; int4: those, and all weights
-    # of the decoder besides the logits', the cache in fp16.
-    precision: str = "fp16"
-    capacity: int = 4096  # rows of the cache: prompt and answer together
-    max_prompt: int = 2048  # tokens that a prefill reads
-    max_patches: int = 4096  # of one picture
-    max_batch: int = 1
-    optimization_level: int = 3  # of the builder, 0 to 5
-    workspace_mb: int = 0  # of the builder; 0: as much as it wants
-    weight_streaming: bool = False  # weights may stay in host memory
-    strip_weights: bool = False  # plans without weights, refitted when loaded
-    plugins: str = ""  # path of libcm_plugins.so; "": where `make plugins` puts it
-    architecture: str = ""  # of cards that are not here, such as "sm_86,sm_89" (tensorrt-rtx); "": of the one that is
-    dense: bool = True  # engines of the dense graphs as well: --dense, and the controls of eval and bench
-
-
-@dataclass(frozen=True)
 class Recipe:
     """Everything that decides what a bundle is, besides the checkpoint itself."""
 
@@ -126,6 +106,10 @@ class Recipe:
     calibration: str | None = None  # file written by `cm-export calibrate`; the bundle keeps a copy
     # Keys such as tokens__policy that somebody set: a default may give way to the model, a choice may not.
     chosen: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """A backend has one spelling, tensorrt-rtx, also where the name of its file was given."""
+        object.__setattr__(self, "backend", self.backend.replace("_", "-"))
 
     @property
     def has_turn(self) -> bool:
@@ -201,7 +185,6 @@ def check(recipe: Recipe, where: str = "recipe") -> Recipe:
         ("tokens.layers", t.layers, SCORED),
         ("neurons.counted", n.counted, COUNTED),
         ("dtype", recipe.dtype, ("float32",)),
-        ("engine.precision", recipe.engine.precision, PRECISIONS),
     ):
         if value not in allowed:
             raise InputError(f"{label} = {value!r}", where=where, fix=by_name.nearest(str(value), list(allowed)))
@@ -247,7 +230,7 @@ def check(recipe: Recipe, where: str = "recipe") -> Recipe:
         fix = "give 1 or more: at least one layer must run to score; 0 takes the calibration's"
         raise InputError(f"tokens.prune_layer = {t.prune_layer}", where=where, fix=fix)
     _check_first(t, where)
-    _check_engine(recipe.engine, where)
+    check_engine(recipe.engine, where)
     if not 0 <= recipe.seed < 2**31:
         raise InputError(f"seed = {recipe.seed}", where=where, fix="give an integer from 0 to 2147483647")
     return recipe
@@ -268,20 +251,6 @@ def _check_first(t: Tokens, where: str) -> None:
     if t.first_share < least:
         fix = "the first cut must leave at least what the second one keeps"
         raise InputError(f"tokens.first_share = {t.first_share} is below {least}", where=where, fix=fix)
-
-
-def _check_engine(e: Engine, where: str) -> None:
-    for label, value, low, high in (
-        ("engine.max_batch", e.max_batch, 1, 4096),
-        ("engine.max_prompt", e.max_prompt, 48, 2**20),  # every build proves its engines on a prompt of 34 tokens
-        ("engine.capacity", e.capacity, max(64, e.max_prompt + 1), 2**20),
-        ("engine.max_patches", e.max_patches, 4, 2**20),
-        ("engine.optimization_level", e.optimization_level, 0, 5),
-        ("engine.workspace_mb", e.workspace_mb, 0, 2**20),
-    ):
-        if not low <= value <= high:
-            fix = f"give {low} to {high}" + (": a prompt and an answer share it" if label.endswith("capacity") else "")
-            raise InputError(f"{label} = {value}", where=where, fix=fix)
 
 
 def _wires(package: str, name: str) -> tuple[str, ...]:

@@ -35,9 +35,10 @@ class Decoder:
         self._parity, self._shapes = 0, {}
         backend.newest = self
         self._fill(cache)
-        for name, value in _constants(session, constants).items():
+        constants = _constants(session, constants)
+        for name, value in constants.items():
             session.give(name, value)
-        absent = [n for n in session.inputs if n not in (*_STEP, *self._past, *_constants(session, constants))]
+        absent = [n for n in session.inputs if n not in (*_STEP, *self._past, *constants)]
         if absent:
             raise CmExportError(f"nothing is known for its input {absent[0]}", where=f"{session.graph} engine")
         self._stage()

@@ -16,7 +16,9 @@ from .. import dims
 from .. import weights as weight_files
 from ..core_index import neuron_count
 from ..errors import InputError
+from ..graph_facts import ports
 from ..recipe import Recipe
+from ..surgery.bind_weights import point_at
 from ..weights import Planned, WeightFile
 from ._lower_tensorrt import PLUGINS, for_parser, lower
 from ._quantize_tensorrt import BITS, how_made, made_of, quantize_graph
@@ -122,7 +124,7 @@ def axis_ranges(recipe: Recipe, shape: Any) -> dict[str, Range]:
 
 def describe(model: onnx.ModelProto, ranges: dict[str, Range], target: Target) -> dict[str, Any]:
     """Inputs and outputs with their types and axes, profiles, plugin nodes and index inputs of a lowered graph."""
-    inputs, outputs = ([_value(v) for v in values] for values in (model.graph.input, model.graph.output))
+    inputs, outputs = (ports(values) for values in (model.graph.input, model.graph.output))
     own = [n for n in model.graph.node if n.op_type in PLUGINS and target.plugins]
     return {
         "inputs": inputs,
@@ -131,15 +133,6 @@ def describe(model: onnx.ModelProto, ranges: dict[str, Range], target: Target) -
         "plugins": {op: sum(n.op_type == op for n in own) for op in PLUGINS if own},
         "plugin_nodes": [n.name for n in own],
         "index_inputs": [v["name"] for v in inputs if v["name"].startswith(INDEX_INPUTS)],
-    }
-
-
-def _value(value: onnx.ValueInfoProto) -> dict[str, Any]:
-    kind = value.type.tensor_type
-    return {
-        "name": value.name,
-        "dtype": onnx.TensorProto.DataType.Name(kind.elem_type).lower(),
-        "shape": [d.dim_param or d.dim_value for d in kind.shape.dim],
     }
 
 
@@ -208,7 +201,4 @@ def _packed(stored: WeightFile, tensor: onnx.TensorProto, how: dict[str, Any]) -
 
 def _point_at(model: onnx.ModelProto, file: str, index: dict[str, weight_files.Tensor]) -> None:
     for tensor in _external(model):
-        place = index[_key(tensor)]
-        del tensor.external_data[:]
-        for key, value in (("location", file), ("offset", place.offset), ("length", place.length)):
-            tensor.external_data.add(key=key, value=str(value))
+        point_at(tensor, file, index[_key(tensor)])

@@ -26,12 +26,12 @@ from ..plugins.core_ffn import op as core_ffn
 from ..surgery.edit import Edit
 from . import _halve_tensorrt as halving
 from . import _written_out as written
+from ._core_rows import ROWS
 from ._lower_onnxruntime import names_read
 from ._targets import Target
 
 DECODES = ("decode", "decode_dense")
 PLUGINS = ("CoreFFN", "CoreAttention")
-ROWS = ("gate", "up", "down")
 SLOTS = "kept_slots"
 
 

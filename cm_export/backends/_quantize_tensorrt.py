@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from ..errors import InputError
 from ..plugins.core_ffn import body as core_ffn
-from ..plugins.core_ffn.pack import check, quantize, unpack
+from ..plugins.core_ffn.pack import check, quantize, scales_of, unpack
 
 BITS = {"int8": 8, "int4": 4}
 _GROUPS = (128, 64, 32, 16, 8)
@@ -145,8 +145,8 @@ def made_of(rows: np.ndarray, how: dict[str, Any], dtype: np.dtype) -> np.ndarra
     groups along F; "scale".
     """
     if how["axis"] == 1:
-        words, scale = quantize(rows.astype(dtype), how["bits"], how["group"])
-        return {"words": words, "scale": scale}[how["part"]]
+        as_read = rows.astype(dtype), how["bits"], how["group"]
+        return scales_of(*as_read) if how["part"] == "scale" else quantize(*as_read)[0]
     grouped = rows.astype(np.float32).reshape(-1, how["group"], rows.shape[1])
     scale = (np.abs(grouped).max(1) / 7).astype(dtype)
     scale[scale.astype(np.float32) == 0] = 1

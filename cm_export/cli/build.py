@@ -113,7 +113,7 @@ def command(
     chosen = chosen.replace(
         revision=revision,
         seed=choices["seed"],
-        backend=(choices["backend"] or "").replace("_", "-") or None,  # as people write it
+        backend=choices["backend"],
         neurons__policy=choices["neurons"],
         neurons__share=choices["neuron_share"],
         calibration=choices["calibration"],

@@ -54,16 +54,14 @@ def pack(path: Path, out: Path, order: Order, progress: Step = lambda *_: None) 
     source = _source(bundle, order)
     engine = source.recipe.engine
     names = [g for g in GRAPHS if g in bundle.manifest["graphs"]]
-    prediction = _check_memory(bundle, names, order, engine, target)
+    _check_memory(bundle, memory.estimated_weights(bundle, names, order.precision), order, engine, target)
     plugin_sources(plugins_folder())  # told before the long part
     with _folder(out) as folder:
         progress(f"lower the graphs for TensorRT {order.jetpack.tensorrt}")
         (folder / "onnx").mkdir()
         written = write_graphs(source, folder / "onnx", target, names)
         sizes = {n: g["weight_bytes"] for n, g in written["graphs"].items()}
-        prediction = _predicted(bundle, sizes, order, engine, target)
-        if not prediction.fits and not order.force:
-            _refuse(bundle, order, engine, target, prediction)
+        prediction = _check_memory(bundle, sizes, order, engine, target)
         manifest = _manifest(bundle, source, order, target, written, prediction, name)
         for probe, made in probes.make(bundle, source, target, folder / "onnx"):
             progress(f"expected answers of {probe}")
@@ -120,23 +118,15 @@ def _source(bundle: Bundle, order: Order) -> Source:
 
 
 # ------------------------------------------------------------------------------------------------- memory
-def _predicted(bundle: Bundle, sizes: dict, order: Order, engine: Any, target: Target) -> memory.Prediction:
-    limit = order.device.usable_bytes
-    return memory.predict(sizes, bundle, engine, target.kv, target.native_attention, limit)
-
-
-def _check_memory(bundle: Bundle, names: list[str], order: Order, engine: Any, target: Target) -> memory.Prediction:
-    sizes = memory.estimated_weights(bundle, names, order.precision)
-    prediction = _predicted(bundle, sizes, order, engine, target)
-    if not prediction.fits and not order.force:
-        _refuse(bundle, order, engine, target, prediction)
-    return prediction
-
-
-def _refuse(bundle: Bundle, order: Order, engine: Any, target: Target, p: memory.Prediction) -> None:
-    names = [g for g in GRAPHS if g in bundle.manifest["graphs"]]
+def _check_memory(
+    bundle: Bundle, sizes: memory.Weights, order: Order, engine: Any, target: Target
+) -> memory.Prediction:
+    """The prediction for weights of these sizes. Raises InputError where it does not fit, unless that is forced."""
     rest = (target.kv, target.native_attention, order.device.usable_bytes)
-    fitting = memory.smaller(bundle, names, order.precision, engine, *rest)
+    p = memory.predict(sizes, bundle, engine, *rest)
+    if p.fits or order.force:
+        return p
+    fitting = memory.smaller(bundle, sizes, order.precision, engine, *rest)
     gb = {n: f"{v / 1e9:.1f} GB" for n, v in p.to_dict().items() if n.endswith("_bytes")}
     what = f"building is predicted to take {gb['build_bytes']} and running {gb['run_bytes']}, {gb['limit_bytes']} are usable"
     fix = f"give {fitting}, or --force" if fitting else "take a larger device or a smaller model, or give --force"
@@ -173,17 +163,10 @@ def _manifest(
         "benching": list(trtexec.BENCH),
         "probes": {},
         "memory": p.to_dict(),
-        "model": {**m["model"], "config": _no_paths(m["model"]["config"])},
+        "model": m["model"],
         "links": m["links"],
         "source": {"seal": bundle.seal, "files": m["files"]},
     }
-
-
-def _no_paths(config: Any) -> Any:
-    """A model's configuration without where it was read from."""
-    if isinstance(config, dict):
-        return {k: _no_paths(v) for k, v in config.items() if k != "_name_or_path"}
-    return [_no_paths(v) for v in config] if isinstance(config, list) else config
 
 
 def _static(value: dict[str, Any]) -> bool:

@@ -56,9 +56,15 @@ def initializer(
         data_type=onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype) if dtype is None else dtype,
         data_location=onnx.TensorProto.EXTERNAL,
     )
-    for key, value in (("location", file), ("offset", tensor.offset), ("length", tensor.length)):
-        out.external_data.add(key=key, value=str(value))
+    point_at(out, file, tensor)
     return out
+
+
+def point_at(initializer: onnx.TensorProto, file: str, tensor: Tensor) -> None:
+    """Say that the bytes of an external initializer are a tensor of `file`, whatever was said before."""
+    del initializer.external_data[:]
+    for key, value in (("location", file), ("offset", tensor.offset), ("length", tensor.length)):
+        initializer.external_data.add(key=key, value=str(value))
 
 
 def _rename_input(graph: onnx.GraphProto, old: str, new: str) -> None:

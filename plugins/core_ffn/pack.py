@@ -28,20 +28,27 @@ def quantize(weights: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np
     Symmetric, to the nearest; a group of zeros has scale 1. Numbers are rounded against the scale as it is stored, and
     the most negative code is used only where rounding the scale down makes it the nearest.
     """
-    rows, columns = weights.shape
-    check(columns, bits, group)
+    scales = scales_of(weights, bits, group)
+    rows, most = len(weights), 2 ** (bits - 1) - 1
     grouped = weights.reshape(rows, -1, group).astype(np.float32)
-    if not np.isfinite(grouped).all():
-        raise InputError("a weight is not finite", where="CoreFFN weights", fix="check the checkpoint")
-    most = 2 ** (bits - 1) - 1
-    scales = (np.abs(grouped).max(-1) / most).astype(weights.dtype)
-    scales[scales.astype(np.float32) == 0] = 1
     q = np.clip(np.rint(grouped / scales.astype(np.float32)[..., None]), -most - 1, most).astype(np.int32)
     parts = q.reshape(rows, -1, 32 // bits) & (2**bits - 1)
     words = np.zeros(parts.shape[:2], np.uint32)
     for j in range(32 // bits):
         words |= parts[..., j].astype(np.uint32) << np.uint32(j * bits)
     return words.view(np.int32), scales
+
+
+def scales_of(weights: np.ndarray, bits: int, group: int) -> np.ndarray:
+    """The scales [F,D/group] of `quantize` alone. Raises InputError."""
+    rows, columns = weights.shape
+    check(columns, bits, group)
+    largest = np.abs(weights.reshape(rows, -1, group).astype(np.float32)).max(-1)
+    if not np.isfinite(largest).all():
+        raise InputError("a weight is not finite", where="CoreFFN weights", fix="check the checkpoint")
+    scales = (largest / (2 ** (bits - 1) - 1)).astype(weights.dtype)
+    scales[scales.astype(np.float32) == 0] = 1
+    return scales
 
 
 def unpack(words: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
