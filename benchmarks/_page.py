@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cm_export import atomic
+from cm_export.base import atomic
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from cm_export import environment, guard
-from cm_export.bench import _request
-from cm_export.bundle import Bundle
-from cm_export.evals import easy_vqa
-from cm_export.generate import Budget, Engine
-from cm_export.images import open_image
+from cm_export.base import environment
+from cm_export.bundle.bundle import Bundle
+from cm_export.evals.bench import _request
+from cm_export.evals.tasks import easy_vqa
+from cm_export.host import guard
+from cm_export.host.images import open_image
+from cm_export.host.runner import Budget, Engine
 
 NEVER = frozenset({-1})
 

@@ -18,7 +18,7 @@ import torch
 from cm_export.plugins.harness.bench import CudaMachine, measure
 from cm_export.plugins.harness.library import Library
 
-from cm_export import atomic, environment
+from cm_export.base import atomic, environment
 
 
 def driver() -> str:

@@ -21,13 +21,13 @@ from typing import Any
 
 from _page import between, write_report
 
-from cm_export import by_name
-from cm_export.bundle import Bundle
-from cm_export.evals._compare import Row, _Desk, with_policies
-from cm_export.evals._journal import Journal, key_of
-from cm_export.evals._task import Task, load
-from cm_export.generate import Budget, Engine
-from cm_export.recipe import Recipe
+from cm_export.base import by_name
+from cm_export.bundle.bundle import Bundle
+from cm_export.evals.compare import Row, _Desk, with_policies
+from cm_export.evals.journal import Journal, key_of
+from cm_export.evals.task import Task, load
+from cm_export.host.runner import Budget, Engine
+from cm_export.recipe.recipe import Recipe
 
 # name -> the [tokens] that differ from the bundle's
 TOKENS = {

@@ -27,17 +27,17 @@ from typing import Any
 import numpy as np
 from _page import between, write_report
 
-from cm_export import by_name
-from cm_export.bundle import Bundle
-from cm_export.calibrate import SENSITIVITY_TOKENS, read_prompts
-from cm_export.core_set import CoreSet, choose
-from cm_export.evals import _task
-from cm_export.evals._compare import with_policies
-from cm_export.evals._metrics import divergences, wilson
-from cm_export.evals._task import Question
-from cm_export.generate import Budget, Engine
-from cm_export.images import open_image
-from cm_export.recipe import Neurons, Recipe
+from cm_export.base import by_name
+from cm_export.base.metrics import divergences, wilson
+from cm_export.bundle.bundle import Bundle
+from cm_export.calibrating.calibrate import SENSITIVITY_TOKENS, read_prompts
+from cm_export.evals import task as _task
+from cm_export.evals.compare import with_policies
+from cm_export.evals.task import Question
+from cm_export.host.core_set import CoreSet, choose
+from cm_export.host.images import open_image
+from cm_export.host.runner import Budget, Engine
+from cm_export.recipe.recipe import Neurons, Recipe
 
 # name -> the [neurons] that differ from the defaults
 POLICIES = {
@@ -91,7 +91,7 @@ def questions(name: str, data: Path | None, limit: int, seed: int) -> tuple[list
         pool = [Question("own", tuple(map(str, p.images)), p.text, ()) for p in read_prompts(data)]
         return random.Random(seed).sample(pool, min(limit, len(pool))), open_image
     # One-word answers come from the prefill, which computes every neuron.
-    kinds = tuple(k for k in by_name.load("cm_export.evals", name, "task").KINDS if k != "word")
+    kinds = tuple(k for k in by_name.load("cm_export.evals.tasks", name, "task").KINDS if k != "word")
     task = _task.load(name, kinds, max(1, limit // len(kinds)), seed)
     return task.questions, task.open_picture
 

@@ -28,7 +28,8 @@ from _page import write_report
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cm_export import environment, predictor
+from cm_export.base import environment
+from cm_export.bundle import predictor
 from cm_export.policies.neurons import coreinfer, griffin, random
 
 ANSWER = 64  # tokens of every answer

@@ -15,12 +15,12 @@ from typing import Any
 
 from _page import between, write_report
 
-from cm_export import by_name
-from cm_export.bundle import Bundle
-from cm_export.evals import _task
-from cm_export.evals._compare import Sweep, compare
-from cm_export.predictor import predictor_share
-from cm_export.recipe import from_dict
+from cm_export.base import by_name
+from cm_export.bundle.bundle import Bundle
+from cm_export.bundle.predictor import predictor_share
+from cm_export.evals import task as _task
+from cm_export.evals.compare import Sweep, compare
+from cm_export.recipe.recipe import from_dict
 
 BYTES = (0.7, 0.6, 0.5, 0.4)
 TOKENS = (0.5, 0.25, 0.11, 0.05)

@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sizes", choices=sorted(SIZES), default="mid")
     args = parser.parse_args()
-    from cm_export.build import build
-    from cm_export.recipe import Recipe
+    from cm_export.build.build import build
+    from cm_export.recipe.recipe import Recipe
 
     with tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
         path = checkpoint(Path(folder) / "checkpoint", args.sizes)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from cm_export.errors import CmExportError, InputError
+from cm_export.base.errors import CmExportError, InputError
 
 SOURCES = Path(__file__).parent
 HEADERS_PACKAGE = "kernel-lens==2.0.1"

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import onnx
 
-from cm_export.errors import SurgeryError
-from cm_export.onnx_text import DOMAIN, model_of
+from cm_export.base.errors import SurgeryError
+from cm_export.base.onnx_text import DOMAIN, model_of
 
 Arrays = dict[str, np.ndarray]
 

@@ -1,6 +1,6 @@
 """Train the model `scenes`: a 7.1 M parameter Qwen2-VL that counts, places, compares and describes up to four shapes.
 
-Data: generated pictures (cm_export/evals/_scene.py), split `train`; progress is watched on `validation`; `test` is
+Data: generated pictures (cm_export/evals/scene.py), split `train`; progress is watched on `validation`; `test` is
 only read by `--eval-only` and by `cm-export eval`.
 
     python recipes/train_scenes.py --work WORK --out MODEL [--minutes 44]     # train, save, report
@@ -37,7 +37,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
 
 import cm_export
-from cm_export.evals import _scene
+from cm_export.evals import scene as _scene
 
 GRID = _scene.SIZE // 8  # image tokens along one side
 PREFIX = 3  # tokens before the picture; the last of them, <|vision_start|>, is attended where nothing is meant

@@ -10,13 +10,13 @@ import onnx
 from fake_cuda import FakeCuda
 from fake_tensorrt import library
 
-from cm_export import engines
-from cm_export.backends import _build_tensorrt
-from cm_export.backends._export_tensorrt import Source
-from cm_export.bundle import MANIFEST, Bundle, read_manifest, write_manifest
-from cm_export.evals._compare import with_policies
-from cm_export.generate import Engine
-from cm_export.probe import probe
+from cm_export.backends.tensorrt import builder as _build_tensorrt
+from cm_export.backends.tensorrt.export import Source
+from cm_export.build import engines
+from cm_export.bundle.bundle import MANIFEST, Bundle, read_manifest, write_manifest
+from cm_export.evals.compare import with_policies
+from cm_export.host.runner import Engine
+from cm_export.source.probe import probe
 
 ROWS = 256  # of the cache
 PROMPT = 192

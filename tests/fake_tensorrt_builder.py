@@ -10,7 +10,7 @@ import onnx
 from fake_tensorrt_api import DTYPE, Api, HostMemory, ILogger, Severity
 from onnx import inliner
 
-from cm_export.onnx_text import DOMAIN
+from cm_export.base.onnx_text import DOMAIN
 
 _LAYER_OF = {"Constant": "CONSTANT", "Reshape": "SHUFFLE", "Transpose": "SHUFFLE", "MatMul": "MATRIX_MULTIPLY"}
 _LAYER_OF |= {"Gather": "GATHER", "Shape": "SHAPE", "TopK": "TOPK", "Softmax": "SOFTMAX", "Cast": "CAST"}

@@ -13,14 +13,16 @@ import onnx
 import torch
 import transformers
 
-from cm_export import by_name, trace, weights
-from cm_export import model as hf
-from cm_export.backends.onnxruntime import Backend
+from cm_export.backends.onnxruntime.backend import Backend
+from cm_export.base import by_name
+from cm_export.bundle import weights
 from cm_export.families import qwen2_vl as family
-from cm_export.neuron_constants import neuron_constants
-from cm_export.recipe import Recipe
-from cm_export.request import Request
+from cm_export.host.request import Request
+from cm_export.recipe.recipe import Recipe
+from cm_export.source import model as hf
+from cm_export.source import trace
 from cm_export.surgery import pipeline
+from cm_export.surgery.neuron_constants import neuron_constants
 
 IMAGE, VIDEO, START, END = 5, 6, 3, 4
 

@@ -18,10 +18,10 @@ from conftest import cm_export, session
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cm_export import checkpoint
-from cm_export.bundle import WEIGHTS, Bundle
-from cm_export.chat import Chat
+from cm_export.bundle.bundle import WEIGHTS, Bundle
 from cm_export.cli import main
+from cm_export.host.chat import Chat
+from cm_export.source import checkpoint
 
 SECONDS = 20  # within which every mistake must be told, also by a `build` of a whole checkpoint
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from cm_export import bundle as bundles
-from cm_export import stages
-from cm_export.bundle import MANIFEST, WEIGHTS, Bundle, assemble, check_out, sweep, write_manifest
-from cm_export.errors import BundleError, CmExportError, InputError
-from cm_export.stages import Stages, key_of
+from cm_export.base.errors import BundleError, CmExportError, InputError
+from cm_export.build import stages
+from cm_export.build.stages import Stages, key_of
+from cm_export.bundle import bundle as bundles
+from cm_export.bundle.bundle import MANIFEST, WEIGHTS, Bundle, assemble, check_out, sweep, write_manifest
 
 
 @pytest.fixture
@@ -462,8 +462,8 @@ def test_the_second_of_two_builds_of_one_output_is_refused(tmp_path):
 
 
 def test_two_builds_of_one_output_at_once_finish_one_and_refuse_one(tmp_path, monkeypatch):
-    from cm_export import build as builds
-    from cm_export.recipe import Recipe
+    from cm_export.build import build as builds
+    from cm_export.recipe.recipe import Recipe
 
     inside, go_on, outcome = threading.Event(), threading.Event(), []
 

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from tolerances import agrees
 
-from cm_export import calibrate
-from cm_export import calibration as files
-from cm_export import model as hf
-from cm_export.calibrate import read_prompts
-from cm_export.cluster import GROUPS, cluster
-from cm_export.errors import InputError
+from cm_export.base.errors import InputError
+from cm_export.bundle import calibration as files
+from cm_export.calibrating import calibrate
+from cm_export.calibrating.calibrate import read_prompts
+from cm_export.calibrating.cluster import GROUPS, cluster
 from cm_export.families import qwen2_vl as family
-from cm_export.generate import Budget, load
+from cm_export.host.runner import Budget, load
+from cm_export.source import model as hf
 
 CASES = settings(max_examples=40, deadline=None)
 

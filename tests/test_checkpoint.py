@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from cm_export import checkpoint
-from cm_export.checkpoint import resolve, verify_hashes
-from cm_export.errors import InputError
+from cm_export.base.errors import InputError
+from cm_export.source import checkpoint
+from cm_export.source.checkpoint import resolve, verify_hashes
 
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)}
 

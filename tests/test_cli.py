@@ -16,13 +16,14 @@ import pytest
 from PIL import Image
 
 from cm_export import __version__
-from cm_export.by_name import names_in
-from cm_export.cli import _tables, main
-from cm_export.cli._console import emit_json, progress, write_json
-from cm_export.cli._requirements import fits, requirements
-from cm_export.errors import BundleError, InputError
+from cm_export.base.by_name import names_in
+from cm_export.base.errors import BundleError, InputError
+from cm_export.cli import main
+from cm_export.cli import tables as _tables
+from cm_export.cli.console import emit_json, progress, write_json
+from cm_export.cli.requirements import fits, requirements
 
-VERBS = names_in("cm_export.cli")
+VERBS = names_in("cm_export.cli.verbs")
 COMMAND = (sys.executable, "-c", "import sys; from cm_export.cli import main; sys.exit(main())")
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "numpy", "PIL", "rich", "huggingface_hub")
 
@@ -75,9 +76,9 @@ def test_every_example_in_help_parses(verb):
 
     import click
 
-    from cm_export.by_name import load
+    from cm_export.base.by_name import load
 
-    command = load("cm_export.cli", verb, "verb").command
+    command = load("cm_export.cli.verbs", verb, "verb").command
     for example in command.examples:
         values = shlex.split(example)[2:]
         with click.Context(command, obj={}) as ctx:
@@ -256,7 +257,7 @@ def test_a_closed_pipe_is_quiet(size, bundle):
     code = (
         "import sys, types; from cm_export import cli;"
         f"stub = types.ModuleType('x'); stub.describe = lambda p: sys.stdin.read() or {{'a': 'x' * {size}}};"
-        "sys.modules['cm_export.inspect_bundle'] = stub; sys.exit(cli.main(['inspect', sys.argv[1], '--json']))"
+        "sys.modules['cm_export.bundle.inspect'] = stub; sys.exit(cli.main(['inspect', sys.argv[1], '--json']))"
     )
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
@@ -271,7 +272,7 @@ def test_an_interrupt_is_quiet(bundle):
     code = (
         "import sys, time, types; from cm_export import cli; stub = types.ModuleType('x');"
         "stub.describe = lambda p: (print('ready', flush=True), time.sleep(60));"
-        "sys.modules['cm_export.inspect_bundle'] = stub; sys.exit(cli.main(['inspect', sys.argv[1]]))"
+        "sys.modules['cm_export.bundle.inspect'] = stub; sys.exit(cli.main(['inspect', sys.argv[1]]))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(bundle)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -13,9 +13,9 @@ from conftest import cm_export
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-from cm_export import checkpoint
-from cm_export.by_name import names_in
+from cm_export.base.by_name import names_in
 from cm_export.cli import group
+from cm_export.source import checkpoint
 
 ROOT = Path(__file__).parent.parent
 IMAGES = checkpoint.DEMO.parent / "images"
@@ -49,8 +49,8 @@ def test_the_demo_answers_rightly_and_only_the_answer_is_on_stdout(demo_bundle, 
 
 def test_the_shipped_questions_are_all_answered_rightly_dense_and_all_but_one_at_the_recipes_budget(demo_bundle):
     """In one process, since starting one takes longer than answering."""
-    from cm_export.generate import load
-    from cm_export.images import open_image
+    from cm_export.host.images import open_image
+    from cm_export.host.runner import load
 
     engine, wrong = load(demo_bundle), {True: [], False: []}
     for q in QUESTIONS:
@@ -220,7 +220,7 @@ def test_a_readme_command_that_does_not_exist_is_found():
     )
     assert commands(good) == ["cm-export run x.plan --image a.png    --prompt 'what ?' --token-share 0.3 > out"]
     parse(commands(good)[0])
-    for verb in names_in("cm_export.cli"):
+    for verb in names_in("cm_export.cli.verbs"):
         parse(f"cm-export {verb} --help")
     for wrong in ("cm-export rnu x.plan", "cm-export run x.plan --promt x", "cm-export build --neurons grifin --out x"):
         with pytest.raises(click.ClickException):

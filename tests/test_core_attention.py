@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import agrees
 
-from cm_export.errors import SurgeryError
-from cm_export.onnx_text import DOMAIN
+from cm_export.base.errors import SurgeryError
+from cm_export.base.onnx_text import DOMAIN
 
 LISTED = Case(True, B=3, H=6, Hk=2, S=4, P=15, M=7)
 DENSE = replace(LISTED, index=False)

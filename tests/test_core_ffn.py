@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from tolerances import agrees
 from transformers.activations import ACT2FN
 
-from cm_export.errors import InputError, SurgeryError
-from cm_export.onnx_text import DOMAIN
+from cm_export.base.errors import InputError, SurgeryError
+from cm_export.base.onnx_text import DOMAIN
 
 REQUEST = Case("request", B=3, S=4, D=19, F=31, K=12)
 TOKEN = replace(REQUEST, index="token")

@@ -6,14 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cm_export.core_index import (
+from cm_export.base.core_index import (
     check_core_neurons,
     check_core_tokens,
     image_token_count,
     neuron_count,
     select_core_neurons,
 )
-from cm_export.errors import InputError
+from cm_export.base.errors import InputError
 
 CASES = settings(max_examples=60, deadline=None)
 

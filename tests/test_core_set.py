@@ -14,17 +14,17 @@ from random_models import Exported
 from test_surgery import arrays, request
 from tolerances import agrees
 
-from cm_export import model as hf
-from cm_export import weights
-from cm_export.backends.onnxruntime import CoreRows, Decoder
-from cm_export.calibration import Calibration
-from cm_export.core_index import check_core_neurons, select_core_neurons
-from cm_export.core_set import CoreSet, choose, every_neuron
-from cm_export.errors import InputError
+from cm_export.backends.onnxruntime.backend import CoreRows, Decoder
+from cm_export.base.core_index import check_core_neurons, select_core_neurons
+from cm_export.base.errors import InputError
+from cm_export.bundle import weights
+from cm_export.bundle.calibration import Calibration
 from cm_export.families import qwen2_vl as family
-from cm_export.layer_budgets import LEAST, STEP, _convex, allot, layer_counts
-from cm_export.recipe import Neurons, Recipe
-from cm_export.request import core_row_names, prefill_feeds, sparse_feeds
+from cm_export.host.core_set import CoreSet, choose, every_neuron
+from cm_export.host.layer_budgets import LEAST, STEP, _convex, allot, layer_counts
+from cm_export.host.request import core_row_names, prefill_feeds, sparse_feeds
+from cm_export.recipe.recipe import Neurons, Recipe
+from cm_export.source import model as hf
 from cm_export.surgery import pipeline
 
 CASES = settings(max_examples=40, deadline=None)

@@ -9,8 +9,8 @@ import pytest
 from fake_cuda import FakeCuda
 from test_tensorrt_api import CUDA, installed
 
-from cm_export.backends._cuda import Buffer, Buffers, Cuda, Pinned, open_cuda
-from cm_export.errors import CmExportError
+from cm_export.backends.tensorrt.cuda import Buffer, Buffers, Cuda, Pinned, open_cuda
+from cm_export.base.errors import CmExportError
 
 
 def exercise(cuda: Cuda) -> None:

@@ -15,10 +15,14 @@ from conftest import cm_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cm_export import checkpoint
-from cm_export.errors import InputError
-from cm_export.evals import _journal, _scene, _task, _user_data, easy_vqa
-from cm_export.evals._metrics import divergence, kept_of_dense, wilson
+from cm_export.base.errors import InputError
+from cm_export.base.metrics import divergence, kept_of_dense, wilson
+from cm_export.evals import journal as _journal
+from cm_export.evals import scene as _scene
+from cm_export.evals import task as _task
+from cm_export.evals import user_data as _user_data
+from cm_export.evals.tasks import easy_vqa
+from cm_export.source import checkpoint
 
 PICTURE = Path(checkpoint.__file__).parent / "demo" / "images" / "teal-circle.png"
 

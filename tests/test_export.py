@@ -6,10 +6,10 @@ import torch
 from random_models import IMAGE, prompt
 from tolerances import agrees
 
-from cm_export.backends.onnxruntime import CoreRows, Decoder
+from cm_export.backends.onnxruntime.backend import CoreRows, Decoder
 from cm_export.families import qwen2_vl as family
-from cm_export.recipe import Recipe
-from cm_export.request import Request, core_row_names, prefill_feeds, sparse_feeds
+from cm_export.host.request import Request, core_row_names, prefill_feeds, sparse_feeds
+from cm_export.recipe.recipe import Recipe
 
 SEEDS = (1, 2, 3, 4)
 LAYOUTS = [[(2, 3)], [(1, 1)], [(4, 2), (1, 5)], [(3, 3), (2, 2), (1, 4)]]

@@ -10,15 +10,16 @@ from conftest import cm_export
 from random_models import request
 from tolerances import agrees
 
-from cm_export import checkpoint, guard
-from cm_export.backends.onnxruntime import Decoder
-from cm_export.bundle import Bundle
-from cm_export.evals import easy_vqa
-from cm_export.evals._compare import with_policies
-from cm_export.generate import Budget, Engine
-from cm_export.images import open_image
-from cm_export.recipe import Recipe
-from cm_export.request import prefill_feeds
+from cm_export.backends.onnxruntime.backend import Decoder
+from cm_export.bundle.bundle import Bundle
+from cm_export.evals.compare import with_policies
+from cm_export.evals.tasks import easy_vqa
+from cm_export.host import guard
+from cm_export.host.images import open_image
+from cm_export.host.request import prefill_feeds
+from cm_export.host.runner import Budget, Engine
+from cm_export.recipe.recipe import Recipe
+from cm_export.source import checkpoint
 
 PICTURE = Path(checkpoint.__file__).parent / "demo" / "images" / "teal-circle.png"
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cm_export.errors import InputError
-from cm_export.images import check_size, open_image
-from cm_export.overlay import ACCENT, check_output, draw_overlay
+from cm_export.base.errors import InputError
+from cm_export.host.images import check_size, open_image
+from cm_export.host.overlay import ACCENT, check_output, draw_overlay
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

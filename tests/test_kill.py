@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ONE_THREAD, cm_export, session
 
-from cm_export.bundle import Bundle
+from cm_export.bundle.bundle import Bundle
 
 STAGES = ["weights", "trace", "graphs", "gates"]
 # Where kills fall: the first after one of these lines was announced and a random part of the seconds behind it. The

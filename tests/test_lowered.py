@@ -7,14 +7,17 @@ import onnx
 import pytest
 from random_models import copy
 
-from cm_export import gates_lowered, weights
-from cm_export.backends import _halve_tensorrt, _lower_tensorrt, _written_out
-from cm_export.backends._export_tensorrt import Source, axis_ranges, describe, lowered, write_graphs
-from cm_export.backends._targets import TARGETS, target
-from cm_export.bundle import Bundle
-from cm_export.errors import GateFailed, InputError
-from cm_export.probe import probe
-from cm_export.recipe import Recipe
+from cm_export.backends.tensorrt import halve as _halve_tensorrt
+from cm_export.backends.tensorrt import lower as _lower_tensorrt
+from cm_export.backends.tensorrt import written_out as _written_out
+from cm_export.backends.tensorrt.export import Source, axis_ranges, describe, lowered, write_graphs
+from cm_export.backends.tensorrt.targets import TARGETS, target
+from cm_export.base.errors import GateFailed, InputError
+from cm_export.build import gates_lowered
+from cm_export.bundle import weights
+from cm_export.bundle.bundle import Bundle
+from cm_export.recipe.recipe import Recipe
+from cm_export.source.probe import probe
 
 SMALL = Recipe().replace(engine__capacity=96, engine__max_prompt=64, tokens__prune_layer=1)
 VERSIONS = ("10.3", "10.7", "10.14", "10.15", "11.0", "rtx-1.7")

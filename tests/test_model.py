@@ -9,11 +9,11 @@ from random_models import Exported, random_checkpoint, random_config
 from safetensors.torch import load_file, save_file
 from tolerances import agrees
 
-from cm_export import model as hf
-from cm_export import weights
-from cm_export.errors import InputError
+from cm_export.base.errors import InputError
+from cm_export.bundle import weights
 from cm_export.families import qwen2_vl as family
-from cm_export.probe import probe, reference
+from cm_export.source import model as hf
+from cm_export.source.probe import probe, reference
 
 
 def silent(*_, **__):
@@ -88,9 +88,9 @@ def test_an_image_token_outside_the_vocabulary_is_refused(tmp_path):
 
 
 def test_rows_of_an_older_request_are_not_used_again(exported):
-    from cm_export.backends.onnxruntime import CoreRows, Decoder
-    from cm_export.errors import CmExportError
-    from cm_export.request import core_row_names
+    from cm_export.backends.onnxruntime.backend import CoreRows, Decoder
+    from cm_export.base.errors import CmExportError
+    from cm_export.host.request import core_row_names
 
     x = exported(1)
     rows = CoreRows(x.weights, core_row_names(family, x.shape.layers))

@@ -24,16 +24,17 @@ import pytest
 from conftest import cm_export
 from fake_jetson import Jetson
 
-from cm_export import generate
-from cm_export.backends._export_tensorrt import write_graphs
-from cm_export.backends._targets import target
-from cm_export.bundle import Bundle
+from cm_export.backends.tensorrt.export import write_graphs
+from cm_export.backends.tensorrt.targets import target
+from cm_export.base.errors import InputError
+from cm_export.bundle.bundle import Bundle
 from cm_export.cli import main
-from cm_export.cli.pack import memory_table
-from cm_export.deploy import archive, jetson, memory, pack, trtexec
-from cm_export.errors import InputError
-from cm_export.probe import probe as synthetic
-from cm_export.recipe import Engine
+from cm_export.cli.verbs.pack import memory_table
+from cm_export.deploy.jetson import archive, memory, pack, trtexec
+from cm_export.deploy.jetson import devices as jetson
+from cm_export.host import runner as generate
+from cm_export.recipe.recipe import Engine
+from cm_export.source.probe import probe as synthetic
 
 DEVICES = {"6.2": "jetson-orin-nano", "7.1": "jetson-thor", "7.2": "jetson-orin"}
 releases = pytest.mark.parametrize("jetpack", DEVICES)

@@ -13,7 +13,7 @@ from cm_export.plugins.harness.cases import OPS
 from cm_export.plugins.harness.interface import problems
 from cm_export.plugins.harness.library import Library
 
-from cm_export.errors import InputError
+from cm_export.base.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,10 +13,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cm_export import by_name
-from cm_export.core_index import select_core_neurons
-from cm_export.errors import InputError, SurgeryError
-from cm_export.onnx_text import call, function, model_of
+from cm_export.base import by_name
+from cm_export.base.core_index import select_core_neurons
+from cm_export.base.errors import InputError, SurgeryError
+from cm_export.base.onnx_text import call, function, model_of
 from cm_export.policies import _hash
 from cm_export.policies import vote as voting
 from cm_export.policies._count import share_count

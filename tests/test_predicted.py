@@ -14,19 +14,19 @@ from hypothesis import strategies as st
 from random_models import copy, request
 from tolerances import agrees
 
-from cm_export import predictor
-from cm_export.backends._lower_onnxruntime import lower, unsigned
-from cm_export.backends.onnxruntime import Backend, CoreRows, Decoder
-from cm_export.core_set import choose, every_neuron
-from cm_export.errors import InputError
+from cm_export.backends.onnxruntime.backend import Backend, CoreRows, Decoder
+from cm_export.backends.onnxruntime.lower import lower, unsigned
+from cm_export.base.errors import InputError
+from cm_export.base.onnx_text import model_of
+from cm_export.build.gates import COPY_LIMIT
+from cm_export.bundle import predictor
+from cm_export.bundle.weights import WeightFile
 from cm_export.families import qwen2_vl as family
-from cm_export.gates import COPY_LIMIT
-from cm_export.onnx_text import model_of
+from cm_export.host.core_set import choose, every_neuron
+from cm_export.host.request import core_row_names, prefill_feeds
 from cm_export.policies.neurons import predicted
-from cm_export.recipe import Recipe
-from cm_export.request import core_row_names, prefill_feeds
+from cm_export.recipe.recipe import Recipe
 from cm_export.surgery import pipeline
-from cm_export.weights import WeightFile
 
 CASES = settings(max_examples=25, deadline=None)
 RECIPE = Recipe().replace(neurons__policy="predicted", tokens__policy="dense")

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cm_export import prune_layers
-from cm_export.calibration import Calibration
-from cm_export.errors import InputError
-from cm_export.recipe import Recipe, Tokens
+from cm_export.base.errors import InputError
+from cm_export.bundle.calibration import Calibration
+from cm_export.calibrating import prune_layers
+from cm_export.recipe.recipe import Recipe, Tokens
 
 CASES = settings(max_examples=60, deadline=None)
 

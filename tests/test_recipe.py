@@ -2,8 +2,8 @@
 
 import pytest
 
-from cm_export import recipe
-from cm_export.errors import InputError
+from cm_export.base.errors import InputError
+from cm_export.recipe import recipe
 
 
 def test_the_shipped_recipes_are_valid():

@@ -15,16 +15,16 @@ from conftest import cm_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cm_export import recipe as recipes
-from cm_export.bundle import Bundle
+from cm_export.base.errors import InputError
+from cm_export.bundle.bundle import Bundle
 from cm_export.cli import main
-from cm_export.errors import InputError
-from cm_export.evals._task import Question
-from cm_export.recipe import Recipe
+from cm_export.evals.task import Question
+from cm_export.host.request import Request
+from cm_export.recipe import recipe as recipes
+from cm_export.recipe.recipe import Recipe
 from cm_export.report import analysis, as_recipe, charts, examples, page
 from cm_export.report.pareto import choose, front
 from cm_export.report.points import Point, distinct, points_of
-from cm_export.request import Request
 
 SHAPE = SimpleNamespace(layers=4, hidden=64, ffn=256, kv_heads=2, head_dim=16)
 FROM_DEMO = {"model": {"source": "demo", "type": "qwen2_vl", "revision": None}}

@@ -7,8 +7,9 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from cm_export import checkpoint
-from cm_export.evals import _scene, scenes
+from cm_export.evals import scene as _scene
+from cm_export.evals.tasks import scenes
+from cm_export.source import checkpoint
 
 RIGHT_OF_40 = 37  # of 40 questions of the test split that follow one after the other
 

@@ -15,8 +15,8 @@ import pytest
 from fake_engines import machine
 from test_tensorrt_sessions import IMAGES, QUESTION
 
-from cm_export import generate
-from cm_export.images import open_image
+from cm_export.host import runner as generate
+from cm_export.host.images import open_image
 
 # distribution, version, module, version of the fake
 BINDINGS = {

@@ -8,13 +8,13 @@ import pytest
 from conftest import cm_export
 from random_models import END, IMAGE, START, VIDEO, Exported, copy, random_checkpoint
 
-from cm_export import engines
-from cm_export.backends._export_tensorrt import Source
-from cm_export.backends._targets import target
-from cm_export.bundle import Bundle
-from cm_export.errors import CmExportError
-from cm_export.probe import probe
-from cm_export.recipe import Recipe
+from cm_export.backends.tensorrt.export import Source
+from cm_export.backends.tensorrt.targets import target
+from cm_export.base.errors import CmExportError
+from cm_export.build import engines
+from cm_export.bundle.bundle import Bundle
+from cm_export.recipe.recipe import Recipe
+from cm_export.source.probe import probe
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linux on x86-64 and for Windows only")
 CARD = {"engine__architecture": "sm_86", "engine__capacity": 512, "engine__max_prompt": 256, "engine__max_patches": 256}
@@ -61,7 +61,7 @@ def test_an_edited_engine_is_noticed(rtx_bundle, tmp_path):
     content = bytearray(plan.read_bytes())
     content[len(content) // 2] ^= 1
     plan.write_bytes(content)
-    from cm_export.errors import BundleError
+    from cm_export.base.errors import BundleError
 
     with pytest.raises(BundleError, match=r"engines/decode\.plan.*sha256"):
         Bundle(other).wait_verified()

@@ -14,16 +14,20 @@ from fake_engines import ROWS, machine, policies_in_memory, reseal
 from test_core_set import made_up
 from tolerances import agrees
 
-from cm_export import bench, checkpoint, generate
-from cm_export.backends import _cuda, _decode_tensorrt
-from cm_export.backends._core_rows import CoreRows
-from cm_export.backends._session_tensorrt import Session
-from cm_export.bundle import Bundle
+from cm_export.backends.tensorrt import cuda as _cuda
+from cm_export.backends.tensorrt import decode as _decode_tensorrt
+from cm_export.backends.tensorrt.session import Session
+from cm_export.base.errors import BundleError, CmExportError, InputError
+from cm_export.bundle.bundle import Bundle
 from cm_export.cli import main
-from cm_export.errors import BundleError, CmExportError, InputError
-from cm_export.evals import _compare, _task
-from cm_export.generate import Budget, Engine
-from cm_export.images import open_image
+from cm_export.evals import bench
+from cm_export.evals import compare as _compare
+from cm_export.evals import task as _task
+from cm_export.host import runner as generate
+from cm_export.host.core_rows import CoreRows
+from cm_export.host.images import open_image
+from cm_export.host.runner import Budget, Engine
+from cm_export.source import checkpoint
 
 IMAGES = sorted((Path(checkpoint.__file__).parent / "demo" / "images").glob("*.png"))
 QUESTION = "describe : what shape is in the image?"

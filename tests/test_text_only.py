@@ -14,16 +14,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tolerances import agrees
 from transformers import PreTrainedTokenizerFast
 
-from cm_export import bench, by_name, calibrate, generate, trace
-from cm_export.backends.onnxruntime import CoreRows, Decoder
-from cm_export.chat import Chat
+from cm_export.backends.onnxruntime.backend import CoreRows, Decoder
+from cm_export.base import by_name
+from cm_export.base.errors import BundleError, InputError
+from cm_export.bundle.inspect import describe
+from cm_export.calibrating import calibrate
 from cm_export.cli import main
-from cm_export.errors import BundleError, InputError
-from cm_export.evals._compare import Sweep, compare
-from cm_export.evals._user_data import load as load_data
-from cm_export.inspect_bundle import describe
-from cm_export.recipe import Recipe, from_dict
-from cm_export.request import Request, core_row_names, prefill_feeds, sparse_feeds
+from cm_export.evals import bench
+from cm_export.evals.compare import Sweep, compare
+from cm_export.evals.user_data import load as load_data
+from cm_export.host import runner as generate
+from cm_export.host.chat import Chat
+from cm_export.host.request import Request, core_row_names, prefill_feeds, sparse_feeds
+from cm_export.recipe.recipe import Recipe, from_dict
+from cm_export.source import trace
 from cm_export.surgery import pipeline
 
 # Fixed by hand, the rest is drawn by the seed; the bundle below is a third case: llama, tied, plain rope, in shards.
@@ -135,7 +139,7 @@ def test_a_setting_that_cannot_be_exported_is_refused_and_named(case, tmp_path):
     if "rope_parameters" in fixed:
         fixed = {"rope_parameters": config["rope_parameters"] | fixed["rope_parameters"]}
     (tmp_path / "config.json").write_text(json.dumps(config | fixed))
-    from cm_export import model as hf
+    from cm_export.source import model as hf
 
     family = by_name.load("cm_export.families", model_type, "model type")
     with pytest.raises(InputError, match=named):
@@ -276,7 +280,7 @@ def test_token_policies_are_refused_by_eval_too(bundle, tmp_path, sweep):
 
 
 def test_a_task_about_pictures_is_refused_before_the_first_question(bundle):
-    from cm_export.evals import _task
+    from cm_export.evals import task as _task
 
     with pytest.raises(InputError, match="takes no pictures"):
         compare(bundle, _task.load("scenes", limit=1), threads=1)

@@ -9,17 +9,17 @@ from random_models import request
 from test_surgery import arrays, masked_prefill
 from tolerances import agrees
 
-from cm_export import by_name
-from cm_export.backends.onnxruntime import CoreRows, Decoder
-from cm_export.bundle import Bundle
-from cm_export.chat import Chat
-from cm_export.core_index import image_token_count
-from cm_export.errors import InputError
+from cm_export.backends.onnxruntime.backend import CoreRows, Decoder
+from cm_export.base import by_name
+from cm_export.base.core_index import image_token_count
+from cm_export.base.errors import InputError
+from cm_export.bundle.bundle import Bundle
 from cm_export.families import qwen2_vl as family
+from cm_export.host.chat import Chat
+from cm_export.host.request import Request, core_row_names, picture_sizes, prefill_feeds, sparse_feeds
 from cm_export.policies.keep import keep_tokens
 from cm_export.policies.quota import pictures, quota
-from cm_export.recipe import Recipe, check
-from cm_export.request import Request, core_row_names, picture_sizes, prefill_feeds, sparse_feeds
+from cm_export.recipe.recipe import Recipe, check
 from cm_export.surgery import choose_tokens as choosing
 from cm_export.surgery import cut_tokens as cutting
 
@@ -348,7 +348,7 @@ def test_the_law_of_the_quota_can_fail(exported, monkeypatch):
 
 
 def _pooling():
-    from cm_export.onnx_text import function
+    from cm_export.base.onnx_text import function
 
     return function("""
         Quota (score, picture, image_keep) => (chosen, count) {

@@ -21,11 +21,13 @@ from conftest import cm_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cm_export import checkpoint, recipe, recipe_text
-from cm_export.errors import CmExportError, GateFailed, InputError
-from cm_export.evals._journal import key_of
-from cm_export.evals._task import Question
-from cm_export.recipe import Recipe
+from cm_export.base.errors import CmExportError, GateFailed, InputError
+from cm_export.evals.journal import key_of
+from cm_export.evals.task import Question
+from cm_export.recipe import recipe
+from cm_export.recipe import text as recipe_text
+from cm_export.recipe.recipe import Recipe
+from cm_export.source import checkpoint
 from cm_export.tune import search, space, study, verdict, written
 from cm_export.tune.held_out import Wish
 from cm_export.tune.measure import Answered, Times, latency, memory

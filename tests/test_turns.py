@@ -12,17 +12,18 @@ from conftest import cm_export
 from random_models import copy, prompt
 from tolerances import agrees
 
-from cm_export import checkpoint, turns
-from cm_export.bundle import Bundle
-from cm_export.errors import BundleError, InputError
-from cm_export.evals._compare import with_policies
+from cm_export.base.errors import BundleError, InputError
+from cm_export.base.onnx_text import function
+from cm_export.bundle.bundle import Bundle
+from cm_export.evals.compare import with_policies
 from cm_export.families import qwen2_vl as family
-from cm_export.generate import Budget, Engine
-from cm_export.images import open_image
-from cm_export.onnx_text import function
+from cm_export.host import turns
+from cm_export.host.images import open_image
+from cm_export.host.request import Request
+from cm_export.host.runner import Budget, Engine
 from cm_export.policies import vote as voting
-from cm_export.recipe import Recipe
-from cm_export.request import Request
+from cm_export.recipe.recipe import Recipe
+from cm_export.source import checkpoint
 
 IMAGES = Path(checkpoint.__file__).parent / "demo" / "images"
 PICTURE = IMAGES / "teal-circle.png"

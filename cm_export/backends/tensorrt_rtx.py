@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from ..bundle import Bundle
-from ..recipe import Recipe
-from .tensorrt import Backend, open_as
+from ..bundle.bundle import Bundle
+from ..recipe.recipe import Recipe
+from .tensorrt.backend import Backend, open_as
 
 NAME, MODULE = "tensorrt-rtx", "tensorrt_rtx"
 

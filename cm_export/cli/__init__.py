@@ -13,24 +13,26 @@ from collections.abc import Sequence
 import click
 
 from .. import __version__
-from ..by_name import load, names_in, nearest
-from ..errors import CmExportError
-from ._console import debug_option
+from ..base.by_name import load, names_in, nearest
+from ..base.errors import CmExportError
+from .console import debug_option
+
+VERBS = "cm_export.cli.verbs"
 
 
 class Verbs(click.Group):
-    """Files of this folder as subcommands; the file `run.py` exposes `command` and becomes `cm-export run`."""
+    """Files of verbs/ as subcommands; the file `run.py` exposes `command` and becomes `cm-export run`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return names_in(__name__)
+        return names_in(VERBS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        return load(__name__, name, "verb").command if name in names_in(__name__) else None
+        return load(VERBS, name, "verb").command if name in names_in(VERBS) else None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str, click.Command, list[str]]:
         verb = args[0]
-        if verb not in names_in(__name__) and not verb.startswith("-"):
-            raise click.UsageError(f"unknown verb {verb!r}; {nearest(verb, names_in(__name__))}", ctx)
+        if verb not in names_in(VERBS) and not verb.startswith("-"):
+            raise click.UsageError(f"unknown verb {verb!r}; {nearest(verb, names_in(VERBS))}", ctx)
         return super().resolve_command(ctx, args)
 
 

@@ -1,1 +1,1 @@
-"""Where a bundle goes after it was built: one file per destination, and what destinations share."""
+"""Where a bundle goes after it was built: one folder for each destination."""

@@ -1,0 +1,1 @@
+"""Accuracy and speed beside their controls; tasks/ holds the questions."""

@@ -5,7 +5,7 @@ Source: LLaMA (arXiv 2302.13971), section 2.2; grouped-query attention and expli
 
 from typing import Any
 
-from ._decoder import Shape, check_decoder, decoder_shape, image_tokens, position_ids
+from . import Shape, check_decoder, decoder_shape, image_tokens, position_ids
 
 __all__ = ["check_config", "image_tokens", "position_ids", "shape"]
 

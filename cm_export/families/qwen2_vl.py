@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
-from ._decoder import Shape, check_decoder, decoder_shape
+from ..base.errors import InputError
+from . import Shape, check_decoder, decoder_shape
 
 MODEL_CLASS = "Qwen2VLForConditionalGeneration"
 

@@ -10,7 +10,7 @@ vertical deviation below the chord, which is exact in int64 when multiplied by n
 
 import torch
 
-from ..onnx_text import function
+from ..base.onnx_text import function
 
 _TEXT = 2**62  # above every image key: scores stay below 2^62 / S
 

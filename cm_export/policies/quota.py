@@ -7,7 +7,7 @@ quota       0:1  1:2       ->            the best of each picture: no picture st
 
 import torch
 
-from ..onnx_text import function
+from ..base.onnx_text import function
 
 
 def pictures(image_mask: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,9 @@ Prompts are padded on the left; image_mask is 0 on padding.
 
 import torch
 
-from ..by_name import nearest
-from ..errors import InputError
-from ..onnx_text import function
+from ..base.by_name import nearest
+from ..base.errors import InputError
+from ..base.onnx_text import function
 
 
 def vote(voters: str, image_mask: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ..generate import Budget, Engine
-from ..request import Request, prefill_feeds
+from ..host.request import Request, prefill_feeds
+from ..host.runner import Budget, Engine
 from ..surgery.report_activations import report_activations
 from ..surgery.report_attention import report_attention
 

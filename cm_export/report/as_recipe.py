@@ -4,9 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ..calibration import FILE as CALIBRATION
-from ..recipe import Recipe
-from ..recipe_text import findable, toml
+from ..bundle.calibration import FILE as CALIBRATION
+from ..recipe.recipe import Recipe
+from ..recipe.text import findable, toml
 
 
 def recipe_toml(recipe: Recipe, bundle: Path, manifest: dict[str, Any]) -> str:

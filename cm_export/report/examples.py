@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ..evals._task import Question, Task
-from ..generate import Engine
-from ..overlay import compose
-from ..request import Request
-from ..turns import Answer
+from ..evals.task import Question, Task
+from ..host.overlay import compose
+from ..host.request import Request
+from ..host.runner import Engine
+from ..host.turns import Answer
 
 ASKED_PER_SHOWN = 4
 _SIDE = 512  # pixels: enough to see the patches, small enough for a page

@@ -5,14 +5,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .. import recipe as recipes
-from ..backends._base import DEFAULT
-from ..bundle import Bundle
-from ..errors import InputError
-from ..evals import _compare, _task
-from ..evals._journal import forget
-from ..evals._task import Task
-from ..generate import Engine
+from ..base.errors import InputError
+from ..bundle.bundle import Bundle
+from ..evals import compare as _compare
+from ..evals import task as _task
+from ..evals.journal import forget
+from ..evals.task import Task
+from ..host.backend import DEFAULT
+from ..host.runner import Engine
+from ..recipe import recipe as recipes
 from . import analysis, examples
 from .as_recipe import recipe_toml
 from .page import Inputs

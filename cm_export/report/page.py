@@ -16,8 +16,8 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from .. import atomic
-from ..recipe import Recipe
+from ..base import atomic
+from ..recipe.recipe import Recipe
 from . import charts
 from .analysis import NEURONS, TOKENS, Layers
 from .as_recipe import build_command, only_shares_differ, recipe_toml

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import by_name, recipe
-from ..errors import InputError
-from ..predictor import group_of
-from ..recipe import Recipe
+from ..base import by_name
+from ..base.errors import InputError
+from ..bundle.predictor import group_of
+from ..recipe import recipe
+from ..recipe.recipe import Recipe
 
 _BYTES = 4  # of a float32 weight or cache entry, the only dtype of a bundle
 
@@ -195,4 +196,4 @@ def _read(path: Path, seal: str, keys: tuple[str, ...], what: str, fix: str) -> 
 
 def known_task(name: str) -> bool:
     """Whether a report's task comes with the program, so that its questions can be asked again."""
-    return name.replace("-", "_") in by_name.names_in("cm_export.evals")
+    return name.replace("-", "_") in by_name.names_in("cm_export.evals.tasks")

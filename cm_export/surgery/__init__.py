@@ -1,0 +1,1 @@
+"""Rewrites of ONNX graphs, one file each; pipeline.py is their order."""

@@ -9,9 +9,9 @@ from types import ModuleType
 
 import onnx
 
-from ..errors import SurgeryError
-from ..weights import FILE, Tensor
-from .names import stored_name
+from ..base.errors import SurgeryError
+from ..bundle.names import stored_name
+from ..bundle.weights import FILE, Tensor
 
 
 def bind_weights(model: onnx.ModelProto, weights: dict[str, Tensor], family: ModuleType) -> int:

@@ -10,11 +10,11 @@ from types import ModuleType
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from .. import dims
+from ..base import dims
 from ..policies import keep as keeping
 from ..policies import quota as quotas
 from ..policies import vote as voting
-from ..recipe import BEFORE_LAYERS, Tokens
+from ..recipe.recipe import BEFORE_LAYERS, Tokens
 from .cut_tokens import Prompt
 from .edit import Edit
 from .find_sites import FFN

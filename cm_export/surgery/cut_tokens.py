@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from .. import dims
-from ..errors import SurgeryError
-from ..trace import cache_names
+from ..base import dims
+from ..base.errors import SurgeryError
+from ..source.trace import cache_names
 from .edit import Edit
 from .find_sites import FFN
 

@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from ..errors import SurgeryError
-from ..onnx_text import DOMAIN, IR_VERSION, OPSET
+from ..base.errors import SurgeryError
+from ..base.onnx_text import DOMAIN, IR_VERSION, OPSET
 from ..plugins.contract import Op, node_attributes
 
 

@@ -6,7 +6,7 @@ before: CoreFFN -> y        after: CoreFFN -> y_core;  y = y_core + core_bias[la
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from .. import dims
+from ..base import dims
 from .edit import Edit
 from .find_sites import FFN
 

@@ -9,9 +9,9 @@ from types import ModuleType
 
 import onnx_graphsurgeon as gs
 
-from ..errors import SurgeryError
+from ..base.errors import SurgeryError
+from ..bundle.names import stored_name
 from .edit import Edit
-from .names import stored_name
 
 # What may stand between gate and up and the product that enters down: the activation's own arithmetic.
 _BETWEEN = {

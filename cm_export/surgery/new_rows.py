@@ -8,7 +8,7 @@ question                       c d        logits of d only: nobody reads the oth
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from ..errors import SurgeryError
+from ..base.errors import SurgeryError
 from .edit import Edit
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from .. import by_name, dims
-from ..errors import InputError
-from ..predictor import group_of
-from ..recipe import Recipe
-from ..weights import Tensor
+from ..base import by_name, dims
+from ..base.errors import InputError
+from ..bundle.predictor import group_of
+from ..bundle.weights import Tensor
+from ..recipe.recipe import Recipe
 from .bind_weights import bind_weights
 from .choose_tokens import choose_tokens, report_tokens, whole_prompt
 from .cut_tokens import cut_tokens, leave_out

@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from .. import predictor
-from ..weights import Tensor
+from ..bundle import predictor
+from ..bundle.weights import Tensor
 from .bind_weights import initializer
 from .edit import Edit
 from .find_sites import FFN

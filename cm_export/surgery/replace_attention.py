@@ -8,7 +8,7 @@ from types import ModuleType
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from .. import dims
+from ..base import dims
 from ..plugins.core_attention.op import OP
 from .edit import Edit
 from .find_sites import attention_sites

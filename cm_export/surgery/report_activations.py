@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from .. import dims
+from ..base import dims
 from .edit import Edit
 from .replace_ffn import replace_ffn
 

@@ -9,10 +9,10 @@ from types import ModuleType
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from .. import dims
-from ..errors import SurgeryError
+from ..base import dims
+from ..base.errors import SurgeryError
 from ..policies import vote as voting
-from ..recipe import Neurons
+from ..recipe.recipe import Neurons
 from .cut_tokens import Prompt
 from .edit import Edit
 from .find_sites import FFN

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..evals._metrics import wilson
-from ..recipe import Recipe, from_dict
-from ..vary import at_random
+from ..base.metrics import wilson
+from ..recipe.recipe import Recipe, from_dict
+from ..recipe.vary import at_random
 from . import study as studies
 from .measure import Judge, examine
 from .verdict import FINALISTS, HeldOut, Point, affordable, decide, finalists, front

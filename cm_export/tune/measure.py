@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..errors import GateFailed
-from ..evals._compare import _decode, _Desk, with_policies
-from ..evals._metrics import kept_of_dense, spread
-from ..evals._task import Task
-from ..generate import Budget, Engine, Prefilled
-from ..recipe import Recipe
+from ..base.errors import GateFailed
+from ..base.metrics import kept_of_dense, spread
+from ..evals.compare import _decode, _Desk, with_policies
+from ..evals.task import Task
+from ..host.runner import Budget, Engine, Prefilled
+from ..recipe.recipe import Recipe
 from .space import shares
 
 _ENGINES = 3  # policies whose sessions are kept ready; a share is not a policy, so most trials of a pair share one

@@ -16,14 +16,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .. import environment
-from ..backends._base import DEFAULT
-from ..bundle import MANIFEST, Bundle
-from ..errors import CmExportError, GateFailed
-from ..evals._journal import key_of
-from ..evals._task import Task
-from ..generate import Engine
-from ..recipe import from_dict
+from ..base import environment
+from ..base.errors import CmExportError, GateFailed
+from ..bundle.bundle import MANIFEST, Bundle
+from ..evals.journal import key_of
+from ..evals.task import Task
+from ..host.backend import DEFAULT
+from ..host.runner import Engine
+from ..recipe.recipe import from_dict
 from . import space as spaces
 from . import study as studies
 from .held_out import Wish, point, second_look

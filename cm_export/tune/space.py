@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
 
-from .. import by_name
-from ..bundle import Bundle
-from ..errors import InputError
-from ..recipe import BLOCKS, VOTERS, Recipe
+from ..base import by_name
+from ..base.errors import InputError
+from ..bundle.bundle import Bundle
+from ..recipe.recipe import BLOCKS, VOTERS, Recipe
+from ..recipe.vary import varied
 from ..surgery import pipeline
-from ..vary import varied
 
 NEURONS, TOKENS = "cm_export.policies.neurons", "cm_export.policies.tokens"
 PERCENT = (

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from ..errors import InputError
+from ..base.errors import InputError
 
 try:
     import optuna

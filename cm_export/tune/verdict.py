@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ..evals._metrics import kept_interval, kept_of_dense
-from ..evals._task import Question
+from ..base.metrics import kept_interval, kept_of_dense
+from ..evals.task import Question
 
 FINALISTS = 3
 ERROR = 0.05

@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .. import atomic
-from .. import recipe as recipes
-from ..calibration import FILE as CALIBRATION
-from ..checkpoint import ALIASES
-from ..recipe import Recipe
-from ..recipe_text import findable, toml
+from ..base import atomic
+from ..bundle.calibration import FILE as CALIBRATION
+from ..recipe import recipe as recipes
+from ..recipe.recipe import Recipe
+from ..recipe.text import findable, toml
+from ..source.checkpoint import ALIASES
 from .space import needs_calibration
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from cm_export.onnx_text import function as parse
+from cm_export.base.onnx_text import function as parse
 
 from ..contract import Arrays, Op, declared
 

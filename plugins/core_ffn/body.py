@@ -7,9 +7,9 @@ The rows are gathered before they are unpacked: what nobody lists is never read.
 
 import onnx
 
-from cm_export.by_name import nearest
-from cm_export.errors import InputError, SurgeryError
-from cm_export.onnx_text import function as parse
+from cm_export.base.by_name import nearest
+from cm_export.base.errors import InputError, SurgeryError
+from cm_export.base.onnx_text import function as parse
 
 from ..contract import declared
 

@@ -9,7 +9,7 @@ Each row stands alone, so a large weight can be packed piece by piece.
 
 import numpy as np
 
-from cm_export.errors import InputError
+from cm_export.base.errors import InputError
 
 
 def check(columns: int, bits: int, group: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from cm_export.errors import CmExportError, InputError
+from cm_export.base.errors import CmExportError, InputError
 
 from .cases import calls
 from .interface import problems

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cm_export.onnx_text import DOMAIN
+from cm_export.base.onnx_text import DOMAIN
 
 from ..contract import Op
 from .cases import OPS, Call, calls

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from cm_export.errors import InputError
+from cm_export.base.errors import InputError
 
 # Numbers of nvinfer1::DataType and PluginFieldType.
 TYPES = {"float32": 0, "float16": 1, "int8": 2, "int32": 3, "bool": 4, "uint8": 5, "bfloat16": 7, "int64": 8}

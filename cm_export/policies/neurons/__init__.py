@@ -1,0 +1,1 @@
+"""One file for each rule that scores neurons, found by its name."""

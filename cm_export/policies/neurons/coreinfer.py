@@ -7,7 +7,7 @@ CoreInfer (arXiv 2410.18311, section 3), CoreMatching (arXiv 2505.19235, section
 
 import torch
 
-from ...onnx_text import function
+from ...base.onnx_text import function
 from .._count import count_votes, count_votes_text
 
 WIRES = ("z", "weight")

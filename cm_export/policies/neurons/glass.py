@@ -9,7 +9,7 @@ answer, and the prior knows the rest.
 
 import torch
 
-from ...onnx_text import function
+from ...base.onnx_text import function
 from .._energy import energy_share, energy_share_text
 
 WIRES = ("z", "weight", "prior", "down_energy")

@@ -8,7 +8,7 @@ adds shares instead.
 
 import torch
 
-from ...onnx_text import function
+from ...base.onnx_text import function
 from .._energy import energy_share, energy_share_text
 from .._rank import dense_rank, dense_rank_text
 

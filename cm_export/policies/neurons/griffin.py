@@ -7,7 +7,7 @@ GRIFFIN (arXiv 2404.01365, section 4). With the norms it is the energy of what t
 
 import torch
 
-from ...onnx_text import function
+from ...base.onnx_text import function
 from .._energy import energy_share, energy_share_text
 
 WIRES = ("z", "weight", "row")

@@ -10,7 +10,7 @@ token's neurons: Deja Vu (arXiv 2310.17157); by a low-bit copy instead of a trai
 import onnx
 import torch
 
-from ...onnx_text import function
+from ...base.onnx_text import function
 from ...plugins.core_ffn.op import ACTIVATIONS
 
 WIRES = ()

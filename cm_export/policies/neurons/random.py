@@ -7,7 +7,7 @@ A share of these is a uniform draw without replacement: METHOD's `random` contro
 
 import torch
 
-from ...onnx_text import function
+from ...base.onnx_text import function
 from .._hash import scramble, scramble_text
 
 WIRES = ("z", "seed")

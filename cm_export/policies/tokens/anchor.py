@@ -8,7 +8,7 @@ voters should be the text after the picture; a question asked before it cannot h
 
 import torch
 
-from ...onnx_text import function
+from ...base.onnx_text import function
 from .._direction import UNIT, alike, alike_text
 
 WIRES = ("z", "vote")

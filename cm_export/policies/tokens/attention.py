@@ -7,7 +7,7 @@ FastV (arXiv 2403.06764, section 4).
 
 import torch
 
-from ...onnx_text import function
+from ...base.onnx_text import function
 from .._attention import received, received_text
 
 WIRES = ("q", "k", "mask", "vote")

@@ -8,7 +8,7 @@ and CDPruner (arXiv 2506.10967) also choose by dissimilarity, one token after th
 
 import torch
 
-from ...onnx_text import function
+from ...base.onnx_text import function
 from .._direction import UNIT, alike, alike_text
 
 WIRES = ("embeds", "image_mask")

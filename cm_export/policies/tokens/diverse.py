@@ -7,7 +7,7 @@ The two factors of CDPruner (arXiv 2506.10967) and SIEVE, taken one token after 
 
 import torch
 
-from ...onnx_text import function
+from ...base.onnx_text import function
 from .._attention import by_value, by_value_text, received, received_text
 from .._farthest import farthest, farthest_text
 

@@ -8,7 +8,7 @@ are ranked by the unique integer key count * F + (F - 1 - n), so every runtime p
 
 import torch
 
-from ...onnx_text import function
+from ...base.onnx_text import function
 from .._count import count_votes, count_votes_text, share_count, share_count_text
 
 WIRES = ("z", "vote")

@@ -8,7 +8,7 @@ one (recipe: tokens.first). `distinct` is the same idea without the order: there
 
 import torch
 
-from ...onnx_text import function
+from ...base.onnx_text import function
 from .._farthest import farthest, farthest_text
 
 WIRES = ("embeds", "image_mask")

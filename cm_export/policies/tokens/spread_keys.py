@@ -8,7 +8,7 @@ is dropped has a neighbour that answers the same queries.
 
 import torch
 
-from ...onnx_text import function
+from ...base.onnx_text import function
 from .._farthest import farthest, farthest_text
 
 WIRES = ("k", "image_mask")

@@ -8,7 +8,7 @@ this does not. Value-aware token pruning, VATP (arXiv 2406.12335, section 3), th
 
 import torch
 
-from ...onnx_text import function
+from ...base.onnx_text import function
 from .._attention import by_value, by_value_text, received, received_text
 
 WIRES = ("q", "k", "v", "mask", "vote")

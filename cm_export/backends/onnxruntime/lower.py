@@ -1,0 +1,174 @@
+"""Portable graph -> what ONNX Runtime's CPU kernels run fastest, in memory, at load time.
+
+    MatMul(x, Transpose(W))                       -> FusedMatMul(x, W, transB)      no transposed copy of the weights
+                       or, for a few rows at once -> Transpose(FusedMatMul(W, x, transB))
+    CoreFFN(x, Wg, Wu, Wd_t, core_neurons)        -> CoreRows(x, ffn.i.gate, ffn.i.up, ffn.i.down)
+                                                     three inputs [B,K,D] that the host gathers once per request
+    CoreFFN(x, Wg, Wu, Wd_t, PredictNeurons(...)) -> CoreMasked(x, Wg, Wu, Wd_t, ids), ids by MatMulNBits on the int4 bytes
+
+Gathering inside every step is slower than dense (a gather of 40 % costs more than the products it saves). So a set that
+is new for every token buys no time here: every row is read, those that are not listed are multiplied by zero.
+
+A product with 2 to 16 rows of x costs 2.4 times a product with one, because the right factor is packed into panels each
+time; as left factor the weights are read where they lie, and 16 rows cost what one costs (LOG.md).
+"""
+
+from typing import Any
+
+import numpy as np
+import onnx
+
+from ...base.onnx_text import DOMAIN, OPSET
+from ...host.core_rows import ROWS
+from ...plugins.core_ffn.op import ACTIVATIONS
+from ...policies.neurons.predicted import choose_text
+
+_MICROSOFT = "com.microsoft"
+
+
+def lower(model: onnx.ModelProto, rows_as_inputs: bool, few_rows: bool = False) -> onnx.ModelProto:
+    """Rewrite in place and return the model. `rows_as_inputs`: CoreFFN's rows become graph inputs.
+
+    `few_rows`: for steps that read 2 to 16 tokens; every x is [B,N,D] then.
+    """
+    graph = model.graph
+    shapes = {t.name: list(t.dims) for t in graph.initializer}
+    nodes, activation = [], None
+    chosen = {n.output[0] for n in graph.node if n.op_type == "PredictNeurons"}
+    for node in graph.node:
+        if node.op_type == "PredictNeurons":
+            nodes.append(node)
+            continue
+        if chosen & set(node.input):
+            activation = _attribute(node, "activation")
+            nodes.append(onnx.helper.make_node("CoreMasked", node.input, node.output[:1], node.name, domain=DOMAIN))
+            continue
+        indexed = node.op_type == "CoreFFN" and len(node.input) == 5
+        # Words and blocks of neurons are for kernels that read them; here their own function runs.
+        as_it_stands = _attribute(node, "bits") or (_attribute(node, "block") or 1) > 1
+        if node.op_type != "CoreFFN" or as_it_stands or (indexed and not rows_as_inputs):
+            nodes.append(node)
+            continue
+        activation, weights = _attribute(node, "activation"), list(node.input[1:4])
+        if indexed:
+            layer = _attribute(node, "layer")
+            shape = ["batch", f"core_neurons.{layer}", shapes[weights[0]][1]]  # each layer may have its own number
+            weights = [f"ffn.{layer}.{part}" for part in ROWS]
+            graph.input.extend(onnx.helper.make_tensor_value_info(w, onnx.TensorProto.FLOAT, shape) for w in weights)
+        nodes.append(
+            onnx.helper.make_node("CoreRows", [node.input[0], *weights], list(node.output), node.name, domain=DOMAIN)
+        )
+    if activation is not None:
+        model.functions.append(_core_rows(activation))
+    if chosen:
+        model.functions.append(_core_masked(activation))
+        _multiply_low_bits(model, activation)
+    _keep(graph, _fuse_transposes(nodes, set(shapes), few_rows))
+    model.opset_import.append(onnx.helper.make_opsetid(_MICROSOFT, 1))
+    return model
+
+
+def _core_rows(activation: str) -> onnx.FunctionProto:
+    """CoreFFN over rows that are already gathered (or all rows): weights [K,D] or [B,K,D], neuron-major."""
+    return _function(f"""CoreRows (x, gate, up, down) => (y, z) {{
+        gate_out = com.microsoft.FusedMatMul <transB = 1> (x, gate)
+        up_out = com.microsoft.FusedMatMul <transB = 1> (x, up)
+        {ACTIVATIONS[activation]}
+        z = Mul (activated, up_out)
+        y = MatMul (z, down)
+    }}""")
+
+
+def _core_masked(activation: str) -> onnx.FunctionProto:
+    """CoreFFN over every row, z of the rows that a token does not list being zero: ids [B,N,K], weights [F,D]."""
+    return _function(f"""CoreMasked (x, gate, up, down, ids) => (y) {{
+        gate_out = com.microsoft.FusedMatMul <transB = 1> (x, gate)
+        up_out = com.microsoft.FusedMatMul <transB = 1> (x, up)
+        {ACTIVATIONS[activation]}
+        z = Mul (activated, up_out)
+        z_shape = Shape (z)
+        none = ConstantOfShape (z_shape)
+        ids_shape = Shape (ids)
+        one = Constant <value_float = 1.0> ()
+        ones = Expand (one, ids_shape)
+        mask = ScatterElements <axis = -1> (none, ids, ones)
+        listed = Mul (z, mask)
+        y = MatMul (listed, down)
+    }}""")
+
+
+def _multiply_low_bits(model: onnx.ModelProto, activation: str) -> None:
+    """PredictNeurons multiplies the int4 bytes as they lie; they become uint4 with zero point 8 (see `unsigned`)."""
+    sizes = {t.name: list(t.dims) for t in model.graph.initializer}
+    node = next(n for n in model.graph.node if n.op_type == "PredictNeurons")
+    ffn, hidden = sizes[node.input[1]]
+    group = _attribute(node, "group")
+    # accuracy_level 4 rounds x to int8 with a scale per group: less than what the 4 bits of the copies cost already.
+    bits = f"com.microsoft.MatMulNBits <K = {hidden}, N = {ffn}, bits = 4, block_size = {group}, accuracy_level = 4>"
+    body = f"""
+        gate_out = {bits} (x, gate, gate_scale)
+        up_out = {bits} (x, up, up_scale)
+        {choose_text(activation, ascending=False)}"""
+    inputs = "x, gate, gate_scale, up, up_scale, norm, count"
+    known = next(f for f in model.functions if f.name == "PredictNeurons")
+    known.CopyFrom(_function(f"PredictNeurons <group, block> ({inputs}) => (core_neurons) {{ {body} }}"))
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT4:
+            tensor.data_type = onnx.TensorProto.UINT8
+            tensor.dims[:] = [ffn, hidden // group, group // 2]
+
+
+def unsigned(packed: np.ndarray, group: int) -> np.ndarray:
+    """[F,D/2] bytes of int4 pairs -> [F,D/g,g/2] of the same numbers as uint4 above a zero point of 8."""
+    return (packed ^ np.uint8(0x88)).reshape(len(packed), -1, group // 2)
+
+
+def _function(text: str) -> onnx.FunctionProto:
+    header = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}, "{_MICROSOFT}" : 1]> '
+    return onnx.parser.parse_function(header + text)
+
+
+def _fuse_transposes(nodes: list[onnx.NodeProto], weights: set[str], few_rows: bool) -> list[onnx.NodeProto]:
+    turned = {
+        n.output[0]: n.input[0]
+        for n in nodes
+        if n.op_type == "Transpose" and n.input[0] in weights and list(_attribute(n, "perm") or (1, 0)) == [1, 0]
+    }
+    out = []
+    for node in nodes:
+        if node.op_type == "MatMul" and node.input[1] in turned:
+            factors, result = [node.input[0], turned[node.input[1]]], list(node.output)
+            if few_rows:
+                factors, result = factors[::-1], [f"{node.output[0]}/turned"]
+            out.append(onnx.helper.make_node("FusedMatMul", factors, result, node.name, domain=_MICROSOFT, transB=1))
+            if not few_rows:
+                continue
+            node = onnx.helper.make_node("Transpose", result, list(node.output), perm=[0, 2, 1])
+        out.append(node)
+    return out
+
+
+def _keep(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
+    """Put in the nodes whose results somebody reads; drop initializers and core indices that nobody does."""
+    read, alive = {o.name for o in graph.output}, []
+    for node in reversed(nodes):
+        if any(o in read for o in node.output):
+            alive.append(node)
+            read.update(names_read(node))
+    kept = [t for t in graph.initializer if t.name in read]
+    inputs = [v for v in graph.input if v.name in read or v.name not in ("core_neurons", "core_counts")]
+    del graph.node[:], graph.initializer[:], graph.input[:]
+    graph.node.extend(reversed(alive))
+    graph.initializer.extend(kept)
+    graph.input.extend(inputs)
+
+
+def names_read(node: onnx.NodeProto) -> set[str]:
+    """Names that a node reads, those that the body of a loop takes from around it included."""
+    bodies = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+    return set(node.input).union(*(names_read(inner) for body in bodies for inner in body.node))
+
+
+def _attribute(node: onnx.NodeProto, name: str) -> Any:
+    value = next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), None)
+    return value.decode() if isinstance(value, bytes) else value

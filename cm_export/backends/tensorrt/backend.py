@@ -1,0 +1,191 @@
+"""TensorRT: the engines of a bundle, built on this machine for this GPU, in place of its ONNX graphs.
+
+engines/<graph>.plan, manifest["engines"] -> Backend      vision, prefill and decode as of _base.py
+"""
+
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ...base.errors import BundleError, CmExportError, InputError
+from ...bundle.bundle import Bundle
+from ...host.core_rows import CoreRows, RowsOfTheEngine
+from ...host.request import core_row_names
+from ...recipe.recipe import Recipe
+from .cuda import Buffers, Cuda, Pinned, open_cuda
+from .decode import Decoder
+from .session import ELSEWHERE, Held, Library, Session, read
+
+NAME, MODULE = "tensorrt", "tensorrt"
+
+
+def open(bundle: Bundle, threads: int = 0, recipe: Recipe | None = None, graph: Callable | None = None) -> "Backend":
+    """The engines of an open bundle. Raises InputError without the library, BundleError for engines of elsewhere."""
+    return open_as(NAME, MODULE, bundle, threads, recipe, graph)
+
+
+def open_as(
+    name: str, module: str, bundle: Bundle, threads: int, recipe: Recipe | None, graph: Callable | None
+) -> "Backend":
+    """The same for a backend of that name, whose library is the Python module `module`."""
+    recipe = recipe or bundle.recipe
+    if graph:
+        raise CmExportError("an engine cannot be replaced by a graph", where=f"backend {name}", fix=ELSEWHERE)
+    if recipe.neurons.in_decode:
+        what = f"neurons.policy = {recipe.neurons.policy!r} chooses anew for every token, which no engine does yet"
+        raise InputError(what, where=f"backend {name}", fix=f"build with another policy, or {ELSEWHERE}")
+    if bundle.recipe.engine.strip_weights:
+        what = "its engines hold no weights and must be refitted before they run"
+        raise InputError(what, where=bundle.path, fix=f"build without engine.strip_weights, or {ELSEWHERE}")
+    engines = bundle.manifest.get("engines")
+    if not engines or engines["backend"] != name:
+        what = f"holds no engines of {name}" + (f", only of {engines['backend']}" if engines else "")
+        raise BundleError(what, where=bundle.path, fix=f"cm-export build ... --backend {name}, or {ELSEWHERE}")
+    try:
+        trt = importlib.import_module(module)
+    except ImportError as e:
+        fix = f"install it: pip install 'cm-export[{name}]'; or {ELSEWHERE}"
+        raise InputError(
+            f"the Python package {module} cannot be imported ({e})", where=f"backend {name}", fix=fix
+        ) from e
+    return Backend(name, bundle, recipe, threads, trt, open_cuda())
+
+
+class Backend:
+    """Sessions over the engines of one bundle, made when first asked for; see _base.Backend."""
+
+    reads_several = False
+
+    def __init__(self, name: str, bundle: Bundle, recipe: Recipe, threads: int, trt: Any, cuda: Cuda):
+        self.name, self.weights, self.threads, self.notes = name, bundle.weights, threads, []
+        self.newest: Decoder | None = None
+        self._bundle, self._recipe, self._cuda = bundle, recipe, cuda
+        self._engines = bundle.manifest["engines"]
+        self._check(trt)
+        self._library = Library(trt, cuda)
+        if self._engines.get("plugins"):
+            self._load_plugins(self._engines["plugins"])
+        self._buffers = Buffers(cuda)
+        self._pinned: dict[str, Pinned] = {}
+        self._sessions: dict[str, Session] = {}
+        self.in_place = self._engines["kv"] == "in_place"
+        self.hardware = {"gpu": cuda.gpu.name, "architecture": cuda.gpu.architecture, name: trt.__version__}
+
+    def _check(self, trt: Any) -> None:
+        """Raises BundleError that names what differs: an engine runs on the GPU and the version it was built for."""
+        here = {"version": trt.__version__, "architecture": self._cuda.gpu.architecture}
+        for what, value in here.items():
+            built = self._engines[what]  # one version; one architecture or several, by commas
+            if value not in built.split(","):
+                fix = f"build on this machine: cm-export build ... --backend {self.name}; or {ELSEWHERE}"
+                text = f"its engines were built for {what} {built}, this machine has {value}"
+                raise BundleError(text, where=self._bundle.path, fix=fix)
+
+    def _load_plugins(self, plugins: Mapping[str, str]) -> None:
+        name = f"engines/{plugins['name']}"  # compared with its own entry when the bundle was opened
+        if self._bundle.manifest["files"].get(name, {}).get("sha256") != plugins["sha256"]:
+            what = f"its {name} is not the library that its engines were built with (sha256)"
+            fix = f"build the bundle again: cm-export build ... --backend {self.name}"
+            raise BundleError(what, where=self._bundle.path, fix=fix)
+        self._library.load_plugins(self._bundle.path / name)
+
+    @cached_property
+    def rows(self) -> CoreRows:
+        """Gathers rows if the decode engine takes them; with a plugin it reads its own."""
+        inputs = self._engines["graphs"]["decode"]["inputs"]
+        kind = CoreRows if any(i["name"].startswith("ffn.") for i in inputs) else RowsOfTheEngine
+        return kind(self.weights, core_row_names(self._bundle.family, self._bundle.shape.layers), self.threads)
+
+    def ready(self, graph: str) -> None:
+        """Load the engine of `graph` now. Raises BundleError."""
+        self.session(graph)
+
+    def session(self, graph: str) -> Session:
+        """The session of an engine. Raises BundleError where the bundle has none for `graph`."""
+        if graph not in self._sessions:
+            file = self._bundle.path / "engines" / f"{graph}.plan"
+            if f"engines/{file.name}" not in self._bundle.manifest["files"]:
+                dense = "dense answers and controls need it: " if graph.endswith("_dense") else ""
+                fix = f"{dense}build the bundle with it, or {ELSEWHERE}"
+                raise BundleError(f"has no {self.name} engine of {graph}", where=self._bundle.path, fix=fix)
+            self._bundle.wait_verified()  # a plan is code that runs
+            streams = self._bundle.recipe.engine.weight_streaming
+            self._sessions[graph] = Session(self._library, file, self._buffers, streams)
+            scratch = self._buffers.get("scratch", max(s.scratch_size for s in self._sessions.values()))
+            for session in self._sessions.values():
+                session.use_scratch(scratch)
+        return self._sessions[graph]
+
+    def drop(self, *graphs: str) -> None:
+        """Free the engines of these graphs and their buffers."""
+        for graph in graphs:
+            if graph in self._sessions:
+                self._sessions.pop(graph).forget()
+                self._buffers.drop(f"{graph}/")
+
+    def vision(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Image embeddings [I,D] of patches and the host's integers."""
+        session = self.session("vision")
+        return read(self._cuda, session.run(feeds))["image_embeds"]
+
+    def prefill(self, feeds: Mapping[str, np.ndarray], graph: str = "prefill") -> dict[str, Held]:
+        """Run a prefill engine; every output stays on the device. Raises InputError for a prompt that does not fit."""
+        session = self.session(graph)
+        cut = session.has("kept_slots") and self._recipe.tokens.cache == "cut"
+        stays = len(feeds["kept_slots"]) if cut else feeds["inputs_embeds"].shape[1]
+        self.check_rows(None, stays + 1)
+        return session.run(feeds)
+
+    def turn(self, feeds: Mapping[str, np.ndarray], cache: Mapping[str, Any]) -> dict[str, Any]:
+        """Raises InputError."""
+        raise InputError("a later question is read by no engine yet", where=f"backend {self.name}", fix=ELSEWHERE)
+
+    def decoder(
+        self, graph: str, cache: Mapping[str, Held], constants: Mapping[str, np.ndarray], few_rows: bool = False
+    ) -> Decoder:
+        """One request's decode. Raises InputError with `few_rows`, which the guard asks for."""
+        if few_rows:
+            what = "the guard reads several tokens at once, an engine reads one"
+            raise InputError(what, where=f"backend {self.name}", fix=ELSEWHERE)
+        return Decoder(self, self.session(graph), cache, constants)
+
+    def host(self, values: Mapping[str, Held]) -> dict[str, np.ndarray]:
+        """Outputs as arrays."""
+        return read(self._cuda, values)
+
+    def rows_held(self, session: Session) -> int:
+        """C, the rows of the static cache."""
+        return next(session.static_shape(n)[2] for n in session.inputs if n.startswith("past."))
+
+    def check_rows(self, session: Session | None, rows: int) -> None:
+        """Raises InputError when prompt and answer need more rows than the cache has.
+
+        Where core_tokens lists rows, the last one is never written: it pads the list.
+        """
+        decode = self._engines["graphs"]["decode"]["inputs"]
+        listed = session.has("core_tokens") if session else any(i["name"] == "core_tokens" for i in decode)
+        most = self._engines["capacity"] - listed
+        if rows > most:
+            what = f"prompt and answer need {rows} rows, the cache of these engines has {most}"
+            fix = f"use a shorter prompt or answer, smaller pictures, a lower --token-share, or {ELSEWHERE}"
+            raise InputError(what, where=f"backend {self.name}", fix=fix)
+
+    def static(self, past: str, parity: int, shape: tuple[int, ...], dtype: np.dtype) -> int:
+        """The address of a set of keys or values [B,Hk,C,d]; rows never written are zero, since nan times 0 is nan."""
+        size = math.prod(shape) * dtype.itemsize
+        return self._buffers.get(f"{past}/{parity}", size, cleared=True).address
+
+    def pinned(self, name: str, size: int) -> Pinned:
+        """Pinned host memory by name, kept between requests."""
+        if name not in self._pinned or self._pinned[name].size < size:
+            self._pinned[name] = Pinned(self._cuda, size)
+        return self._pinned[name]
+
+    def note(self, text: str) -> None:
+        """Something that the user should know; told once."""
+        if text not in self.notes:
+            self.notes.append(text)

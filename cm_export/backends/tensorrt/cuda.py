@@ -1,0 +1,162 @@
+"""Device memory, one stream and graphs of the CUDA runtime, through NVIDIA's own Python bindings; every code is checked.
+
+cuda.call("cudaMalloc", n)   (cudaSuccess, pointer) -> pointer      (cudaErrorMemoryAllocation,) -> CmExportError
+"""
+
+import ctypes
+import importlib
+import math
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...base.errors import CmExportError, InputError
+
+_BINDINGS = "cuda.bindings.runtime"
+_LEAST = 256  # bytes of a buffer: an empty tensor needs an address, too
+
+
+def open_cuda() -> "Cuda":
+    """The CUDA runtime of this machine. Raises InputError without its Python package, CmExportError without a GPU."""
+    try:
+        runtime = importlib.import_module(_BINDINGS)
+    except ImportError as e:
+        fix = "install it: pip install 'cm-export[tensorrt]'; or add --backend onnxruntime"
+        raise InputError(f"the package cuda-bindings cannot be imported ({e})", where="CUDA", fix=fix) from e
+    return Cuda(runtime)
+
+
+def architecture() -> str:
+    """The architecture of this machine's GPU, such as sm_87. Raises as `open_cuda`."""
+    return open_cuda().gpu.architecture
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The device that runs the engines; architecture is such as sm_87."""
+
+    name: str
+    architecture: str
+
+
+class Cuda:
+    """One stream of one device. `runtime`: the module cuda.bindings.runtime."""
+
+    def __init__(self, runtime: Any):
+        self.runtime = runtime
+        properties = self.call("cudaGetDeviceProperties", self.call("cudaGetDevice"))
+        name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
+        self.gpu = Gpu(name.rstrip("\0"), f"sm_{properties.major}{properties.minor}")
+        self.stream = int(self.call("cudaStreamCreate"))  # TensorRT takes a number
+        kinds = runtime.cudaMemcpyKind
+        self._up, self._down = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
+        self._across = kinds.cudaMemcpyDeviceToDevice
+
+    def call(self, name: str, *args: Any) -> Any:
+        """What the function returns besides its code: nothing or one value. Raises CmExportError unless it succeeded."""
+        code, *values = getattr(self.runtime, name)(*args)
+        if int(code):
+            text = self.runtime.cudaGetErrorString(code)[1]
+            text = text.decode() if isinstance(text, bytes) else text
+            fix = "see whether nvidia-smi shows the GPU and free memory, or add --backend onnxruntime"
+            raise CmExportError(f"{text} (code {int(code)})", where=f"CUDA: {name}", fix=fix)
+        return values[0] if values else None
+
+    def upload(self, buffer: "Buffer", array: np.ndarray) -> None:
+        """A contiguous array into device memory; returns when the array may be changed again."""
+        self.call("cudaMemcpyAsync", buffer.address, array.ctypes.data, array.nbytes, self._up, self.stream)
+        self.wait()
+
+    def upload_pinned(self, address: int, pinned: "Pinned", size: int) -> None:
+        """The first `size` bytes of pinned memory, which must not change before the next `wait`."""
+        self.call("cudaMemcpyAsync", address, pinned.address, size, self._up, self.stream)
+
+    def download(self, address: int, out: np.ndarray) -> None:
+        """Device memory into a contiguous array, which is filled after the next `wait`."""
+        self.call("cudaMemcpyAsync", out.ctypes.data, address, out.nbytes, self._down, self.stream)
+
+    def copy_rows(self, to: int, pitch: int, source: int, source_pitch: int, width: int, height: int) -> None:
+        """`height` runs of `width` bytes within the device, `pitch` bytes from the beginning of one to the next."""
+        args = to, pitch, source, source_pitch, width, height
+        self.call("cudaMemcpy2DAsync", *args, self._across, self.stream)
+
+    def clear(self, buffer: "Buffer") -> None:
+        """All bytes zero."""
+        self.call("cudaMemsetAsync", buffer.address, 0, buffer.size, self.stream)
+
+    def wait(self) -> None:
+        """Return when everything that was enqueued is done."""
+        self.call("cudaStreamSynchronize", self.stream)
+
+    def record(self, work: Any) -> Any:
+        """A graph of what `work()` enqueues, for `replay`; nothing runs now. Raises CmExportError, also if work returns False."""
+        self.call(
+            "cudaStreamBeginCapture", self.stream, self.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        )
+        try:
+            done = work()
+        finally:  # otherwise the stream takes nothing more
+            graph = self.call("cudaStreamEndCapture", self.stream)
+        try:
+            if not done:
+                raise CmExportError("the work cannot be recorded", where="CUDA: stream capture")
+            return self.call("cudaGraphInstantiate", graph, 0)
+        finally:
+            self.call("cudaGraphDestroy", graph)
+
+    def replay(self, graph: Any) -> None:
+        """Run a recorded graph."""
+        self.call("cudaGraphLaunch", graph, self.stream)
+
+    def forget(self, graph: Any) -> None:
+        """Free a recorded graph."""
+        self.call("cudaGraphExecDestroy", graph)
+
+
+class Buffer:
+    """Device memory of `size` bytes at `address`, freed with this object."""
+
+    def __init__(self, cuda: Cuda, size: int):
+        self.size = max(_LEAST, size)
+        self.address = int(cuda.call("cudaMalloc", self.size))
+        weakref.finalize(self, cuda.runtime.cudaFree, self.address)
+
+
+class Pinned:
+    """Host memory that copies run from without a detour, and arrays in it."""
+
+    def __init__(self, cuda: Cuda, size: int):
+        self.size = max(_LEAST, size)
+        self.address = int(cuda.call("cudaMallocHost", self.size))
+        weakref.finalize(self, cuda.runtime.cudaFreeHost, self.address)
+
+    def array(self, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """A view, valid as long as this object."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        memory = (ctypes.c_byte * size).from_address(self.address + offset)
+        return np.frombuffer(memory, dtype).reshape(shape)
+
+
+class Buffers:
+    """Device memory by name, kept between requests; one that is too small is replaced by a larger one."""
+
+    def __init__(self, cuda: Cuda):
+        self._cuda, self._by_name = cuda, {}
+
+    def get(self, name: str, size: int, cleared: bool = False) -> Buffer:
+        """At least `size` bytes; `cleared`: zero when they are new."""
+        found = self._by_name.get(name)
+        if found is None or found.size < size:
+            self._by_name.pop(name, None)  # freed before the larger one is asked for
+            del found
+            found = self._by_name[name] = Buffer(self._cuda, size)
+            if cleared:
+                self._cuda.clear(found)
+        return found
+
+    def drop(self, prefix: str) -> None:
+        """Free what is named so."""
+        for name in [n for n in self._by_name if n.startswith(prefix)]:
+            del self._by_name[name]

@@ -1,0 +1,84 @@
+"""Ops that some TensorRT versions do not know, written out in ones that all of them know; and the two forms of the cache.
+
+Norm       x * rsqrt(mean(x^2) + epsilon) * w          RMSNormalization, in float32
+Attend     softmax(scale q k^T + mask) v               Attention; k and v repeated for their query heads
+CacheRow   present = past, with one new row            a copy (older), or in place (TensorScatter, the KV update)
+CoreRows   CoreFFN over rows that were gathered        where there is no plugin
+"""
+
+import onnx
+
+from ...base.onnx_text import DOMAIN, function
+from ...plugins.core_ffn.op import ACTIVATIONS
+
+NORM = function("""
+    Norm <epsilon> (x, weight) => (y) {
+        axis = Constant <value_ints = [-1]> ()
+        epsilon = Constant <value_float: float = @epsilon> ()
+        squares = Mul (x, x)
+        mean = ReduceMean <keepdims = 1> (squares, axis)
+        safe = Add (mean, epsilon)
+        length = Sqrt (safe)
+        direction = Div (x, length)
+        y = Mul (direction, weight)
+    }""")
+
+ATTENTION = function("""
+    Attend <scale> (q, k, v, mask) => (y) {
+        two = Constant <value_ints = [2]> ()
+        batch = Shape <start = 0, end = 1> (q)
+        heads = Shape <start = 1, end = 2> (q)
+        size = Shape <start = 3> (q)
+        key_heads = Shape <start = 1, end = 2> (k)
+        context = Shape <start = 2, end = 3> (k)
+        group = Div (heads, key_heads)
+        grouped = Concat <axis = 0> (batch, key_heads, group, context, size)
+        flat = Concat <axis = 0> (batch, heads, context, size)
+        k_1 = Unsqueeze (k, two)
+        v_1 = Unsqueeze (v, two)
+        k_repeated = Expand (k_1, grouped)
+        v_repeated = Expand (v_1, grouped)
+        k_heads = Reshape (k_repeated, flat)
+        v_heads = Reshape (v_repeated, flat)
+        factor32 = Constant <value_float: float = @scale> ()
+        factor = CastLike (factor32, q)
+        q_scaled = Mul (q, factor)
+        k_t = Transpose <perm = [0, 1, 3, 2]> (k_heads)
+        logits = MatMul (q_scaled, k_t)
+        masked = Add (logits, mask)
+        weights = Softmax <axis = -1> (masked)
+        y = MatMul (weights, v_heads)
+    }""")
+
+CACHE_COPY = function("""
+    CacheRow (past, new, at) => (present) {
+        zero = Constant <value_int = 0> ()
+        one = Constant <value_int = 1> ()
+        column = Constant <value_ints = [1]> ()
+        around = Constant <value_ints = [1, 2, 3]> ()
+        rows = Shape <start = 2, end = 3> (past)
+        capacity = Squeeze (rows)
+        row = Range (zero, capacity, one)
+        row_C1 = Unsqueeze (row, column)
+        at_B111 = Unsqueeze (at, around)
+        is_here = Equal (row_C1, at_B111)
+        present = Where (is_here, new, past)
+    }""")
+
+CACHE_IN_PLACE = onnx.parser.parse_function(
+    f'<domain: "{DOMAIN}", opset_import: ["" : 24]> CacheRow (past, new, at) => (present) '
+    '{ present = TensorScatter <axis = -2, mode = "linear"> (past, new, at) }'
+)
+
+
+def core_rows(activation: str) -> onnx.FunctionProto:
+    """CoreFFN over gathered rows: x [B,N,D], gate, up and down [B,K,D] -> y [B,N,D], z [B,N,K]."""
+    return function(f"""CoreRows (x, gate, up, down) => (y, z) {{
+        gate_t = Transpose <perm = [0, 2, 1]> (gate)
+        up_t = Transpose <perm = [0, 2, 1]> (up)
+        gate_out = MatMul (x, gate_t)
+        up_out = MatMul (x, up_t)
+        {ACTIVATIONS[activation]}
+        z = Mul (activated, up_out)
+        y = MatMul (z, down)
+    }}""")

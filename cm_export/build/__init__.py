@@ -1,0 +1,1 @@
+"""From a checkpoint to a bundle: stages, the gates that prove them, and TensorRT engines."""

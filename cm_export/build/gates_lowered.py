@@ -1,0 +1,186 @@
+"""Proofs that lowering for TensorRT broke nothing, run by ONNX Runtime before any engine is built.
+
+gate                  compares                                                  fails the build
+lowered vision        the lowered graph in float32 with the portable one        yes
+lowered prefill       all tokens kept: logits, scores, cache                    yes
+lowered decode        8 steps with every neuron, over the static cache          yes
+lowered choice        tokens kept at the recipe's budget: share that is the     no: float32 scores may fall otherwise where
+                      same                                                      float64 ones are nearly equal
+half ...              the graphs as they are built, with the portable ones      yes; said so where memory is short
+packing               int8 and int4 weights as written, with the weights        yes
+half choice           core neurons at the recipe's share that are the same      no
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from ..backends.onnxruntime.backend import Backend, CoreRows
+from ..backends.tensorrt.export import Source, lowered, weight_file
+from ..backends.tensorrt.quantize import BITS, error_of, packed
+from ..backends.tensorrt.rehearsal import LoweredGraphs, every_neuron_listed, listed, run, static_rows, step_feeds
+from ..backends.tensorrt.targets import Target
+from ..base.core_index import neuron_count, select_core_neurons
+from ..base.errors import GateFailed
+from ..bundle.weights import WeightFile
+from ..host.core_set import every_neuron
+from ..host.request import Request, core_row_names, kept_slots, prefill_feeds, sparse_feeds
+from .gates import LIMIT, Gate, compared
+
+STEPS = 8
+# 16-bit products of a few thousand terms differ by some 1e-3 of the largest value; a lost cast, mask or scale by above 1e-1.
+HALF_LIMIT = 3e-2
+# Of one weight, relative: rounding a Gaussian to 4 bits in groups of 64 costs .12, to 8 bits .007; a wrong order 1.4.
+PACK_LIMIT = {4: 0.4, 8: 0.04}
+Feeds = dict[str, np.ndarray]
+Answers = dict[str, dict[str, np.ndarray]]  # by graph, then by output
+
+
+def run_gates(source: Source, target: Target, family: Any, probe: Feeds, folder: Path, threads: int = 0) -> list[Gate]:
+    """All gates. Raises GateFailed. `folder` holds the weights of the lowered graphs, as `write_graphs` left it."""
+    precision = source.recipe.engine.precision
+    portable = _Portable(source, threads)
+    expected = _answers(portable, source, family, probe)
+    portable.backend.drop(*source.graphs)
+    exact = _Exact(source, target, threads)
+    found = _answers(exact, source, family, probe)
+    exact.backend.drop(*source.graphs)
+    gates = [_gate(f"lowered {g}", g, found, expected, LIMIT, f"portable graph; for {target.name}") for g in expected]
+    gates.append(_choice(exact.chosen, portable.chosen))
+    weight_bytes = sum(f.stat().st_size for f in folder.glob("weights.*.safetensors"))
+    free = psutil.virtual_memory().available
+    if precision in ("bf16", "fp32"):
+        detail = f"not run: ONNX Runtime has no {precision} on a CPU" if precision == "bf16" else "nothing is halved"
+        return [*gates, Gate("half precision", 0.0, None, True, detail)]
+    if 4 * weight_bytes > free:  # ONNX Runtime computes in float32 what it holds in 16 bit: a copy of each
+        detail = f"not run: {4 * weight_bytes / 1e9:.0f} GB of memory needed, {free / 1e9:.0f} GB free"
+        return [*gates, Gate("half precision", 0.0, None, True, detail)]
+    found = _answers(_Half(source, target, folder, threads), source, family, probe)
+    ours, theirs = (a["prefill"].pop("core_scores", None) for a in (found, expected))  # may be counts, which jump
+    if precision in BITS:
+        gates.append(_packing(source, target, folder, BITS[precision]))
+    # What low bits cost is for the evaluation of answers to say; the vision tower has none.
+    limits = {g: None if precision in BITS and g != "vision" else HALF_LIMIT for g in expected}
+    gates += [_gate(f"half {g}", g, found, expected, limits[g], "portable graph in float32") for g in expected]
+    return [*gates, _same_neurons(ours, theirs, source.recipe.neurons.share)]
+
+
+def _answers(graphs: Any, source: Source, family: Any, probe: Feeds) -> Answers:
+    """What the probe gives: image embeddings, a prefill that keeps every token, 8 steps of decode with every neuron."""
+    shape, recipe, out, embeds = source.shape, source.recipe, {}, None
+    if shape.sees:
+        feeds = family.vision_inputs(probe["pixel_values"], probe["grid"], shape.merge)
+        embeds = graphs.run("vision", feeds)["image_embeds"].astype(np.float32)
+        out["vision"] = {"image_embeds": embeds}
+    request = Request.of(probe["input_ids"], probe["grid"], family, shape, source.weights, embeds)
+    budgets = {"all": sparse_feeds(request, recipe, token_share=1.0), "own": sparse_feeds(request, recipe)}
+    feeds = {n: prefill_feeds(request) | b | kept_slots(request, b) for n, b in budgets.items()}
+    prefill = graphs.run("prefill", feeds["all"])
+    own = graphs.run("prefill", feeds["own"])
+    if "kept_tokens" in own:  # slots that nobody needed are filled up, at mask 0
+        graphs.chosen = own["kept_tokens"][own["kept_mask"] > 0]
+    out["prefill"] = {n: v.astype(np.float32) for n, v in prefill.items() if n != "kept_tokens"}
+    cache = {n: v for n, v in prefill.items() if n.startswith("present.")}
+    words = probe["input_ids"][~request.is_image[0]][:STEPS]
+    rows = CoreRows(source.weights, core_row_names(family, shape.layers))
+    logits = graphs.decode(request, cache, words, every_neuron(rows))
+    out["decode"] = {f"logits of step {i}": step.astype(np.float32) for i, step in enumerate(logits)}
+    return out
+
+
+class _Portable:
+    """The bundle's own graphs."""
+
+    chosen: np.ndarray | None = None
+
+    def __init__(self, source: Source, threads: int):
+        self.backend = Backend(source.graph, source.weights, threads)
+
+    def run(self, name: str, feeds: Feeds) -> Feeds:
+        return run(self.backend.session(name), feeds)
+
+    def decode(self, request: Request, cache: Feeds, words: np.ndarray, constant: Feeds) -> list[np.ndarray]:
+        logits = []
+        for i, word in enumerate(words):
+            feeds = request.step_feeds(int(word), i) | constant | _past(cache)
+            feeds["core_tokens"] = np.arange(request.tokens + i + 1, dtype=np.int32)[None]
+            cache = self.run("decode", feeds)
+            logits.append(cache.pop("logits"))
+        return logits
+
+
+class _Exact:
+    """The lowered graphs in float32, over the bundle's own weights."""
+
+    chosen: np.ndarray | None = None
+
+    def __init__(self, source: Source, target: Target, threads: int):
+        self.source = source
+        self.backend = Backend(lambda name: lowered(source, name, target, "fp32"), source.weights, threads)
+
+    def run(self, name: str, feeds: Feeds) -> Feeds:
+        return run(self.backend.session(name, rows_as_inputs=False), feeds)
+
+    def decode(self, request: Request, cache: Feeds, words: np.ndarray, constant: Feeds) -> list[np.ndarray]:
+        """Over a static cache, whose rows beyond the mask hold what must not be read."""
+        shape, capacity, logits = self.source.shape, self.source.recipe.engine.capacity, []
+        past = {name: static_rows(rows, capacity, fill=7) for name, rows in cache.items()}
+        half = next(iter(past.values())).dtype
+        constant = {n: v.astype(half) if n.startswith("ffn.") else v for n, v in constant.items()}
+        constant |= listed(every_neuron_listed(shape.layers, shape.ffn), [shape.ffn] * shape.layers)
+        for i, word in enumerate(words):
+            past = self.run("decode", step_feeds(request, int(word), i, capacity) | constant | _past(past))
+            logits.append(past.pop("logits"))
+        return logits
+
+
+class _Half(_Exact):
+    """The lowered graphs as the builder gets them, over the 16-bit weights."""
+
+    def __init__(self, source: Source, target: Target, folder: Path, threads: int):
+        self.source = source
+        self.run = LoweredGraphs(source, target, folder, threads).run
+
+
+def _past(cache: Feeds) -> Feeds:
+    return {n.replace("present", "past", 1): v for n, v in cache.items()}
+
+
+def _choice(ours: np.ndarray | None, theirs: np.ndarray | None) -> Gate:
+    same = 1.0 if theirs is None else float(np.isin(ours, theirs).mean())
+    return Gate("lowered choice", same, None, True, "share of the kept tokens that the portable graph keeps, too")
+
+
+def _packing(source: Source, target: Target, folder: Path, bits: int) -> Gate:
+    """Every packed weight, read back from the file that builders get, beside the weight that it stands for."""
+    file, worst = WeightFile(folder / weight_file(source.recipe.engine.precision)), ("nothing is packed", -1.0)
+    for graph in ("prefill", "decode"):
+        for name, how in packed(lowered(source, graph, target)):
+            scale = name.replace(".words", ".scale") if how["part"] == "words" else f"{name}.scale"
+            error = error_of(source.weights[how["weight"]], how, file[name], file[scale])
+            worst = max(worst, (how["weight"], error), key=lambda pair: pair[1])
+        source.weights.release()
+    if not 0 <= worst[1] <= PACK_LIMIT[bits]:
+        fix = "no engine was built; build with fp16, or check memory and disk"
+        raise GateFailed(
+            f"differs by {worst[1]:.1e} (limit {PACK_LIMIT[bits]})", where=f"gate 'packing', {worst[0]}", fix=fix
+        )
+    return Gate(
+        "packing", worst[1], PACK_LIMIT[bits], True, f"int{bits} weights as written, relative, with the weights"
+    )
+
+
+def _same_neurons(ours: np.ndarray | None, theirs: np.ndarray | None, share: float) -> Gate:
+    same = 1.0
+    if theirs is not None:
+        a, b = (select_core_neurons(s, neuron_count(share, s.shape[-1])) for s in (ours, theirs))
+        same = float(np.mean([np.isin(x, y).mean() for x, y in zip(a[:, 0], b[:, 0], strict=True)]))
+    return Gate("half choice", same, None, True, "share of the core neurons that float32 chooses, too")
+
+
+def _gate(name: str, graph: str, found: Answers, expected: Answers, limit: float | None, detail: str) -> Gate:
+    pairs = {output: (found[graph][output], theirs) for output, theirs in expected[graph].items()}
+    fix = "no engine was built; please report this checkpoint's config.json"
+    return compared(name, f"lowered {graph}.onnx", pairs, limit, detail, fix)

@@ -1,0 +1,95 @@
+"""Resumable stages of a build: each writes one directory, once, and is skipped while its inputs are unchanged.
+
+.engine.plan.stages/
+  trace/    key.json + files     key = hash of everything the stage read
+  weights/  ...
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..base.errors import InputError
+from ..bundle.bundle import file_sha256
+
+_KEY = "key.json"
+
+
+def key_of(**inputs: Any) -> str:
+    """A hash of plain values; anything that changes a stage's result must be among them."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def source_key(*files: str | Path) -> str:
+    """A hash of our own source files, so that a changed program redoes what it would now do differently."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
+
+
+class Stages:
+    """The stage directory of one `--out`. Finished stages carry their key and hashes; half-done ones are invisible."""
+
+    def __init__(self, folder: Path, force: bool = False, bundle: Path | None = None):
+        """`bundle`: where large files of a stage may have moved (see `file`). Raises InputError."""
+        self.folder, self.force, self.bundle, self.reused = folder, force, bundle, []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            fix = "give another --out or --work-dir"
+            raise InputError(f"the directory of stages cannot be made ({e.strerror})", where=folder, fix=fix) from e
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory alone. Raises InputError if another build does."""
+        with open(self.folder / "lock", "w") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                raise InputError("another build of this bundle is running", where=self.folder, fix="wait for it") from e
+            for leftover in self.folder.glob("*.tmp"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            yield
+
+    def file(self, stage: str, name: str) -> Path:
+        """A file of a finished stage, or of the finished bundle: the weights move there and are not kept twice."""
+        own = self.folder / stage / name
+        return own if self.bundle is None or own.exists() else self.bundle / name
+
+    def run(self, name: str, key: str, work: Callable[[Path], dict[str, Any] | None]) -> tuple[Path, dict[str, Any]]:
+        """The stage's directory and what `work(directory)` returned, now or when it last ran with this key."""
+        done = self.folder / name
+        if not self.force and (state := self.finished(name, key)) is not None:
+            self.reused.append(name)
+            return done, state
+        with tempfile.TemporaryDirectory(
+            prefix=f"{name}.", suffix=".tmp", dir=self.folder, ignore_cleanup_errors=True
+        ) as t:
+            folder = Path(t) / name
+            folder.mkdir()
+            state = work(folder) or {}
+            known = state.get("sha256", {})
+            names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
+            state["sha256"] = {n: known.get(n) or file_sha256(folder / n) for n in names}
+            (folder / _KEY).write_text(json.dumps({"key": key, "state": state}, default=str))
+            shutil.rmtree(done, ignore_errors=True)
+            folder.rename(done)
+        return done, state
+
+    def finished(self, name: str, key: str) -> dict[str, Any] | None:
+        """What the stage's work returned, if it ran with this key and its files are whole."""
+        try:
+            record = json.loads((self.folder / name / _KEY).read_text())
+            if record["key"] != key:
+                return None
+            whole = all(file_sha256(self.file(name, n)) == h for n, h in record["state"]["sha256"].items())
+            return record["state"] if whole else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None

@@ -1,0 +1,1 @@
+"""The bundle directory: its manifest, its one weight file, and what else lies in it."""

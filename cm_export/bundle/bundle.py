@@ -1,0 +1,254 @@
+"""The engine directory: graphs, one weight file, manifest, tokenizer. The only reader and writer of it; writing is atomic.
+
+engine.plan/
+  manifest.json            recipe, checkpoint, hashes, graphs with axes, passes, gates, links
+  weights.safetensors      shared by every graph
+  *.onnx                   vision (of a model that sees pictures), prefill, decode, prefill_dense, decode_dense;
+                           turn where the cache stays whole
+  calibration.safetensors  if the recipe named one
+  predictor.safetensors    if decode chooses its neurons itself: low-bit copies of gate and up
+  engines/*                *.plan and libcm_plugins.so, if it was built for TensorRT: for one GPU, version and library
+  processor/*              tokenizer.json, chat template, preprocessor_config.json
+"""
+
+import contextlib
+import ctypes
+import glob
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from types import ModuleType
+from typing import Any
+
+from ..base import by_name
+from ..base.errors import BundleError, InputError
+from ..recipe.recipe import Recipe, from_dict
+from .calibration import FILE as CALIBRATION
+from .calibration import Calibration
+from .calibration import read as read_calibration
+from .predictor import FILE as PREDICTOR
+from .predictor import write as write_predictor
+from .weights import FILE as WEIGHTS
+from .weights import WeightFile
+
+FORMAT = 2  # 2: nodes of CoreFFN carry block, bits and group
+MANIFEST = "manifest.json"
+GRAPHS = ("prefill", "decode", "prefill_dense", "decode_dense")  # of every bundle; its manifest may list more
+_LEFTOVER = ".old"
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+class Bundle:
+    """A bundle that was opened and checked. Small files are verified at once, the weights in the background."""
+
+    def __init__(self, path: str | Path):
+        """Raises BundleError (InputError if there is nothing at `path`): what is missing, edited or corrupted."""
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        try:
+            self._open()
+        except (KeyError, TypeError, AttributeError, ValueError) as e:  # sealed, yet not what this version writes
+            what = f"its manifest does not say what is needed ({type(e).__name__}: {e})"
+            raise BundleError(what, where=self.path / MANIFEST, fix="build the bundle again") from e
+        self._failure: BundleError | None = None
+        self._checking = threading.Thread(target=self._verify_weights, daemon=True)
+        self._checking.start()
+
+    def _open(self) -> None:
+        files = self.manifest["files"]
+        for name in {WEIGHTS, *(f"{g}.onnx" for g in (*GRAPHS, *self.manifest["graphs"]))} - set(files):
+            raise BundleError(f"the manifest does not list {name}", where=self.path, fix="build the bundle again")
+        for name, entry in files.items():
+            file = self._inside(name)
+            if not file.is_file():
+                raise BundleError("missing", where=file, fix="build the bundle again")
+            if file.stat().st_size != entry["bytes"]:
+                raise BundleError(
+                    f"{file.stat().st_size} bytes, the manifest says {entry['bytes']}", where=file, fix=_REBUILD
+                )
+            if not _is_large(name):
+                self._verify(file, entry["sha256"])
+        self.weights = WeightFile(self.path / WEIGHTS)
+        self.family: ModuleType = by_name.load("cm_export.families", self.manifest["model"]["type"], "model type")
+        self.config: dict[str, Any] = self.manifest["model"]["config"]
+        self.shape = self.family.shape(self.config)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """Its policies, budgets and backend."""
+        return from_dict(self.manifest["recipe"], "manifest.json: recipe")
+
+    @cached_property
+    def seal(self) -> str:
+        """What tells this bundle from any other: a hash over the manifest, and through it over every file."""
+        return _seal(self.manifest)
+
+    def wait_verified(self) -> None:
+        """Return once the weights were read and match their hash. Raises BundleError. Call before showing an answer."""
+        self._checking.join()
+        if self._failure:
+            raise self._failure
+
+    def graph(self, name: str) -> Path:
+        """The file of one graph. Raises BundleError where it has none of that name."""
+        if f"{name}.onnx" not in self.manifest["files"]:
+            raise BundleError(f"has no {name}.onnx", where=self.path, fix="build the bundle again")
+        return self.path / f"{name}.onnx"
+
+    def processor(self, name: str) -> Path | None:
+        """A tokenizer or processor file, or None if the checkpoint had none."""
+        file = f"processor/{name}"
+        return self.path / file if file in self.manifest["files"] else None
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """What was measured on generated text, neurons in the order of this bundle's weights; None without."""
+        if CALIBRATION not in self.manifest["files"]:
+            return None
+        found = read_calibration(self.path / CALIBRATION)
+        return found.reordered() if self.manifest["recipe"]["neurons"].get("block", 1) > 1 else found
+
+    @cached_property
+    def predictor(self) -> WeightFile:
+        """The copies by which decode chooses neurons; fitted now, into a temporary file, if the bundle holds none."""
+        if PREDICTOR in self.manifest["files"]:
+            return WeightFile(self.path / PREDICTOR)
+        self._fitted = tempfile.TemporaryDirectory(prefix="cm-export-")  # as long as the bundle is open
+        file = Path(self._fitted.name) / PREDICTOR
+        write_predictor(file, self.weights, self.family, self.shape)
+        return WeightFile(file)
+
+    def _inside(self, name: str) -> Path:
+        pure = PurePosixPath(name)
+        file = self.path / pure
+        plain = not pure.is_absolute() and ".." not in pure.parts and "\\" not in name
+        if not plain or file.resolve() != self.path.resolve() / pure:  # a link anywhere on the way leads elsewhere
+            raise BundleError(f"its manifest lists {name!r}, which is not inside it", where=self.path, fix=_REBUILD)
+        return file
+
+    def _verify(self, file: Path, expected: str) -> None:
+        if file_sha256(file) != expected:
+            raise BundleError("its contents do not match the manifest (sha256)", where=file, fix=_REBUILD)
+
+    def _verify_weights(self) -> None:
+        try:
+            for name in filter(_is_large, self.manifest["files"]):
+                self._verify(self.path / name, self.manifest["files"][name]["sha256"])
+        except Exception as e:  # whatever stopped it, the weights are not verified
+            self._failure = e if isinstance(e, BundleError) else BundleError(str(e), where=self.path / WEIGHTS)
+
+
+def _is_large(name: str) -> bool:
+    """Whether a file is verified in the background."""
+    return name in (WEIGHTS, PREDICTOR) or name.endswith(".plan")
+
+
+_REBUILD = "it was edited or corrupted: build the bundle again"
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a bundle, its own seal checked. Raises InputError, BundleError."""
+    if not path.exists():
+        raise InputError(
+            "no such bundle", where=path, fix="make one with: cm-export build --model MODEL --out " + path.name
+        )
+    file = path / MANIFEST
+    if not file.is_file():
+        raise InputError("not a bundle (no manifest.json)", where=path, fix="give a directory made by cm-export build")
+    try:
+        manifest = json.loads(file.read_bytes())
+        seal = manifest.pop("seal")
+        if manifest["format"] != FORMAT:
+            raise BundleError(
+                f"bundle format {manifest['format']}, this version reads {FORMAT}", where=file, fix="build it again"
+            )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as e:
+        raise BundleError(
+            f"unreadable manifest ({type(e).__name__}: {e})", where=file, fix="build the bundle again"
+        ) from e
+    if seal != _seal(manifest):
+        raise BundleError("the manifest was edited (its seal does not match)", where=file, fix="build the bundle again")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Seal and write the manifest of a bundle that is being assembled; lists every file with size and hash."""
+    known = manifest.pop("known_sha256", {})
+    files = {}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = file.relative_to(folder).as_posix()
+        files[name] = {"bytes": file.stat().st_size, "sha256": known.get(name) or file_sha256(file)}
+    manifest = {"format": FORMAT, **manifest, "files": files}
+    text = json.dumps({**manifest, "seal": _seal(manifest)}, indent=1, sort_keys=True, default=str)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(b"cm-export manifest\n" + text.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def assemble(out: Path) -> Iterator[Path]:
+    """A temporary directory beside `out` that becomes `out` when the block ends well and vanishes when it does not.
+
+    Killed at any moment, `out` is the old bundle (or nothing, if there was none) or the new one.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        for path in [p for p in folder.rglob("*") if p.is_file()]:
+            with open(path, "rb") as f:
+                os.fsync(f.fileno())
+        old = out.with_name(f".{out.name}{_LEFTOVER}")
+        shutil.rmtree(old, ignore_errors=True)
+        if not (out.exists() and _exchange(folder, out)):
+            if out.exists():
+                os.rename(out, old)
+            os.rename(folder, out)
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two directories in one step, so that there is no moment without a bundle; False where that is not known."""
+    libc = ctypes.CDLL(None)
+    # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h; macOS and some network file systems have neither.
+    return hasattr(libc, "renameat2") and libc.renameat2(-100, os.fsencode(a), -100, os.fsencode(b), 2) == 0
+
+
+def check_out(out: Path) -> None:
+    """Raises InputError unless `out` is free or holds an older bundle, and its parent can be written."""
+    if out.exists() and not out.is_dir():
+        raise InputError("exists and is not a directory", where=out, fix="give another --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise InputError("holds something that is not a bundle", where=out, fix="give another --out or empty it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"cannot create {out.parent} ({e.strerror})", where=out, fix="give another --out") from e
+    if not os.access(out.parent, os.W_OK):
+        raise InputError(f"{out.parent} is not writable", where=out, fix="give another --out")
+
+
+def sweep(out: Path) -> None:
+    """Remove temporary directories that killed builds of the same `out` left behind. Call only under the build lock."""
+    old = out.with_name(f".{out.name}{_LEFTOVER}")
+    if old.exists() and not out.exists():  # killed between the two renames of `assemble`
+        os.rename(old, out)
+    # mkdtemp's eight characters hold no dot, so the directories of a build of `NAME.more` are not matched.
+    for leftover in [*out.parent.glob(f".{glob.escape(out.name)}.{'?' * 8}.tmp"), old]:
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,125 @@
+"""The one weight file of a bundle: a safetensors file whose byte ranges the ONNX graphs point at.
+
+    weights.safetensors = 8-byte length | JSON header (padded to a page) | tensors
+    graph initializer   = {location: "weights.safetensors", offset, length}
+
+Dense and sparse, prefill and decode graphs share it, and the host maps it to look up token embeddings.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from ..base.errors import BundleError
+
+FILE = "weights.safetensors"
+_PAGE = 4096  # tensor data starts on a page, so that mappings are aligned whatever the header's length
+_DTYPES = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "U8": np.dtype("u1"),
+}
+_NAMES = {v: k for k, v in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies in the file: offset and length in bytes from the start of the file."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written: `read()` yields it in pieces along its first axis, C-contiguous, of the stated dtype."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Iterable[np.ndarray]]
+
+
+def write(path: Path, tensors: list[Planned]) -> str:
+    """Write the file tensor by tensor and return its sha256. The caller renames it into place."""
+    header, at = {}, 0
+    for t in tensors:
+        size = int(np.prod(t.shape, dtype=np.int64)) * t.dtype.itemsize
+        header[t.name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _PAGE)
+    head = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(head)
+    with open(path, "wb") as f:
+        f.write(head)
+        for t in tensors:
+            wrote = 0
+            for piece in t.read():
+                piece = np.ascontiguousarray(piece, t.dtype)
+                content = piece.reshape(-1).view(np.uint8).data  # bfloat16 has no buffer of its own
+                f.write(content)
+                digest.update(content)
+                wrote += piece.nbytes
+            start, end = header[t.name]["data_offsets"]
+            if wrote != end - start:
+                raise BundleError(f"{t.name}: planned {end - start} bytes, got {wrote}", where=path)
+        f.flush()
+        os.fsync(f.fileno())
+    return digest.hexdigest()
+
+
+def index(path: Path) -> dict[str, Tensor]:
+    """Name -> Tensor of a weight file. Raises BundleError if the header is unreadable or the file is cut short."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if not 0 < length <= min(size - 8, 100_000_000):
+                raise ValueError("its header length is impossible")
+            header = json.loads(f.read(length))
+        out = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            start, end = entry["data_offsets"]
+            tensor = Tensor(_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + start, end - start)
+            if not 0 <= start <= end or tensor.offset + tensor.length > size:
+                raise ValueError(f"{name} lies outside the file")
+            if int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize != tensor.length:
+                raise ValueError(f"{name}: shape and length disagree")
+            out[name] = tensor
+        return out
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
+        raise BundleError(f"unreadable weight file ({e})", where=path, fix="build the bundle again") from e
+
+
+class WeightFile:
+    """A mapped weight file; `[name]` gives a read-only view without reading the bytes."""
+
+    def __init__(self, path: Path):
+        self.path, self.tensors = Path(path), index(Path(path))
+        self._map = np.memmap(self.path, np.uint8, "r")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        t = self.tensors[name]
+        return self._map[t.offset : t.offset + t.length].view(t.dtype).reshape(t.shape)
+
+    def release(self) -> None:
+        """Take the pages read so far out of this process; they come back from the page cache when read again."""
+        self._map._mmap.madvise(mmap.MADV_DONTNEED)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors

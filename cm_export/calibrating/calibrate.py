@@ -1,0 +1,259 @@
+"""Measure a calibration: the bundle's dense model answers prompts, and its FFNs are watched while it writes.
+
+prompt -> dense greedy answer a_1..a_T -> one prefill over prompt + answer, z of every layer at the answer's tokens
+                                       -> decode of the same answer with one layer sparse at a time: KL to dense
+                                       -> the same answer after a cut of the image tokens at each layer (prune_layers.py)
+
+Only generated tokens count: an offline prior from prompts says little about decode (GLASS, arXiv 2508.14302, section 3).
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+
+from ..base import by_name
+from ..base.core_index import neuron_count, select_core_neurons
+from ..base.errors import InputError
+from ..base.metrics import divergences, log_softmax
+from ..bundle.calibration import Calibration, checkpoint_id
+from ..evals.compare import with_policies
+from ..evals.task import OWN_TASKS
+from ..host.backend import Decoder
+from ..host.images import open_image
+from ..host.request import Request
+from ..host.runner import Budget, Engine
+from ..recipe.recipe import Recipe
+from ..surgery.neuron_constants import neuron_constants
+from ..surgery.report_activations import report_activations
+from . import prune_layers
+from .cluster import cluster
+
+SHARES = (0.1, 0.2, 0.4, 0.6, 0.8)  # of one layer's neurons, at which its sensitivity is measured
+PROFILE_TOKENS = 512  # tokens whose energies are kept for clustering: [512,F] float16 per layer
+SENSITIVITY_TOKENS = 64  # of one answer, at most
+OWN_WORDS = 8  # length of the random beginnings from which a model without prompts writes
+_LIBRARIES = ("numpy", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked, and the pictures it is about."""
+
+    text: str
+    images: tuple[Path | str, ...] = ()  # what `open` opens
+    open: Callable[[Any], Any] = open_image
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts of a JSON Lines file: {"prompt": text, "image": path or list of paths, relative to the file}.
+
+    Raises InputError that names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"cannot be read ({e})", where=path, fix="give a JSON Lines file") from e
+    out = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            images = entry.get("image") or []
+            images = [images] if isinstance(images, str) else images
+            text = entry.get("prompt", entry.get("question"))
+            if not isinstance(text, str) or not all(isinstance(i, str) for i in images):
+                raise ValueError('needs "prompt": text, and may have "image": path')
+            out.append(Prompt(text, tuple(path.parent / i for i in images)))
+        except (ValueError, AttributeError) as e:
+            raise InputError(f"line {number}: {e}", where=path, fix='write {"prompt": "..."} on every line') from e
+    if not out:
+        raise InputError("holds no prompt", where=path, fix='write {"prompt": "..."} on every line')
+    return out
+
+
+def measure(
+    engine: Engine,
+    prompts: list[Prompt],
+    own: int = 16,
+    max_new_tokens: int = 64,
+    sensitivity_prompts: int = 16,
+    seed: int = 0,
+    what: str = "",
+    progress: Callable[..., None] = lambda what, done=None, total=None: None,
+) -> Calibration:
+    """The calibration of `engine`'s checkpoint; `own` > 0 and no prompts: it continues random beginnings, sampled.
+
+    Raises InputError for weights in another order than the checkpoint's, and when not a single token was generated.
+    """
+    bundle, shape = engine.bundle, engine.bundle.shape
+    if engine.recipe.neurons.block > 1:
+        raise InputError("its neurons are reordered", where=bundle.path, fix="calibrate a bundle with neurons.block 1")
+    bundle.wait_verified()
+    answers = list(_answers(engine, prompts, own, max_new_tokens, seed, progress))
+    total = sum(len(a) for _, a in answers)
+    if not total:
+        raise InputError("the model answered nothing to every prompt", where="calibrate", fix="give other --data")
+
+    watch = Engine(bundle, engine.backend.threads, engine.recipe, _watching(engine))
+    energy, mean_z = (np.zeros((shape.layers, shape.ffn)) for _ in range(2))
+    picked = set(np.random.default_rng(seed).permutation(total)[:PROFILE_TOKENS].tolist())
+    profiles: list[list[np.ndarray]] = [[] for _ in range(shape.layers)]
+    at = 0
+    for i, (request, answer) in enumerate(answers):
+        progress("watch the neurons", i, len(answers))
+        outputs = watch.backend.prefill(_with_answer(request, answer))
+        rows = [n for n in range(len(answer)) if at + n in picked]
+        for layer in range(shape.layers):
+            z = outputs[f"z.{layer}"].numpy()[0, request.tokens :].astype(np.float64)
+            share = z * z / np.maximum((z * z).sum(1, keepdims=True), 1e-60)
+            energy[layer] += share.sum(0)
+            mean_z[layer] += z.sum(0)
+            profiles[layer].append(share[rows].astype(np.float16))
+        at += len(answer)
+    watch.backend.drop("prefill")
+    order = []
+    for layer in range(shape.layers):
+        progress("order the neurons: layer", layer + 1, shape.layers)
+        order.append(cluster(np.concatenate(profiles[layer]).astype(np.float32)))
+    energy, mean_z = energy / np.maximum(energy.sum(1, keepdims=True), 1e-60), mean_z / total
+    mean_y = [z @ rows[2].astype(np.float64) for z, rows in zip(mean_z, engine.backend.rows.sources, strict=True)]
+    some = [a for a in answers if len(a[1])][:sensitivity_prompts]
+    sensitivity = _sensitivity(engine, some, energy, progress)
+    tokens = engine.recipe.tokens if engine.recipe.tokens.policy != "dense" else Recipe().tokens
+    prune = prune_layers.measure(engine, some, tokens, divergences, progress)
+    files = bundle.manifest["model"]["files"]
+    about = {
+        "checkpoint": checkpoint_id(files),
+        "model": bundle.manifest["model"]["source"],
+        "ran": {"data": what, "prompts": len(answers), "generated_tokens": total, "seed": seed}
+        | {"max_new_tokens": max_new_tokens, "sensitivity_prompts": len(some)}
+        | {"token_policy": tokens.policy, "tokens": {k: getattr(tokens, k) for k in prune_layers.MATTER}},
+        "versions": {n: version(n) for n in _LIBRARIES},
+    }
+    return Calibration(energy, mean_z, np.stack(mean_y), sensitivity, np.array(SHARES), np.stack(order), about, **prune)
+
+
+def _answers(engine, prompts, own, limit, seed, progress) -> Iterator[tuple[Request, np.ndarray]]:
+    """Requests with the dense model's answers [T] (greedy; sampled where there is no prompt to answer)."""
+    rng, shape = np.random.default_rng(seed), engine.bundle.shape
+    if not prompts:
+        words = np.setdiff1d(np.arange(shape.vocab), [shape.image_token, *shape.stop_ids])
+        for i in range(own):
+            progress("let the model write", i, own)
+            request = engine.request(rng.choice(words, OWN_WORDS), np.zeros((0, 3), np.int64), None)
+            yield request, np.array(_write(engine, request, limit, frozenset(shape.stop_ids), rng), np.int64)
+        return
+    seen: dict[tuple[Path, ...], Any] = {}
+    for i, prompt in enumerate(prompts):
+        progress("let the model answer", i, len(prompts))
+        if prompt.images not in seen:
+            seen = {prompt.images: engine.embed([prompt.open(p) for p in prompt.images])}
+        embeds, grid = seen[prompt.images]
+        counts = engine.bundle.family.image_tokens(grid, shape.merge)
+        request = engine.request(engine.chat.encode(prompt.text, None, counts), grid, embeds)
+        answer = list(engine.tokens(engine.prefill(request, Budget(dense=True)), limit, engine.chat.stop_ids))
+        yield request, np.array(answer, np.int64)
+
+
+def _write(engine: Engine, request: Request, limit: int, stop: frozenset[int], rng: np.random.Generator) -> list[int]:
+    """Sampled at temperature 1: greedy text from a random beginning runs in circles."""
+    prefilled = engine.prefill(request, Budget(dense=True))
+    logits, decoder, out = prefilled.logits, prefilled.decoder(), []
+    for step in range(limit):
+        p = np.exp(log_softmax(logits[0]))
+        token = int(rng.choice(len(p), p=p / p.sum()))
+        if token in stop:
+            break
+        out.append(token)
+        logits = decoder.step(prefilled.step_feeds(token, step))
+    return out
+
+
+def _watching(engine: Engine) -> Callable[[str], Path | onnx.ModelProto]:
+    """Graphs of a bundle, its dense prefill reporting z.{layer} [B,S,F] as `prefill`."""
+    bundle = engine.bundle
+
+    def graph(name: str) -> Path | onnx.ModelProto:
+        if name != "prefill":
+            return bundle.graph(name)
+        dense = onnx.load(bundle.graph("prefill_dense"), load_external_data=False)
+        return report_activations(dense, bundle.family, bundle.shape)
+
+    return graph
+
+
+def _with_answer(request: Request, answer: np.ndarray) -> dict[str, np.ndarray]:
+    """Prefill feeds of prompt + answer, the answer at the positions that decode gives it."""
+    t, nxt = len(answer), request.next_position
+    after = np.broadcast_to(np.arange(nxt, nxt + t), (len(request.position_ids), 1, t))
+    embeds = request.embedding[answer].astype(np.float32)[None]
+    return {
+        "inputs_embeds": np.concatenate([request.inputs_embeds, embeds], 1),
+        "position_ids": np.concatenate([request.position_ids, after], 2),
+        "attention_mask": np.ones((1, request.tokens + t), np.int64),
+    }
+
+
+def _sensitivity(engine: Engine, answers: list, energy: np.ndarray, progress: Callable[..., None]) -> np.ndarray:
+    """[L,P]: mean KL per token when one layer computes the neurons that `glass` ranks first; energy [L,F]: its prior."""
+    bundle, shape = engine.bundle, engine.bundle.shape
+    judge = with_policies(engine, Recipe().replace(neurons__policy="griffin", tokens__policy="dense"))
+    weighed = Recipe().replace(neurons__policy="griffin", neurons__row_norm=True)
+    down = neuron_constants(weighed, bundle.weights, bundle.family, shape, None)["row"]
+    kl, tokens = np.zeros((shape.layers, len(SHARES))), 0
+    for i, (request, answer) in enumerate(answers):
+        answer = answer[:SENSITIVITY_TOKENS]
+        prefilled = judge.prefill(request, Budget())
+        expected = _forced(prefilled, prefilled.decoder_of(judge.backend.rows.all()), answer)
+        tokens += len(answer)
+        of_prompt = prefilled.scores[:, 0] / prefilled.scores[:, 0].sum(-1, keepdims=True)
+        scores = ((of_prompt + energy) * down)[:, None].astype(np.float32)
+        for p, share in enumerate(SHARES):
+            core = select_core_neurons(scores, neuron_count(share, shape.ffn))
+            for layer in range(shape.layers):
+                progress("measure each layer's sensitivity", i * shape.layers + layer, len(answers) * shape.layers)
+                rows = judge.backend.rows.all() | judge.backend.rows.one(layer, core[layer])
+                kl[layer, p] += divergences(expected, _forced(prefilled, prefilled.decoder_of(rows), answer)).sum()
+    return kl / max(1, tokens)
+
+
+def _forced(prefilled: Any, decoder: Decoder, answer: np.ndarray) -> np.ndarray:
+    """Logits [T,V] after each token of the answer."""
+    return np.concatenate([decoder.step(prefilled.step_feeds(int(t), i)) for i, t in enumerate(answer)])
+
+
+def task_prompts(task: ModuleType, count: int, seed: int) -> list[Prompt]:
+    """Calibration prompts of an eval task, from its training half. Raises InputError if it has none."""
+    if not hasattr(task, "calibration_prompts"):
+        name = task.__name__.rpartition(".")[2]
+        raise InputError(f"the task {name} has no training questions", where="--data", fix="give a .jsonl file")
+    return [Prompt(text, (image,), task.open_picture) for text, image in task.calibration_prompts(count, seed)]
+
+
+def prompts_of(data: str | None, model: str, count: int, seed: int) -> tuple[list[Prompt], str]:
+    """The prompts that `data` names and how to call them: a .jsonl file, an eval task, or None (the model's default).
+
+    The demo models are asked their own task; any other model writes from random beginnings.
+    """
+    if data is None:
+        data = OWN_TASKS.get(model, "own text")
+    if data == "own text":
+        return [], data
+    name = data.replace("-", "_")
+    if name in by_name.names_in("cm_export.evals.tasks"):
+        return task_prompts(by_name.load("cm_export.evals.tasks", name, "task"), count, seed), f"{data}, training half"
+    path = Path(data)
+    if not path.is_file():
+        known = [n.replace("_", "-") for n in by_name.names_in("cm_export.evals.tasks")]
+        raise InputError(
+            "no such file or task", where=f"--data {data}", fix=by_name.nearest(data, ["own text", *known])
+        )
+    return read_prompts(path)[:count], path.name

@@ -1,0 +1,206 @@
+"""What the verbs share: options and their value checks, progress on stderr, JSON on stdout.
+
+Nothing heavy is imported here: `--help` must answer at once.
+"""
+
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..base import atomic
+from ..base.by_name import names_in, nearest
+from ..base.errors import InputError
+
+Step = Callable[..., None]  # step("hash the weights") or step("trace", done=3, total=28)
+
+
+def _set_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value and ctx.obj is not None:
+        ctx.obj["debug"] = True  # the dict that cli.main made; it outlives the context
+
+
+debug_option = click.option(
+    "--debug", is_flag=True, is_eager=True, expose_value=False, callback=_set_debug, help="Show tracebacks of errors."
+)
+
+
+class Verb(click.Command):
+    """A command with an Examples block below its options, and --debug, which every verb takes."""
+
+    def __init__(self, *args: Any, examples: tuple[str, ...] = (), **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.examples = examples
+        debug_option(self)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Examples"):
+            formatter.write("".join(f"  {line}\n" for line in self.examples))
+
+
+class Share(click.ParamType):
+    """A share in (0, 1]."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            share = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number; give a share such as 0.4", param, ctx)
+        if math.isfinite(share) and 0 < share <= 1:
+            return share
+        hint = f"for {share:g} % write {share / 100:g}" if 1 < share <= 100 else "give a share such as 0.4"
+        self.fail(f"{value} is not above 0 and up to 1; {hint}", param, ctx)
+
+
+class Count(click.IntRange):
+    """A whole number from `min`; --help shows the bound in words, where it matters."""
+
+    name = "n"
+
+    def get_metavar(self, *_args: Any, **_kwargs: Any) -> str:
+        return "N"
+
+
+class ByName(click.ParamType):
+    """The name of a file in a package, such as a policy; checked without importing it. easy_vqa.py is `easy-vqa`."""
+
+    def __init__(self, package: str, what: str):
+        self.package, self.what, self.name = package, what, what.split()[-1]
+
+    def known(self) -> list[str]:
+        return [name.replace("_", "-") for name in names_in(self.package)]
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        name = value.replace("-", "_")
+        if name not in names_in(self.package):
+            self.fail(f"unknown {self.what} {value!r}; {nearest(value, self.known())}", param, ctx)
+        return name
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(name) for name in self.known() if name.startswith(incomplete)]
+
+
+def _check_bundle(_ctx: click.Context, _param: click.Parameter, value: Path) -> Path:
+    if value.is_dir():
+        return value
+    what = "is a file, not a bundle directory" if value.exists() else "no such bundle"
+    raise InputError(what, where=value, fix=f"make one with `cm-export build --model demo --out {value}`")
+
+
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path), callback=_check_bundle)
+neuron_share = click.option("--neuron-share", type=Share(), help="Share of FFN neurons that decode computes, (0, 1].")
+token_share = click.option("--token-share", type=Share(), help="Share of image tokens kept after the cut, (0, 1].")
+seed_option = click.option(
+    "--seed", type=Count(0, 2**31 - 1), help="Seed of chance.  [default: the recipe's; where questions are asked, 0]"
+)
+threads_option = click.option("--threads", type=Count(0), default=0, help="CPU threads; 0 takes all cores.")
+_BACKENDS = ByName("cm_export.backends", "backend")
+backend_option = click.option(
+    "--backend", type=_BACKENDS, help=f"Run on {' or '.join(_BACKENDS.known())}.  [default: what it was built for]"
+)
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress and no summary.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout, nothing else.")
+
+
+def command_line(leave_out: tuple[str, ...] = ()) -> str:
+    """The command as it was typed, for a report; without the options named in `leave_out` and their values."""
+    ctx = click.get_current_context()
+    flags = {name for p in ctx.command.params if getattr(p, "is_flag", False) for name in p.opts}
+    args, kept = list((ctx.obj or {}).get("args", ())), []
+    while args:
+        word = args.pop(0)
+        name, has_value, _ = word.partition("=")
+        if name not in leave_out:
+            kept.append(word)
+        elif name not in flags and not has_value:
+            args = args[1:]
+    return shlex.join(["cm-export", *kept])
+
+
+def emit_json(value: Any) -> None:
+    """Prints `value` as JSON on stdout; paths become text, numpy scalars numbers, NaN and infinity null."""
+    print(_json(value))
+
+
+def write_json(value: Any, path: Path) -> None:
+    """The same into a file, under a temporary name and then renamed. Raises InputError."""
+    atomic.write(path, _json(value) + "\n")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy, without importing it
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no word for it
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+@contextmanager
+def progress(silent: bool) -> Iterator[Step]:
+    """Yields `step(what, done=None, total=None)`: on stderr, spinners on a terminal, else one plain line per `what`."""
+    if silent:
+        yield lambda what, done=None, total=None: None
+    elif sys.stderr.isatty():
+        with _bars() as step:
+            yield step
+    else:
+        yield _lines()
+
+
+def _lines() -> Step:
+    start, seen = time.perf_counter(), set()
+
+    def step(what: str, done: int | None = None, total: int | None = None) -> None:
+        if what not in seen:
+            seen.add(what)
+            print(f"cm-export: [{time.perf_counter() - start:6.1f} s] {what}", file=sys.stderr, flush=True)
+
+    return step
+
+
+@contextmanager
+def _bars() -> Iterator[Step]:
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(finished_text="[green]✓[/]"),
+        TextColumn("{task.description}", markup=False),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        running: dict[str, Any] = {}
+
+        def finish() -> None:
+            for what, task in running.items():
+                bars.update(task, description=what, total=1, completed=1)
+            running.clear()
+
+        def step(what: str, done: int | None = None, total: int | None = None) -> None:
+            if what not in running:
+                finish()
+                running[what] = bars.add_task(what, total=None)
+            if done is not None:
+                bars.update(running[what], description=f"{what} {done}" + (f" of {total}" if total else ""))
+
+        yield step
+        finish()

@@ -1,0 +1,1 @@
+"""One file for each verb of the command line, found by its name; each has a click command named command."""

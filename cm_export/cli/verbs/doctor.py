@@ -1,0 +1,110 @@
+"""`cm-export doctor`: whether this machine has what the tool needs, and what each missing extra would enable."""
+
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+from typing import Any
+
+import click
+
+from ..console import Verb, emit_json, json_option
+from ..requirements import requirements
+
+DISTRIBUTION = "cm-export"
+EXTRAS = {
+    "gpu": "runs the graphs on NVIDIA GPUs through ONNX Runtime yourself; the verbs here use its CPU provider",
+    "tensorrt": "builds and runs engines on this machine's GPU: --backend tensorrt",
+    "tensorrt-rtx": "builds and runs engines on RTX cards: --backend tensorrt-rtx",
+    "eval": "brings the pictures and questions that `cm-export eval` asks",
+    "bench": "measures neuron policies on a real language model: `make bench-quality`",
+    "tune": "searches recipes: `cm-export tune`",
+    "dev": "runs the tests and the linter",
+}
+
+
+@click.command(
+    cls=Verb,
+    short_help="Check this machine and its libraries.",
+    examples=("cm-export doctor", "cm-export doctor --json"),
+)
+@json_option
+@click.pass_context
+def command(ctx: click.Context, as_json: bool) -> None:
+    """Check this machine and its libraries; exit code 1 if a required one is missing or too old."""
+    found = examine()
+    if as_json:
+        emit_json(found)
+    else:
+        _print(found)
+    if not found["ok"]:
+        ctx.exit(1)
+
+
+def examine() -> dict[str, Any]:
+    """Everything doctor reports, as plain values."""
+    import psutil
+
+    from ...source.checkpoint import DEMO
+
+    required, extras = requirements(DISTRIBUTION, EXTRAS)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = psutil.virtual_memory()
+    return {
+        "ok": all(library["ok"] for library in required),
+        "cm_export": metadata.version(DISTRIBUTION),
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "cores": cores,
+        "memory_bytes": memory.total,
+        "memory_available_bytes": memory.available,
+        "disk_free_bytes": shutil.disk_usage(os.getcwd()).free,
+        "required": required,
+        "extras": extras,
+        "onnxruntime_providers": _providers(),
+        "demo_model": (DEMO / "config.json").is_file() and (DEMO / "model.safetensors").is_file(),
+    }
+
+
+def _providers() -> list[str]:
+    try:
+        import onnxruntime
+    except ImportError:  # absent or built for another machine; `required` says which
+        return []
+    return onnxruntime.get_available_providers()
+
+
+def _print(found: dict[str, Any]) -> None:
+    from ..tables import print_pairs, size
+
+    print_pairs(
+        "machine",
+        [
+            ("python", f"{found['python']}  {found['executable']}"),
+            ("platform", found["platform"]),
+            ("cores", found["cores"]),
+            ("memory", f"{size(found['memory_bytes'])}, {size(found['memory_available_bytes'])} available"),
+            ("free disk", f"{size(found['disk_free_bytes'])} in the current directory"),
+            ("ONNX Runtime", ", ".join(found["onnxruntime_providers"]) or "does not load"),
+            ("demo model", "present" if found["demo_model"] else "MISSING: install cm-export again"),
+        ],
+    )
+    print_pairs("library", [(one["name"], _state(one)) for one in found["required"]])
+    print_pairs("extra", [(name, _extra_state(name, extra)) for name, extra in found["extras"].items()])
+    print("everything required is here" if found["ok"] else f"NOT READY: pip install --upgrade {DISTRIBUTION}")
+
+
+def _state(library: dict[str, Any]) -> str:
+    if library["ok"]:
+        return library["version"]
+    found = f"{library['version']} DOES NOT FIT" if library["version"] else "MISSING"
+    return f"{found}, needs {library['needs'] or 'any version'}"
+
+
+def _extra_state(name: str, extra: dict[str, Any]) -> str:
+    if extra["ok"]:
+        return f"installed: {extra['enables']}"
+    missing = ", ".join(library["name"] for library in extra["libraries"] if not library["ok"])
+    return f"without {missing}; pip install '{DISTRIBUTION}[{name}]' {extra['enables']}"

@@ -1,0 +1,167 @@
+"""`cm-export run`: ask a bundle about pictures; the answer streams to stdout as it is decoded."""
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ...base.errors import InputError
+from ..console import (
+    Count,
+    Verb,
+    backend_option,
+    bundle_argument,
+    emit_json,
+    json_option,
+    neuron_share,
+    progress,
+    quiet_option,
+    seed_option,
+    threads_option,
+    token_share,
+)
+
+
+@click.command(
+    cls=Verb,
+    short_help="Ask a bundle about pictures.",
+    examples=(
+        'cm-export run demo.plan --image scene.png --prompt "what shape is it ?"',
+        'cm-export run engine.plan --image a.jpg --image b.jpg --prompt "What changed?" --token-share 0.25',
+        'cm-export run engine.plan --image a.jpg --prompt "Describe it." --overlay kept.png --json',
+        'cm-export run engine.plan --image a.jpg --prompt "Describe it." --dense',
+        'cm-export run engine.plan --image a.jpg --prompt "Describe it." --guard',
+        'cm-export run engine.plan --image a.jpg --prompt "What is it?" --prompt "Which colour does it have?"',
+    ),
+)
+@bundle_argument
+@click.option("--image", "-i", "paths", multiple=True, help="A picture; repeat the option for several.")
+@click.option("--prompt", "-p", "prompts", multiple=True, help="The question; repeat it to ask another one afterwards.")
+@click.option("--chat", is_flag=True, help="Go on with the questions on stdin, one a line, until it ends.")
+@click.option("--system", help="System message.  [default: the chat template's]")
+@click.option("--max-new-tokens", type=Count(1), default=128, show_default=True, help="Longest answer.")
+@click.option("--dense", is_flag=True, help="All neurons and all tokens, to compare with.")
+@neuron_share
+@token_share
+@click.option("--guard", is_flag=True, help="Check every draft against the dense model: its answer, at sparse speed.")
+@click.option("--guard-every", type=Count(2), default=16, show_default=True, help="Tokens of a draft, with --guard.")
+@click.option("--overlay", help="Write a picture of the image tokens that were kept (.png, .jpg, .webp).")
+@seed_option
+@backend_option
+@threads_option
+@json_option
+@quiet_option
+def command(
+    bundle: Path, paths: tuple[str, ...], prompts: tuple[str, ...], chat: bool, system: str | None,
+    max_new_tokens: int, dense: bool, neuron_share: float | None, token_share: float | None, guard: bool,
+    guard_every: int, overlay: str | None, seed: int | None, backend: str | None, threads: int, as_json: bool,
+    quiet: bool,
+) -> None:  # fmt: skip
+    """Ask a bundle about pictures; the answer streams to stdout, one summary line goes to stderr."""
+    if not (prompts or chat):
+        raise click.UsageError("Missing option '--prompt' / '-p'.", click.get_current_context())
+    if not all(prompt.strip() for prompt in prompts):
+        raise InputError("the prompt is empty", where="--prompt", fix='ask something, such as "Describe the picture."')
+    if dense and (neuron_share or token_share):
+        raise InputError("--dense means all neurons and all tokens", fix="leave --neuron-share and --token-share out")
+    if dense and guard:
+        raise InputError("--dense needs no guard", fix="leave --guard out")
+    if overlay and not paths:
+        raise InputError("there is no picture to draw on", where="--overlay", fix="give --image")
+    if overlay and chat:
+        raise InputError("--overlay draws for questions that are known", fix="ask them with --prompt instead of --chat")
+
+    from ...host.images import check_size, open_image
+
+    images = [open_image(path) for path in paths]
+    drawings = _drawings(overlay, len(images), len(prompts)) if overlay else []
+
+    from ...host.runner import load
+
+    with progress(quiet or as_json) as step:
+        engine = load(bundle, threads=threads, progress=step, backend=backend)
+    for path, picture in zip(paths, images, strict=True):
+        check_size(picture, engine.image_rule.patch * engine.image_rule.merge, where=path)
+    budget = {"dense": dense, "neuron_share": neuron_share, "token_share": token_share, "seed": seed}
+    asked = {"max_new_tokens": max_new_tokens, "guard": guard_every if guard else None}
+    asked["on_text"] = None if as_json else _write
+    several = chat or len(prompts) > 1
+    if several:
+        ask = engine.conversation(images, system=system, **budget).ask
+    else:
+        ask = partial(engine.generate, images=images, system=system, **budget)
+    turns, first = [], None
+    for number, prompt in enumerate(chain(prompts, _questions() if chat else ())):
+        answer = ask(prompt, **asked)
+        here = drawings[number * len(images) : (number + 1) * len(images)]
+        if here:
+            from ...host.overlay import draw_overlay
+
+            for path, picture, kept in zip(here, images, answer.kept, strict=True):
+                draw_overlay(picture, kept, path, f"{int(kept.sum())} of {kept.size} image tokens kept\n{prompt}")
+        turn = {"text": answer.text, "token_ids": answer.token_ids, **answer.stats}
+        turn |= {"notes": answer.notes, "overlays": here}
+        first = first or answer.stats
+        if as_json:
+            turns.append({"prompt": prompt, **turn} if several else turn)
+            continue
+        print(flush=True)  # ends the streamed line
+        for line in [] if quiet else [*answer.notes, _summary(answer.stats, first)]:
+            print(f"cm-export: {line}", file=sys.stderr)
+    if as_json:
+        emit_json({"turns": turns} if several else turns[0])
+
+
+def _questions() -> Iterator[str]:
+    """Lines of stdin that hold something, until it ends; a terminal shows where to write."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _drawings(overlay: str, images: int, questions: int) -> list[Path]:
+    """Where the drawings go, question by question: kept.png; kept-1.png ... of several pictures; kept-q1.png ... of
+    several questions."""
+    from ...host.overlay import check_output
+
+    path = check_output(overlay)
+    asked = [f"-q{number}" for number in range(1, questions + 1)] if questions > 1 else [""]
+    shown = [f"-{number}" for number in range(1, images + 1)] if images > 1 else [""]
+    return [check_output(path.with_name(f"{path.stem}{q}{i}{path.suffix}")) for q in asked for i in shown]
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _summary(stats: dict[str, Any], first: dict[str, Any]) -> str:
+    parts = [f"{stats['neurons_kept']} of {stats['neurons']} neurons per layer", f"{stats['new_tokens']} tokens"]
+    if stats["image_tokens"]:
+        parts.insert(0, f"{stats['image_tokens_kept']} of {stats['image_tokens']} image tokens")
+    speed = f"first token after {stats['ttft_s']:.2f} s"
+    if stats is not first:
+        speed += f" (first question {first['ttft_s']:.2f} s)"
+    if stats["tokens_per_s"]:  # None after a single token
+        speed += f", then {stats['tokens_per_s']:.1f} tokens/s"
+    return ", ".join([*parts, speed]) + _guarded(stats.get("guard"))
+
+
+def _guarded(report: dict[str, Any] | None) -> str:
+    if not report:
+        return ""
+    text = f"; guard: {report['checks']} checks, {report['kept']} of {report['drafted']} drafted tokens kept"
+    spent = report["draft_s"] + report["check_s"]
+    if spent:
+        text += f", {report['check_s'] / spent:.0%} of the decode time".replace("%", " %")
+    if report["overhead"] is not None:
+        text += f", about {report['overhead']:+.0%} on sparse decode".replace("%", " %")
+    return text + "".join(f", {action}" for action in report["actions"])

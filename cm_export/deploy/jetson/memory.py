@@ -1,0 +1,159 @@
+"""What building and running will take on a device, from sizes alone: a prediction that no device has confirmed yet.
+
+    run    weights of every engine + cache + activations of every engine + embedding table + CUDA and TensorRT themselves
+    build  3 x the weights of the largest engine + CUDA and TensorRT themselves       (engines are built one at a time)
+
+Jetson's CPU and GPU share one memory, so everything counts against the same limit. Factors: `FACTORS`, with sources.
+"""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx
+
+from ...host.request import core_row_names
+from ...recipe.recipe import Engine
+
+PRECISIONS = ("fp16", "int8", "int4")
+FACTORS = {
+    "builder": (3.0, "builders are reported to need 2 to 3 times the weights of the engine; the worse one"),
+    "runtime": (600_000_000, "CUDA context and TensorRT's libraries, resident; an estimate, bytes"),
+}
+_BITS = {"fp16": (16, 0), "int8": (8, 128), "int4": (4, 64)}  # and columns that share a scale
+_SMALLEST = 256  # rows of a cache, or patches of a picture, that are still worth proposing
+Weights = dict[str, int]  # bytes by graph
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes by purpose; `fits` when the worse of building and running stays within the limit."""
+
+    parts: dict[str, int]  # of running
+    build_bytes: int
+    limit_bytes: int
+
+    @property
+    def run_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return max(self.build_bytes, self.run_bytes) <= self.limit_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest and --json."""
+        return {
+            "build_bytes": self.build_bytes,
+            "run_bytes": self.run_bytes,
+            "limit_bytes": self.limit_bytes,
+            "fits": self.fits,
+            "parts": self.parts,
+            "factors": {name: value for name, (value, _) in FACTORS.items()},
+            "status": "predicted; never checked on a device",
+        }
+
+
+def predict(weights: Weights, bundle: Any, engine: Engine, kv: str, fused: bool, limit: int) -> Prediction:
+    """`engine`: capacity, longest prompt and largest picture. `kv`: "in_place" or "copy". `fused`: native attention."""
+    parts = {f"weights of {name}": size for name, size in weights.items()}
+    s = bundle.shape
+    rows = s.layers * 2 * s.kv_heads * s.head_dim * 2 * engine.max_batch  # bytes of one token's keys and values
+    parts["cache"] = rows * engine.capacity * (1 if kv == "in_place" else 2)
+    for name in weights:
+        parts[f"activations of {name}"] = _ACTIVATIONS[name](bundle, engine, fused)
+    parts["embedding table"] = s.vocab * s.hidden * 2
+    parts["CUDA and TensorRT"] = int(FACTORS["runtime"][0])
+    build = int(FACTORS["builder"][0] * max(weights.values(), default=0) + FACTORS["runtime"][0])
+    return Prediction(parts, build, limit)
+
+
+def estimated_weights(bundle: Any, graphs: Iterable[str], precision: str) -> Weights:
+    """Bytes of each engine's weights before they are written: matrices 16 bit, vectors 32, and what `precision` packs.
+
+    int8: FFN rows of decode. int4: every matrix of the decoder's layers. Each group of columns has a 16-bit scale.
+    """
+    ffn = {name for layer in core_row_names(bundle.family, bundle.shape.layers) for name in layer}
+    layers = bundle.family.LAYER.partition("{")[0]
+    bits, group = _BITS[precision]
+    out = {}
+    for graph in graphs:
+        total = 0.0
+        for tensor in onnx.load(bundle.graph(graph), load_external_data=False).graph.initializer:
+            if tensor.data_location != onnx.TensorProto.EXTERNAL:
+                continue
+            size, name = float(np.prod(tensor.dims, dtype=np.float64)), tensor.name
+            packed = (graph == "decode" and name in ffn) if bits == 8 else bits == 4 and name.startswith(layers)
+            if len(tensor.dims) < 2:
+                total += 4 * size
+            else:
+                total += size * (bits / 8 + 2 / group) if packed else 2 * size
+        out[graph] = round(total)
+    return out
+
+
+def smaller(
+    bundle: Any, graphs: Iterable[str], precision: str, engine: Engine, kv: str, fused: bool, limit: int
+) -> str:
+    """What would fit, as options of `pack`: one change alone where that suffices, else the least; "" where nothing does."""
+    names = tuple(graphs)
+    precisions = PRECISIONS[PRECISIONS.index(precision) :]
+    weights = {p: estimated_weights(bundle, names, p) for p in precisions}
+    capacities = _halves(engine.capacity)
+    patches = _halves(engine.max_patches) if "vision" in names else [engine.max_patches]
+
+    def options(p: str, c: int, n: int) -> str:
+        changed = (
+            ("precision", p, precision),
+            ("capacity", c, engine.capacity),
+            ("max-patches", n, engine.max_patches),
+        )
+        return " ".join(f"--{name} {new}" for name, new, old in changed if new != old)
+
+    def first(tried: Iterable[tuple[str, int, int]]) -> list[str]:
+        fitting = (t for t in tried if predict(weights[t[0]], bundle, at(engine, *t[1:]), kv, fused, limit).fits)
+        return [options(*t) for t in fitting][:1]
+
+    alone = [
+        *first((p, engine.capacity, engine.max_patches) for p in precisions[1:]),
+        *first((precision, c, engine.max_patches) for c in capacities[1:]),
+        *first((precision, engine.capacity, n) for n in patches[1:]),
+    ]
+    return " or ".join(alone) or "".join(first(itertools.product(precisions, capacities, patches)))
+
+
+def at(engine: Engine, capacity: int, max_patches: int) -> Engine:
+    """The same settings with a cache of another length, which also bounds the prompt, and another largest picture."""
+    return replace(engine, capacity=capacity, max_prompt=min(engine.max_prompt, capacity - 1), max_patches=max_patches)
+
+
+def _halves(size: int) -> list[int]:
+    """The size, and its halves that are still worth proposing."""
+    return [size, *_halves(size // 2)] if size // 2 >= _SMALLEST else [size]
+
+
+# ------------------------------------------------------------------------------------------------- activations
+def _prefill(bundle: Any, e: Engine, fused: bool) -> int:
+    s, n = bundle.shape, e.max_prompt
+    stream = 4 * 4 * n * s.hidden  # residual, norm, branch and sum in float32
+    ffn = (2 + 2 + 2 + 4) * n * s.ffn  # gate, up and z in 16 bit, z again in float32 to be scored
+    attention = 4 * n * n + (0 if fused else 2 * 2 * s.heads * n * n + 2 * 2 * s.heads * n * s.head_dim)
+    cache = s.layers * 2 * s.kv_heads * s.head_dim * 2 * n  # handed to decode
+    return e.max_batch * (stream + ffn + attention + cache + 4 * s.vocab) + 4 * s.layers * s.ffn
+
+
+def _decode(bundle: Any, e: Engine, fused: bool) -> int:
+    s = bundle.shape
+    return e.max_batch * (16 * s.hidden + 10 * s.ffn + 4 * (s.heads + 1) * e.capacity + 4 * s.vocab) + (4 << 20)
+
+
+def _vision(bundle: Any, e: Engine, fused: bool) -> int:
+    v, n = bundle.config["vision_config"], e.max_patches
+    width, heads = v.get("embed_dim") or v["hidden_size"], v["num_heads"]
+    attention = 4 * n * n + (0 if fused else 2 * 2 * heads * n * n)
+    return attention + (4 * 4 + 2 * 4) * n * width + 4 * n * (bundle.shape.patch_dim + bundle.shape.hidden)
+
+
+_ACTIVATIONS = {"prefill": _prefill, "decode": _decode, "vision": _vision}

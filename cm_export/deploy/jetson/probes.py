@@ -1,0 +1,159 @@
+"""Inputs with the answers of ONNX Runtime to the same graphs and weights: what an engine on the device must repeat.
+
+    probe          graph     asks                                        compared
+    vision         vision    one smooth picture                          embeddings
+    prefill-all    prefill   every token kept: no choice, no ties        logits, scores, cache
+    prefill-core   prefill   the recipe's budget                         ids of the tokens kept
+    decode-core    decode    one step with the recipe's neurons          logits, cache with its new row
+    decode-full    decode    the same with every neuron                  the same
+
+Rows of the cache that nothing may read hold its largest number, so that a kernel that reads them shows.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from ...backends.onnxruntime.backend import CoreRows
+from ...backends.tensorrt.export import Source
+from ...backends.tensorrt.rehearsal import LoweredGraphs, every_neuron_listed, listed, static_rows, step_feeds
+from ...backends.tensorrt.targets import Target
+from ...base.errors import CmExportError
+from ...build.gates_lowered import HALF_LIMIT
+from ...host.core_set import choose
+from ...host.request import Request, core_row_names, kept_slots, prefill_feeds, sparse_feeds
+from ...source.probe import probe as synthetic
+from .trtexec import shapes
+
+Arrays = dict[str, np.ndarray]
+SCORE_LIMIT = 0.1  # of core_scores, some of which are counts of tokens and jump
+SAME_IDS = 0.9  # least share of the kept tokens: nearly equal scores may fall otherwise in another order of additions
+_MOST = 1 << 16  # numbers kept of an output; of a larger one every n-th, n odd so that it meets every column
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One run of one graph. `expected`: the outputs that are compared."""
+
+    graph: str
+    feeds: Arrays
+    expected: Arrays
+    about: dict[str, int]  # sizes, for the report
+    bench: bool = False
+
+
+def make(bundle: Any, source: Source, target: Target, folder: Path) -> Iterator[tuple[str, Probe]]:
+    """Name and Probe of each, in the order of running. `folder`: what `write_graphs` wrote.
+
+    Raises CmExportError where memory does not suffice for the answers.
+    """
+    shape, recipe, weights, family = source.shape, source.recipe, source.weights, bundle.family
+    # One thread: with several, sums may fall in another order, and the archive would differ in its last bits.
+    graphs = LoweredGraphs(source, target, folder, threads=1, check=lambda: _check_memory(folder))
+    given = synthetic(shape, bundle.config)
+    embeds = []
+    at = 0
+    for i, grid in enumerate(given["grid"]):  # one picture at a time, as the engine's profile says
+        patches = int(grid.prod())
+        feeds = family.vision_inputs(given["pixel_values"][at : at + patches], grid[None], shape.merge)
+        found, at = graphs.run("vision", feeds), at + patches
+        embeds.append(found["image_embeds"].astype(np.float32))
+        if i == 0:
+            yield "vision", Probe("vision", graphs.only("vision", feeds), found, {"patches": patches})
+    pictures = np.concatenate(embeds) if embeds else None
+    request = Request.of(given["input_ids"], given["grid"], family, shape, weights, pictures)
+
+    def prefill(share: float | None) -> tuple[Arrays, Arrays]:
+        budget = sparse_feeds(request, recipe, share)
+        feeds = graphs.only("prefill", prefill_feeds(request) | budget | kept_slots(request, budget))
+        return feeds, graphs.run("prefill", feeds)
+
+    about = {"tokens": request.tokens, "image_tokens": request.image_tokens}
+    feeds, everything = prefill(1.0)
+    yield "prefill-all", Probe("prefill", feeds, everything, about)
+    if "kept_tokens" in everything:
+        feeds, chosen = prefill(None)
+        yield "prefill-core", Probe("prefill", feeds, {"kept_tokens": chosen["kept_tokens"]}, about)
+    core = choose(everything, recipe.neurons, shape, bundle.calibration)
+    word = int(given["input_ids"][0])
+    for name, full in (("decode-core", False), ("decode-full", True)):
+        if full and (core.counts == shape.ffn).all():
+            return
+        feeds = graphs.only("decode", _decode_feeds(request, recipe, shape, everything, word))
+        feeds |= graphs.only("decode", _neurons(core, shape, full, weights, family))
+        read = feeds["core_tokens"].shape[1] if "core_tokens" in feeds else recipe.engine.capacity
+        about = {"neurons": shape.ffn if full else int(core.counts.max()), "of": shape.ffn, "cache_rows": read}
+        yield name, Probe("decode", feeds, graphs.run("decode", feeds), about, bench=True)
+
+
+def write(probe: Probe, dynamic: set[str], folder: Path) -> dict[str, Any]:
+    """Write the numbers of a probe into `folder`/probe and return its entry of the manifest.
+
+    `dynamic`: inputs of the graph whose shape trtexec has to be told. What two probes share is written once.
+    """
+    inputs = {tensor: _file(value, folder) for tensor, value in probe.feeds.items()}
+    outputs = {}
+    for tensor, value in probe.expected.items():
+        ids = value.dtype.kind in "iu"
+        stored = value.astype(np.int64 if ids else np.float32)
+        every = max(1, -(-value.size // _MOST)) | 1
+        outputs[tensor] = {
+            "file": _file(stored.ravel()[::every], folder),
+            "stored": stored.dtype.name,
+            "shape": list(value.shape),
+            "every": every,
+            "compare": "ids" if ids else "values",
+            "limit": SAME_IDS if ids else SCORE_LIMIT if tensor == "core_scores" else HALF_LIMIT,
+        }
+    given = {n: list(v.shape) for n, v in probe.feeds.items() if n in dynamic}
+    return {
+        "graph": probe.graph,
+        "shapes": shapes(given),
+        "inputs": inputs,
+        "outputs": outputs,
+        "about": probe.about,
+        "bench": probe.bench,
+    }
+
+
+def _file(value: np.ndarray, folder: Path) -> str:
+    """Raw numbers in a file that is named after them."""
+    content = np.ascontiguousarray(value).tobytes()
+    file = folder / "probe" / f"{hashlib.sha256(content).hexdigest()[:16]}.bin"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content)
+    return file.relative_to(folder).as_posix()
+
+
+def _decode_feeds(request: Request, recipe: Any, shape: Any, prefill: Arrays, word: int) -> Arrays:
+    """One step after a prefill that kept every token: the static cache with its mask, the row to write, rows to read."""
+    capacity = recipe.engine.capacity
+    feeds = step_feeds(request, word, 0, capacity)
+    for i in range(shape.layers):
+        for part in ("key", "value"):
+            rows = prefill[f"present.{i}.{part}"]
+            feeds[f"past.{i}.{part}"] = static_rows(rows, capacity, fill=np.abs(rows).max())
+    return feeds
+
+
+def _neurons(core: Any, shape: Any, full: bool, weights: Any, family: Any) -> Arrays:
+    """core_neurons (for every layer, or each its own), and what stands in for the others."""
+    index = every_neuron_listed(shape.layers, shape.ffn) if full else core.neurons
+    feeds = listed(index, [shape.ffn] * shape.layers if full else core.counts.tolist())
+    bias = np.zeros((shape.layers, 1, shape.hidden), np.float32)
+    if core.mean_z is not None and not full:
+        bias = core.constants(CoreRows(weights, core_row_names(family, shape.layers)))["core_bias"]
+    return feeds | {"core_bias": bias}
+
+
+def _check_memory(folder: Path) -> None:
+    need = 3 * sum(f.stat().st_size for f in folder.glob("weights.*"))
+    free = psutil.virtual_memory().available
+    if need > free:
+        what = f"the expected answers need about {need / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
+        raise CmExportError(what, where="pack", fix="pack on a machine with more memory")

@@ -1,0 +1,53 @@
+"""What a task is: questions about pictures, each with the answers that count as right.
+
+task file           KINDS = {"word": 4, ...}           kind of question -> longest answer in tokens
+                    questions(kind) -> [Question]      all of that kind, always the same
+                    open_picture(name) -> PIL picture
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..base import by_name
+from ..base.errors import InputError
+
+# Models that come with the program, and the task that each was trained for.
+OWN_TASKS = {"demo": "easy-vqa", "scenes": "scenes"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about pictures (names that the task can open) and the answers that count as right."""
+
+    kind: str
+    pictures: tuple[str, ...]
+    text: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions to ask; `same(said, right)` says whether an answer counts."""
+
+    name: str
+    questions: list[Question]
+    limits: dict[str, int]
+    open_picture: Callable[[str], Any]
+    same: Callable[[str, str], bool] = str.__eq__
+    rule: str = "exact match"
+
+
+def load(name: str, kinds: tuple[str, ...] = (), limit: int | None = None, seed: int | None = None) -> Task:
+    """The task of a file in evals/: `limit` questions of each kind, drawn at random. Raises InputError."""
+    module = by_name.load("cm_export.evals.tasks", name, "task")
+    for kind in kinds:
+        if kind not in module.KINDS:
+            fix = by_name.nearest(kind, [*module.KINDS])
+            raise InputError(f"unknown kind of question {kind!r}", where=f"task {name.replace('_', '-')}", fix=fix)
+    rng, chosen = random.Random(seed or 0), []
+    for kind in dict.fromkeys(kinds or module.KINDS):
+        pool = module.questions(kind)
+        chosen += rng.sample(pool, min(limit, len(pool))) if limit else pool
+    return Task(name.replace("_", "-"), chosen, module.KINDS, module.open_picture)

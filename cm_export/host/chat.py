@@ -1,0 +1,158 @@
+"""Text in, token ids out, and back: the chat template and the tokenizer of a bundle, without torch or transformers.
+
+system, pictures, prompt -> chat template (sandboxed Jinja) -> one image token per patch group -> ids
+"""
+
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from ..base.errors import BundleError, InputError
+from ..bundle.bundle import Bundle
+
+
+class Chat:
+    """The tokenizer of one bundle. Raises BundleError if the checkpoint came without one."""
+
+    def __init__(self, bundle: Bundle):
+        from tokenizers import Tokenizer
+
+        file = bundle.processor("tokenizer.json")
+        if file is None:
+            raise BundleError(
+                "has no tokenizer, since its checkpoint had none",
+                where=bundle.path,
+                fix="add tokenizer.json there and build again",
+            )
+        self._tokenizer = Tokenizer.from_file(str(file))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._bundle, self._config = bundle, _json(bundle, "tokenizer_config.json")
+        source = _template(bundle, self._config)
+        self._template = None if source is None else self._compile(source)
+        self.image_token = self._tokenizer.id_to_token(bundle.shape.image_token) if bundle.shape.sees else None
+        stop = _json(bundle, "generation_config.json").get("eos_token_id")
+        stop = list(bundle.shape.stop_ids) if stop is None else stop
+        self.stop_ids = frozenset(stop if isinstance(stop, list) else [stop])
+
+    def encode(self, prompt: str, system: str | None, image_tokens: list[int]) -> np.ndarray:
+        """Token ids [S] int64 of one user turn with its pictures before the question. Raises InputError.
+
+        Without a chat template (base models have none) the prompt itself is continued.
+        """
+        return self.encode_turns([prompt], [], system, image_tokens)
+
+    def encode_turns(
+        self, prompts: list[str], answers: list[str], system: str | None, image_tokens: list[int]
+    ) -> np.ndarray:
+        """Token ids [S] int64 of a conversation; pictures stand before the first question. Raises InputError.
+
+        With fewer answers than prompts it ends where the next answer begins, else after the last answer.
+        """
+        for text, where in (*((p, "--prompt") for p in prompts), (system or "", "--system")):
+            if self.image_token and self.image_token in text:
+                raise InputError(f"contains the reserved {self.image_token}", where=where, fix="leave it out")
+            try:
+                text.encode()
+            except UnicodeEncodeError as e:
+                raise InputError("is not valid text (UTF-8)", where=where) from e
+        if self._template is None:
+            if system or image_tokens or answers:
+                raise BundleError(
+                    "its checkpoint has no chat template, which places pictures, system messages and later questions",
+                    where=self._bundle.path,
+                    fix="leave them out, or add chat_template.jinja there and build again",
+                )
+            return np.array(self._tokenizer.encode(prompts[0]).ids, np.int64)
+        messages = [{"role": "system", "content": system}] if system else []
+        for i, prompt in enumerate(prompts):
+            pictures = 0 if i else len(image_tokens)
+            messages.append({"role": "user", "content": self._blocks(prompt, pictures)})
+            if i < len(answers):
+                messages.append({"role": "assistant", "content": self._blocks(answers[i], 0)})
+        text = self._render(messages, len(answers) < len(prompts))
+        parts = text.split(self.image_token) if image_tokens else [text]
+        if len(parts) != len(image_tokens) + 1:
+            raise BundleError(
+                f"the chat template places {len(parts) - 1} of {len(image_tokens)} pictures", where=self._bundle.path
+            )
+        filled = parts[0] + "".join(self.image_token * n + p for n, p in zip(image_tokens, parts[1:], strict=True))
+        # As transformers does: the template has written every special token, a second <s> would be one too many.
+        return np.array(self._tokenizer.encode(filled, add_special_tokens=False).ids, np.int64)
+
+    def _blocks(self, text: str, pictures: int) -> Any:
+        """A message's content. Templates of models without pictures know it as text only."""
+        blocks = [{"type": "image"}] * pictures + [{"type": "text", "text": text}]
+        return blocks if self._bundle.shape.sees else text
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of the prompt that the vocabulary lacks (only tokenizers with an unknown token have such)."""
+        unknown = self._tokenizer.token_to_id(_content(self._config.get("unk_token")) or "")
+        if unknown is None:
+            return []
+        encoding = self._tokenizer.encode(prompt)
+        return [prompt[a:b] for i, (a, b) in zip(encoding.ids, encoding.offsets, strict=True) if i == unknown]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def stream(self, ids: Iterator[int]) -> Iterator[tuple[int, str]]:
+        """Each id with the text that it completes; bytes of an unfinished character wait for the rest.
+
+        What still waits at the end comes with a last id of -1.
+        """
+        seen, shown, text = [], 0, ""
+        for i in ids:
+            seen.append(i)
+            text = self.decode(seen)
+            ready = len(text) if not text.endswith("\ufffd") else shown
+            yield i, text[shown:ready]
+            shown = ready
+        if shown < len(text):
+            yield -1, text[shown:]
+
+    def _compile(self, source: str) -> Any:
+        from jinja2 import TemplateError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def fail(message: str):
+            raise TemplateError(message)
+
+        # The same settings as transformers' apply_chat_template, so that templates mean what they mean there.
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        env.globals |= {"raise_exception": fail, "strftime_now": lambda f: datetime.now().strftime(f)}
+        try:
+            return env.from_string(source)
+        except TemplateError as e:
+            raise BundleError(f"the chat template is not valid ({e})", where=self._bundle.path) from e
+
+    def _render(self, messages: list[dict[str, Any]], is_open: bool) -> str:
+        from jinja2 import TemplateError
+
+        special = {k: _content(v) for k, v in self._config.items() if k.endswith("_token") and v}
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=is_open, **special)
+        except TemplateError as e:
+            raise BundleError(f"the chat template fails ({e})", where=self._bundle.path) from e
+
+
+def _template(bundle: Bundle, config: dict[str, Any]) -> str | None:
+    if (file := bundle.processor("chat_template.jinja")) is not None:
+        return file.read_text(encoding="utf-8")
+    template = _json(bundle, "chat_template.json").get("chat_template") or config.get("chat_template")
+    if isinstance(template, list):  # named templates
+        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _json(bundle: Bundle, name: str) -> dict[str, Any]:
+    file = bundle.processor(name)
+    return json.loads(file.read_bytes()) if file is not None else {}

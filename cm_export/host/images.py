@@ -1,0 +1,85 @@
+"""Opens the pictures that a user names: any common format becomes upright 8-bit RGB, anything else one clear line."""
+
+import re
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..base.errors import InputError
+
+# What Pillow's decoders raise on damaged files, besides OSError: the formats differ, and none of it is our bug.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeError, struct.error, zlib.error)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The picture at `path` as RGB: EXIF-upright, transparency over white, first frame of an animation.
+
+    Raises InputError for a URL, a missing, empty, truncated or foreign file, and for pictures of an absurd size.
+    """
+    text = str(path)
+    if re.match(r"(?:[A-Za-z][A-Za-z0-9+.-]+://|data:)", text):
+        raise InputError("URLs are not fetched", where=text[:80], fix="download the picture and give its path")
+    path = Path(path).expanduser()
+    try:
+        _check_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()  # of an animation: the first frame
+                return _to_rgb(ImageOps.exif_transpose(image), path)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        limit = f"more than {Image.MAX_IMAGE_PIXELS // 1_000_000} million pixels"
+        raise InputError(limit, where=path, fix="scale the picture down first") from e
+    except UnidentifiedImageError as e:
+        raise InputError("is not a picture that can be read", where=path, fix="give a PNG, JPEG, WebP, BMP...") from e
+    except PermissionError as e:
+        raise InputError("no permission to read it", where=path, fix="check its owner and mode") from e
+    except DAMAGE as e:
+        raise InputError(f"damaged or truncated ({e})", where=path, fix="get the picture again") from e
+
+
+def check_size(image: Image.Image, min_side: int, max_ratio: float = 200, where: object = "image") -> None:
+    """Raises InputError for a picture that the processor cannot cut into patches.
+
+    min_side: patch_size * merge_size pixels, one image token. max_ratio: long side / short side; `smart_resize` of
+    Qwen2-VL (transformers) refuses more than 200.
+    """
+    width, height = image.size
+    if min(width, height) < min_side:
+        raise InputError(
+            f"{width}x{height} pixels is too small", where=where, fix=f"both sides need at least {min_side} pixels"
+        )
+    if max(width, height) > max_ratio * min(width, height):
+        raise InputError(
+            f"{width}x{height} pixels is too long and thin", where=where, fix=f"crop it to at most {max_ratio:g} : 1"
+        )
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise InputError("is a directory", where=path, fix="give one picture")
+    if not path.exists():
+        raise InputError("no such file", where=path, fix="check the path of the picture")
+    if not path.is_file():  # reading a pipe or a device could wait forever
+        raise InputError("is not a regular file", where=path, fix="save the picture to a file first")
+    if path.stat().st_size == 0:
+        raise InputError("is empty", where=path, fix="get the picture again")
+
+
+def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+    """8-bit RGB of any Pillow mode; Pillow's own convert() clips 16-bit grey instead of scaling it."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        high = image.getextrema()[1]
+        if high > 65535:
+            raise InputError("has 32 bits per pixel", where=path, fix="save it with 8 or 16 bits")
+        return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L").convert("RGB")
+    if image.mode == "F":
+        raise InputError("holds float pixels of unknown range", where=path, fix="save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")

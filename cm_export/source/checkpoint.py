@@ -1,0 +1,262 @@
+"""What `--model` means: an alias, a directory or a hub id becomes a verified local directory of safetensors.
+
+    qwen2-vl                         alias, pinned to a commit
+    owner/name[@revision]            Hugging Face hub, text and safetensors files only
+    ./some/dir                       a directory with config.json and model.safetensors (or shards and their index)
+
+Nothing is unpickled, no code of a checkpoint runs, and torch is not imported.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..base.by_name import names_in, nearest
+from ..base.errors import InputError
+from .safetensors_check import damaged, tensor_names
+
+_SHIPPED = Path(__file__).parent.parent / "demo"
+DEMO = _SHIPPED / "model"
+SCENES = _SHIPPED / "scenes"
+PATTERNS = ("*.json", "*.txt", "*.jinja", "*.safetensors", "*.model")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+HUB_TIMEOUT = 5.0  # seconds for the first question; the hub client retries for half a minute when asked for files
+COMMIT = re.compile(r"[0-9a-f]{40}")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name for a directory or for a hub id at the commit this tool was written against."""
+
+    hub_id: str | None = None
+    revision: str | None = None
+    path: Path | None = None
+
+
+_QWEN2_VL_2B = Alias("Qwen/Qwen2-VL-2B-Instruct", "895c3a49bc3fa70a340399125c650a463535e71c")
+ALIASES = {
+    "demo": Alias(path=DEMO),
+    "scenes": Alias(path=SCENES),
+    "qwen2-vl": _QWEN2_VL_2B,
+    "qwen2-vl-2b": _QWEN2_VL_2B,
+    "qwen2-vl-7b": Alias("Qwen/Qwen2-VL-7B-Instruct", "eed13092ef92e448dd6875b2a00151bd3f7db0ac"),
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory that passed every check here; `files` maps each file that may be read to its sha256 (hex)."""
+
+    path: Path
+    source: str  # as given: alias, hub id or path
+    revision: str | None  # commit on the hub, where it is known
+    model_type: str
+    files: dict[str, str]
+    config: dict[str, Any]
+
+
+def resolve(model: str, revision: str | None = None) -> Checkpoint:
+    """The verified checkpoint that `model` names. Raises InputError; a first use of a hub id downloads it."""
+    place, wanted = locate(model, revision)
+    if isinstance(place, Path):
+        return _verified(place, None, source=model)
+    return _verified(*_from_hub(place, wanted), source=model)
+
+
+def locate(model: str, revision: str | None = None) -> tuple[Path | str, str | None]:
+    """(directory, None) or (hub id, revision) that `model` names; reads nothing. Raises InputError."""
+    if not model.strip():
+        raise InputError("no model named", where="--model", fix=f"give a directory, a hub id or {', '.join(ALIASES)}")
+    # os.path, not Path: a name that is too long or holds an unknown ~user is simply no path.
+    given = os.path.expanduser(model)
+    name, _, tagged = (model, "", "") if os.path.exists(given) else model.partition("@")
+    if tagged and revision and tagged != revision:
+        raise InputError(f"{model!r} and --revision {revision} disagree", fix="give one of them")
+    wanted, alias = tagged or revision, ALIASES.get(name)
+    local = alias.path if alias else Path(given) if os.path.exists(given) else None
+    if local is not None:
+        if wanted:
+            raise InputError(f"{name!r} is a directory here, it has no revision {wanted!r}", fix="leave it out")
+        return local, None
+    if alias:
+        return alias.hub_id, wanted or alias.revision
+    if HUB_ID.fullmatch(name):
+        return name, wanted
+    if name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name:
+        raise InputError("no such directory", where=name, fix="--model takes a directory, a hub id or an alias")
+    raise InputError(f"no alias, directory or hub id {model!r}", where="--model", fix=nearest(name, list(ALIASES)))
+
+
+def verify_hashes(checkpoint: Checkpoint, expected: Mapping[str, str], where: str = "expected hashes") -> None:
+    """Raises InputError naming the first file that is missing or whose sha256 is not the one in `expected`."""
+    for name, digest in sorted(expected.items()):
+        found = checkpoint.files.get(name)
+        if found is None:
+            raise InputError(f"{name} is listed in {where} but missing", where=checkpoint.path, fix="download it again")
+        if found != digest.lower():
+            raise InputError(
+                f"sha256 is {found}, {where} says {digest.lower()}",
+                where=checkpoint.path / name,
+                fix="the file is corrupted or was edited: download it again",
+            )
+
+
+def _verified(folder: Path, commit: str | None, source: str) -> Checkpoint:
+    """`folder` as a Checkpoint after all checks, the cheap ones first and hashing last."""
+    if not folder.is_dir():
+        what = "is a file, not a checkpoint directory" if folder.exists() else "no such directory"
+        raise InputError(what, where=folder, fix="give the directory that holds config.json")
+    folder = folder.resolve()
+    if not (folder / "config.json").is_file():
+        raise InputError("no config.json here", where=folder, fix="give a Hugging Face checkpoint directory")
+    config = _json(folder / "config.json")
+    _check_config(folder, config)
+    _check_weights(folder)
+    readable = sorted({p for pattern in PATTERNS for p in folder.glob(pattern) if p.is_file()})
+    files = {p.name: _sha256(p) for p in readable}
+    records = _hub_records(folder, readable)
+    commits = {c for c, _ in records.values() if COMMIT.fullmatch(c)}
+    commit = commit or (commits.pop() if len(commits) == 1 else None)
+    checkpoint = Checkpoint(folder, source, commit, config["model_type"], files, config)
+    # An LFS file's etag is its sha256; small files carry a git blob id of 40 digits, which says nothing here.
+    on_hub = {name: etag for name, (_, etag) in records.items() if re.fullmatch("[0-9a-f]{64}", etag)}
+    verify_hashes(checkpoint, on_hub, "the hub's record")
+    if (folder / "SHA256SUMS").is_file():
+        verify_hashes(checkpoint, _sha256sums(folder / "SHA256SUMS"), "SHA256SUMS")
+    return checkpoint
+
+
+def _check_config(folder: Path, config: dict[str, Any]) -> None:
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
+        values = config if name == "config.json" else _json(folder / name) if (folder / name).is_file() else {}
+        parts = [values, *(v for v in values.values() if isinstance(v, dict))]
+        if any(part.get("auto_map") for part in parts):
+            raise InputError(
+                "asks to run its own Python code (auto_map), which is never done",
+                where=folder / name,
+                fix="use a checkpoint that plain transformers loads",
+            )
+        if any(part.get("quantization_config") for part in parts):
+            raise InputError(
+                "is a quantised checkpoint (quantization_config)",
+                where=folder / name,
+                fix="give the original float checkpoint",
+            )
+    known, model_type = names_in("cm_export.families"), config.get("model_type")
+    if model_type not in known:
+        said = f"model_type {model_type!r} is not supported" if model_type else "no model_type"
+        raise InputError(said, where=folder / "config.json", fix=f"supported: {', '.join(known) or 'none'}")
+
+
+def _check_weights(folder: Path) -> None:
+    """Raises InputError unless there is one complete safetensors file, or an index whose shards are complete."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():  # transformers prefers it over an index, too
+        tensor_names(single)
+        return
+    if not index.is_file():
+        pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
+        found = f"only {pickles[0]} here: pickles can run code" if pickles else "no model.safetensors here"
+        fix = "only safetensors are read: convert it, or download the safetensors files"
+        raise InputError(found, where=folder, fix=fix)
+    shards = _json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(s, str) for s in shards.values()):
+        raise damaged(index, "no weight_map of tensor names to files")
+    for shard in sorted(set(shards.values())):
+        if re.search(r"[/\\:]", shard) or not shard.endswith(".safetensors"):
+            raise InputError(f"names {shard!r} as a shard", where=index, fix="shards are *.safetensors files beside it")
+    absent = [shard for shard in sorted(set(shards.values())) if not (folder / shard).is_file()]
+    if absent:
+        raise InputError(f"missing {_some(absent)}", where=folder, fix=f"download them again ({index.name} lists them)")
+    held = {shard: tensor_names(folder / shard) for shard in sorted(set(shards.values()))}
+    lost = sorted(tensor for tensor, shard in shards.items() if tensor not in held[shard])
+    if lost:
+        raise InputError(f"not in the shard it names: {_some(lost)}", where=index, fix="download the checkpoint again")
+
+
+def _from_hub(hub_id: str, revision: str | None) -> tuple[Path, str]:
+    """Local snapshot and commit of a hub model; a pinned commit that is in the cache needs no network."""
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    def snapshot(of: str | None, cached: bool) -> Path:
+        return Path(hub.snapshot_download(hub_id, revision=of, allow_patterns=list(PATTERNS), local_files_only=cached))
+
+    try:
+        if revision and COMMIT.fullmatch(revision):
+            try:
+                return snapshot(revision, cached=True), revision
+            except errors.LocalEntryNotFoundError:
+                pass  # not here yet: ask the hub below
+        # This one question is not retried, so that a machine without network fails in seconds.
+        commit = hub.HfApi().model_info(hub_id, revision=revision, timeout=HUB_TIMEOUT).sha
+        return snapshot(commit, cached=False), commit
+    except errors.HFValidationError as e:
+        raise InputError(f"not a hub id ({e})", where="--model", fix="write owner/name") from e
+    except errors.GatedRepoError as e:
+        raise InputError("the hub asks for a login", where=hub_id, fix="accept its terms, then `hf auth login`") from e
+    except errors.RevisionNotFoundError as e:
+        raise InputError(f"no revision {revision!r}", where=hub_id, fix="give a branch, a tag or a commit") from e
+    except errors.RepositoryNotFoundError as e:
+        raise InputError("neither on the hub nor a directory", where=hub_id, fix=nearest(hub_id, list(ALIASES))) from e
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) as e:
+        try:
+            folder = snapshot(revision, cached=True)
+            return folder, folder.name  # the cache keeps a snapshot under its commit
+        except errors.LocalEntryNotFoundError:
+            at = f" --revision {revision}" if revision else ""
+            raise InputError(
+                f"no such directory, not in the hub cache, and the hub did not answer ({type(e).__name__})",
+                where=hub_id,
+                fix=f"on a connected machine run `hf download {hub_id}{at} --local-dir DIR`, then give --model DIR",
+            ) from e
+
+
+def _hub_records(folder: Path, files: list[Path]) -> dict[str, tuple[str, str]]:
+    """(commit, etag) of files the hub client wrote: a cache snapshot links to blobs/ETAG, a --local-dir has notes."""
+    records = {}
+    for path in files:
+        note = folder / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
+        if path.is_symlink() and path.readlink().parent.name == "blobs":
+            records[path.name] = (folder.name, path.readlink().name)
+        elif note.is_file():
+            commit, etag, *_ = [*note.read_text(encoding="utf-8", errors="replace").split(), "", ""]
+            records[path.name] = (commit, etag)
+    return records
+
+
+def _sha256sums(path: Path) -> dict[str, str]:
+    """The lines `HEX  NAME` of a SHA256SUMS file, without those on files that are never read (README, pickles)."""
+    listed = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        match = re.fullmatch(r"([0-9a-fA-F]{64})[ \t]+\*?(?:\./)?(.+)", line.strip())
+        if line.strip() and not match:
+            raise damaged(path, f"line {number} is not `HEX  NAME`")
+        if match and "/" not in match[2] and any(Path(match[2]).match(pattern) for pattern in PATTERNS):
+            listed[match[2]] = match[1]
+    return listed
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as e:
+        raise damaged(path, f"cannot be read as JSON ({e})") from e
+    if not isinstance(values, dict):
+        raise damaged(path, "is not a JSON object")
+    return values
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,329 @@
+"""Everything that touches transformers' model: reading the configuration, loading, tracing in a process of its own.
+
+configuration -> skeleton without weights -> trace          checkpoint -> weight file -> reference
+"""
+
+import contextlib
+import gc
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ..base import by_name
+from ..base.errors import GateFailed, InputError
+from ..bundle import weights
+from ..bundle.names import is_neuron_major, stored_name
+
+PROCESSOR_FILES = (
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer_config.json",
+)
+REFERENCE = "reference.npz"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """transformers' normalised configuration as plain values. Raises InputError when it does not hold together."""
+    with _hf_quiet():
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False).to_dict()
+        except Exception as e:  # transformers validates with many exception types; all mean a bad config.json
+            raise InputError(f"transformers refuses it ({_in_short(e)})", where=path / "config.json") from e
+    # Where a checkpoint lies on this machine is no part of the model, of none of its towers either.
+    return json.loads(
+        json.dumps(config, default=str),
+        object_hook=lambda part: {k: v for k, v in part.items() if k != "_name_or_path"},
+    )
+
+
+def skeleton(path: Path, family: ModuleType) -> Any:
+    """The model of a configuration without weights: parameters are never initialised, so no memory is touched."""
+    with _hf_quiet():
+        import torch
+        import transformers
+        from transformers import AutoConfig, initialization
+
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+            part.dtype = torch.float32  # direct construction would follow what the checkpoint was saved as
+        if _head_differs(path):  # from_pretrained ties nothing then, whatever config.json says
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        with initialization.no_init_weights():
+            model = getattr(transformers, family.MODEL_CLASS)(config)
+        model.tie_weights()
+    return model.eval()
+
+
+def _head_differs(path: Path) -> bool:
+    """Whether the checkpoint holds an embedding and an lm_head with other values."""
+    import torch
+    from safetensors import safe_open
+
+    with contextlib.ExitStack() as stack:
+        where = {}
+        for file in path.glob("*.safetensors"):
+            f = stack.enter_context(safe_open(file, "pt"))
+            where |= {n: f for n in f.keys() if n.endswith(("lm_head.weight", "embed_tokens.weight"))}  # noqa: SIM118
+        return len(where) == 2 and not torch.equal(*(f.get_tensor(n) for n, f in where.items()))
+
+
+def trace_graph(path: Path, name: str, target: Path) -> None:
+    """Trace one graph of the checkpoint at `path` into `target`; made to run in a process of its own."""
+    import onnx
+    import torch
+
+    from .trace import specs, trace
+
+    torch.set_num_threads(1)
+    config = read_config(path)
+    family = by_name.load("cm_export.families", config["model_type"], "model type")
+    spec = next(s for s in specs(skeleton(path, family), family.shape(config)) if s.name == name)
+    onnx.save(trace(spec), target)
+
+
+def load(path: Path, family: ModuleType, dtype: str = "float32") -> Any:
+    """Stock transformers, every weight from the checkpoint. Raises InputError naming weights that are not.
+
+    With the type that the files hold (see `stored_dtype`) they are mapped: nothing is read before it is used.
+    """
+    with _hf_quiet():
+        import transformers
+
+        try:
+            model, info = getattr(transformers, family.MODEL_CLASS).from_pretrained(
+                path,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # named below; transformers would print a report and name none
+            )
+        except Exception as e:
+            raise InputError(f"transformers cannot load it ({_in_short(e)})", where=path) from e
+    for what in ("missing_keys", "mismatched_keys"):
+        if info.get(what):
+            some = sorted(map(str, info[what]))[:3]
+            raise InputError(
+                f"{len(info[what])} weights have {what.replace('_keys', '')} values, e.g. {', '.join(some)}",
+                where=path,
+                fix="the checkpoint does not fit its config.json",
+            )
+    return model.eval()
+
+
+def write_weights(
+    path: Path,
+    family: ModuleType,
+    folder: Path,
+    probe: dict[str, np.ndarray],
+    progress: Callable[..., None],
+    order: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Weight file, processor files and the reference answers of one checkpoint into `folder`.
+
+    The file is read back with the safetensors library and compared with the checkpoint, value by value; the reference
+    run of stock transformers then reads it. So the model is never in memory twice.
+    order [L,F]: neurons are stored in this order (place -> id of the checkpoint), which changes no FFN's meaning.
+    """
+    from .probe import reference
+
+    digest = _write_and_compare(path, family, folder / weights.FILE, progress, order)
+    gc.collect()  # models hold cycles; the mapped files leave memory only now
+    progress("ask PyTorch for the reference answers")
+    np.savez(folder / REFERENCE, **reference(reading(path, folder / weights.FILE, family), probe))
+    gc.collect()
+    copy_processor(path, folder / "processor")
+    return {"sha256": {weights.FILE: digest}}
+
+
+def _write_and_compare(
+    path: Path, family: ModuleType, file: Path, progress: Callable[..., None], order: np.ndarray | None
+) -> str:
+    """Write the weight file, prove it equal to the checkpoint; returns its sha256. Nothing outlives the call."""
+    parameters = dict(load(path, family, stored_dtype(path)).named_parameters())
+    tensors, total, what = (
+        [planned(n, p, family, neuron_order(n, family, order)) for n, p in parameters.items()],
+        len(parameters),
+        "write the weights: tensor",
+    )
+    digest = weights.write(
+        file, [_announced(t, i, lambda i: progress(what, i + 1, total)) for i, t in enumerate(tensors)]
+    )
+    for i, (name, parameter) in enumerate(parameters.items()):
+        progress("compare the weights with the checkpoint: tensor", i + 1, total)
+        _compare(file, name, parameter, family, path, neuron_order(name, family, order))
+    return digest
+
+
+def stored_dtype(path: Path) -> str:
+    """The type that loses nothing: the one that all tensors share, float32 if they differ. Not what config.json claims."""
+    from safetensors import safe_open
+
+    found = set()
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, "np") as f:
+            found |= {f.get_slice(name).get_dtype() for name in f.keys()}  # noqa: SIM118 (not a dict)
+    return {"BF16": "bfloat16", "F16": "float16"}.get(found.pop(), "float32") if len(found) == 1 else "float32"
+
+
+def reading(path: Path, file: Path, family: ModuleType) -> Any:
+    """Stock transformers in float32 whose parameters are views of a weight file."""
+    import torch
+    from safetensors import safe_open
+
+    model = skeleton(path, family)
+    with safe_open(file, "pt") as f, torch.no_grad():
+        expected = {stored_name(name, family) for name, _ in model.named_parameters()}
+        if odd := sorted(expected ^ set(f.keys())):
+            raise InputError(
+                f"config.json and weights disagree about {odd[0]}",
+                where=path,
+                fix="the checkpoint does not fit its config.json",
+            )
+        for name, parameter in model.named_parameters():
+            value = f.get_tensor(stored_name(name, family))
+            parameter.data = value.t() if is_neuron_major(name, family) else value
+    return model
+
+
+def neuron_order(name: str, family: ModuleType, order: np.ndarray | None) -> np.ndarray | None:
+    """[F]: the order in which this checkpoint weight's neurons are stored; None for weights without neurons."""
+    layers = range(len(order)) if order is not None else ()
+    parts = (family.GATE, family.UP, family.DOWN)
+    owner = (i for i in layers for part in parts if name == family.LAYER.format(layer=i) + part)
+    layer = next(owner, None)
+    return None if layer is None else order[layer]
+
+
+def _compare(
+    file: Path, name: str, parameter: Any, family: ModuleType, path: Path, order: np.ndarray | None = None
+) -> None:
+    """Raises unless the stored tensor is the checkpoint's, exactly, and finite."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as f:  # opened for each tensor, so that the pages read do not add up
+        stored = f.get_tensor(stored_name(name, family))
+    expected = parameter.detach().to(torch.float32)
+    if not torch.isfinite(expected).all():
+        raise InputError(f"{name} holds NaN or infinity", where=path, fix="the checkpoint is damaged")
+    if order is not None:
+        back = torch.from_numpy(np.argsort(order))  # id -> place; not the gather that wrote the file
+        stored = stored.index_select(0, back)
+    if not torch.equal(stored.t() if is_neuron_major(name, family) else stored, expected):
+        raise GateFailed("differs from the checkpoint", where=f"{weights.FILE}: {name}", fix="check disk and memory")
+
+
+def read_reference(folder: Path) -> dict[str, np.ndarray]:
+    """What `write_weights` recorded; plain arrays, never pickled objects."""
+    with np.load(folder / REFERENCE, allow_pickle=False) as data:
+        return dict(data)
+
+
+def check_processor(path: Path) -> None:
+    """Raises InputError for a tokenizer, template or rule file that `run` could not read; all of them may be absent."""
+    from jinja2 import Environment
+    from tokenizers import Tokenizer
+
+    readers: dict[str, Callable[[str], Any]] = {
+        n: lambda t: json.loads(t).keys() for n in PROCESSOR_FILES if ".json" in n
+    }
+    readers["tokenizer.json"] = Tokenizer.from_str
+    readers["chat_template.jinja"] = Environment(extensions=["jinja2.ext.loopcontrols"]).parse
+    for name, read in readers.items():
+        try:
+            if (path / name).is_file():
+                read((path / name).read_text(encoding="utf-8"))
+        except Exception as e:  # three libraries, each with its own
+            fix = "download it again, or remove it: a bundle without it still benches"
+            raise InputError(f"cannot be read ({_in_short(e)})", where=path / name, fix=fix) from e
+
+
+def read_picture_rule(path: Path) -> dict[str, Any]:
+    """The checkpoint's preprocessor_config.json; newer transformers keep it inside the processor's own file."""
+    if (path / "preprocessor_config.json").is_file():
+        return json.loads((path / "preprocessor_config.json").read_bytes())
+    if (path / "processor_config.json").is_file():
+        return json.loads((path / "processor_config.json").read_bytes()).get("image_processor") or {}
+    return {}
+
+
+def copy_processor(path: Path, folder: Path) -> None:
+    """Tokenizer (always as tokenizer.json), chat template and picture rules of a checkpoint, those that it has."""
+    folder.mkdir()
+    for name in PROCESSOR_FILES:
+        if (path / name).is_file():
+            shutil.copyfile(path / name, folder / name)
+    if not (folder / "preprocessor_config.json").is_file() and (path / "processor_config.json").is_file():
+        rule = json.dumps(read_picture_rule(path), indent=1, sort_keys=True)
+        (folder / "preprocessor_config.json").write_text(rule)
+    if (path / "tokenizer.json").is_file():
+        shutil.copyfile(path / "tokenizer.json", folder / "tokenizer.json")
+    elif (path / "vocab.json").is_file():
+        with _hf_quiet():
+            from transformers import AutoTokenizer
+
+            AutoTokenizer.from_pretrained(path, local_files_only=True).backend_tokenizer.save(
+                str(folder / "tokenizer.json")
+            )
+
+
+def planned(name: str, parameter: Any, family: ModuleType, order: np.ndarray | None = None) -> weights.Planned:
+    """How a parameter is read: whole, or transposed a block of neurons at a time; `order` [F]: place -> neuron."""
+    import torch
+
+    turned = is_neuron_major(name, family)
+    data = parameter.detach().t() if turned else parameter.detach()
+
+    def read(block: int = 4096) -> Iterator[np.ndarray]:
+        if order is not None:
+            for start in range(0, data.shape[0], block):
+                ids = torch.from_numpy(order[start : start + block].astype(np.int64))
+                yield data.index_select(0, ids).to(torch.float32).contiguous().numpy()
+            return
+        if not turned:
+            yield data.to(torch.float32).contiguous().numpy()
+            return
+        for start in range(0, data.shape[0], block):
+            yield data[start : start + block].to(torch.float32).contiguous().numpy()
+
+    return weights.Planned(stored_name(name, family), np.dtype("<f4"), tuple(data.shape), read)
+
+
+def _announced(tensor: weights.Planned, number: int, announce: Callable[[int], None]) -> weights.Planned:
+    def read() -> Iterator[np.ndarray]:
+        announce(number)
+        yield from tensor.read()
+
+    return weights.Planned(tensor.name, tensor.dtype, tensor.shape, read)
+
+
+def _in_short(e: Exception) -> str:
+    return " ".join(f"{type(e).__name__}: {e}".split())[:300]
+
+
+@contextlib.contextmanager
+def _hf_quiet():
+    """transformers prints progress bars and advice that do not concern our users."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import transformers
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield transformers
+    finally:
+        logging.set_verbosity(before)
