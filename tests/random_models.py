@@ -108,7 +108,7 @@ def random_checkpoint(config: dict[str, Any], folder: Path, seed: int = 0, **how
     """
     torch.manual_seed(seed)
     kind = by_name.load("cm_export.families", config.get("model_type", "qwen2_vl"), "model type")
-    model_class = getattr(transformers, kind.MODEL_CLASS)
+    model_class = getattr(transformers, kind.model_class)
     model = model_class(model_class.config_class(**config)).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():

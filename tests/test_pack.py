@@ -189,7 +189,7 @@ def test_the_recorded_embedding_is_the_models(unpacked, bare_bundle, jetpack):
     place = json.loads((folder / "manifest.json").read_text())["embedding"]
     table = np.fromfile(folder / place["file"], np.float16, int(np.prod(place["shape"])), offset=place["offset"])
     np.testing.assert_array_equal(
-        table.reshape(place["shape"]), bundle.weights[bundle.family.EMBEDDING].astype(np.float16)
+        table.reshape(place["shape"]), bundle.weights[bundle.family.embedding].astype(np.float16)
     )
 
 

@@ -20,3 +20,8 @@ PATCHES = "patches"
 SEGMENTS = "segments"
 IMAGE_TOKENS = "image_tokens"
 PICTURES = "pictures"
+
+
+def cache_names(layers: int, prefix: str) -> list[str]:
+    """`present.0.key`, `present.0.value`, `present.1.key`, ...: keys and values of every layer at the border of a graph."""
+    return [f"{prefix}.{i}.{part}" for i in range(layers) for part in ("key", "value")]

@@ -17,12 +17,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import onnx
 
-from .. import __version__, plugins
+from .. import __version__, families, plugins
 from ..backends.onnxruntime.backend import Backend
 from ..base import by_name
 from ..base.errors import InputError
@@ -32,7 +31,9 @@ from ..bundle.calibration import FILE as CALIBRATION
 from ..bundle.calibration import Calibration, belongs
 from ..bundle.calibration import read as read_calibration
 from ..bundle.graph_facts import describe, links
+from ..bundle.names import core_row_names
 from ..calibrating import prune_layers
+from ..families import Family, Shape
 from ..plugins.core_ffn.op import ACTIVATIONS
 from ..recipe.recipe import Recipe
 from ..source import checkpoint, model
@@ -67,7 +68,7 @@ def build(
     bundles.check_out(out)
     progress("check the checkpoint")
     source = checkpoint.resolve(model, recipe.revision)
-    family = by_name.load("cm_export.families", source.model_type, "model type")
+    family = families.find(source.model_type)
     stages = Stages(work_dir or out.with_name(f".{out.name}.stages"), force, out)
     with stages.lock():
         bundles.sweep(out)
@@ -83,11 +84,11 @@ def build(
 
 
 def _run(
-    source, family: ModuleType, recipe: Recipe, out: Path, stages: Stages, progress: Step, threads: int, required
+    source, family: Family, recipe: Recipe, out: Path, stages: Stages, progress: Step, threads: int, required
 ) -> dict:
     config = model.read_config(source.path)
     family.check_config(config)
-    shape = family.shape(config)
+    shape, tower = family.shape(config), family.tower(config)
     recipe = recipe.for_model(shape)
     # Cheap, and before the calibration is read, which may know the layer that 0 stands for.
     pipeline.check_recipe(recipe if recipe.tokens.prune_layer else recipe.replace(tokens__prune_layer=1), shape)
@@ -95,8 +96,8 @@ def _run(
         fix = by_name.nearest(shape.activation, [*ACTIVATIONS])
         raise InputError(f"unknown hidden_act {shape.activation!r}", where=source.path / "config.json", fix=fix)
     model.check_processor(source.path)
-    if shape.sees:
-        family.image_rule(model.read_picture_rule(source.path))
+    if tower:
+        tower.rule(model.read_picture_rule(source.path))
     # Refuses at once what cannot end well.
     aim = engines.aim(recipe) if recipe.backend in engines.MODULES else None
     calibration, order = _calibration(recipe, source)
@@ -110,7 +111,7 @@ def _run(
     # Only what the weights stage reads: without an order it is the same for every recipe.
     reorder = {"order": measured} if order is not None else {}
     weights_key = key_of(files=source.files, versions=versions, program=program, **reorder)
-    inputs = probe(shape, config)  # not the recipe's seed: the weights stage keeps PyTorch's answers to it
+    inputs = probe(shape, tower, config)  # not the recipe's seed: the weights stage keeps PyTorch's answers to it
 
     staging = stages.folder / f"trace-{os.getpid()}.tmp"
     with workers(2, staging) as submit:
@@ -122,7 +123,7 @@ def _run(
 
         def load_weights(folder: Path) -> dict[str, Any]:
             progress("load the checkpoint")
-            return model.write_weights(source.path, family, folder, inputs, progress, order)
+            return model.write_weights(source.path, family, folder, tower, inputs, progress, order)
 
         weight_dir, weight_state = stages.run("weights", weights_key, load_weights)
 
@@ -155,16 +156,20 @@ def _run(
     def prove(folder: Path) -> dict[str, Any]:
         progress("prove the graphs against PyTorch")
         copies = weights.WeightFile(graph_dir / predictor.FILE) if recipe.neurons.in_decode else None
-        backend = Backend(lambda n: graph_dir / f"{n}.onnx", weights.WeightFile(weight_file), threads, copies)
+        rows = core_row_names(family, shape.layers)
+        backend = Backend(lambda n: graph_dir / f"{n}.onnx", weights.WeightFile(weight_file), threads, copies, rows)
         reference = model.read_reference(weight_dir)
-        results = gates.run_gates(backend, family, shape, recipe, inputs, reference, calibration)
+        subject = gates.Subject(backend, family, shape, tower, recipe, inputs, reference, calibration)
+        results = gates.run_gates(subject)
         return {"gates": [g.to_dict() for g in results]}
 
     _, gate_state = stages.run("gates", key_of(graphs=graphs_key, threads=threads), prove)
 
     def compile_engines(folder: Path) -> dict[str, Any]:
         names = tuple(graph_state["graphs"])
-        files = engines.Source(lambda n: graph_dir / f"{n}.onnx", names, weights.WeightFile(weight_file), shape, recipe)
+        files = engines.Source(
+            lambda n: graph_dir / f"{n}.onnx", names, weights.WeightFile(weight_file), shape, recipe, tower
+        )
         return engines.build_engines(files, family, inputs, folder, aim, progress, threads)
 
     built: dict[str, Any] = {}
@@ -180,7 +185,7 @@ def _run(
             "revision": source.revision,
             "files": source.files,
             "config": config,
-            "embedding": family.EMBEDDING,  # the host looks token embeddings up in the weight file
+            "embedding": family.embedding,  # the host looks token embeddings up in the weight file
         },
         "recipe": resolved | {"model": None},
         "versions": versions | {"python": platform.python_version(), "platform": platform.machine()},
@@ -232,8 +237,8 @@ def _rewrite(
     trace_dir: Path,
     folder: Path,
     index: dict,
-    family: ModuleType,
-    shape: Any,
+    family: Family,
+    shape: Shape,
     recipe: Recipe,
     constants: dict,
     copies: dict | None,

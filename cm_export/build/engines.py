@@ -23,7 +23,9 @@ from ..backends.tensorrt.targets import Target, target
 from ..base.by_name import nearest
 from ..base.errors import CmExportError, InputError
 from ..bundle.bundle import file_sha256
+from ..families import Family
 from ..recipe.recipe import Engine, Recipe
+from ..source.probe import Probe
 from . import gates_lowered
 
 FOLDER = "engines"
@@ -77,7 +79,7 @@ def check_recipe(recipe: Recipe, what: Target) -> None:
 
 
 def build_engines(
-    source: Source, family: Any, probe: dict, folder: Path, aim: Aim, progress: Step, threads: int = 0
+    source: Source, family: Family, probe: Probe, folder: Path, aim: Aim, progress: Step, threads: int = 0
 ) -> dict[str, Any]:
     """Write `folder`/*.plan (and the plugin library); returns the manifest's `engines`, with `gates` of the lowering.
 
@@ -89,7 +91,7 @@ def build_engines(
         progress(f"lower the graphs for {aim.backend} {aim.version}")
         written = write_graphs(source, lowered, what)
         progress("prove the lowered graphs")
-        gates = gates_lowered.run_gates(source, what, family, probe, lowered, threads)
+        gates = gates_lowered.run_gates(source, what, family, source.tower, probe, lowered, threads)
         for name, graph in written["graphs"].items():
             progress(f"build the {name} engine")
             job = {

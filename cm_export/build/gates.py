@@ -11,22 +11,21 @@ drift             sparse graphs at the recipe's budget, dense            no: it 
 """
 
 from dataclasses import asdict, dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from ..backends.onnxruntime.backend import (  # proofs of the portable graphs, whatever the bundle runs on
-    Backend,
-    CoreRows,
-)
+from ..backends.onnxruntime.backend import Backend  # proofs of the portable graphs, whatever the bundle runs on
 from ..base.errors import GateFailed
 from ..base.metrics import divergences
 from ..bundle.calibration import Calibration
 from ..bundle.predictor import copy_error
-from ..host.core_set import choose, every_neuron
-from ..host.request import Request, core_row_names, prefill_feeds, sparse_feeds
+from ..families import Arrays, Family, Pictures, Shape, Tower
+from ..host.core_set import CoreSet, choose
+from ..host.decode import Row, teacher_forced
+from ..host.request import Request, prefill_feeds, sparse_feeds
 from ..recipe.recipe import Recipe
+from ..source.probe import Probe
 
 # Largest difference allowed, relative to max(1, largest reference value). float32 differs from PyTorch by 1e-6 where
 # sums are short; sums over 10^4 terms in 28 layers bring it to some 1e-5, and a wrong mask or position to above 1e-2.
@@ -75,128 +74,157 @@ def compared(
     return Gate(name, value, limit, True, detail)
 
 
-def run_gates(
-    backend: Backend,
-    family: ModuleType,
-    shape: Any,
-    recipe: Recipe,
-    probe: dict,
-    reference: dict,
-    calibration: Calibration | None = None,
-) -> list[Gate]:
-    """All gates in order. Raises GateFailed at the first that does not hold, naming the graph and the output.
+@dataclass(frozen=True)
+class Subject:
+    """What is proved: the portable graphs of a bundle under way, and stock transformers' answers to the probe."""
 
-    One large session lives at a time, so that memory stays at one mapping of the weights.
-    """
-    gates: list[Gate] = []
+    backend: Backend
+    family: Family
+    shape: Shape
+    tower: Tower | None
+    recipe: Recipe
+    probe: Probe
+    reference: Arrays
+    calibration: Calibration | None = None
 
-    def gate(name: str, graph: str, pairs: dict[str, tuple[np.ndarray, np.ndarray]], detail: str) -> None:
+
+class _Proofs:
+    """The gates so far, and what later ones compare with."""
+
+    def __init__(self, subject: Subject):
+        self.of, self.gates = subject, []
+
+    def equal(self, name: str, graph: str, pairs: dict[str, tuple[np.ndarray, np.ndarray]], detail: str) -> None:
         fix = "no bundle was written; please report this checkpoint's config.json"
-        gates.append(compared(name, f"{graph}.onnx", pairs, LIMIT, detail, fix))
+        self.gates.append(compared(name, f"{graph}.onnx", pairs, LIMIT, detail, fix))
 
-    embeds = None
-    if shape.sees:
-        embeds = backend.vision(family.vision_inputs(probe["pixel_values"], probe["grid"], shape.merge))
-        gate("vision", "vision", {"image_embeds": (embeds, reference["image_embeds"])}, "PyTorch")
-        backend.drop("vision")
+    def vision(self) -> Pictures:
+        """The tower's outputs, all pictures of the probe in one run."""
+        of = self.of
+        if of.tower is None:
+            return Pictures()
+        found = of.backend.vision(of.tower.feeds(of.probe.pictures))
+        self.equal("vision", "vision", {n: (v, of.reference[n]) for n, v in found.items()}, "PyTorch")
+        of.backend.drop("vision")
+        return Pictures(found, tuple(picture.grid for picture in of.probe.pictures))
 
-    request = Request.of(probe["input_ids"], probe["grid"], family, shape, backend.weights, embeds)
-    gate(
-        "positions",
-        "host",
-        {"position_ids": (request.position_ids[:, 0], reference["position_ids"])},
-        "what PyTorch's rotary embedding got",
-    )
-    feeds = prefill_feeds(request)
-    dense = backend.host(backend.prefill(feeds, "prefill_dense"))
-    backend.drop("prefill_dense")
-    pairs = {"logits": (dense["logits"][0], reference["logits"])}
-    for i in range(shape.layers):
-        for part in ("key", "value"):
-            pairs[f"present.{i}.{part}"] = (dense[f"present.{i}.{part}"][0], reference[f"cache.{i}.{part}"])
-    gate("prefill", "prefill_dense", pairs, "PyTorch: logits, keys, values")
+    def request(self, pictures: Pictures) -> Request:
+        """The probe's prompt, with transformers' positions."""
+        of = self.of
+        request = Request.of(of.probe.ids, pictures, of.family, of.shape, of.backend.weights)
+        pair = request.position_ids[:, 0], of.reference["position_ids"]
+        self.equal("positions", "host", {"position_ids": pair}, "what PyTorch's rotary embedding got")
+        return request
 
-    cache, rows = _cache(dense), CoreRows(backend.weights, core_row_names(family, shape.layers))
-    steps = _steps(backend.decoder("decode_dense", backend.device(cache), {}), request, reference["tokens"])
-    backend.drop("decode_dense")
-    pairs = {
-        f"logits of step {i}": (a, b) for i, (a, b) in enumerate(zip(steps, reference["step_logits"], strict=True))
-    }
-    diverged = _first_difference(steps, reference["step_logits"])
-    gate("decode", "decode_dense", pairs, f"PyTorch: {len(steps)} greedy steps, {diverged}")
+    def prefill(self, request: Request) -> tuple[Arrays, Any]:
+        """The dense prefill: its logits, and its cache."""
+        of = self.of
+        dense, cache = of.backend.prefill(prefill_feeds(request), "prefill_dense")
+        of.backend.drop("prefill_dense")
+        pairs = {"logits": (dense["logits"][0], of.reference["logits"])}
+        pairs |= {n: (v[0], of.reference[n.replace("past", "cache", 1)]) for n, v in cache.arrays().items()}
+        self.equal("prefill", "prefill_dense", pairs, "PyTorch: logits, keys, values")
+        return dense, cache
 
-    everything = sparse_feeds(request, recipe, token_share=1.0)
-    full = backend.host(backend.prefill(feeds | everything, "prefill"))
-    pairs = {n: (full[n], dense[n]) for n in dense}
-    gate("full budget, prefill", "prefill", pairs, "dense prefill")
-    chosen = backend.host(backend.prefill(feeds | sparse_feeds(request, recipe), "prefill"))
-    backend.drop("prefill")
-    if recipe.neurons.in_decode:  # at full budget nothing depends on them
-        error, worst = copy_error(backend.predictor, backend.weights, family, shape)
-        gates.append(Gate("predictor", error, COPY_LIMIT, error <= COPY_LIMIT, "low-bit copies and the weights"))
-        if not gates[-1].passed:
+    def decode(self, request: Request, cache: Any) -> np.ndarray:
+        """Eight dense steps: logits [steps,V]."""
+        of = self.of
+        steps = self._steps(Row(request, CoreSet.whole(of.shape), cache, of.reference["logits"], "decode_dense"))
+        pairs = _by_step(steps, of.reference["step_logits"])
+        diverged = _first_difference(steps, of.reference["step_logits"])
+        self.equal("decode", "decode_dense", pairs, f"PyTorch: {len(steps)} greedy steps, {diverged}")
+        return steps
+
+    def full_budget(self, request: Request, dense: Arrays, cache: Any, steps: np.ndarray) -> tuple[Arrays, Any]:
+        """Sparse graphs that keep every token and every neuron; returns the prefill at the recipe's budget."""
+        of = self.of
+        feeds = prefill_feeds(request) | sparse_feeds(request, of.recipe, token_share=1.0)
+        full, kept = of.backend.prefill(feeds, "prefill")
+        ours, theirs = ({**found, **rows.arrays()} for found, rows in ((full, kept), (dense, cache)))
+        self.equal("full budget, prefill", "prefill", {n: (ours[n], theirs[n]) for n in theirs}, "dense prefill")
+        chosen = of.backend.prefill(prefill_feeds(request) | sparse_feeds(request, of.recipe), "prefill")
+        of.backend.drop("prefill")
+        if of.recipe.neurons.in_decode:  # at full budget nothing depends on them
+            self._predictor()
+        listed = full["kept_tokens"][0] if of.recipe.tokens.cache == "index" and "kept_tokens" in full else None
+        sparse = self._steps(Row(request, CoreSet.whole(of.shape), cache, dense["logits"][0], listed=listed))
+        detail = "dense decode with every neuron and token"
+        self.equal("full budget, decode", "decode", _by_step(sparse, steps), detail)
+        return chosen
+
+    def _predictor(self) -> None:
+        of = self.of
+        error, worst = copy_error(of.backend.predictor, of.backend.weights, of.family, of.shape)
+        self.gates.append(Gate("predictor", error, COPY_LIMIT, error <= COPY_LIMIT, "low-bit copies and the weights"))
+        if not self.gates[-1].passed:
             fix = "no bundle was written; check memory and disk, or choose another neuron policy"
             raise GateFailed(
                 f"differs by {error:.1e} (limit {COPY_LIMIT})", where=f"gate 'predictor', {worst}", fix=fix
             )
-    decoder = backend.decoder("decode", backend.device(cache), every_neuron(rows))
-    sparse = _steps(decoder, request, reference["tokens"], core_tokens=full.get("kept_tokens"), recipe=recipe)
-    backend.drop("decode")
-    pairs = {f"logits of step {i}": (a, b) for i, (a, b) in enumerate(zip(sparse, steps, strict=True))}
-    gate("full budget, decode", "decode", pairs, "dense decode with every neuron and token")
 
-    if recipe.has_turn:
-        ids = reference["tokens"].tolist()
-        feeds = request.step_feeds(ids, 0) | everything | {"image_mask": request.extended(ids).is_image}
-        turn = backend.host(backend.turn(feeds | {"question": np.array([1])}, backend.device(cache)))
-        backend.drop("turn")
-        gate(
-            "turn",
-            "turn",
-            {"logits": (turn["logits"][0], reference["step_logits"][-1])},
-            f"PyTorch after {len(ids)} steps",
-        )
+    def turn(self, request: Request, cache: Any) -> None:
+        """The reference's tokens read at once over the prefill's cache."""
+        of, ids = self.of, self.of.reference["tokens"].tolist()
+        later = request.extended(ids)
+        feeds = {
+            "inputs_embeds": later.inputs_embeds[:, request.tokens :],
+            "position_ids": later.position_ids[:, :, request.tokens :],
+            "attention_mask": np.ones((1, later.tokens), np.int64),
+            "image_mask": later.is_image,
+            "picture": later.picture,
+            "question": np.array([1]),
+        }
+        found, _ = of.backend.turn(feeds | sparse_feeds(request, of.recipe, token_share=1.0), cache)
+        of.backend.drop("turn")
+        pair = found["logits"][0], of.reference["step_logits"][-1]
+        self.equal("turn", "turn", {"logits": pair}, f"PyTorch after {len(ids)} steps")
 
-    core = choose(chosen, recipe.neurons, shape, calibration)
-    gates += _drift(backend, rows, core, recipe, request, chosen, dense, reference["tokens"], steps)
-    return gates
-
-
-def _drift(backend, rows, core, recipe, request, chosen, dense, tokens, steps) -> list[Gate]:
-    """What the recipe's budget costs on the probe: no limit, the quality of answers is what `eval` measures."""
-    mask = chosen.get("kept_mask") if recipe.tokens.cache == "cut" else None
-    decoder = backend.decoder("decode", backend.device(_cache(chosen)), core.constants(rows))
-    sparse = _steps(decoder, request, tokens, mask=mask, core_tokens=chosen.get("kept_tokens"), recipe=recipe)
-    backend.drop("decode")
-    first = np.concatenate([chosen["logits"], sparse[:-1]]), np.concatenate([dense["logits"], steps[:-1]])
-    agree = float((first[0].argmax(-1) == first[1].argmax(-1)).mean())
-    kl = float(divergences(first[1], first[0]).mean())
-    kept = chosen["kept_tokens"].shape[1] if "kept_tokens" in chosen else request.tokens
-    detail = (
-        f"{kept} of {request.tokens} prompt tokens, {core.counts.mean():.0f} of {core.ffn} neurons, synthetic probe"
-    )
-    return [
-        Gate("drift: KL to dense", kl, None, True, detail),
-        Gate("drift: top-1 agreement", agree, None, True, detail),
-    ]
-
-
-def _steps(decoder, request, tokens, mask=None, core_tokens=None, recipe=None) -> np.ndarray:
-    """Teacher-forced decode steps; logits [steps, V]."""
-    return np.concatenate(
-        [
-            decoder.step(request.step_feeds(int(token), i, mask, core_tokens if _indexed(recipe) else None))
-            for i, token in enumerate(tokens)
+    def drift(self, request: Request, chosen: Arrays, cache: Any, dense: Arrays, steps: np.ndarray) -> None:
+        """What the recipe's budget costs on the probe: no limit, the quality of answers is what `eval` measures."""
+        of, tokens = self.of, self.of.recipe.tokens
+        core = choose(chosen, of.recipe.neurons, of.shape, of.calibration)
+        row = Row(request, core, cache, chosen["logits"][0])
+        if "kept_tokens" in chosen and tokens.cache == "index":
+            row.listed = chosen["kept_tokens"][0]
+        if "kept_mask" in chosen and tokens.cache == "cut":
+            row.kept = chosen["kept_mask"][0]
+        sparse = self._steps(row)
+        ours = np.concatenate([chosen["logits"], sparse[:-1]])
+        theirs = np.concatenate([dense["logits"], steps[:-1]])
+        agree = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
+        kept = chosen["kept_tokens"].shape[1] if "kept_tokens" in chosen else request.tokens
+        counts = f"{core.counts.mean():.0f} of {core.ffn} neurons"
+        detail = f"{kept} of {request.tokens} prompt tokens, {counts}, synthetic probe"
+        self.gates += [
+            Gate("drift: KL to dense", float(divergences(theirs, ours).mean()), None, True, detail),
+            Gate("drift: top-1 agreement", agree, None, True, detail),
         ]
-    )
+
+    def _steps(self, row: Row) -> np.ndarray:
+        """Logits [steps,V] after each of the reference's tokens; the session is freed afterwards."""
+        logits = teacher_forced(self.of.backend, row, self.of.reference["tokens"].tolist())
+        self.of.backend.drop(row.graph)
+        return logits[1:]
 
 
-def _indexed(recipe: Recipe | None) -> bool:
-    return recipe is not None and recipe.tokens.cache == "index"
+def run_gates(subject: Subject) -> list[Gate]:
+    """All gates in order. Raises GateFailed at the first that does not hold, naming the graph and the output.
+
+    One large session lives at a time, so that memory stays at one mapping of the weights.
+    """
+    proofs = _Proofs(subject)
+    request = proofs.request(proofs.vision())
+    dense, cache = proofs.prefill(request)
+    steps = proofs.decode(request, cache)
+    chosen, cut = proofs.full_budget(request, dense, cache, steps)
+    if subject.recipe.has_turn:
+        proofs.turn(request, cache)
+    proofs.drift(request, chosen, cut, dense, steps)
+    return proofs.gates
 
 
-def _cache(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {n: v for n, v in outputs.items() if n.startswith("present.")}
+def _by_step(ours: np.ndarray, theirs: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    return {f"logits of step {i}": pair for i, pair in enumerate(zip(ours, theirs, strict=True))}
 
 
 def _first_difference(ours: np.ndarray, theirs: np.ndarray) -> str:

@@ -17,16 +17,21 @@ from typing import Any
 import numpy as np
 import psutil
 
-from ..backends.onnxruntime.backend import Backend, CoreRows
+from ..backends.onnxruntime.backend import Backend, Rows
 from ..backends.tensorrt.export import Source, lowered, weight_file
 from ..backends.tensorrt.quantize import BITS, error_of, packed
 from ..backends.tensorrt.rehearsal import LoweredGraphs, every_neuron_listed, listed, run, static_rows, step_feeds
 from ..backends.tensorrt.targets import Target
 from ..base.core_index import neuron_count, select_core_neurons
 from ..base.errors import GateFailed
+from ..bundle.names import core_row_names
 from ..bundle.weights import WeightFile
-from ..host.core_set import every_neuron
-from ..host.request import Request, core_row_names, kept_slots, prefill_feeds, sparse_feeds
+from ..families import Family, Pictures, Tower
+from ..host.core_rows import CoreRows
+from ..host.core_set import CoreSet
+from ..host.decode import Row, teacher_forced
+from ..host.request import Request, kept_slots, prefill_feeds, sparse_feeds
+from ..source.probe import Probe
 from .gates import LIMIT, Gate, compared
 
 STEPS = 8
@@ -38,14 +43,16 @@ Feeds = dict[str, np.ndarray]
 Answers = dict[str, dict[str, np.ndarray]]  # by graph, then by output
 
 
-def run_gates(source: Source, target: Target, family: Any, probe: Feeds, folder: Path, threads: int = 0) -> list[Gate]:
+def run_gates(
+    source: Source, target: Target, family: Family, tower: Tower | None, probe: Probe, folder: Path, threads: int = 0
+) -> list[Gate]:
     """All gates. Raises GateFailed. `folder` holds the weights of the lowered graphs, as `write_graphs` left it."""
     precision = source.recipe.engine.precision
-    portable = _Portable(source, threads)
-    expected = _answers(portable, source, family, probe)
+    portable = _Portable(source, family, threads)
+    expected = _answers(portable, source, family, tower, probe)
     portable.backend.drop(*source.graphs)
-    exact = _Exact(source, target, threads)
-    found = _answers(exact, source, family, probe)
+    exact = _Exact(source, target, family, threads)
+    found = _answers(exact, source, family, tower, probe)
     exact.backend.drop(*source.graphs)
     gates = [_gate(f"lowered {g}", g, found, expected, LIMIT, f"portable graph; for {target.name}") for g in expected]
     gates.append(_choice(exact.chosen, portable.chosen))
@@ -57,7 +64,7 @@ def run_gates(source: Source, target: Target, family: Any, probe: Feeds, folder:
     if 4 * weight_bytes > free:  # ONNX Runtime computes in float32 what it holds in 16 bit: a copy of each
         detail = f"not run: {4 * weight_bytes / 1e9:.0f} GB of memory needed, {free / 1e9:.0f} GB free"
         return [*gates, Gate("half precision", 0.0, None, True, detail)]
-    found = _answers(_Half(source, target, folder, threads), source, family, probe)
+    found = _answers(_Half(source, target, family, folder, threads), source, family, tower, probe)
     ours, theirs = (a["prefill"].pop("core_scores", None) for a in (found, expected))  # may be counts, which jump
     if precision in BITS:
         gates.append(_packing(source, target, folder, BITS[precision]))
@@ -67,14 +74,15 @@ def run_gates(source: Source, target: Target, family: Any, probe: Feeds, folder:
     return [*gates, _same_neurons(ours, theirs, source.recipe.neurons.share)]
 
 
-def _answers(graphs: Any, source: Source, family: Any, probe: Feeds) -> Answers:
-    """What the probe gives: image embeddings, a prefill that keeps every token, 8 steps of decode with every neuron."""
-    shape, recipe, out, embeds = source.shape, source.recipe, {}, None
-    if shape.sees:
-        feeds = family.vision_inputs(probe["pixel_values"], probe["grid"], shape.merge)
-        embeds = graphs.run("vision", feeds)["image_embeds"].astype(np.float32)
-        out["vision"] = {"image_embeds": embeds}
-    request = Request.of(probe["input_ids"], probe["grid"], family, shape, source.weights, embeds)
+def _answers(graphs: Any, source: Source, family: Family, tower: Tower | None, probe: Probe) -> Answers:
+    """What the probe gives: tower outputs, a prefill that keeps every token, 8 steps of decode with every neuron."""
+    recipe, out, pictures = source.recipe, {}, Pictures()
+    if tower:
+        # All pictures at once; an engine gets them one by one, through the same graph.
+        found = {n: v.astype(np.float32) for n, v in graphs.run("vision", tower.feeds(probe.pictures)).items()}
+        out["vision"] = found
+        pictures = Pictures(found, tuple(picture.grid for picture in probe.pictures))
+    request = Request.of(probe.ids, pictures, family, source.shape, source.weights)
     budgets = {"all": sparse_feeds(request, recipe, token_share=1.0), "own": sparse_feeds(request, recipe)}
     feeds = {n: prefill_feeds(request) | b | kept_slots(request, b) for n, b in budgets.items()}
     prefill = graphs.run("prefill", feeds["all"])
@@ -83,9 +91,8 @@ def _answers(graphs: Any, source: Source, family: Any, probe: Feeds) -> Answers:
         graphs.chosen = own["kept_tokens"][own["kept_mask"] > 0]
     out["prefill"] = {n: v.astype(np.float32) for n, v in prefill.items() if n != "kept_tokens"}
     cache = {n: v for n, v in prefill.items() if n.startswith("present.")}
-    words = probe["input_ids"][~request.is_image[0]][:STEPS]
-    rows = CoreRows(source.weights, core_row_names(family, shape.layers))
-    logits = graphs.decode(request, cache, words, every_neuron(rows))
+    words = probe.ids[~probe.is_image][:STEPS]
+    logits = graphs.decode(request, cache, words)
     out["decode"] = {f"logits of step {i}": step.astype(np.float32) for i, step in enumerate(logits)}
     return out
 
@@ -95,20 +102,18 @@ class _Portable:
 
     chosen: np.ndarray | None = None
 
-    def __init__(self, source: Source, threads: int):
-        self.backend = Backend(source.graph, source.weights, threads)
+    def __init__(self, source: Source, family: Family, threads: int):
+        self.source = source
+        names = core_row_names(family, source.shape.layers)
+        self.backend = Backend(source.graph, source.weights, threads, row_names=names)
 
     def run(self, name: str, feeds: Feeds) -> Feeds:
         return run(self.backend.session(name), feeds)
 
-    def decode(self, request: Request, cache: Feeds, words: np.ndarray, constant: Feeds) -> list[np.ndarray]:
-        logits = []
-        for i, word in enumerate(words):
-            feeds = request.step_feeds(int(word), i) | constant | _past(cache)
-            feeds["core_tokens"] = np.arange(request.tokens + i + 1, dtype=np.int32)[None]
-            cache = self.run("decode", feeds)
-            logits.append(cache.pop("logits"))
-        return logits
+    def decode(self, request: Request, cache: Feeds, words: np.ndarray) -> list[np.ndarray]:
+        whole, every = CoreSet.whole(self.source.shape), np.arange(request.tokens, dtype=np.int32)
+        row = Row(request, whole, Rows.of(cache), np.zeros(self.source.shape.vocab, np.float32), listed=every)
+        return [step[None] for step in teacher_forced(self.backend, row, words.tolist())[1:]]
 
 
 class _Exact:
@@ -116,19 +121,21 @@ class _Exact:
 
     chosen: np.ndarray | None = None
 
-    def __init__(self, source: Source, target: Target, threads: int):
-        self.source = source
+    def __init__(self, source: Source, target: Target, family: Family, threads: int):
+        self.source, self.row_names = source, core_row_names(family, source.shape.layers)
         self.backend = Backend(lambda name: lowered(source, name, target, "fp32"), source.weights, threads)
 
     def run(self, name: str, feeds: Feeds) -> Feeds:
         return run(self.backend.session(name, rows_as_inputs=False), feeds)
 
-    def decode(self, request: Request, cache: Feeds, words: np.ndarray, constant: Feeds) -> list[np.ndarray]:
+    def decode(self, request: Request, cache: Feeds, words: np.ndarray) -> list[np.ndarray]:
         """Over a static cache, whose rows beyond the mask hold what must not be read."""
         shape, capacity, logits = self.source.shape, self.source.recipe.engine.capacity, []
         past = {name: static_rows(rows, capacity, fill=7) for name, rows in cache.items()}
         half = next(iter(past.values())).dtype
-        constant = {n: v.astype(half) if n.startswith("ffn.") else v for n, v in constant.items()}
+        gathered = CoreRows(self.source.weights, self.row_names).gather([CoreSet.whole(shape)])
+        constant = {n: v.astype(half) for n, v in gathered.rows.items()}
+        constant["core_bias"] = np.zeros((shape.layers, 1, shape.hidden), np.float32)
         constant |= listed(every_neuron_listed(shape.layers, shape.ffn), [shape.ffn] * shape.layers)
         for i, word in enumerate(words):
             past = self.run("decode", step_feeds(request, int(word), i, capacity) | constant | _past(past))
@@ -139,8 +146,8 @@ class _Exact:
 class _Half(_Exact):
     """The lowered graphs as the builder gets them, over the 16-bit weights."""
 
-    def __init__(self, source: Source, target: Target, folder: Path, threads: int):
-        self.source = source
+    def __init__(self, source: Source, target: Target, family: Family, folder: Path, threads: int):
+        self.source, self.row_names = source, core_row_names(family, source.shape.layers)
         self.run = LoweredGraphs(source, target, folder, threads).run
 
 

@@ -23,11 +23,11 @@ import threading
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from types import ModuleType
 from typing import Any
 
-from ..base import by_name
+from .. import families
 from ..base.errors import BundleError, InputError
+from ..families import Family, Shape, Tower
 from ..recipe.recipe import Recipe, from_dict
 from .calibration import FILE as CALIBRATION
 from .calibration import Calibration
@@ -80,9 +80,10 @@ class Bundle:
             if not _is_large(name):
                 self._verify(file, entry["sha256"])
         self.weights = WeightFile(self.path / WEIGHTS)
-        self.family: ModuleType = by_name.load("cm_export.families", self.manifest["model"]["type"], "model type")
+        self.family: Family = families.find(self.manifest["model"]["type"])
         self.config: dict[str, Any] = self.manifest["model"]["config"]
-        self.shape = self.family.shape(self.config)
+        self.shape: Shape = self.family.shape(self.config)
+        self.tower: Tower | None = self.family.tower(self.config)
 
     @cached_property
     def recipe(self) -> Recipe:

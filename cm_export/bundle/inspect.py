@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.core_index import neuron_count
+from ..families import Shape
 from ..recipe.recipe import Recipe, from_dict
 from .bundle import WEIGHTS, Bundle
 from .predictor import predictor_share
@@ -50,7 +51,7 @@ def _engines(manifest: dict[str, Any]) -> dict[str, Any] | None:
     return {k: found[k] for k in what} | {"graphs": rows}
 
 
-def _pruned(recipe: Recipe, shape: Any) -> dict[str, str]:
+def _pruned(recipe: Recipe, shape: Shape) -> dict[str, str]:
     """In words, which tokens and neurons leave the computation, where, and by whose vote."""
     n, t = recipe.neurons, recipe.tokens
     tokens = "none: every image token stays" if shape.sees else "none: this model takes no pictures"

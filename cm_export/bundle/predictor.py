@@ -9,13 +9,12 @@ predictor of the same size chose worse on a real language model (docs/quality.md
 """
 
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 
 from ..base.errors import InputError
-from ..host.request import core_row_names
+from ..bundle.names import core_row_names
+from ..families import Family, Shape
 from . import weights
 from .weights import Planned, WeightFile
 
@@ -71,7 +70,7 @@ def unpack(packed: np.ndarray) -> np.ndarray:
     return out
 
 
-def copy_error(copies: WeightFile, file: WeightFile, family: ModuleType, shape: Any) -> tuple[float, str]:
+def copy_error(copies: WeightFile, file: WeightFile, family: Family, shape: Shape) -> tuple[float, str]:
     """The worst copy's distance from its matrix (root of summed squares, relative) and its name; rounding gives about .1.
 
     Row norms are not rounded: where one is off by more than a thousandth, the distance is infinite.
@@ -98,7 +97,7 @@ def names(layer: int) -> dict[str, str]:
     return {part: f"predictor.{layer}.{part}" for part in ("gate", "gate_scale", "up", "up_scale", "norm")}
 
 
-def tensors(file: WeightFile, family: ModuleType, shape: Any) -> list[Planned]:
+def tensors(file: WeightFile, family: Family, shape: Shape) -> list[Planned]:
     """The predictor of every layer, made when it is read, from the rows of the weight file. Raises InputError."""
     group, out = group_of(shape.hidden), []
     kinds = {
@@ -121,7 +120,7 @@ def tensors(file: WeightFile, family: ModuleType, shape: Any) -> list[Planned]:
     return out
 
 
-def write(path: Path, file: WeightFile, family: ModuleType, shape: Any) -> str:
+def write(path: Path, file: WeightFile, family: Family, shape: Shape) -> str:
     """Fit and write the predictor of a weight file; returns the sha256. Raises InputError."""
     return weights.write(path, tensors(file, family, shape))
 

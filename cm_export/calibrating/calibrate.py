@@ -21,14 +21,17 @@ import onnx
 from ..base import by_name
 from ..base.core_index import neuron_count, select_core_neurons
 from ..base.errors import InputError
-from ..base.metrics import divergences, log_softmax
+from ..base.metrics import divergences
 from ..bundle.calibration import Calibration, checkpoint_id
-from ..evals.compare import with_policies
+from ..bundle.names import core_row_names
+from ..evals.other_policies import with_policies
 from ..evals.task import OWN_TASKS
-from ..host.backend import Decoder
+from ..families import Pictures
+from ..host.core_set import CoreSet
+from ..host.decode import Choose, decode, greedy, sampled, teacher_forced
 from ..host.images import open_image
-from ..host.request import Request
-from ..host.runner import Budget, Engine
+from ..host.request import Request, prefill_feeds
+from ..host.runner import Budget, Runner
 from ..recipe.recipe import Recipe
 from ..surgery.neuron_constants import neuron_constants
 from ..surgery.report_activations import report_activations
@@ -80,7 +83,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def measure(
-    engine: Engine,
+    runner: Runner,
     prompts: list[Prompt],
     own: int = 16,
     max_new_tokens: int = 64,
@@ -89,30 +92,30 @@ def measure(
     what: str = "",
     progress: Callable[..., None] = lambda what, done=None, total=None: None,
 ) -> Calibration:
-    """The calibration of `engine`'s checkpoint; `own` > 0 and no prompts: it continues random beginnings, sampled.
+    """The calibration of `runner`'s checkpoint; `own` > 0 and no prompts: it continues random beginnings, sampled.
 
     Raises InputError for weights in another order than the checkpoint's, and when not a single token was generated.
     """
-    bundle, shape = engine.bundle, engine.bundle.shape
-    if engine.recipe.neurons.block > 1:
+    bundle, shape = runner.bundle, runner.bundle.shape
+    if runner.recipe.neurons.block > 1:
         raise InputError("its neurons are reordered", where=bundle.path, fix="calibrate a bundle with neurons.block 1")
     bundle.wait_verified()
-    answers = list(_answers(engine, prompts, own, max_new_tokens, seed, progress))
+    answers = list(_answers(runner, prompts, own, max_new_tokens, seed, progress))
     total = sum(len(a) for _, a in answers)
     if not total:
         raise InputError("the model answered nothing to every prompt", where="calibrate", fix="give other --data")
 
-    watch = Engine(bundle, engine.backend.threads, engine.recipe, _watching(engine))
+    watch = Runner(bundle, runner.backend.threads, runner.recipe, _watching(runner))
     energy, mean_z = (np.zeros((shape.layers, shape.ffn)) for _ in range(2))
     picked = set(np.random.default_rng(seed).permutation(total)[:PROFILE_TOKENS].tolist())
     profiles: list[list[np.ndarray]] = [[] for _ in range(shape.layers)]
     at = 0
     for i, (request, answer) in enumerate(answers):
         progress("watch the neurons", i, len(answers))
-        outputs = watch.backend.prefill(_with_answer(request, answer))
+        outputs, _ = watch.backend.prefill(_with_answer(request, answer))
         rows = [n for n in range(len(answer)) if at + n in picked]
         for layer in range(shape.layers):
-            z = outputs[f"z.{layer}"].numpy()[0, request.tokens :].astype(np.float64)
+            z = outputs[f"z.{layer}"][0, request.tokens :].astype(np.float64)
             share = z * z / np.maximum((z * z).sum(1, keepdims=True), 1e-60)
             energy[layer] += share.sum(0)
             mean_z[layer] += z.sum(0)
@@ -124,11 +127,12 @@ def measure(
         progress("order the neurons: layer", layer + 1, shape.layers)
         order.append(cluster(np.concatenate(profiles[layer]).astype(np.float32)))
     energy, mean_z = energy / np.maximum(energy.sum(1, keepdims=True), 1e-60), mean_z / total
-    mean_y = [z @ rows[2].astype(np.float64) for z, rows in zip(mean_z, engine.backend.rows.sources, strict=True)]
+    down = [bundle.weights[names[2]] for names in core_row_names(bundle.family, shape.layers)]
+    mean_y = [z @ rows.astype(np.float64) for z, rows in zip(mean_z, down, strict=True)]
     some = [a for a in answers if len(a[1])][:sensitivity_prompts]
-    sensitivity = _sensitivity(engine, some, energy, progress)
-    tokens = engine.recipe.tokens if engine.recipe.tokens.policy != "dense" else Recipe().tokens
-    prune = prune_layers.measure(engine, some, tokens, divergences, progress)
+    sensitivity = _sensitivity(runner, some, energy, progress)
+    tokens = runner.recipe.tokens if runner.recipe.tokens.policy != "dense" else Recipe().tokens
+    prune = prune_layers.measure(runner, some, tokens, divergences, progress)
     files = bundle.manifest["model"]["files"]
     about = {
         "checkpoint": checkpoint_id(files),
@@ -141,45 +145,35 @@ def measure(
     return Calibration(energy, mean_z, np.stack(mean_y), sensitivity, np.array(SHARES), np.stack(order), about, **prune)
 
 
-def _answers(engine, prompts, own, limit, seed, progress) -> Iterator[tuple[Request, np.ndarray]]:
+def _answers(runner, prompts, own, limit, seed, progress) -> Iterator[tuple[Request, np.ndarray]]:
     """Requests with the dense model's answers [T] (greedy; sampled where there is no prompt to answer)."""
-    rng, shape = np.random.default_rng(seed), engine.bundle.shape
+    rng, shape = np.random.default_rng(seed), runner.bundle.shape
     if not prompts:
         words = np.setdiff1d(np.arange(shape.vocab), [shape.image_token, *shape.stop_ids])
         for i in range(own):
             progress("let the model write", i, own)
-            request = engine.request(rng.choice(words, OWN_WORDS), np.zeros((0, 3), np.int64), None)
-            yield request, np.array(_write(engine, request, limit, frozenset(shape.stop_ids), rng), np.int64)
+            request = runner.request(rng.choice(words, OWN_WORDS), Pictures())
+            # Greedy text from a random beginning runs in circles.
+            yield request, _written(runner, request, limit, sampled(rng, frozenset(shape.stop_ids)))
         return
-    seen: dict[tuple[Path, ...], Any] = {}
+    seen: dict[tuple[Path, ...], Pictures] = {}
     for i, prompt in enumerate(prompts):
         progress("let the model answer", i, len(prompts))
         if prompt.images not in seen:
-            seen = {prompt.images: engine.embed([prompt.open(p) for p in prompt.images])}
-        embeds, grid = seen[prompt.images]
-        counts = engine.bundle.family.image_tokens(grid, shape.merge)
-        request = engine.request(engine.chat.encode(prompt.text, None, counts), grid, embeds)
-        answer = list(engine.tokens(engine.prefill(request, Budget(dense=True)), limit, engine.chat.stop_ids))
-        yield request, np.array(answer, np.int64)
+            seen = {prompt.images: runner.see([prompt.open(p) for p in prompt.images])}
+        request = runner.ask(prompt.text, seen[prompt.images])
+        yield request, _written(runner, request, limit, greedy(runner.chat.stop_ids))
 
 
-def _write(engine: Engine, request: Request, limit: int, stop: frozenset[int], rng: np.random.Generator) -> list[int]:
-    """Sampled at temperature 1: greedy text from a random beginning runs in circles."""
-    prefilled = engine.prefill(request, Budget(dense=True))
-    logits, decoder, out = prefilled.logits, prefilled.decoder(), []
-    for step in range(limit):
-        p = np.exp(log_softmax(logits[0]))
-        token = int(rng.choice(len(p), p=p / p.sum()))
-        if token in stop:
-            break
-        out.append(token)
-        logits = decoder.step(prefilled.step_feeds(token, step))
-    return out
+def _written(runner: Runner, request: Request, limit: int, choose: Choose) -> np.ndarray:
+    """[T] int64: the dense model's answer."""
+    row = runner.prefill(request, Budget(dense=True)).row(choose=choose, limit=limit)
+    return np.array([token for _, token in decode(runner.backend, [row])], np.int64)
 
 
-def _watching(engine: Engine) -> Callable[[str], Path | onnx.ModelProto]:
+def _watching(runner: Runner) -> Callable[[str], Path | onnx.ModelProto]:
     """Graphs of a bundle, its dense prefill reporting z.{layer} [B,S,F] as `prefill`."""
-    bundle = engine.bundle
+    bundle = runner.bundle
 
     def graph(name: str) -> Path | onnx.ModelProto:
         if name != "prefill":
@@ -192,42 +186,31 @@ def _watching(engine: Engine) -> Callable[[str], Path | onnx.ModelProto]:
 
 def _with_answer(request: Request, answer: np.ndarray) -> dict[str, np.ndarray]:
     """Prefill feeds of prompt + answer, the answer at the positions that decode gives it."""
-    t, nxt = len(answer), request.next_position
-    after = np.broadcast_to(np.arange(nxt, nxt + t), (len(request.position_ids), 1, t))
-    embeds = request.embedding[answer].astype(np.float32)[None]
-    return {
-        "inputs_embeds": np.concatenate([request.inputs_embeds, embeds], 1),
-        "position_ids": np.concatenate([request.position_ids, after], 2),
-        "attention_mask": np.ones((1, request.tokens + t), np.int64),
-    }
+    return prefill_feeds(request.extended(answer.tolist()))
 
 
-def _sensitivity(engine: Engine, answers: list, energy: np.ndarray, progress: Callable[..., None]) -> np.ndarray:
+def _sensitivity(runner: Runner, answers: list, energy: np.ndarray, progress: Callable[..., None]) -> np.ndarray:
     """[L,P]: mean KL per token when one layer computes the neurons that `glass` ranks first; energy [L,F]: its prior."""
-    bundle, shape = engine.bundle, engine.bundle.shape
-    judge = with_policies(engine, Recipe().replace(neurons__policy="griffin", tokens__policy="dense"))
+    bundle, shape = runner.bundle, runner.bundle.shape
+    judge = with_policies(runner, Recipe().replace(neurons__policy="griffin", tokens__policy="dense"))
     weighed = Recipe().replace(neurons__policy="griffin", neurons__row_norm=True)
     down = neuron_constants(weighed, bundle.weights, bundle.family, shape, None)["row"]
-    kl, tokens = np.zeros((shape.layers, len(SHARES))), 0
+    kl, tokens, whole = np.zeros((shape.layers, len(SHARES))), 0, CoreSet.whole(shape)
     for i, (request, answer) in enumerate(answers):
         answer = answer[:SENSITIVITY_TOKENS]
         prefilled = judge.prefill(request, Budget())
-        expected = _forced(prefilled, prefilled.decoder_of(judge.backend.rows.all()), answer)
+        expected = teacher_forced(judge.backend, prefilled.row(whole), answer.tolist())[1:]
         tokens += len(answer)
         of_prompt = prefilled.scores[:, 0] / prefilled.scores[:, 0].sum(-1, keepdims=True)
         scores = ((of_prompt + energy) * down)[:, None].astype(np.float32)
         for p, share in enumerate(SHARES):
-            core = select_core_neurons(scores, neuron_count(share, shape.ffn))
+            chosen = select_core_neurons(scores, neuron_count(share, shape.ffn))
             for layer in range(shape.layers):
                 progress("measure each layer's sensitivity", i * shape.layers + layer, len(answers) * shape.layers)
-                rows = judge.backend.rows.all() | judge.backend.rows.one(layer, core[layer])
-                kl[layer, p] += divergences(expected, _forced(prefilled, prefilled.decoder_of(rows), answer)).sum()
+                row = prefilled.row(whole.with_layer(layer, chosen[layer, 0]))
+                found = teacher_forced(judge.backend, row, answer.tolist())[1:]
+                kl[layer, p] += divergences(expected, found).sum()
     return kl / max(1, tokens)
-
-
-def _forced(prefilled: Any, decoder: Decoder, answer: np.ndarray) -> np.ndarray:
-    """Logits [T,V] after each token of the answer."""
-    return np.concatenate([decoder.step(prefilled.step_feeds(int(t), i)) for i, t in enumerate(answer)])
 
 
 def task_prompts(task: ModuleType, count: int, seed: int) -> list[Prompt]:

@@ -13,8 +13,9 @@ import numpy as np
 
 from ..base.errors import InputError
 from ..bundle.calibration import Calibration
-from ..evals.compare import with_policies
-from ..host.runner import Budget, Engine
+from ..evals.other_policies import with_policies
+from ..host.decode import teacher_forced
+from ..host.runner import Budget, Runner
 from ..recipe.recipe import Recipe, Tokens
 from ..recipe.vary import varied
 
@@ -33,20 +34,20 @@ def candidates(layers: int) -> list[int]:
 
 
 def measure(
-    engine: Engine, answers: list, tokens: Tokens, judge: Callable[..., Any], progress: Callable[..., None]
+    runner: Runner, answers: list, tokens: Tokens, judge: Callable[..., Any], progress: Callable[..., None]
 ) -> dict[str, np.ndarray]:
     """prune_layers [N], prune_shares [Q] and prune_kl [N,Q]: mean KL to dense in nats per answer token.
 
     answers: (request, dense answer [T]) pairs, of which those with pictures count; judge(dense logits, logits) -> [T].
     """
     asked = [(r, a) for r, a in answers if r.image_tokens and len(a)][:MOST_PROMPTS]
-    layers = candidates(engine.bundle.shape.layers) if asked else []
+    layers = candidates(runner.bundle.shape.layers) if asked else []
     kl = np.zeros((len(layers), len(SHARES)))
-    expected = [_forced(engine, request, answer, Budget(dense=True)) for request, answer in asked]
+    expected = [_forced(runner, request, answer, Budget(dense=True)) for request, answer in asked]
     for n, layer in enumerate(layers):
         progress("measure where to cut the image tokens: layer", n + 1, len(layers))
         cut = varied(Recipe(tokens=tokens), tokens__prune_layer=layer, tokens__budget="share", neurons__policy="dense")
-        sparse = with_policies(engine, cut)
+        sparse = with_policies(runner, cut)
         for (request, answer), wanted in zip(asked, expected, strict=True):
             for q, share in enumerate(SHARES):
                 kl[n, q] += judge(wanted, _forced(sparse, request, answer, Budget(token_share=share))).sum()
@@ -55,14 +56,10 @@ def measure(
     return arrays | {"prune_kl": (kl / total).astype(np.float32)}
 
 
-def _forced(engine: Engine, request: Any, answer: np.ndarray, budget: Budget) -> np.ndarray:
+def _forced(runner: Runner, request: Any, answer: np.ndarray, budget: Budget) -> np.ndarray:
     """Logits [T,V] before each token of the answer."""
-    prefilled = engine.prefill(request, budget)
-    rows, decoder = [prefilled.logits], None
-    for step, token in enumerate(answer[:-1].tolist()):
-        decoder = decoder or prefilled.decoder()
-        rows.append(decoder.step(prefilled.step_feeds(token, step)))
-    return np.concatenate(rows)
+    row = runner.prefill(request, budget).row()
+    return teacher_forced(runner.backend, row, answer[:-1].tolist())
 
 
 def best(calibration: Calibration, share: float) -> int:

@@ -6,7 +6,7 @@ random token ids and image embeddings -> prefill, row gather, decode steps, each
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ import numpy as np
 from ..base import environment
 from ..base.errors import InputError
 from ..bundle.bundle import Bundle
+from ..families import Picture, Pictures
+from ..host.decode import Spent, decode
 from ..host.request import Request
-from ..host.runner import Budget, Engine
+from ..host.runner import Budget, Prefilled, Runner
 
 IMAGE_TOKENS = 256
 
@@ -41,36 +43,26 @@ def measure(
     Raises InputError, BundleError.
     """
     bundle = Bundle(path)
-    engine = Engine(bundle, threads, backend=backend)
-    if image_tokens or vision:
-        engine.check_sees()
+    runner = Runner(bundle, threads, backend=backend)
     if image_tokens is None:
         image_tokens = IMAGE_TOKENS if bundle.shape.sees else 0
-    request, vision_feeds = _request(engine, prompt_tokens, image_tokens)
+    pictures = runner.tower.sized(image_tokens, np.random.default_rng(0)) if image_tokens or vision else []
+    request = _request(runner, prompt_tokens, pictures)
     bundle.wait_verified()
     budgets = {"dense": Budget(dense=True), "sparse": Budget(neuron_share=neuron_share, token_share=token_share)}
     times: dict[str, dict[str, list[float]]] = {n: {} for n in budgets}
     kept: dict[str, dict[str, int]] = {}
-
-    def timed(name: str, phase: str, work: Callable[[], Any]) -> Any:
-        started = time.perf_counter()
-        result = work()
-        if counted:
-            times[name].setdefault(phase, []).append(time.perf_counter() - started)
-        return result
-
     for repeat in range(repeats + 1):
-        counted = repeat > 0  # the first round loads the sessions and touches the pages
         for name, budget in budgets.items():
-            progress(f"{name}, {'warm-up' if not counted else 'run'}", repeat, repeats)
-            if vision and vision_feeds and budget.dense:
-                timed(name, "vision", lambda: engine.backend.vision(vision_feeds))
-            prefilled = timed(name, "prefill", lambda budget=budget: engine.prefill(request, budget))
-            decoder = prefilled.decoder() if budget.dense else timed(name, "gather", prefilled.decoder)
-            token = int(prefilled.logits[0].argmax())
-            for step in range(new_tokens):
-                logits = timed(name, "decode", lambda: decoder.step(prefilled.step_feeds(token, step)))  # noqa: B023
-                token = int(logits[0].argmax())
+            progress(f"{name}, {'warm-up' if not repeat else 'run'}", repeat, repeats)
+            # The first round loads the sessions and touches the pages: it is not counted.
+            of = times[name] if repeat else {}
+            if vision and budget.dense:
+                started = time.perf_counter()
+                for picture in pictures:
+                    runner.backend.vision(runner.tower.feeds([picture]))
+                of.setdefault("vision", []).append(time.perf_counter() - started)
+            prefilled = _timed(runner, request, budget, new_tokens, of)
             kept[name] = {"tokens": prefilled.kept_tokens.shape[1], "neurons": prefilled.neurons}
     phases = [_phase(p, times, repeats) for p in ("vision", "prefill", "gather", "decode")]
     rows = [r for p in phases for r in p["rows"]]
@@ -85,36 +77,47 @@ def measure(
         "speedup": {p["phase"]: p["speedup"] for p in phases if p["speedup"]},
         "rows": rows,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "backend": engine.backend.name,
-        "environment": environment.describe(threads, bundle.manifest["versions"]) | engine.backend.hardware,
+        "backend": runner.backend.name,
+        "environment": environment.describe(threads, bundle.manifest["versions"]) | runner.backend.hardware,
         "notes": [
             f"{request.tokens} prompt tokens of which {request.image_tokens} are image tokens; "
             f"sparse keeps {kept['sparse']['tokens']} tokens and {kept['sparse']['neurons']} of {bundle.shape.ffn} neurons",
             "median and quartiles in ms; decode per token; dense and sparse alternate in one process",
-            *engine.backend.notes,
+            *runner.backend.notes,
         ],
     }
 
 
-def _request(engine: Engine, prompt_tokens: int, image_tokens: int) -> tuple[Request, dict[str, np.ndarray] | None]:
-    """A prompt of random words around one random picture."""
-    shape, rng = engine.bundle.shape, np.random.default_rng(0)
-    family = engine.bundle.family
-    engine.check_length(prompt_tokens + image_tokens)  # before the vision graph runs over all of them
+def _timed(
+    runner: Runner, request: Request, budget: Budget, new_tokens: int, times: dict[str, list[float]]
+) -> Prefilled:
+    """One prefill and `new_tokens` decode steps, their seconds added to `times` by phase."""
+    started = time.perf_counter()
+    prefilled = runner.prefill(request, budget)
+    times.setdefault("prefill", []).append(time.perf_counter() - started)
+    spent: list[Spent] = []
+    for _ in decode(runner.backend, [prefilled.row(limit=new_tokens + 1)], spent.append):
+        pass
+    if not budget.dense:
+        times.setdefault("gather", []).append(sum(s.gather for s in spent))
+    times.setdefault("decode", []).extend(s.step for s in spent)
+    return prefilled
+
+
+def _request(runner: Runner, prompt_tokens: int, pictures: Sequence[Picture]) -> Request:
+    """A prompt of random words around made-up pictures."""
+    shape, rng = runner.bundle.shape, np.random.default_rng(0)
+    image_tokens = sum(p.tokens for p in pictures)
+    runner.check_length(prompt_tokens + image_tokens)
     words = rng.integers(0, shape.vocab, prompt_tokens)
     words[words == shape.image_token] = (shape.image_token + 1) % shape.vocab
-    grid, feeds, embeds, ids = np.zeros((0, 3), np.int64), None, None, words
-    if image_tokens:
-        height = max(d for d in range(1, int(image_tokens**0.5) + 1) if image_tokens % d == 0)
-        grid = np.array([[1, height * shape.merge, image_tokens // height * shape.merge]], np.int64)
-        patches = rng.standard_normal((int(grid.prod()), shape.patch_dim)).astype(np.float32)
-        feeds = family.vision_inputs(patches, grid, shape.merge)
-        embeds = 0.02 * rng.standard_normal((image_tokens, shape.hidden)).astype(np.float32)
-        head = prompt_tokens // 2
-        ids = np.concatenate([words[:head], np.full(image_tokens, shape.image_token), words[head:]])
-    elif not prompt_tokens:
+    if not prompt_tokens and not image_tokens:
         raise InputError("nothing to run", fix="give --prompt-tokens or --image-tokens")
-    return engine.request(ids, grid, embeds), feeds
+    head, outputs = prompt_tokens // 2, {}
+    ids = np.concatenate([words[:head], np.full(image_tokens, shape.image_token), words[head:]])
+    for port in runner.tower.outputs if pictures else ():
+        outputs[port.name] = (0.02 * rng.standard_normal((image_tokens, *port.axes[1:]))).astype(np.float32)
+    return runner.request(ids, Pictures(outputs, tuple(p.grid for p in pictures)))
 
 
 def _phase(phase: str, times: dict, repeats: int) -> dict[str, Any]:

@@ -9,29 +9,26 @@ The report is one JSON object: `task`, `rule`, `bundle`, its `seal`, `n`, `envir
 `_result` gives them), the three that everybody wants as `dense`, `sparse`, `random`, and `table`, the same rows for people.
 """
 
-import hashlib
 import resource
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
 from ..base import environment
 from ..base.metrics import divergence, kept_of_dense, spread, wilson
 from ..bundle.bundle import Bundle
 from ..bundle.predictor import predictor_share
 from ..host.backend import DEFAULT
-from ..host.runner import Budget, Engine, Prefilled
+from ..host.runner import Budget, Runner
 from ..recipe.recipe import Recipe
 from ..recipe.vary import at_random, varied
 from ..surgery import pipeline
-from ..surgery.neuron_constants import neuron_constants
+from .exam import Exam, write
 from .journal import Journal, key_of
+from .other_policies import with_policies
 from .task import Question, Task
 
 # (neuron share, token share) of the rows below the recipe's own budget: what less gives, whatever it is.
@@ -94,42 +91,42 @@ def compare(
     `backend`: what the bundle's own graphs run on; rows with other policies are made in memory, for ONNX Runtime.
     """
     bundle = Bundle(path)
-    engine = Engine(bundle, threads, backend=backend)
-    rows = _rows(engine.recipe, sweep, seed)
+    runner = Runner(bundle, threads, backend=backend)
+    rows = _rows(runner.recipe, sweep, seed)
     for row in rows:  # before anything is asked
         pipeline.check_recipe(row.recipe, bundle.shape)
     bundle.wait_verified()
-    desk = _Desk(engine, task, progress)
+    comparison = _Comparison(Exam(runner, task, progress))
     run = key_of(
         bundle=bundle.manifest,
         questions=[asdict(q) for q in task.questions],
         answers=[task.limits, task.rule],
-        pictures=desk.fingerprint,
+        pictures=comparison.exam.fingerprint,
         threads=threads,
-        **_elsewhere(engine),
+        **_other_backend(runner),
     )
     with Journal(report, run) as journal:
         if journal.resumed:
             progress(f"go on after {journal.resumed} answers of an earlier run")
         if journal.discarded:
             progress("start again: the earlier answers are of another bundle or other questions")
-        dense = desk.ask(Row(engine.recipe, Budget(dense=True)), engine, journal)
+        dense = comparison.ask(Row(runner.recipe, Budget(dense=True)), runner, journal)
         results = [dense]
-        engines = {engine.recipe.replace(): engine}
+        runners = {runner.recipe.replace(): runner}
         for row in rows:
-            results.append(desk.ask(row, _engine_for(row, engine, engines), journal, dense))
+            results.append(comparison.ask(row, _runner_for(row, runner, runners), journal, dense))
             control = _random_like(row, results[-1])
             # Several policies at one budget share one control.
             if control.key not in {r["key"] for r in results}:
-                results.append(desk.ask(control, _engine_for(control, engine, engines), journal, dense))
+                results.append(comparison.ask(control, _runner_for(control, runner, runners), journal, dense))
         found = {
             "task": task.name,
             "rule": task.rule,
             "bundle": str(path),
             "seal": bundle.seal,
             "n": len(task.questions),
-            "backend": engine.backend.name,
-            "environment": environment.describe(threads, bundle.manifest["versions"]) | engine.backend.hardware,
+            "backend": runner.backend.name,
+            "environment": environment.describe(threads, bundle.manifest["versions"]) | runner.backend.hardware,
             "dense": dense,
             "sparse": results[1],
             "random": next((r for r in results[1:] if r["is_random"]), None),  # none where nothing is pruned
@@ -139,54 +136,34 @@ def compare(
             "notes": [
                 f"accuracy: {task.rule}, greedy, free-running; in brackets: 95 % Wilson interval",
                 "of dense: 95 % interval over paired questions; KL and top-1 along the dense model's own answers",
-                *_ran_on(engine, [r["policies"] for r in results], rows),
+                *_ran_on(runner, [r["policies"] for r in results], rows),
             ],
         }
     return found
 
 
-def _elsewhere(engine: Engine) -> dict[str, str]:
+def _other_backend(runner: Runner) -> dict[str, str]:
     """What tells answers of this backend from those that ONNX Runtime gives."""
-    return {} if engine.backend.name == DEFAULT else {"backend": engine.backend.name}
+    return {} if runner.backend.name == DEFAULT else {"backend": runner.backend.name}
 
 
-def _ran_on(engine: Engine, policies: list[str], rows: list[Row]) -> list[str]:
+def _ran_on(runner: Runner, policies: list[str], rows: list[Row]) -> list[str]:
     """Remarks on a report whose rows did not all run on ONNX Runtime."""
-    if engine.backend.name == DEFAULT:
+    if runner.backend.name == DEFAULT:
         return []
-    own = {"dense", *(r.policies for r in rows if r.recipe == engine.recipe)}
+    own = {"dense", *(r.policies for r in rows if r.recipe == runner.recipe)}
     others = [p for p in dict.fromkeys(policies) if p not in own]
-    there = f"ran on ONNX Runtime, the others on {engine.backend.name}: their milliseconds do not compare"
-    return [*engine.backend.notes, *([f"{', '.join(others)} {there}"] if others else [])]
+    there = f"ran on ONNX Runtime, the others on {runner.backend.name}: their milliseconds do not compare"
+    return [*runner.backend.notes, *([f"{', '.join(others)} {there}"] if others else [])]
 
 
-def with_policies(engine: Engine, recipe: Recipe) -> Engine:
-    """The same bundle under other policies: its dense graphs are rewritten in memory."""
-    bundle = engine.bundle
-    pipeline.check_recipe(recipe, bundle.shape)
-
-    def graph(name: str) -> Path | onnx.ModelProto:
-        if name not in ("prefill", "decode", "turn"):
-            return bundle.graph(name)
-        source = "prefill_dense" if name == "prefill" else "decode_dense"
-        dense = onnx.load(bundle.graph(source), load_external_data=False)
-        if name == "decode":
-            copies = bundle.predictor.tensors if recipe.neurons.in_decode else None
-            return pipeline.sparse_decode(dense, bundle.family, bundle.shape, recipe, copies)[0]
-        constants = neuron_constants(recipe, bundle.weights, bundle.family, bundle.shape, bundle.calibration)
-        rewrite = pipeline.turn if name == "turn" else pipeline.sparse_prefill
-        return rewrite(dense, bundle.family, bundle.shape, recipe, constants)[0]
-
-    return Engine(bundle, engine.backend.threads, recipe, graph)
-
-
-def _engine_for(row: Row, engine: Engine, engines: dict[Recipe, Engine]) -> Engine:
+def _runner_for(row: Row, runner: Runner, runners: dict[Recipe, Runner]) -> Runner:
     """The bundle under this row's policies. The last one only: each holds sessions of its own."""
-    if row.recipe not in engines:
-        for recipe in [r for r, e in engines.items() if e is not engine and r.neurons.policy != "random"]:
-            del engines[recipe]
-        engines[row.recipe] = with_policies(engine, row.recipe)
-    return engines[row.recipe]
+    if row.recipe not in runners:
+        for recipe in [r for r, other in runners.items() if other is not runner and r.neurons.policy != "random"]:
+            del runners[recipe]
+        runners[row.recipe] = with_policies(runner, row.recipe)
+    return runners[row.recipe]
 
 
 def _rows(recipe: Recipe, sweep: Sweep, seed: int | None) -> list[Row]:
@@ -227,56 +204,34 @@ def _random_like(row: Row, result: dict[str, Any]) -> Row:
     return Row(recipe, budget)
 
 
-class _Desk:
-    """The questions with their pictures already seen, and the dense model's own answers to compare with."""
+class _Comparison:
+    """An exam in several rows, and the dense model's own answers to compare with."""
 
-    def __init__(self, engine: Engine, task: Task, progress: Callable[..., None]):
-        self.engine, self.task, self.progress = engine, task, progress
-        names = sorted({p for q in task.questions for p in q.pictures})
-        digest, self._seen = hashlib.sha256(), {}
-        for i, name in enumerate(names):
-            if i % 50 == 0:
-                progress("look at the pictures", i, len(names))
-            picture = task.open_picture(name)
-            digest.update(repr(picture.size).encode() + picture.tobytes())
-            self._seen[name] = engine.embed([picture])
-        self.fingerprint = digest.hexdigest()
-        longest = max((task.limits[q.kind] for q in task.questions), default=1)
-        n = len(task.questions)
-        room = max(1, _KL_BYTES // (4 * longest * engine.bundle.shape.vocab))
+    def __init__(self, exam: Exam):
+        self.exam = exam
+        questions, limits = exam.task.questions, exam.task.limits
+        longest = max((limits[q.kind] for q in questions), default=1)
+        n, room = len(questions), max(1, _KL_BYTES // (4 * longest * exam.runner.bundle.shape.vocab))
         self._compared = set(np.linspace(0, n - 1, min(n, _KL_QUESTIONS, room)).round().astype(int).tolist())
         self._reference: dict[int, tuple[list[int], np.ndarray]] = {}
-
-    @cached_property
-    def _unseen(self) -> tuple[None, np.ndarray]:
-        return self.engine.embed([])
-
-    def prefill(self, engine: Engine, question: Question, budget: Budget) -> Prefilled:
-        embeds, grids = zip(*(self._seen[p] for p in question.pictures), strict=True) if question.pictures else ((), ())
-        grid = np.concatenate(grids) if grids else self._unseen[1]
-        ids = engine.chat.encode(
-            question.text, None, engine.bundle.family.image_tokens(grid, engine.bundle.shape.merge)
-        )
-        return engine.prefill(engine.request(ids, grid, np.concatenate(embeds) if embeds else None), budget)
 
     def reference(self, number: int) -> tuple[list[int], np.ndarray]:
         """The dense model's answer to a question and the logits [T,V] from which it was read."""
         if number not in self._reference:
-            question = self.task.questions[number]
-            prefilled = self.prefill(self.engine, question, Budget(dense=True))
-            ids, logits, _, _ = _decode(self.engine, prefilled, self.task.limits[question.kind])
-            self._reference[number] = ids, logits
+            question = self.exam.task.questions[number]
+            written = self.exam.answer(self.exam.runner, question, Budget(dense=True))
+            self._reference[number] = written.ids, written.logits
         return self._reference[number]
 
-    def ask(self, row: Row, engine: Engine, journal: Journal, dense: dict[str, Any] | None = None) -> dict[str, Any]:
+    def ask(self, row: Row, runner: Runner, journal: Journal, dense: dict[str, Any] | None = None) -> dict[str, Any]:
         """Every question in one row; those in the journal are taken from it."""
-        shape = engine.bundle.shape
+        shape, questions = runner.bundle.shape, self.exam.task.questions
         name = row.policies if row.budget.dense else f"{row.policies} {row.key[:4]}"
         answers = []
-        for i, q in enumerate(self.task.questions):
+        for i, q in enumerate(questions):
             if i % 25 == 0:
-                self.progress(name, i, len(self.task.questions))
-            answers.append(journal.get(row.key, i) or journal.add(row.key, i, **self._answer(row, engine, i, q)))
+                self.exam.progress(name, i, len(questions))
+            answers.append(journal.get(row.key, i) or journal.add(row.key, i, **self._answer(row, runner, i, q)))
         kept, pictures = (sum(a[k] for a in answers) for k in ("image_tokens_kept", "image_tokens"))
         result = {
             "key": row.key,
@@ -291,59 +246,35 @@ class _Desk:
         }
         choosing = predictor_share(shape.hidden) if row.recipe.neurons.in_decode and not row.budget.dense else 0.0
         result["ffn_bytes_share"] = result["neuron_share"] + choosing  # read per token, rows of 16 bits
-        return result | _result(self.task.questions, answers, dense)
+        return result | _result(questions, answers, dense)
 
-    def _answer(self, row: Row, engine: Engine, number: int, question: Question) -> dict[str, Any]:
+    def _answer(self, row: Row, runner: Runner, number: int, question: Question) -> dict[str, Any]:
         # A random control that drops the same positions in every question would measure those positions.
         seed = (row.budget.seed or 0) + number
         budget = Budget(row.budget.dense, row.budget.neuron_share, row.budget.token_share, seed)
-        started = time.perf_counter()
-        prefilled = self.prefill(engine, question, budget)
-        prefill_ms = 1000 * (time.perf_counter() - started)
-        limit = self.task.limits[question.kind]
-        ids, logits, gather_ms, step_ms = _decode(engine, prefilled, limit)
-        said = engine.chat.decode(ids).strip()
-        request = prefilled.request
+        written = self.exam.answer(runner, question, budget)
+        right, said = self.exam.right(runner, question, written.ids)
+        request, kept = written.prefilled.request, written.prefilled.kept_tokens[0]
         out = {
-            "right": any(self.task.same(said, right) for right in question.answers),
+            "right": right,
             "said": said,
             "image_tokens": request.image_tokens,
-            "image_tokens_kept": int(request.is_image[0, prefilled.kept_tokens[0]].sum()),
-            "neurons_kept": prefilled.neurons,
-            "prefill_ms": prefill_ms,
-            "gather_ms": gather_ms,
-            "step_ms": float(np.median(step_ms)) if step_ms else None,
+            "image_tokens_kept": int(request.is_image[0, kept].sum()),
+            "neurons_kept": written.prefilled.neurons,
+            "prefill_ms": written.prefill_ms,
+            "gather_ms": written.gather_ms,
+            "step_ms": written.median_step_ms,
         }
         if number in self._compared:
             if row.budget.dense:
-                self._reference[number] = ids, logits
+                self._reference[number] = written.ids, written.logits
             wanted, reference = self.reference(number)
-            if ids != wanted:
-                _, logits, _, _ = _decode(engine, prefilled, limit, wanted)
+            logits = written.logits
+            if written.ids != wanted:
+                logits = write(runner, written.prefilled, self.exam.task.limits[question.kind], wanted).logits
             out["kl"], out["top1"] = divergence(reference, logits)
             out["next_tokens"] = len(reference)
         return out
-
-
-def _decode(
-    engine: Engine, prefilled: Prefilled, limit: int, forced: list[int] | None = None
-) -> tuple[list[int], np.ndarray, float | None, list[float]]:
-    """Greedy ids up to a stop id (or `forced` ids), the logits [T,V] before each of them and before the stop, and times."""
-    ids, rows, decoder, gather_ms, step_ms = [], [prefilled.logits[0]], None, None, []
-    while len(ids) < limit:
-        token = int(rows[-1].argmax()) if forced is None else forced[len(ids)] if len(ids) < len(forced) else None
-        if token is None or (forced is None and token in engine.chat.stop_ids):
-            break
-        ids.append(token)
-        if len(ids) == limit:
-            break
-        started = time.perf_counter()
-        if decoder is None:
-            decoder = prefilled.decoder()
-            gather_ms, started = 1000 * (time.perf_counter() - started), time.perf_counter()
-        rows.append(decoder.step(prefilled.step_feeds(token, len(ids) - 1))[0])
-        step_ms.append(1000 * (time.perf_counter() - started))
-    return ids, np.stack(rows), gather_ms, step_ms
 
 
 def _result(questions: list[Question], answers: list[dict], dense: dict[str, Any] | None) -> dict[str, Any]:

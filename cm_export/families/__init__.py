@@ -1,22 +1,43 @@
-"""What every family's decoder has in common: the sizes that all stages read, and what a static graph cannot hold.
+"""What a family says about its `model_type`, vision tower included; every other file here is one family, found by its name.
 
-configuration of the decoder -> Shape; a family that sees pictures adds its tower's sizes, and "vision" to the graphs
+    config.json -> Family.shape -> Shape      sizes that every stage reads
+                   Family.tower -> Tower      pictures: graph inputs, host feeds, weights, memory; None of a text model
+    PIL pictures -> Tower.picture -> Picture -> vision graph -> Pictures -> prompt rows, Family.positions
+
+A family file holds no torch at import: running a bundle reads it. What it says about torch it says inside functions. A family
+that is not in this folder is found by the entry point `cm_export.families` of an installed distribution (docs/families.md).
 """
 
-from dataclasses import dataclass
-from typing import Any
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from ..base import by_name, dims
 from ..base.errors import InputError
 
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+GROUP = "cm_export.families"  # this package, and the entry points of families outside it
 # Rope types whose frequencies do not depend on the length seen so far: those that a static graph can hold.
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
+
+Config = Mapping[str, Any]  # transformers' normalised configuration as plain values, or a part of it
+Arrays = dict[str, np.ndarray]
+Range = tuple[int, int, int]  # smallest, likely and largest length of an axis
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers that every stage needs; letters as in dims.py."""
+    """The numbers of a decoder that every stage needs; letters as in base/dims.py."""
 
     layers: int
     hidden: int
@@ -28,20 +49,179 @@ class Shape:
     activation: str
     stop_ids: tuple[int, ...]
     max_positions: int | None  # longest prompt; None: not stated
-    traced: tuple[str, ...] = ("prefill", "decode")  # graphs; whether a model sees pictures is whether "vision" is here
-    position_axes: int = 1  # rows of position_ids [A,B,S]: one for plain rotary positions, three for M-RoPE
-    patch_dim: int = 0
-    merge: int = 1
+    sees: bool = False  # whether pictures can be given
+    position_axes: int = 1  # A of position_ids [A,B,S]: one row for plain rotary positions, three for M-RoPE
     image_token: int = -1  # equals no token id, so that without pictures every token is text
+    whole_layers: int = 0  # layers that must see every token: image tokens may be cut after them, not before
 
     @property
-    def sees(self) -> bool:
-        """Whether pictures can be given."""
-        return "vision" in self.traced
+    def traced(self) -> tuple[str, ...]:
+        """The graphs that are traced."""
+        return ("vision", "prefill", "decode") if self.sees else ("prefill", "decode")
 
 
-def decoder_shape(text: dict[str, Any], head_dim: int | None = None, **vision: Any) -> Shape:
-    """Shape from the decoder's part of transformers' normalised configuration; `vision`: the fields a family adds."""
+@dataclass(frozen=True)
+class Port:
+    """An input or output of the vision graph. Axes: a length, or the name of an axis whose length may change."""
+
+    name: str
+    dtype: type[np.generic]
+    axes: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as the tower reads it, and the image tokens that it becomes."""
+
+    pixels: np.ndarray  # as the tower's first input, for this picture alone
+    grid: tuple[int, int, int]  # image tokens: frames, rows, columns
+
+    @property
+    def tokens(self) -> int:
+        """How many image tokens."""
+        frames, rows, columns = self.grid
+        return frames * rows * columns
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """All pictures of a prompt, in order, as the vision graph answered: every output [I,..] by its name."""
+
+    outputs: Arrays = field(default_factory=dict)  # rows of all image tokens, one picture after the other
+    grids: tuple[tuple[int, int, int], ...] = ()  # of each picture: frames, rows, columns of image tokens
+
+    @property
+    def counts(self) -> list[int]:
+        """Image tokens of each picture."""
+        return [frames * rows * columns for frames, rows, columns in self.grids]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Pictures]) -> Pictures:
+        """The pictures of several, one after the other."""
+        names = parts[0].outputs if parts else ()
+        outputs = {n: np.concatenate([p.outputs[n] for p in parts]) for n in names}
+        return cls(outputs, tuple(grid for p in parts for grid in p.grids))
+
+
+class Tower(ABC):
+    """The vision tower of one checkpoint; a family's file derives from it. Arrays are numpy, one picture has N patches.
+
+    `inputs` are those of the vision graph. Of `outputs` the first, [I,D], takes the place of the image tokens' embeddings;
+    each further one is an input of prefill as well, [B,S,..], zero at text tokens (see Family.mix_in).
+    """
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    prefixes: tuple[str, ...]  # how the checkpoint names begin of the weights that the vision graph reads
+    min_side: int  # pixels: the smallest width or height of a picture
+    max_ratio: float = math.inf  # of a picture's long side to its short one
+
+    @abstractmethod
+    def module(self, model: Any) -> torch.nn.Module:
+        """What the vision graph computes: forward(**inputs) -> tuple of outputs; `model` is transformers'."""
+
+    @abstractmethod
+    def features(self, model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The same outputs by name from stock transformers, for the gate; `given` as tensors, from `stock`."""
+
+    @abstractmethod
+    def stock(self, pictures: Sequence[Picture], is_image: np.ndarray) -> Arrays:
+        """What stock transformers is given besides input_ids [1,S]; is_image [S] bool marks their image tokens."""
+
+    @abstractmethod
+    def feeds(self, pictures: Sequence[Picture]) -> Arrays:
+        """Inputs of the vision graph for these pictures together."""
+
+    @abstractmethod
+    def rule(self, processor: Config) -> Any:
+        """How pictures become patches, from the checkpoint's preprocessor_config.json. Raises InputError."""
+
+    @abstractmethod
+    def picture(self, image: Image.Image, rule: Any) -> Picture:
+        """A PIL RGB picture as the tower reads it. Raises InputError for a size that cannot be cut into patches."""
+
+    @abstractmethod
+    def probes(self, rng: np.random.Generator) -> list[Picture]:
+        """Two smooth made-up pictures, of unequal size where sizes may differ: what every build is proved on."""
+
+    @abstractmethod
+    def sized(self, tokens: int, rng: np.random.Generator) -> list[Picture]:
+        """Random pictures that become `tokens` image tokens together, for timing. Raises InputError if none do."""
+
+    @abstractmethod
+    def memory(self, picture: Picture) -> int:
+        """Bytes that the vision graph needs for this picture besides the weights, on ONNX Runtime."""
+
+    @abstractmethod
+    def engine_memory(self, patches: int, fused: bool) -> int:
+        """Bytes of activations on a device for a picture of so many patches; `fused`: attention keeps no scores."""
+
+    @abstractmethod
+    def axis_ranges(self, patches: int) -> dict[str, Range]:
+        """Lengths of the changing axes of inputs and outputs, for pictures of up to `patches` patches, one at a time."""
+
+
+class Family:
+    """One `model_type`. The class attributes name the weights of a decoder layer, by which the surgery finds its sites."""
+
+    model_class: ClassVar[str]  # of transformers
+    layer: ClassVar[str] = "model.layers.{layer}."
+    gate: ClassVar[str] = "mlp.gate_proj.weight"
+    up: ClassVar[str] = "mlp.up_proj.weight"
+    down: ClassVar[str] = "mlp.down_proj.weight"
+    attention_out: ClassVar[str] = "self_attn.o_proj.weight"
+    embedding: ClassVar[str] = "model.embed_tokens.weight"
+
+    def shape(self, config: Config) -> Shape:
+        """Sizes of a checkpoint. Raises InputError."""
+        return decoder_shape(config, config.get("head_dim"))
+
+    def check_config(self, config: Config) -> None:
+        """Refuse what a static graph cannot hold rightly. Raises InputError naming the setting."""
+        check_decoder(config, config.get("head_dim"))
+
+    def tower(self, config: Config) -> Tower | None:
+        """The vision tower; None of a model that takes no pictures."""
+        return None
+
+    def positions(self, picture: np.ndarray, pictures: Pictures) -> tuple[np.ndarray, int]:
+        """Positions [A,S] int64 of one prompt without padding, and the position of the first answer token.
+
+        picture [S] int64: the number of the picture that a token belongs to, -1 for text.
+        """
+        return np.arange(len(picture), dtype=np.int64)[None], len(picture)
+
+    def mix_in(self, layer: int, hidden: Any, rows: Mapping[str, Any]) -> Any:
+        """The hidden state [B,S,D] (torch) after `layer`, with what the tower's further outputs `rows` add there."""
+        return hidden
+
+
+def names() -> list[str]:
+    """Every model_type that can be asked for, sorted."""
+    return sorted({*by_name.names_in(GROUP), *(e.name for e in importlib.metadata.entry_points(group=GROUP))})
+
+
+def find(model_type: str) -> Family:
+    """The family of a model_type: a file of this folder, or an entry point. Raises InputError that names the nearest."""
+    if model_type in by_name.names_in(GROUP):
+        found = by_name.load(GROUP, model_type, "model type").FAMILY
+    else:
+        outside = {e.name: e for e in importlib.metadata.entry_points(group=GROUP)}
+        if model_type not in outside:
+            raise InputError(f"unknown model type {model_type!r}", fix=by_name.nearest(model_type, names()))
+        found = outside[model_type].load()
+        found = getattr(found, "FAMILY", found)
+    if not isinstance(found, Family):
+        what = f"{type(found).__name__} is not a Family"
+        raise InputError(what, where=f"family {model_type}", fix="let FAMILY be an instance of a subclass of it")
+    return found
+
+
+def decoder_shape(text: Config, head_dim: int | None = None, **own: Any) -> Shape:
+    """Shape from the decoder's part of the configuration; `own`: the fields that a family adds.
+
+    head_dim: of families whose heads may have another size than hidden_size / heads.
+    """
     heads, stop = text["num_attention_heads"], text.get("eos_token_id")
     return Shape(
         layers=text["num_hidden_layers"],
@@ -54,12 +234,12 @@ def decoder_shape(text: dict[str, Any], head_dim: int | None = None, **vision: A
         activation=text["hidden_act"],
         stop_ids=tuple(stop) if isinstance(stop, list) else () if stop is None else (stop,),
         max_positions=text.get("max_position_embeddings"),
-        **vision,
+        **own,
     )
 
 
-def check_decoder(text: dict[str, Any], head_dim: int | None = None) -> None:
-    """Refuse what a static graph cannot hold rightly. Raises InputError naming the setting."""
+def check_decoder(text: Config, head_dim: int | None = None) -> None:
+    """Refuse a decoder that a static graph cannot hold rightly. Raises InputError naming the setting."""
     if "sliding_attention" in (text.get("layer_types") or []):
         raise InputError("sliding-window attention is not supported", where="config.json: use_sliding_window")
     rope = (text.get("rope_parameters") or {}).get("rope_type", "default")
@@ -80,14 +260,13 @@ def check_decoder(text: dict[str, Any], head_dim: int | None = None) -> None:
         raise InputError("num_attention_heads is not a multiple of num_key_value_heads", where="config.json")
 
 
-# ---------------------------------------------------------------- the host side of a decoder without vision
+def check_image_token(token: int, text: Config) -> None:
+    """Raises InputError unless image tokens have an id of the vocabulary."""
+    if token >= text["vocab_size"]:
+        what = f"image_token_id {token} is not below vocab_size {text['vocab_size']}"
+        raise InputError(what, where="config.json")
 
 
-def image_tokens(grid: np.ndarray, merge: int) -> list[int]:
-    """No pictures, so of none of them; the engine refuses pictures before (generate.py)."""
-    return []
-
-
-def position_ids(is_image: np.ndarray, grid: np.ndarray, merge: int) -> tuple[np.ndarray, int]:
-    """Plain positions [1,S] int64 of one prompt without padding, and the position of the first answer token."""
-    return np.arange(len(is_image), dtype=np.int64)[None], len(is_image)
+def embeds(hidden: int) -> Port:
+    """The first output of every tower: embeddings that take the place of the image tokens'."""
+    return Port("image_embeds", np.float32, (dims.IMAGE_TOKENS, hidden))

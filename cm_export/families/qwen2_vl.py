@@ -1,52 +1,229 @@
-"""Qwen2-VL: what is particular to `model_type = qwen2_vl`, host side in numpy so that running a bundle needs no torch.
+"""Qwen2-VL: what is particular to `model_type = qwen2_vl`, its vision tower included.
 
     picture -> patches [N, C*2*p*p] + grid (t, h, w) -> I = N / merge^2 image tokens -> positions (t, h, w) per token
 
 Source: Qwen2-VL (arXiv 2409.12191), section 2.1: dynamic resolution and M-RoPE.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..base import dims
 from ..base.errors import InputError
-from . import Shape, check_decoder, decoder_shape
+from . import (
+    Arrays,
+    Config,
+    Family,
+    Picture,
+    Pictures,
+    Port,
+    Range,
+    Shape,
+    Tower,
+    check_decoder,
+    check_image_token,
+    decoder_shape,
+    embeds,
+)
 
-MODEL_CLASS = "Qwen2VLForConditionalGeneration"
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
 
-# Weight names of one decoder layer; the surgery finds its sites by them.
-LAYER = "model.language_model.layers.{layer}."
-GATE, UP, DOWN = "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"
-ATTENTION_OUT = "self_attn.o_proj.weight"
-EMBEDDING = "model.language_model.embed_tokens.weight"
-
-
-def shape(config: dict[str, Any]) -> Shape:
-    """Sizes of a checkpoint from transformers' normalised configuration (a plain dict). Raises InputError."""
-    vision = config["vision_config"]
-    return decoder_shape(
-        config["text_config"],
-        traced=("vision", "prefill", "decode"),
-        position_axes=3,
-        patch_dim=vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2,
-        merge=vision["spatial_merge_size"],
-        image_token=config["image_token_id"],
-    )
+# transformers hands `cu_seq_lens_q` to implementations whose name contains "flash" and loops over lengths otherwise.
+ATTENTION = "cm_export_vision_flash"
+MAX_RATIO = 200  # of a picture's sides: transformers' smart_resize refuses more
 
 
-def check_config(config: dict[str, Any]) -> None:
-    """Refuse what a static graph cannot hold rightly. Raises InputError naming the setting."""
-    text, vision = config["text_config"], config["vision_config"]
-    check_decoder(text)
-    if config["image_token_id"] >= text["vocab_size"]:
-        raise InputError(
-            f"image_token_id {config['image_token_id']} is not below vocab_size {text['vocab_size']}",
-            where="config.json",
+class Qwen2VL(Family):
+    """M-RoPE: three rows of positions."""
+
+    model_class = "Qwen2VLForConditionalGeneration"
+    layer = "model.language_model.layers.{layer}."
+    embedding = "model.language_model.embed_tokens.weight"
+
+    def shape(self, config: Config) -> Shape:
+        """Sizes of a checkpoint. Raises InputError."""
+        own = {"sees": True, "position_axes": 3, "image_token": config["image_token_id"]}
+        return decoder_shape(config["text_config"], **own)
+
+    def check_config(self, config: Config) -> None:
+        """Refuse what a static graph cannot hold rightly. Raises InputError naming the setting."""
+        text, vision = config["text_config"], config["vision_config"]
+        check_decoder(text)
+        check_image_token(config["image_token_id"], text)
+        if vision["hidden_size"] != text["hidden_size"]:
+            raise InputError("vision_config.hidden_size differs from text_config.hidden_size", where="config.json")
+
+    def tower(self, config: Config) -> Tower:
+        """The vision tower of a checkpoint."""
+        return Qwen2VLTower(config["vision_config"])
+
+    def positions(self, picture: np.ndarray, pictures: Pictures) -> tuple[np.ndarray, int]:
+        """M-RoPE positions [3,S] int64 of one prompt without padding, and the position of the first answer token.
+
+        Text counts on in all three axes; a picture starts at the next position p and gets (p + t, p + row, p + column);
+        the text after it goes on at p + max(rows, columns).
+        """
+        out, nxt, at = np.zeros((3, len(picture)), np.int64), 0, 0
+        while at < len(picture):
+            if picture[at] < 0:
+                out[:, at] = nxt
+                at, nxt = at + 1, nxt + 1
+                continue
+            t, h, w = pictures.grids[picture[at]]
+            place = np.meshgrid(range(t), range(h), range(w), indexing="ij")
+            out[:, at : at + t * h * w] = nxt + np.stack(place).reshape(3, -1)
+            at, nxt = at + t * h * w, nxt + max(h, w)
+        return out, int(out.max()) + 1 if len(picture) else 0
+
+
+class Qwen2VLTower(Tower):
+    """Any number of patches, attention among those of one picture, merge x merge neighbours become one image token."""
+
+    prefixes = ("model.visual.",)
+    max_ratio = MAX_RATIO
+
+    def __init__(self, vision: Config):
+        self.patch, self.merge, self.temporal = (
+            vision["patch_size"],
+            vision["spatial_merge_size"],
+            vision["temporal_patch_size"],
         )
-    if vision["hidden_size"] != text["hidden_size"]:
-        raise InputError("vision_config.hidden_size differs from text_config.hidden_size", where="config.json")
+        self.heads, self.hidden = vision["num_heads"], vision["hidden_size"]
+        self.width = vision.get("embed_dim") or self.hidden
+        self.patch_dim = vision["in_channels"] * self.temporal * self.patch**2
+        self.min_side = self.patch * self.merge
+        self.inputs = (
+            Port("pixel_values", np.float32, (dims.PATCHES, self.patch_dim)),
+            Port("position_ids", np.int64, (dims.PATCHES, 2)),
+            Port("cu_seqlens", np.int64, (f"{dims.SEGMENTS}+1",)),
+        )
+        self.outputs = (embeds(self.hidden),)
+
+    def module(self, model: Any) -> torch.nn.Module:
+        """The tower as it is, with the integers that the host computes as its keywords."""
+        from torch import nn
+
+        register_attention()
+
+        class Vision(nn.Module):
+            """pixel_values [N,C*T*p*p] and the host's integers -> image embeddings [I,D]."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
+                for module in model.get_encoder("image").modules():
+                    if hasattr(module, "config"):
+                        module.config._attn_implementation = ATTENTION
+
+            def forward(self, pixel_values: Any, position_ids: Any, cu_seqlens: Any) -> Any:
+                tower = self.model.get_encoder("image")
+                given = {"grid_thw": None, "position_ids": position_ids, "cu_seqlens": cu_seqlens, "max_seqlen": 1}
+                return (tower(pixel_values, **given).pooler_output,)
+
+        return Vision()
+
+    def features(self, model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Image embeddings from stock transformers."""
+        import torch
+
+        found = model.get_image_features(given["pixel_values"], given["image_grid_thw"], return_dict=True)
+        return {"image_embeds": torch.cat(tuple(found.pooler_output))}
+
+    def stock(self, pictures: Sequence[Picture], is_image: np.ndarray) -> Arrays:
+        """What stock transformers is given besides input_ids."""
+        grid = np.array([self._patches(p) for p in pictures], np.int64)
+        pixels = np.concatenate([p.pixels for p in pictures])
+        return {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": is_image[None].astype(np.int32)}
+
+    def feeds(self, pictures: Sequence[Picture]) -> Arrays:
+        """Inputs of the vision graph for these pictures together."""
+        pixels = np.concatenate([p.pixels for p in pictures])
+        return vision_inputs(pixels, np.array([self._patches(p) for p in pictures], np.int64), self.merge)
+
+    def _patches(self, picture: Picture) -> tuple[int, int, int]:
+        frames, rows, columns = picture.grid
+        return frames, rows * self.merge, columns * self.merge
+
+    def rule(self, processor: Config) -> ImageRule:
+        """The rule in a preprocessor_config.json, with the tower's own sizes: a checkpoint may come without that file."""
+        sizes = {"patch_size": self.patch, "merge_size": self.merge, "temporal_patch_size": self.temporal}
+        return image_rule({**processor, **sizes})
+
+    def picture(self, image: Image.Image, rule: ImageRule) -> Picture:
+        """A PIL RGB picture as patches. Raises InputError for one that is too long and thin."""
+        pixels, grid = patchify([image], rule)
+        return self._picture(pixels, tuple(grid[0].tolist()))
+
+    def _picture(self, pixels: np.ndarray, patches: tuple[int, ...]) -> Picture:
+        t, h, w = patches
+        return Picture(pixels, (t, h // self.merge, w // self.merge))
+
+    def probes(self, rng: np.random.Generator) -> list[Picture]:
+        """Two smooth pictures of unequal size."""
+        m = self.merge
+        grid = [(1, 4 * m, 3 * m), (1, 2 * m, 5 * m)]
+        sizes = [math.prod(g) for g in grid]
+        phase = rng.uniform(0, 6.28, (1, self.patch_dim))
+        smooth = np.sin(np.linspace(0, 9, sum(sizes))[:, None] + phase)
+        pixels = (smooth + 0.3 * rng.standard_normal((sum(sizes), self.patch_dim))).astype(np.float32)
+        parts = np.split(pixels, np.cumsum(sizes)[:-1])
+        return [self._picture(part, g) for part, g in zip(parts, grid, strict=True)]
+
+    def sized(self, tokens: int, rng: np.random.Generator) -> list[Picture]:
+        """One picture, as square as the number allows."""
+        rows = max(d for d in range(1, int(tokens**0.5) + 1) if tokens % d == 0)
+        grid = (1, rows, tokens // rows)
+        pixels = rng.standard_normal((tokens * self.merge**2, self.patch_dim)).astype(np.float32)
+        return [Picture(pixels, grid)]
+
+    def memory(self, picture: Picture) -> int:
+        """Scores of every head and the mask: attention runs among all patches of the picture."""
+        return (4 * self.heads + 24) * len(picture.pixels) ** 2
+
+    def engine_memory(self, patches: int, fused: bool) -> int:
+        """The mask, scores unless attention is fused, the residual stream with its branches, patches and embeddings."""
+        attention = 4 * patches**2 + (0 if fused else 2 * 2 * self.heads * patches**2)
+        return attention + (4 * 4 + 2 * 4) * patches * self.width + 4 * patches * (self.patch_dim + self.hidden)
+
+    def axis_ranges(self, patches: int) -> dict[str, Range]:
+        """One picture at a time."""
+        least = self.merge**2
+        return {
+            dims.PATCHES: (least, max(least, patches // 4), max(least, patches)),
+            f"{dims.SEGMENTS}+1": (2, 2, 2),
+        }
+
+
+FAMILY = Qwen2VL()
+
+
+# ---------------------------------------------------------------- what is traced
+
+
+def register_attention() -> None:
+    """Tell transformers about ATTENTION: among the patches of one picture, [1,H,N,d] with borders [segments+1]."""
+    import torch
+    from transformers import AttentionInterface
+
+    def attend(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, scaling: Any = None,
+        cu_seq_lens_q: Any = None, **_: Any,
+    ) -> tuple[Any, None]:  # fmt: skip
+        patch = torch.arange(query.shape[2])
+        segment = (patch[:, None] >= cu_seq_lens_q[None, 1:]).sum(-1)
+        mask = torch.where(segment[:, None] == segment[None, :], 0.0, torch.finfo(query.dtype).min)
+        out = torch.onnx.ops.attention(query, key, value, mask.to(query.dtype)[None, None], scale=scaling)
+        return out[0].transpose(1, 2), None
+
+    AttentionInterface.register(ATTENTION, attend)
 
 
 # ---------------------------------------------------------------- pictures
@@ -67,7 +244,7 @@ class ImageRule:
     rescale: float = 1 / 255
 
 
-def image_rule(processor: dict[str, Any]) -> ImageRule:
+def image_rule(processor: Config) -> ImageRule:
     """The rule in a preprocessor_config.json; absent keys take Qwen2-VL's defaults. Raises InputError."""
     if processor.get("do_resize") is False:
         # Then pictures of most sizes could not be cut into merged patches at all.
@@ -90,8 +267,8 @@ def image_rule(processor: dict[str, Any]) -> ImageRule:
 def target_size(height: int, width: int, rule: ImageRule) -> tuple[int, int]:
     """Height and width in pixels after the resize: multiples of patch*merge, area within the rule. Raises InputError."""
     factor = rule.patch * rule.merge
-    if max(height, width) > 200 * min(height, width):
-        raise InputError(f"aspect ratio of {width}x{height} is above 200", fix="crop the picture")
+    if max(height, width) > MAX_RATIO * min(height, width):
+        raise InputError(f"aspect ratio of {width}x{height} is above {MAX_RATIO}", fix="crop the picture")
     h, w = round(height / factor) * factor, round(width / factor) * factor
     if h * w > rule.max_pixels:
         beta = math.sqrt(height * width / rule.max_pixels)
@@ -131,27 +308,3 @@ def vision_inputs(pixel_values: np.ndarray, grid: np.ndarray, merge: int) -> dic
         "position_ids": np.concatenate(positions).astype(np.int64),
         "cu_seqlens": np.cumsum(lengths, dtype=np.int64),
     }
-
-
-def image_tokens(grid: np.ndarray, merge: int) -> list[int]:
-    """Image tokens of each picture."""
-    return [int(t * h * w) // merge**2 for t, h, w in grid.tolist()]
-
-
-def position_ids(is_image: np.ndarray, grid: np.ndarray, merge: int) -> tuple[np.ndarray, int]:
-    """M-RoPE positions [3, S] int64 of one prompt without padding, and the position of the first answer token.
-
-    `is_image` [S] bool. Text counts on in all three axes; a picture starts at the next position p and gets
-    (p + t, p + row, p + column); the text after it goes on at p + max(rows, columns).
-    """
-    out, nxt, at, picture = np.zeros((3, len(is_image)), np.int64), 0, 0, 0
-    while at < len(is_image):
-        if not is_image[at]:
-            out[:, at] = nxt
-            at, nxt = at + 1, nxt + 1
-            continue
-        t, h, w = (int(v) for v in grid[picture])
-        h, w, n, picture = h // merge, w // merge, t * h * w // merge**2, picture + 1
-        out[:, at : at + n] = nxt + np.stack(np.meshgrid(range(t), range(h), range(w), indexing="ij")).reshape(3, -1)
-        at, nxt = at + n, nxt + max(h, w)
-    return out, int(out.max()) + 1 if len(is_image) else 0

@@ -1,99 +1,109 @@
-"""What the host loop asks of a runtime: one backend per bundle, its core rows, and a decoder per request.
+"""What the host asks of a runtime: graphs run, caches as values, and decoders that read tokens for several requests.
 
-    open(bundle, threads, recipe, graph) -> Backend     each backends/<name>.py has this function
-    vision, prefill, turn  ->  host(outputs), cache     arrays for the loop; keys and values stay where the runtime put them
-    decoder(graph, cache, constants).step(feeds)        one token
+    open(bundle, threads, recipe, graph) -> Backend     each file or folder of backends/ has this function
+    vision, prefill, turn                               arrays for the host; keys and values stay where the runtime put them
+    decoder(graph, cores).read(tokens, cache)           one graph call for all rows; a new Cache comes back
+    regroup([(cache, 0), (other, 2)])                   requests join and leave between steps
 
-The underscore keeps this file out of the list of backends: the folder is the registry.
+Nothing of a request is kept in a backend: what a request needs lies in its Row (decode.py), its Cache and its CoreSet.
 """
 
-from collections.abc import Mapping
-from types import ModuleType
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..base import by_name
 from ..bundle.weights import WeightFile
+from ..families import Arrays
+from .core_set import CoreSet
 
 DEFAULT = "onnxruntime"
 Feeds = Mapping[str, np.ndarray]
-Values = Mapping[str, Any]  # outputs by name, each as the runtime holds it
+Graphs = Callable[[str], Any]  # name of a graph -> its file, or a model in memory
 
 
-class CoreRows(Protocol):
-    """The FFN rows that decode reads. Sizes: L layers, B batch, F neurons, D hidden, K_l kept neurons of layer l."""
+@dataclass(frozen=True)
+class Tokens:
+    """What B requests read in one step, N tokens each; P_b: rows that request b has in its cache."""
 
-    sources: list[tuple[np.ndarray, np.ndarray, np.ndarray]]  # per layer gate, up, down [F,D], views of the weight file
+    embeds: np.ndarray  # [B,N,D] float32
+    positions: np.ndarray  # [A,B,N] int64
+    masks: tuple[np.ndarray, ...]  # of each request [P_b+N] int64: 1 where a row counts
+    listed: tuple[np.ndarray, ...] | None = None  # of each [M_b] int32: the rows that are read; None: all that count
 
-    def gather(self, core_neurons: np.ndarray, counts: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """core_neurons [L,B,K] int32, checked -> {ffn.i.gate|up|down: [B,K_i,D]}; counts [L]: K_i, else K.
 
-        Empty where the runtime gathers by itself. What an earlier call returned may be overwritten.
-        """
+class Cache(Protocol):
+    """Keys and values of B requests, as the runtime holds them; its rows stay as they are, whoever reads on from it."""
 
-    def all(self) -> dict[str, np.ndarray]:
-        """The same of every row, [1,F,D] each."""
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Rows of each request."""
 
-    def down(self, layer: int, gathered: Mapping[str, np.ndarray], core_neurons: np.ndarray) -> np.ndarray:
-        """The down rows [B,K,D] float32 of core_neurons [B,K] int32: those in `gathered`, if they are there."""
+    def truncated(self, lengths: Sequence[int]) -> Cache:
+        """The same without the rows after the first `lengths` of each request."""
 
 
 class Decoder(Protocol):
-    """One request's decode over the cache of its prefill."""
+    """Reads tokens for the requests whose core sets it was made with."""
 
-    cache: dict[str, Any]  # past.i.key/value with what was read so far; another decoder may start from it
+    def read(self, tokens: Tokens, cache: Cache) -> tuple[np.ndarray, Cache]:
+        """Logits [B,N,V] float32 after each new token, and the cache with their rows.
 
-    def step(self, feeds: Feeds) -> np.ndarray:
-        """Logits [B,V] float32 after the new tokens; feeds: inputs_embeds [B,N,D] float32, position_ids [A,B,N] int64,
-        attention_mask [B,T+N] int64 over the cache's rows and the new ones, core_tokens [B,M] int32 where rows are listed.
+        Raises InputError where the runtime has no room, or reads one token at a time.
         """
-
-    def read(self, feeds: Feeds) -> np.ndarray:
-        """Logits [B,N,V] after each of N new tokens. Raises InputError where the runtime reads one at a time."""
-
-    def truncate(self, rows: int) -> None:
-        """Forget what was read after the first `rows` rows. Raises InputError where the runtime cannot."""
 
 
 class Backend(Protocol):
-    """Sessions over the graphs of one bundle, made when first asked for; one request at a time."""
+    """Sessions over the graphs of one bundle, made when first asked for."""
 
     name: str  # as the command line names it
     weights: WeightFile
     threads: int  # of the CPU; 0 takes all cores
     notes: list[str]  # what the user should know about how this bundle runs here
     hardware: dict[str, str]  # besides the processor: what a figure measured here depends on
+    most: int  # requests that one decoder can serve
     reads_several: bool  # whether its decoders read several tokens at once, as the guard and later questions need
-
-    @property
-    def rows(self) -> CoreRows: ...
 
     def ready(self, graph: str) -> None:
         """Make the session of `graph` now, so that what is timed later does not. Raises BundleError."""
 
-    def vision(self, feeds: Feeds) -> np.ndarray:
-        """Image embeddings [I,D] float32 of patches and the host's integers."""
+    def vision(self, feeds: Feeds) -> Arrays:
+        """Every output of the vision graph."""
 
-    def prefill(self, feeds: Feeds, graph: str = "prefill") -> dict[str, Any]:
-        """Every output of a prefill graph. Raises InputError for a prompt that the session cannot hold."""
+    def prefill(self, feeds: Feeds, graph: str = "prefill") -> tuple[Arrays, Cache]:
+        """A prefill graph's outputs, and its cache. Raises InputError for a prompt that the session cannot hold."""
 
-    def turn(self, feeds: Feeds, cache: Values) -> dict[str, Any]:
-        """Read new tokens over the whole cache (present.i.key/value, which stays as it is); outputs as of `prefill`."""
+    def turn(self, feeds: Feeds, cache: Cache) -> tuple[Arrays, Cache]:
+        """Read new tokens over a whole cache of one request; outputs as of `prefill`."""
 
-    def decoder(self, graph: str, cache: Values, constants: Feeds, few_rows: bool = False) -> Decoder:
-        """`cache`: present.i.key/value; `constants`: inputs that stay for the whole answer. Either may name more.
+    def decoder(self, graph: str, cores: Sequence[CoreSet], few_rows: bool = False) -> Decoder:
+        """A decoder for these requests, their core rows gathered; a dense graph reads nothing of a core set.
 
         `few_rows`: most reads are of 2 to 16 tokens.
         """
 
-    def host(self, values: Values) -> dict[str, np.ndarray]:
-        """These outputs as arrays."""
+    def together(self, core: CoreSet) -> Hashable:
+        """Requests whose core sets have the same value here can share a decoder."""
+
+    def regroup(self, rows: Sequence[tuple[Cache, int]]) -> Cache:
+        """One cache of the requests at these places of others."""
 
     def drop(self, *graphs: str) -> None:
         """Free the sessions of these graphs."""
 
 
-def find(name: str) -> ModuleType:
+class Opener(Protocol):
+    """The module of a backend."""
+
+    def open(self, bundle: Any, threads: int, recipe: Any, graph: Graphs | None) -> Backend:
+        """The sessions of an open bundle; `recipe` and `graph` replace its own, on the same weights."""
+
+
+def find(name: str) -> Opener:
     """The module of a backend, `tensorrt-rtx` or `tensorrt_rtx`. Raises InputError that names the nearest."""
-    return by_name.load("cm_export.backends", name.replace("-", "_"), "backend")
+    module: Any = by_name.load("cm_export.backends", name.replace("-", "_"), "backend")
+    return module

@@ -1,82 +1,76 @@
-"""The FFN rows that core_neurons names, read from the mapped weight file: gathered once per request, or left to the runtime.
+"""The FFN rows that core sets name, read from the mapped weight file: gathered once for all steps of a decoder.
 
-core_neurons [L,B,K] -> ffn.i.gate, ffn.i.up, ffn.i.down [B,K_i,D]
+core sets of B requests -> ffn.i.gate, ffn.i.up, ffn.i.down [B,K_i,D]      K_i: the largest of layer i; rows behind a
+                                                                           request's own are zero, so they add nothing
 """
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from ..bundle.weights import WeightFile
+from ..families import Arrays
+from .core_set import CoreSet
 
 ROWS = ("gate", "up", "down")
 
 
-class Rows(dict):
-    """Gathered rows by input name; `current` until the next request's rows take their place in the same buffers."""
+class Gathered:
+    """Rows by input name, [B,K_i,D] each; their memory is used again once nobody holds this object any more."""
 
-    current = True
+    def __init__(self, rows: Arrays, spare: dict[str, list[np.ndarray]], owned: Sequence[str]):
+        self.rows = rows
+        self._spare, self._owned = spare, owned
+
+    def __del__(self) -> None:
+        for name in self._owned:
+            self._spare.setdefault(name, [self.rows[name]])[:] = [self.rows[name]]  # of one, the newest
 
 
 class CoreRows:
-    """Gathers the FFN rows that core_neurons names, once per request, into buffers that are kept between requests."""
+    """Gathers the rows of core sets; memory that was touched once is kept for the next request (touching it is dear)."""
 
-    def __init__(self, weights: WeightFile, names: list[tuple[str, str, str]], threads: int = 0):
+    def __init__(self, weights: WeightFile, names: Sequence[tuple[str, str, str]], threads: int = 0):
+        """`names`: of every layer's gate, up and down rows [F,D] in the weight file."""
         self.sources = [tuple(weights[n] for n in layer) for layer in names]
-        self._buffers: dict[str, np.ndarray] = {}
-        self._given = Rows()
+        self._spare: dict[str, list[np.ndarray]] = {}
         self._threads = threads or 2
 
-    def gather(self, core_neurons: np.ndarray, counts: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """core_neurons [L,B,K] int32, checked -> {ffn.i.gate|up|down: [B,K_i,D]}; counts [L]: K_i, else K."""
-        layers, batch, most = core_neurons.shape
-        counts = np.full(layers, most) if counts is None else counts
+    @property
+    def down(self) -> list[np.ndarray]:
+        """Every layer's down rows [F,D]."""
+        return [rows[2] for rows in self.sources]
+
+    def gather(self, cores: Sequence[CoreSet]) -> Gathered:
+        """The rows of these requests together; of one that reads every neuron of a layer, views of the mapped file."""
+        rows: Arrays = {}
+        owned: list[str] = []
+        counts = np.stack([core.counts for core in cores])
+        whole = (counts == cores[0].ffn).all(0)
 
         def one(layer: int) -> None:
-            count = int(counts[layer])
+            most = int(counts[:, layer].max())
             for part, source in zip(ROWS, self.sources[layer], strict=True):
-                name, shape = f"ffn.{layer}.{part}", (batch, count, source.shape[1])
-                if name not in self._buffers or self._buffers[name].shape != shape:
-                    self._buffers[name] = np.empty(shape, source.dtype)
-                # mode="clip" writes straight into `out`; the ids were checked.
-                np.take(source, core_neurons[layer, :, :count], axis=0, out=self._buffers[name], mode="clip")
+                name = f"ffn.{layer}.{part}"
+                if whole[layer]:
+                    rows[name] = source[None]  # [1,F,D]: the same for every request
+                    continue
+                out = rows[name] = self._memory(name, (len(cores), most, source.shape[1]), source.dtype)
+                owned.append(name)
+                for b, core in enumerate(cores):
+                    count = int(counts[b, layer])
+                    # mode="clip" writes straight into `out`; the ids were checked.
+                    np.take(source, core.of_layer(layer), axis=0, out=out[b, :count], mode="clip")
+                    out[b, count:] = 0
 
         with ThreadPoolExecutor(self._threads) as pool:
             list(pool.map(one, range(len(self.sources))))
-        self._given.current = False
-        self._given = Rows(self._buffers)
-        return self._given
+        return Gathered(rows, self._spare, owned)
 
-    def down(self, layer: int, gathered: Mapping[str, np.ndarray], core_neurons: np.ndarray) -> np.ndarray:
-        """The down rows [B,K,D] of one layer, as `gather` has just put them there."""
-        return gathered[f"ffn.{layer}.down"]
-
-    def one(self, layer: int, core_neurons: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows [B,K,D] of one layer alone; core_neurons [B,K] int32, checked."""
-        parts = zip(ROWS, self.sources[layer], strict=True)
-        return {f"ffn.{layer}.{part}": np.take(source, core_neurons, axis=0) for part, source in parts}
-
-    def all(self) -> dict[str, np.ndarray]:
-        """Every row, as views of the mapped file: [1,F,D] each, nothing is copied."""
-        return {
-            f"ffn.{layer}.{part}": source[None]
-            for layer, sources in enumerate(self.sources)
-            for part, source in zip(ROWS, sources, strict=True)
-        }
-
-
-class RowsOfTheEngine(CoreRows):
-    """For a runtime that holds the weights and reads the listed rows by itself: nothing is gathered."""
-
-    def gather(self, core_neurons: np.ndarray, counts: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """Nothing: the runtime takes core_neurons."""
-        return {}
-
-    def down(self, layer: int, gathered: Mapping[str, np.ndarray], core_neurons: np.ndarray) -> np.ndarray:
-        """The down rows [B,K,D] of one layer, for the bias of what is dropped."""
-        return np.take(self.sources[layer][2], core_neurons, axis=0)
-
-    def all(self) -> dict[str, np.ndarray]:
-        """Nothing, likewise."""
-        return {}
+    def _memory(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Spare memory of this shape, which is nobody else's from now on, or new."""
+        found = self._spare.pop(name, [None])[0]
+        return found if found is not None and found.shape == shape else np.empty(shape, dtype)

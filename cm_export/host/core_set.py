@@ -1,90 +1,110 @@
 """From what a prefill measured to what decode reads: which neurons of each layer, and what stands in for the others.
 
-    core_scores [L,B,F] -> K_l best (neurons, or blocks) -> core_neurons [L,B,K] + core_counts [L] -> rows [B,K_l,D]
-    core_bias [L,B,D]   =  mean_y - sum over kept n of mean_z_n W_down[n]      the mean of what the dropped ones gave
+    core_scores [L,1,F] -> K_l best (neurons, or blocks) -> core_neurons [L,K] + counts [L] -> rows [K_l,D]
+    bias [L,D]          =  mean_y - sum over kept n of mean_z_n W_down[n]      the mean of what the dropped ones gave
 
 The means are the prompt's own (fill = "prompt", exact: both come from its prefill) or the calibration's.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from ..base import by_name
 from ..base.core_index import check_core_neurons, select_core_neurons
 from ..bundle.calibration import Calibration
+from ..families import Arrays, Shape
 from ..recipe.recipe import Neurons
 from .layer_budgets import layer_counts
 from .request import Request
 
-Arrays = dict[str, np.ndarray]
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CoreSet:
-    """core_neurons [L,B,max K_l] int32, the first counts[l] of each row count (-1 behind them); means for the bias.
+    """The core neurons of one request: core_neurons [L,1,max K_l] int32, of which the first counts[l] of layer l count.
 
-    Where the decode graph chooses for every token there are no neurons to name (None), only how many.
+    Behind them stands -1. Where the decode graph chooses for every token there are no neurons to name (None), only counts.
     """
 
     neurons: np.ndarray | None
     counts: np.ndarray  # [L] int64
     ffn: int
-    mean_z: np.ndarray | None  # [L,B,F]
-    mean_y: np.ndarray | None  # [L,B,D]
+    mean_z: np.ndarray | None = None  # [L,1,F]
+    mean_y: np.ndarray | None = None  # [L,1,D]
 
-    def constants(self, rows: Any) -> Arrays:
-        """The inputs of decode that stay for the whole answer, rows gathered; `rows`: the backend's."""
-        if self.neurons is None or (self.counts == self.ffn).all():
-            return every_neuron(rows) | {"core_counts": self.counts}
-        check_core_neurons(self.neurons, *self.neurons.shape[:2], self.ffn, self.counts)
-        out = rows.gather(self.neurons, self.counts)
-        out["core_neurons"], out["core_counts"] = self.neurons, self.counts
-        out["core_bias"] = np.zeros((*self.neurons.shape[:2], rows.sources[0][2].shape[1]), np.float32)
-        if self.mean_z is not None:
-            ids = enumerate(zip(self.neurons, self.counts, strict=True))
-            out["core_bias"] = self.bias([rows.down(i, out, index[:, :count]) for i, (index, count) in ids])
-        return out
+    def __post_init__(self) -> None:
+        """Raises InputError for ids that are not ascending, distinct and in range."""
+        if self.neurons is not None:
+            check_core_neurons(self.neurons, len(self.counts), 1, self.ffn, self.counts)
 
-    def bias(self, down: list[np.ndarray]) -> np.ndarray:
-        """[L,B,D] float32 of the kept neurons' down rows [B,K_l,D]; zero without means, and in a layer that keeps all."""
-        out = np.zeros((*self.neurons.shape[:2], down[0].shape[-1]), np.float32)
-        for layer, (count, kept) in enumerate(zip(self.counts, down, strict=True)):
-            if self.mean_z is not None and count < self.ffn:
-                ids = self.neurons[layer, :, :count].astype(np.int64)
-                z = np.take_along_axis(self.mean_z[layer], ids, axis=-1)
-                out[layer] = self.mean_y[layer] - (z[:, None] @ kept)[:, 0]
+    @classmethod
+    def whole(cls, shape: Shape) -> CoreSet:
+        """Every neuron of every layer."""
+        ids = np.broadcast_to(np.arange(shape.ffn, dtype=np.int32), (shape.layers, 1, shape.ffn))
+        return cls(ids, np.full(shape.layers, shape.ffn, np.int64), shape.ffn)
+
+    def with_layer(self, layer: int, ids: np.ndarray) -> CoreSet:
+        """The same with other neurons, [K] int32, in one layer; without means."""
+        counts = self.counts.copy()
+        counts[layer] = len(ids)
+        neurons = np.full((len(counts), 1, int(counts.max())), -1, np.int32)
+        for i in range(len(counts)):
+            neurons[i, 0, : counts[i]] = ids if i == layer else self.of_layer(i)
+        return CoreSet(neurons, counts, self.ffn)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left out."""
+        return bool((self.counts == self.ffn).all())
+
+    @property
+    def chosen_in_decode(self) -> bool:
+        """Whether the graph names the neurons, anew for every token."""
+        return self.neurons is None
+
+    def of_layer(self, layer: int) -> np.ndarray:
+        """[K_l] int32, ascending; all of them where the graph chooses."""
+        count = int(self.counts[layer])
+        return np.arange(count, dtype=np.int32) if self.neurons is None else self.neurons[layer, 0, :count]
+
+    def bias(self, down: Sequence[np.ndarray]) -> np.ndarray:
+        """[L,D] float32 from every layer's down rows [F,D]; zero without means, and in a layer that keeps all."""
+        out = np.zeros((len(down), down[0].shape[-1]), np.float32)
+        if self.mean_z is None or self.mean_y is None:
+            return out
+        for layer, rows in enumerate(down):
+            if self.counts[layer] < self.ffn:
+                ids = self.of_layer(layer)
+                out[layer] = self.mean_y[layer, 0] - self.mean_z[layer, 0, ids] @ rows[ids]
         return out
 
 
 def choose(
-    outputs: Arrays, neurons: Neurons, shape: Any, calibration: Calibration | None, share: float | None = None
+    outputs: Arrays, neurons: Neurons, shape: Shape, calibration: Calibration | None, share: float | None = None
 ) -> CoreSet:
     """The core set of a prefill's outputs (numpy) under a recipe's [neurons]. Raises InputError.
 
     `share` replaces the recipe's. Without scores (policy "dense") every neuron is kept.
     """
     scores = outputs.get("core_scores")
-    if neurons.in_decode:
-        counts = layer_counts(neurons, share or neurons.share, shape.layers, shape.ffn, calibration)
-        return CoreSet(None, counts, shape.ffn, None, None)
-    if scores is None:
-        every = np.arange(shape.ffn, dtype=np.int32)
-        counts = np.full(shape.layers, shape.ffn, np.int64)
-        return CoreSet(np.array(np.broadcast_to(every, (shape.layers, 1, shape.ffn))), counts, shape.ffn, None, None)
+    if scores is None and not neurons.in_decode:
+        return CoreSet.whole(shape)
     counts = layer_counts(neurons, share or neurons.share, shape.layers, shape.ffn, calibration)
+    if scores is None or neurons.in_decode:
+        return CoreSet(None, counts, shape.ffn)
     index = select_core_neurons(scores, counts if len(set(counts.tolist())) > 1 else int(counts[0]), neurons.block)
     mean_z, mean_y = None, None
     if neurons.fill == "prompt":
         mean_z, mean_y = outputs["core_mean_z"], outputs["core_mean_y"]
-    elif neurons.fill == "calibrated":
-        batch = scores.shape[1]
-        mean_z, mean_y = (np.repeat(a[:, None], batch, axis=1) for a in (calibration.mean_z, calibration.mean_y))
+    elif neurons.fill == "calibrated" and calibration is not None:
+        mean_z, mean_y = calibration.mean_z[:, None], calibration.mean_y[:, None]
     return CoreSet(index, counts, shape.ffn, mean_z, mean_y)
 
 
-def together(before: Arrays, fresh: Arrays, context: Request, kept: np.ndarray, new: int, neurons: Neurons) -> Arrays:
+def combined(before: Arrays, fresh: Arrays, context: Request, kept: np.ndarray, new: int, neurons: Neurons) -> Arrays:
     """What is measured of a conversation, from `before` of its context and `fresh` of the `new` tokens after it.
 
     Scores that are sums over tokens (a policy with ADDS) add up, so all turns judge, exactly as if the whole were one
@@ -105,12 +125,3 @@ def together(before: Arrays, fresh: Arrays, context: Request, kept: np.ndarray, 
         parts = (1, 1) if name == "core_scores" else (1 - part, part)
         fresh[name] = (parts[0] * before[name] + parts[1] * value).astype(np.float32)
     return fresh
-
-
-def every_neuron(rows: Any) -> Arrays:
-    """Every neuron: rows are views of the weight file, nothing is left to stand in for."""
-    out = rows.all()
-    layers, hidden = len(rows.sources), rows.sources[0][2].shape[1]
-    out["core_bias"] = np.zeros((layers, 1, hidden), np.float32)
-    out["core_counts"] = np.full(layers, len(rows.sources[0][0]), np.int64)
-    return out

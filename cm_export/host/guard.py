@@ -9,18 +9,20 @@ A draft that fails often is answered in steps (`LADDER`): more neurons, the drop
 decoding (arXiv 2211.17192) with the model's own sparse form as the draft, as in Draft&Verify (arXiv 2309.08168).
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..base.errors import InputError
+from ..recipe.recipe import Recipe
 from .core_set import choose
-
-if TYPE_CHECKING:
-    from .runner import Engine, Prefilled
+from .decode import Reader, Row
+from .runner import Prefilled, Runner
 
 EVERY = 16  # tokens of a draft: up to 16 rows a dense pass costs what one row costs, then it grows with them
 SHORTEST = 4  # a draft after several that failed
@@ -44,6 +46,16 @@ class Report:
     check_s: float = 0.0
     free: int = 0  # tokens that a check's own logits gave, besides the prefill's
 
+    def add(self, drafted: int, kept: int, read: int, is_first: bool) -> None:
+        """One check: of `drafted` tokens `kept` were right; `read` tokens went through the dense model."""
+        self.free += not is_first
+        if drafted:
+            self.checks += 1
+            self.drafted += drafted
+            self.kept += kept
+        elif read:
+            self.dense_steps += 1
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `regenerated` tokens were drafted in vain.
 
@@ -55,7 +67,7 @@ class Report:
         return vars(self) | {"regenerated": self.drafted - self.kept, "sparse_s": sparse, "overhead": overhead}
 
 
-def check_bundle(recipe: Any) -> None:
+def check_bundle(recipe: Recipe) -> None:
     """Raises InputError for a bundle whose prefill throws away what a dense check must read."""
     if not recipe.tokens.whole_cache:
         raise InputError(
@@ -65,73 +77,90 @@ def check_bundle(recipe: Any) -> None:
         )
 
 
-def guarded(
-    engine: "Engine", prefilled: "Prefilled", limit: int, stop: frozenset[int], report: Report
-) -> Iterator[int]:
+class _Draft:
+    """The sparse form of the model, and how much of it there is: the answer to drafts that fail often widens it."""
+
+    def __init__(self, runner: Runner, prefilled: Prefilled):
+        self._runner, self._prefilled = runner, prefilled
+        self._share = prefilled.budget.neuron_share or runner.recipe.neurons.share
+        self._listed = prefilled.kept_tokens[0] if runner.recipe.tokens.policy != "dense" else None
+        self.ladder = list(LADDER)
+        if prefilled.core_set.is_whole:
+            self.ladder.remove("more neurons")
+        if self._listed is None or len(self._listed) == prefilled.request.tokens:
+            self.ladder.remove("tokens back")
+        self.row = self._made()
+
+    def _made(self) -> Row:
+        bundle, neurons = self._runner.bundle, self._runner.recipe.neurons
+        core = choose(self._prefilled.measured, neurons, bundle.shape, bundle.calibration, self._share)
+        return self._prefilled.row(core, listed=self._listed)
+
+    def widen(self) -> str:
+        """Take the next step of the ladder, and say which."""
+        action = self.ladder.pop(0)
+        if action == "more neurons":
+            self._share = min(1.0, self._share * _WIDER)
+            if self._share < 1:
+                self.ladder.insert(0, action)
+        elif action == "tokens back":
+            self._listed = np.arange(self._prefilled.request.tokens, dtype=np.int32)
+        self.row = self._made()
+        return action
+
+
+def guarded(runner: Runner, prefilled: Prefilled, limit: int, stop: frozenset[int], report: Report) -> Iterator[int]:
     """Token ids of the dense model's greedy answer, until a stop id (not yielded) or `limit`; a draft at a time."""
-    request, shape, recipe = prefilled.request, engine.bundle.shape, engine.recipe
-    indexed = recipe.tokens.policy != "dense"
-    listed = prefilled.kept_tokens if indexed else None
-    dense = prefilled.checker()
-    engine.backend.ready("decode")  # made before anything is timed
-    share = prefilled.budget.neuron_share or recipe.neurons.share
-    sparse, ladder, size = None, list(LADDER), report.every
-    if prefilled.neurons == shape.ffn:
-        ladder.remove("more neurons")
-    if listed is None or listed.shape[1] == request.tokens:
-        ladder.remove("tokens back")
+    reader, draft, size = Reader(runner.backend), _Draft(runner, prefilled), report.every
+    dense = prefilled.row(graph="decode_dense", few_rows=True, kept=None, listed=None)
+    runner.backend.ready("decode")  # made before anything is timed
     ids: list[int] = []
-    logits = prefilled.logits[0]
     while len(ids) < limit:
-        draft = [int(logits.argmax())]  # of dense logits: the draft's first token needs no check
-        if draft[0] in stop:
+        wanted = min(size if draft.ladder else 1, limit - len(ids))
+        started = time.perf_counter()
+        drafted = _drafted(reader, draft.row, dense, wanted, stop)
+        if drafted[0] in stop:  # chosen from dense logits: it needs no check
             report.free += bool(ids)
             return
-        wanted = min(size if ladder else 1, limit - len(ids))
-        started = time.perf_counter()
-        while len(draft) < wanted and draft[-1] not in stop:
-            if sparse is None:
-                core = choose(prefilled.measured, recipe.neurons, shape, engine.bundle.calibration, share)
-                sparse = prefilled.decoder_of(core.constants(engine.backend.rows))
-                sparse.cache = dense.cache
-            row = sparse.step(request.step_feeds(draft[-1], len(ids) + len(draft) - 1, core_tokens=listed))
-            draft.append(int(row[0].argmax()))
         checked_at = time.perf_counter()
         report.draft_s += checked_at - started
         # Nobody reads on after the last token of an answer.
-        ends = draft[-1] in stop or len(ids) + len(draft) == limit
-        right, read = 1, draft[:-1] if ends else draft
-        if read:
-            rows = dense.read(request.step_feeds(read, len(ids)))[0]
-            chosen = rows.argmax(-1)
-            while right < len(draft) and draft[right] == chosen[right - 1]:
-                right += 1
-            if right < len(read):
-                dense.truncate(request.tokens + len(ids) + right)
-            logits = rows[min(right, len(read)) - 1]
+        ends = drafted[-1] in stop or len(ids) + len(drafted) == limit
+        right, read = _checked(reader, dense, drafted, drafted[:-1] if ends else drafted, len(ids))
         report.check_s += time.perf_counter() - checked_at
-        report.free += bool(ids)
-        if len(draft) > 1:
-            report.checks += 1
-            report.drafted += len(draft) - 1
-            report.kept += right - 1
-        elif read:
-            report.dense_steps += 1
-        if sparse is not None:
-            sparse.cache = dense.cache
-        for token in draft[:right]:
+        report.add(drafted=len(drafted) - 1, kept=right - 1, read=read, is_first=not ids)
+        for token in drafted[:right]:
             if token in stop:
                 return
             ids.append(token)
             yield token
-        size = min(report.every, 2 * size) if right == len(draft) else max(min(SHORTEST, report.every), size // 2)
-        if ladder and right - 1 < DRIFT * (len(draft) - 1):
+        whole = right == len(drafted)
+        size = min(report.every, 2 * size) if whole else max(min(SHORTEST, report.every), size // 2)
+        if draft.ladder and right - 1 < DRIFT * (len(drafted) - 1):
             report.drifts += 1
-            action = ladder.pop(0)
-            report.actions.append(f"{action} after {len(ids)} tokens")
-            if action == "more neurons":
-                share, sparse = min(1.0, share * _WIDER), None
-                if share < 1:
-                    ladder.insert(0, "more neurons")
-            elif action == "tokens back":
-                listed = np.arange(request.tokens, dtype=np.int32)[None]
+            report.actions.append(f"{draft.widen()} after {len(ids)} tokens")
+
+
+def _drafted(reader: Reader, sparse: Row, dense: Row, wanted: int, stop: frozenset[int]) -> list[int]:
+    """Up to `wanted` tokens: the first as the dense model chose it, the others sparsely; a stop id ends them."""
+    sparse.follow(dense)
+    out = [int(dense.last.argmax())]
+    while len(out) < wanted and out[-1] not in stop:
+        reader.read([sparse], [out[-1:]])
+        out.append(int(sparse.last.argmax()))
+    return out
+
+
+def _checked(reader: Reader, dense: Row, drafted: list[int], read: list[int], before: int) -> tuple[int, int]:
+    """How many of the drafted tokens the dense model chooses, too, and how many it read; its row stands after them."""
+    right = 1
+    if read:
+        reader.read([dense], [read])
+        rows = np.atleast_2d(dense.logits)
+        chosen = rows.argmax(-1)
+        while right < len(drafted) and drafted[right] == chosen[right - 1]:
+            right += 1
+        if right < len(read):
+            dense.back_to(before + right)
+        dense.logits = rows[min(right, len(read)) - 1]
+    return right, len(read)

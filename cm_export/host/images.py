@@ -1,5 +1,6 @@
 """Opens the pictures that a user names: any common format becomes upright 8-bit RGB, anything else one clear line."""
 
+import math
 import re
 import struct
 import warnings
@@ -41,11 +42,10 @@ def open_image(path: str | Path) -> Image.Image:
         raise InputError(f"damaged or truncated ({e})", where=path, fix="get the picture again") from e
 
 
-def check_size(image: Image.Image, min_side: int, max_ratio: float = 200, where: object = "image") -> None:
-    """Raises InputError for a picture that the processor cannot cut into patches.
+def check_size(image: Image.Image, min_side: int, max_ratio: float = math.inf, where: object = "image") -> None:
+    """Raises InputError for a picture that the tower cannot cut into patches; both bounds are the tower's.
 
-    min_side: patch_size * merge_size pixels, one image token. max_ratio: long side / short side; `smart_resize` of
-    Qwen2-VL (transformers) refuses more than 200.
+    min_side: pixels of the shorter side. max_ratio: long side / short side.
     """
     width, height = image.size
     if min(width, height) < min_side:

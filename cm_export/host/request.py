@@ -1,18 +1,19 @@
-"""One prompt on the host: token ids and picture grids become the feeds of the prefill and of every decode step.
+"""One prompt on the host: token ids and pictures become the feeds of the prefill, and later tokens those of decode.
 
-ids [S], grids -> embeddings [1,S,D], positions [A,1,S], masks; original positions survive any token cut
+ids [S], Pictures -> embeddings [1,S,D], positions [A,1,S], masks; original positions survive any token cut
 """
 
-from dataclasses import dataclass, replace
-from types import ModuleType
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ..base.core_index import image_token_count
 from ..base.errors import InputError
-from ..bundle.names import stored_name
 from ..bundle.weights import WeightFile
+from ..families import Arrays, Family, Pictures, Shape
 from ..recipe.recipe import Recipe
 
 
@@ -20,99 +21,94 @@ from ..recipe.recipe import Recipe
 class Request:
     """A prompt ready to run; arrays as the graphs take them, batch 1."""
 
-    is_image: np.ndarray  # [1,S] bool
-    position_ids: np.ndarray  # [A,1,S] int64; A = 3 of M-RoPE, 1 of plain positions
+    picture: np.ndarray  # [1,S] int64: the number of the picture that a token belongs to, -1 for text
+    position_ids: np.ndarray  # [A,1,S] int64
     next_position: int  # of the first answer token
     inputs_embeds: np.ndarray  # [1,S,D]
     embedding: np.ndarray  # [V,D], the mapped token embedding
+    rows: Arrays = field(default_factory=dict)  # the tower's further outputs [1,S,..], zero at text tokens
 
     @classmethod
     def of(
-        cls,
-        input_ids: np.ndarray,
-        grid: np.ndarray,
-        family: ModuleType,
-        shape: Any,
-        weights: WeightFile,
-        image_embeds: np.ndarray | None,
-    ) -> "Request":
-        """Raises InputError if ids are outside the vocabulary or image tokens and embeddings do not match."""
+        cls, input_ids: np.ndarray, pictures: Pictures, family: Family, shape: Shape, weights: WeightFile
+    ) -> Request:
+        """Raises InputError if ids are outside the vocabulary or image tokens and pictures do not match."""
         ids = np.asarray(input_ids, np.int64)
         if not ids.size or ids.min() < 0 or ids.max() >= shape.vocab:
             raise InputError(f"token ids must lie in 0..{shape.vocab - 1}", where="prompt")
-        is_image = ids == shape.image_token
-        expected = sum(family.image_tokens(grid, shape.merge))
-        if is_image.sum() != expected:
-            raise InputError(f"{is_image.sum()} image tokens for pictures that need {expected}", where="prompt")
-        embedding = weights[family.EMBEDDING]
-        embeds = embedding[ids].astype(np.float32)
-        if expected:
-            embeds[is_image] = image_embeds
-        positions, nxt = family.position_ids(is_image, grid, shape.merge)
-        return cls(is_image[None], positions[:, None], nxt, embeds[None], embedding)
+        is_image, counts = ids == shape.image_token, pictures.counts
+        if is_image.sum() != sum(counts):
+            raise InputError(f"{is_image.sum()} image tokens for pictures that need {sum(counts)}", where="prompt")
+        # By count and not by where runs end: two pictures may stand side by side.
+        picture = np.full(len(ids), -1, np.int64)
+        picture[is_image] = np.repeat(np.arange(len(counts)), counts)
+        embedding = weights[family.embedding]
+        embeds, rows = embedding[ids].astype(np.float32), {}
+        for i, (name, found) in enumerate(pictures.outputs.items()):
+            if i == 0:
+                embeds[is_image] = found
+            else:
+                rows[name] = np.zeros((1, len(ids), *found.shape[1:]), np.float32)
+                rows[name][0, is_image] = found
+        positions, following = family.positions(picture, pictures)
+        return cls(picture[None], positions[:, None], following, embeds[None], embedding, rows)
+
+    @property
+    def is_image(self) -> np.ndarray:
+        """[1,S] bool."""
+        return self.picture >= 0
 
     @property
     def tokens(self) -> int:
         """Prompt tokens S, image tokens included."""
-        return self.is_image.shape[1]
+        return self.picture.shape[1]
 
     @property
     def image_tokens(self) -> int:
+        """Image tokens of all pictures."""
         return int(self.is_image.sum())
 
-    def extended(self, ids: list[int]) -> "Request":
+    def picture_sizes(self, before: int | None = None) -> list[int]:
+        """Image tokens of each picture among the first `before` tokens (None: all); [0] without pictures."""
+        numbers = self.picture[0, :before]
+        return np.bincount(numbers[numbers >= 0], minlength=max(1, int(self.picture.max()) + 1)).tolist()
+
+    def embedded(self, ids: Sequence[int]) -> np.ndarray:
+        """[N,D] float32: embeddings of text tokens."""
+        return self.embedding[np.asarray(ids, np.int64)].astype(np.float32)
+
+    def positions_after(self, read: int, count: int) -> np.ndarray:
+        """[A,count] int64: positions of text tokens, of which the first follows `read` others after the prompt."""
+        positions = self.next_position + read + np.arange(count)
+        return np.array(np.broadcast_to(positions, (len(self.position_ids), count)))
+
+    def extended(self, ids: Sequence[int]) -> Request:
         """The same context with these text tokens read after it, at the positions that follow."""
-        feeds = self.step_feeds(ids, 0)
+        n = len(ids)
+        zeros = {name: np.zeros((1, n, *rows.shape[2:]), np.float32) for name, rows in self.rows.items()}
         return replace(
             self,
-            is_image=np.concatenate([self.is_image, np.zeros((1, len(ids)), bool)], 1),
-            position_ids=np.concatenate([self.position_ids, feeds["position_ids"]], 2),
-            next_position=self.next_position + len(ids),
-            inputs_embeds=np.concatenate([self.inputs_embeds, feeds["inputs_embeds"]], 1),
+            picture=np.concatenate([self.picture, np.full((1, n), -1, np.int64)], 1),
+            position_ids=np.concatenate([self.position_ids, self.positions_after(0, n)[:, None]], 2),
+            next_position=self.next_position + n,
+            inputs_embeds=np.concatenate([self.inputs_embeds, self.embedded(ids)[None]], 1),
+            rows={name: np.concatenate([rows, zeros[name]], 1) for name, rows in self.rows.items()},
         )
 
-    def step_feeds(
-        self,
-        tokens: int | list[int],
-        step: int,
-        kept_mask: np.ndarray | None = None,
-        core_tokens: np.ndarray | None = None,
-    ) -> dict[str, np.ndarray]:
-        """Feeds of a decode step that reads one or several answer tokens, the first of them being answer token `step`.
 
-        kept_mask [1,T]: the prefill cut the cache to T rows. core_tokens [1,M]: the cache is whole, only these prompt
-        rows (and the answer's own) are read.
-        """
-        ids = np.atleast_1d(np.asarray(tokens, np.int64))
-        base = kept_mask if kept_mask is not None else np.ones((1, self.tokens), np.int64)
-        positions = self.next_position + step + np.arange(len(ids))
-        feeds = {
-            "inputs_embeds": self.embedding[ids].astype(np.float32)[None],
-            "position_ids": np.ascontiguousarray(np.broadcast_to(positions, (len(self.position_ids), 1, len(ids)))),
-            "attention_mask": np.concatenate([base, np.ones((1, step + len(ids)), np.int64)], 1),
-        }
-        if core_tokens is not None:
-            answer = np.arange(self.tokens, self.tokens + step + len(ids), dtype=np.int32)[None]
-            feeds["core_tokens"] = np.concatenate([core_tokens, answer], 1)
-        return feeds
-
-
-def prefill_feeds(request: Request) -> dict[str, np.ndarray]:
-    """What every prefill graph takes: embeddings, positions and the two masks."""
+def prefill_feeds(request: Request) -> Arrays:
+    """What every prefill graph takes: embeddings, positions, masks, and whose pictures the image tokens are."""
     return {
         "inputs_embeds": request.inputs_embeds,
         "position_ids": request.position_ids,
         "attention_mask": np.ones((1, request.tokens), np.int64),
         "image_mask": request.is_image,
+        "picture": request.picture,
+        **request.rows,
     }
 
 
-def sparse_feeds(
-    request: Request,
-    recipe: Recipe,
-    token_share: float | None = None,
-    seed: int | None = None,
-) -> dict[str, np.ndarray]:
+def sparse_feeds(request: Request, recipe: Recipe, token_share: float | None = None, seed: int | None = None) -> Arrays:
     """The token budget of one request: image_keep (with its clamp for the knee rule) and the seed of random policies.
 
     image_keep is [1], or [1,C] where every picture has its own quota. `token_share` overrides the recipe's budget and
@@ -123,7 +119,7 @@ def sparse_feeds(
     counted = t.budget == "count" and token_share is None
     knee = t.budget == "knee" and token_share is None
     values: dict[str, list[int]] = {}
-    for n in picture_sizes(request.is_image[0]) if t.quota == "each" else [request.image_tokens]:
+    for n in request.picture_sizes() if t.quota == "each" else [request.image_tokens]:
         count = min(t.count, n) if counted else image_token_count(share, n)
         low, high = (image_token_count(s, n) for s in (t.min_share, t.max_share)) if knee else (count, count)
         first = max(image_token_count(t.first_share, n), low if knee else count)
@@ -133,32 +129,14 @@ def sparse_feeds(
     return feeds | {"seed": np.array([recipe.seed if seed is None else seed], np.int64)}
 
 
-def kept_slots(request: Request, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def kept_slots(request: Request, feeds: Arrays) -> Arrays:
     """Inputs whose length says how many prompt tokens stay: kept_slots [T], kept_slots_first [T1] int32.
 
     For graphs in which a length cannot come out of data. `feeds` as from `sparse_feeds`; the knee rule gets its largest T.
     """
-    before_last = request.is_image[0].copy()
-    before_last[-1] = False  # the last token always stays, as text
-    out = {}
+    out, before_last = {}, request.picture_sizes(before=-1)  # the last token always stays, as text
     for name, keep in (("kept_slots", feeds["image_keep_high"]), ("kept_slots_first", feeds["image_keep_first"])):
-        sizes = picture_sizes(before_last) if keep.ndim == 2 else [int(before_last.sum())]
+        sizes = before_last if keep.ndim == 2 else [sum(before_last)]
         images = sum(min(int(k), size) for k, size in zip(keep.ravel(), sizes, strict=True))
-        out[name] = np.zeros(request.tokens - int(before_last.sum()) + images, np.int32)
+        out[name] = np.zeros(request.tokens - sum(before_last) + images, np.int32)
     return out
-
-
-def picture_sizes(is_image: np.ndarray) -> list[int]:
-    """Image tokens of each picture of a prompt [S]: the lengths of their runs, between which markers stand; [0] of none."""
-    edges = np.flatnonzero(np.diff(is_image.astype(np.int8), prepend=0, append=0))
-    return (edges[1::2] - edges[::2]).tolist() or [0]
-
-
-def core_row_names(family: ModuleType, layers: int) -> list[tuple[str, str, str]]:
-    """Names in the weight file of every layer's gate, up and (transposed) down matrix."""
-    return [
-        tuple(
-            stored_name(family.LAYER.format(layer=i) + part, family) for part in (family.GATE, family.UP, family.DOWN)
-        )
-        for i in range(layers)
-    ]

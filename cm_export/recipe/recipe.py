@@ -15,6 +15,7 @@ from typing import Any
 
 from ..base import by_name
 from ..base.errors import InputError
+from ..families import Shape
 from .engine import Engine, check_engine
 
 VOTERS = ("all", "text", "last")
@@ -120,7 +121,7 @@ class Recipe:
         """Plain values, for the manifest and for hashing."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "chosen"}
 
-    def for_model(self, shape: Any) -> "Recipe":
+    def for_model(self, shape: Shape) -> "Recipe":
         """The recipe as a bundle of this model records it: without pictures, tokens that nobody asked to prune stay."""
         asked = any(key.startswith("tokens__") for key in self.chosen)
         return self if shape.sees or asked else self.replace(tokens__policy="dense")

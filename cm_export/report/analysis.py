@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 
 from ..host.request import Request, prefill_feeds
-from ..host.runner import Budget, Engine
+from ..host.runner import Budget, Runner
 from ..surgery.report_activations import report_activations
 from ..surgery.report_attention import report_attention
 
@@ -40,18 +40,18 @@ class Layers:
 
 
 def measure(
-    engine: Engine, chosen: Engine, requests: Sequence[Request], progress: Callable[..., None] = lambda *_: None
+    runner: Runner, chosen: Runner, requests: Sequence[Request], progress: Callable[..., None] = lambda *_: None
 ) -> Layers:
-    """`engine`: the bundle; `chosen`: the same under the policies whose core sets are compared. Raises SurgeryError."""
-    watch = Engine(engine.bundle, engine.backend.threads, engine.recipe, _watching(engine))
+    """`runner`: the bundle; `chosen`: the same under the policies whose core sets are compared. Raises SurgeryError."""
+    watch = Runner(runner.bundle, runner.backend.threads, runner.recipe, _watching(runner))
     found: dict[str, list[list[float]]] = {"image": [], "top_tokens": [], "own": [], "fixed": []}
     sets = []
     for number, request in enumerate(requests):
         progress("watch the layers", number, len(requests))
-        outputs = watch.backend.prefill(prefill_feeds(request))
-        layers = range(engine.bundle.shape.layers)
-        looks = [attention(outputs[f"q.{i}"].numpy()[0], outputs[f"k.{i}"].numpy()[0], request) for i in layers]
-        spent = [activation(outputs[f"z.{i}"].numpy()[0]) for i in layers]
+        outputs, _ = watch.backend.prefill(prefill_feeds(request))
+        layers = range(runner.bundle.shape.layers)
+        looks = [attention(outputs[f"q.{i}"][0], outputs[f"k.{i}"][0], request) for i in layers]
+        spent = [activation(outputs[f"z.{i}"][0]) for i in layers]
         if request.image_tokens:
             found["image"].append([a for a, _ in looks])
             found["top_tokens"].append([b for _, b in looks])
@@ -62,7 +62,7 @@ def measure(
         sets.append((core.neurons, core.counts))
     watch.backend.drop("prefill")
     columns = {k: np.array(v).T if v else None for k, v in found.items()}
-    overlap, chance = _overlap(sets, engine.bundle.shape.ffn)
+    overlap, chance = _overlap(sets, runner.bundle.shape.ffn)
     return Layers(len(requests), **columns, overlap=overlap, by_chance=chance)
 
 
@@ -112,9 +112,9 @@ def _overlap(sets: list[tuple[np.ndarray | None, np.ndarray]], ffn: int) -> tupl
     return np.array(pairs).T, p / (2 - p)
 
 
-def _watching(engine: Engine) -> Callable[[str], Any]:
+def _watching(runner: Runner) -> Callable[[str], Any]:
     """Graphs of a bundle, its dense prefill reporting z, q and k of every layer as `prefill`."""
-    bundle = engine.bundle
+    bundle = runner.bundle
 
     def graph(name: str) -> Path | onnx.ModelProto:
         if name != "prefill":

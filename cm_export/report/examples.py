@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from ..evals.task import Question, Task
+from ..host.conversation import Answer
+from ..host.loaded import LoadedBundle
 from ..host.overlay import compose
 from ..host.request import Request
-from ..host.runner import Engine
-from ..host.turns import Answer
+from ..host.runner import Runner
 
 ASKED_PER_SHOWN = 4
 _SIDE = 512  # pixels: enough to see the patches, small enough for a page
@@ -63,7 +64,7 @@ def pick(questions: list[Question], count: int) -> list[Question]:
 
 
 def ask(
-    engine: Engine, chosen: Engine, task: Task, count: int, progress: Callable[..., None] = lambda *_: None
+    runner: LoadedBundle, chosen: LoadedBundle, task: Task, count: int, progress: Callable[..., None] = lambda *_: None
 ) -> Examples:
     """Dense and sparse answers to count * ASKED_PER_SHOWN questions, `count` of them to show; failures first."""
     answered = []
@@ -72,7 +73,7 @@ def ask(
         progress("ask the examples", number, len(asked))
         pictures = [task.open_picture(p) for p in q.pictures]
         both = []
-        for who, dense in ((engine, True), (chosen, False)):
+        for who, dense in ((runner, True), (chosen, False)):
             answer = who.generate(q.text, images=pictures, max_new_tokens=task.limits[q.kind], dense=dense)
             both.append((answer, Said(answer.text.strip(), any(task.same(answer.text.strip(), w) for w in q.answers))))
         answered.append((q, pictures, both))
@@ -110,11 +111,9 @@ def _png(picture: Any, kept: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-def requests_of(engine: Engine, task: Task, count: int) -> list[Request]:
+def requests_of(runner: Runner, task: Task, count: int) -> list[Request]:
     """Prompts of `count` questions, for the analysis of the layers."""
     out = []
     for q in pick(task.questions, count):
-        embeds, grid = engine.embed([task.open_picture(p) for p in q.pictures])
-        counts = engine.bundle.family.image_tokens(grid, engine.bundle.shape.merge)
-        out.append(engine.request(engine.chat.encode(q.text, None, counts), grid, embeds))
+        out.append(runner.ask(q.text, runner.see([task.open_picture(p) for p in q.pictures])))
     return out

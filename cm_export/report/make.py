@@ -10,9 +10,10 @@ from ..bundle.bundle import Bundle
 from ..evals import compare as _compare
 from ..evals import task as _task
 from ..evals.journal import forget
+from ..evals.other_policies import with_policies
 from ..evals.task import Task
 from ..host.backend import DEFAULT
-from ..host.runner import Engine
+from ..host.loaded import LoadedBundle
 from ..recipe import recipe as recipes
 from . import analysis, examples
 from .as_recipe import recipe_toml
@@ -60,14 +61,14 @@ def make(
     if asked is None:
         notes.append("No examples and no layers: the questions are not at hand. Give --task or --data.")
     else:
-        engine = Engine(bundle, threads, backend=DEFAULT)  # layers are watched in graphs made in memory
+        runner = LoadedBundle(bundle, threads, backend=DEFAULT)  # layers are watched in graphs made in memory
         best = choose(points, floor).point
-        recipe = best.recipe if best else engine.recipe
-        chosen = engine if recipe == engine.recipe else _compare.with_policies(engine, recipe)
+        recipe = best.recipe if best else runner.recipe
+        chosen = runner if recipe == runner.recipe else with_policies(runner, recipe)
         bundle.wait_verified()
         if shown:
-            found = examples.ask(engine, chosen, asked, shown, progress)
-        layers = analysis.measure(engine, chosen, examples.requests_of(engine, asked, LAYER_QUESTIONS), progress)
+            found = examples.ask(runner, chosen, asked, shown, progress)
+        layers = analysis.measure(runner, chosen, examples.requests_of(runner, asked, LAYER_QUESTIONS), progress)
     bundle.wait_verified()
     commands = [(f"accuracy and latency, {r['task']}", str(r.get("command") or "not recorded")) for r in reports]
     if speed:

@@ -12,6 +12,7 @@ from typing import Any
 from ..base import by_name
 from ..base.errors import InputError
 from ..bundle.predictor import group_of
+from ..families import Shape
 from ..recipe import recipe
 from ..recipe.recipe import Recipe
 
@@ -72,7 +73,7 @@ class Point:
         return self.role in ("policy", "attention")
 
 
-def points_of(report: dict[str, Any], shape: Any, where: str = "rows") -> list[Point]:
+def points_of(report: dict[str, Any], shape: Shape, where: str = "rows") -> list[Point]:
     """Rows of the eval schema, whoever measured them. Raises InputError for one that lacks what a page needs."""
     try:
         rows = report["rows"]
@@ -83,7 +84,7 @@ def points_of(report: dict[str, Any], shape: Any, where: str = "rows") -> list[P
         raise InputError(what, where=where, fix=_EVAL) from e
 
 
-def _point(task: str, row: dict[str, Any], attention_is_control: bool, shape: Any) -> Point:
+def _point(task: str, row: dict[str, Any], attention_is_control: bool, shape: Shape) -> Point:
     role = "policy"
     if row["policies"] == "dense":
         role = "dense"

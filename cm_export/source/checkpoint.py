@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..base.by_name import names_in, nearest
+from .. import families
+from ..base.by_name import nearest
 from ..base.errors import InputError
 from .safetensors_check import damaged, tensor_names
 
@@ -148,7 +149,7 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
                 where=folder / name,
                 fix="give the original float checkpoint",
             )
-    known, model_type = names_in("cm_export.families"), config.get("model_type")
+    known, model_type = families.names(), config.get("model_type")
     if model_type not in known:
         said = f"model_type {model_type!r} is not supported" if model_type else "no model_type"
         raise InputError(said, where=folder / "config.json", fix=f"supported: {', '.join(known) or 'none'}")

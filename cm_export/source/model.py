@@ -10,15 +10,16 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from ..base import by_name
+from .. import families
 from ..base.errors import GateFailed, InputError
 from ..bundle import weights
 from ..bundle.names import is_neuron_major, stored_name
+from ..families import Family, Tower
+from .probe import Probe, reference
 
 PROCESSOR_FILES = (
     "chat_template.jinja",
@@ -46,7 +47,7 @@ def read_config(path: Path) -> dict[str, Any]:
     )
 
 
-def skeleton(path: Path, family: ModuleType) -> Any:
+def skeleton(path: Path, family: Family) -> Any:
     """The model of a configuration without weights: parameters are never initialised, so no memory is touched."""
     with _hf_quiet():
         import torch
@@ -59,7 +60,7 @@ def skeleton(path: Path, family: ModuleType) -> Any:
         if _head_differs(path):  # from_pretrained ties nothing then, whatever config.json says
             config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
         with initialization.no_init_weights():
-            model = getattr(transformers, family.MODEL_CLASS)(config)
+            model = getattr(transformers, family.model_class)(config)
         model.tie_weights()
     return model.eval()
 
@@ -86,12 +87,12 @@ def trace_graph(path: Path, name: str, target: Path) -> None:
 
     torch.set_num_threads(1)
     config = read_config(path)
-    family = by_name.load("cm_export.families", config["model_type"], "model type")
-    spec = next(s for s in specs(skeleton(path, family), family.shape(config)) if s.name == name)
+    family = families.find(config["model_type"])
+    spec = next(s for s in specs(skeleton(path, family), family, config) if s.name == name)
     onnx.save(trace(spec), target)
 
 
-def load(path: Path, family: ModuleType, dtype: str = "float32") -> Any:
+def load(path: Path, family: Family, dtype: str = "float32") -> Any:
     """Stock transformers, every weight from the checkpoint. Raises InputError naming weights that are not.
 
     With the type that the files hold (see `stored_dtype`) they are mapped: nothing is read before it is used.
@@ -100,7 +101,7 @@ def load(path: Path, family: ModuleType, dtype: str = "float32") -> Any:
         import transformers
 
         try:
-            model, info = getattr(transformers, family.MODEL_CLASS).from_pretrained(
+            model, info = getattr(transformers, family.model_class).from_pretrained(
                 path,
                 dtype=dtype,
                 local_files_only=True,
@@ -124,9 +125,10 @@ def load(path: Path, family: ModuleType, dtype: str = "float32") -> Any:
 
 def write_weights(
     path: Path,
-    family: ModuleType,
+    family: Family,
     folder: Path,
-    probe: dict[str, np.ndarray],
+    tower: Tower | None,
+    probe: Probe,
     progress: Callable[..., None],
     order: np.ndarray | None = None,
 ) -> dict[str, Any]:
@@ -136,19 +138,17 @@ def write_weights(
     run of stock transformers then reads it. So the model is never in memory twice.
     order [L,F]: neurons are stored in this order (place -> id of the checkpoint), which changes no FFN's meaning.
     """
-    from .probe import reference
-
     digest = _write_and_compare(path, family, folder / weights.FILE, progress, order)
     gc.collect()  # models hold cycles; the mapped files leave memory only now
     progress("ask PyTorch for the reference answers")
-    np.savez(folder / REFERENCE, **reference(reading(path, folder / weights.FILE, family), probe))
+    np.savez(folder / REFERENCE, **reference(reading(path, folder / weights.FILE, family), probe, tower))
     gc.collect()
     copy_processor(path, folder / "processor")
     return {"sha256": {weights.FILE: digest}}
 
 
 def _write_and_compare(
-    path: Path, family: ModuleType, file: Path, progress: Callable[..., None], order: np.ndarray | None
+    path: Path, family: Family, file: Path, progress: Callable[..., None], order: np.ndarray | None
 ) -> str:
     """Write the weight file, prove it equal to the checkpoint; returns its sha256. Nothing outlives the call."""
     parameters = dict(load(path, family, stored_dtype(path)).named_parameters())
@@ -177,7 +177,7 @@ def stored_dtype(path: Path) -> str:
     return {"BF16": "bfloat16", "F16": "float16"}.get(found.pop(), "float32") if len(found) == 1 else "float32"
 
 
-def reading(path: Path, file: Path, family: ModuleType) -> Any:
+def reading(path: Path, file: Path, family: Family) -> Any:
     """Stock transformers in float32 whose parameters are views of a weight file."""
     import torch
     from safetensors import safe_open
@@ -197,17 +197,17 @@ def reading(path: Path, file: Path, family: ModuleType) -> Any:
     return model
 
 
-def neuron_order(name: str, family: ModuleType, order: np.ndarray | None) -> np.ndarray | None:
+def neuron_order(name: str, family: Family, order: np.ndarray | None) -> np.ndarray | None:
     """[F]: the order in which this checkpoint weight's neurons are stored; None for weights without neurons."""
     layers = range(len(order)) if order is not None else ()
-    parts = (family.GATE, family.UP, family.DOWN)
-    owner = (i for i in layers for part in parts if name == family.LAYER.format(layer=i) + part)
+    parts = (family.gate, family.up, family.down)
+    owner = (i for i in layers for part in parts if name == family.layer.format(layer=i) + part)
     layer = next(owner, None)
     return None if layer is None else order[layer]
 
 
 def _compare(
-    file: Path, name: str, parameter: Any, family: ModuleType, path: Path, order: np.ndarray | None = None
+    file: Path, name: str, parameter: Any, family: Family, path: Path, order: np.ndarray | None = None
 ) -> None:
     """Raises unless the stored tensor is the checkpoint's, exactly, and finite."""
     import torch
@@ -279,7 +279,7 @@ def copy_processor(path: Path, folder: Path) -> None:
             )
 
 
-def planned(name: str, parameter: Any, family: ModuleType, order: np.ndarray | None = None) -> weights.Planned:
+def planned(name: str, parameter: Any, family: Family, order: np.ndarray | None = None) -> weights.Planned:
     """How a parameter is read: whole, or transposed a block of neurons at a time; `order` [F]: place -> neuron."""
     import torch
 

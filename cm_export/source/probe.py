@@ -1,67 +1,70 @@
-"""The reference run: what stock transformers answers to a fixed synthetic prompt with two pictures of unequal size.
+"""The reference run: what stock transformers answers to a fixed made-up prompt with two pictures.
 
-seed -> patches, grids, token ids -> vision embeddings, prefill logits and cache, 8 greedy steps      (PyTorch, float32)
+seed -> pictures, token ids -> outputs of the vision tower, prefill logits and cache, 8 greedy steps      (PyTorch, float32)
 
 A decoder without vision gets the same words without the pictures.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from ..families import Arrays, Config, Picture, Shape, Tower
 
 STEPS = 8
 TEXT_TOKENS = 12
 
 
-def probe(shape: Any, config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
-    """Inputs of the reference run: pixel_values [N,..], grid [2,3], input_ids [S]; smooth pictures, random words.
+@dataclass(frozen=True)
+class Probe:
+    """A made-up prompt: its pictures, and token ids [S] int64 in which they have their image tokens."""
 
-    Without vision: N = 0, grid [0,3], and as many words.
-    """
+    pictures: tuple[Picture, ...]
+    ids: np.ndarray
+    is_image: np.ndarray  # [S] bool
+
+
+def probe(shape: Shape, tower: Tower | None, config: Config, seed: int = 0) -> Probe:
+    """Smooth pictures between random words; no word is a token that stands for something else."""
     rng = np.random.default_rng(seed)
-    m = shape.merge
-    grid = np.array([[1, 4 * m, 3 * m], [1, 2 * m, 5 * m]] if shape.sees else np.zeros((0, 3)), np.int64)
-    patches = int(grid.prod(1).sum())
-    phase = rng.uniform(0, 6.28, (1, shape.patch_dim))
-    pixels = np.sin(np.linspace(0, 9, patches)[:, None] + phase) + 0.3 * rng.standard_normal((patches, shape.patch_dim))
-    special = {
-        config.get(k) for k in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    }
-    words = np.setdiff1d(np.arange(shape.vocab), [t for t in special if t is not None])
+    pictures = tower.probes(rng) if tower else []
+    reserved = {v for k, v in config.items() if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)}
+    words = np.setdiff1d(np.arange(shape.vocab), [*reserved, shape.image_token])
 
     def text(n: int) -> list[int]:
         return rng.choice(words, n).tolist()
 
     ids = text(TEXT_TOKENS // 3)
-    for n in grid.prod(1) // m**2:
-        ids += [shape.image_token] * int(n) + text(TEXT_TOKENS // 3)
+    for picture in pictures:
+        ids += [shape.image_token] * picture.tokens + text(TEXT_TOKENS // 3)
     ids += text(TEXT_TOKENS - sum(i != shape.image_token for i in ids))
-    return {"pixel_values": pixels.astype(np.float32), "grid": grid, "input_ids": np.array(ids, np.int64)}
+    found = np.array(ids, np.int64)
+    return Probe(tuple(pictures), found, found == shape.image_token)
 
 
-def reference(model: Any, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def reference(model: Any, asked: Probe, tower: Tower | None) -> Arrays:
     """Stock transformers on the probe; `model` as from_pretrained returns it, float32, on CPU.
 
     Returns logits [V], cache.{i}.key/value [Hk,S,d], position_ids [A,S] as the rotary embedding got them, for the greedy
-    steps tokens [STEPS] and step_logits [STEPS,V], and where there are pictures image_embeds [I,D].
+    steps tokens [STEPS] and step_logits [STEPS,V], and the tower's outputs by name.
     """
     import torch
 
-    ids = torch.from_numpy(inputs["input_ids"])[None]
-    grid, pixels = torch.from_numpy(inputs["grid"]), torch.from_numpy(inputs["pixel_values"])
-    pictures, result, seen = {}, {}, []
+    ids = torch.from_numpy(asked.ids)[None]
+    given: dict[str, Any] = {}
+    result: dict[str, Any] = {}
+    seen: list[Any] = []
 
-    def watch(_, args, kwargs):
+    def watch(_: Any, args: Any, kwargs: Any) -> None:
         seen.append(kwargs["position_ids"] if "position_ids" in kwargs else args[1])
 
     with torch.no_grad():
-        if len(grid):
-            kinds = (ids == model.config.image_token_id).int()
-            pictures = {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": kinds}
-            embeds = model.get_image_features(pixels, grid, return_dict=True).pooler_output
-            result["image_embeds"] = torch.cat(tuple(embeds))
+        if tower:
+            given = {n: torch.from_numpy(v) for n, v in tower.stock(asked.pictures, asked.is_image).items()}
+            result |= tower.features(model, given)
         hook = model.get_decoder().rotary_emb.register_forward_pre_hook(watch, with_kwargs=True)
-        out = model(input_ids=ids, use_cache=True, **pictures)
+        out = model(input_ids=ids, use_cache=True, **given)
         hook.remove()
         result |= {"logits": out.logits[0, -1], "position_ids": seen[0].reshape(-1, ids.shape[1])}
         for i, layer in enumerate(out.past_key_values.layers):

@@ -8,9 +8,11 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import nn
@@ -18,20 +20,31 @@ from torch.export import Dim
 from torch.func import functional_call
 
 from ..base import dims
+from ..base.dims import cache_names
 from ..base.onnx_text import OPSET
+from ..families import Config, Family, Port, Tower
 from . import wrappers
+
+Axes = list[str | int]
+# Lengths that torch may take for granted; other named axes it must infer, such as the patches of a picture.
+_LEAST = {dims.BATCH: None, dims.PROMPT: 2, dims.PAST: 1, dims.NEW: 1}
 
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One graph to trace: sample inputs, dynamic axes by letter name, output names with axes."""
+    """One graph to trace. Axes: a length, or the name of one that may change."""
 
     name: str
     module: nn.Module
-    inputs: dict[str, Any]  # name -> tensor, or list of tensors for `past`
-    axes: dict[str, Any]  # name -> {axis: Dim}, same nesting
-    input_names: list[str]
-    outputs: dict[str, list[str | int]]  # name -> shape with axis names
+    inputs: Mapping[str, Any]  # name -> sample tensor, or name -> such a mapping (`past`, `rows`)
+    input_axes: Mapping[str, Axes]  # of every tensor, in the order of the graph's inputs
+    outputs: Mapping[str, Axes]
+    prefixes: tuple[str, ...]  # of names of weights that it reads
+    others: tuple[str, ...]  # of names of weights that it does not read, whatever the line above says
+
+    def reads(self, weight: str) -> bool:
+        """Whether the graph can read a weight of the checkpoint."""
+        return weight.startswith(self.prefixes) and not weight.startswith(self.others)
 
 
 class _WeightsAsInputs(nn.Module):
@@ -45,92 +58,85 @@ class _WeightsAsInputs(nn.Module):
         return functional_call(self.body, weights, kwargs=inputs)
 
 
-def cache_names(layers: int, prefix: str) -> list[str]:
-    """`present.0.key`, `present.0.value`, `present.1.key`, ..."""
-    return [f"{prefix}.{i}.{part}" for i in range(layers) for part in ("key", "value")]
+def specs(model: nn.Module, family: Family, config: Config) -> list[GraphSpec]:
+    """The graphs that `Shape.traced` names; `model` is transformers', with or without weights."""
+    shape, tower = family.shape(config), family.tower(config)
+    b, s, p, n = 2, 9, 7, 3
+    seen = tower.prefixes if tower else ()
+    cache: Axes = [dims.BATCH, shape.kv_heads, dims.PAST, shape.head_dim]
 
+    def border(new: str, context: str) -> dict[str, Axes]:
+        return {
+            "inputs_embeds": [dims.BATCH, new, shape.hidden],
+            "position_ids": [shape.position_axes, dims.BATCH, new],
+            "attention_mask": [dims.BATCH, context],
+        }
 
-def specs(model: nn.Module, shape: Any) -> list[GraphSpec]:
-    """The graphs that `shape.traced` names. `shape` is the family's Shape."""
-    batch, prompt, past, new = Dim(dims.BATCH), Dim(dims.PROMPT, min=2), Dim(dims.PAST, min=1), Dim(dims.NEW, min=1)
-    b, s, p, n, layers = 2, 9, 7, 3, shape.layers
-    rows = [b, shape.kv_heads, p, shape.head_dim]
+    def samples(new: int, context: int) -> dict[str, torch.Tensor]:
+        return {
+            "inputs_embeds": torch.zeros(b, new, shape.hidden),
+            "position_ids": torch.zeros(shape.position_axes, b, new, dtype=torch.int64),
+            "attention_mask": torch.ones(b, context, dtype=torch.int64),
+        }
 
-    def kv_out(axis: str) -> dict[str, list[str | int]]:
-        return {n: [dims.BATCH, shape.kv_heads, axis, shape.head_dim] for n in cache_names(layers, "present")}
+    def present(rows: str) -> dict[str, Axes]:
+        return {name: [*cache[:2], rows, cache[3]] for name in cache_names(shape.layers, "present")}
 
-    logits: dict[str, list[str | int]] = {"logits": [dims.BATCH, shape.vocab]}
+    more = {port.name: _prompt_rows(port) for port in (tower.outputs[1:] if tower else ())}
+    rows = {name: torch.zeros([b, s, *axes[2:]]) for name, axes in more.items()}
     prefill = GraphSpec(
         "prefill",
-        wrappers.Prefill(model),
-        {
-            "inputs_embeds": torch.zeros(b, s, shape.hidden),
-            "position_ids": torch.zeros(shape.position_axes, b, s, dtype=torch.int64),
-            "attention_mask": torch.ones(b, s, dtype=torch.int64),
-        },
-        {
-            "inputs_embeds": {0: batch, 1: prompt},
-            "position_ids": {1: batch, 2: prompt},
-            "attention_mask": {0: batch, 1: prompt},
-        },
-        ["inputs_embeds", "position_ids", "attention_mask"],
-        logits | kv_out(dims.PROMPT),
+        wrappers.Prefill(model, family),
+        samples(s, s) | ({"rows": rows} if rows else {}),
+        border(dims.PROMPT, dims.PROMPT) | more,
+        {"logits": [dims.BATCH, shape.vocab]} | present(dims.PROMPT),
+        ("",),
+        seen,
     )
+    past = cache_names(shape.layers, "past")
     decode = GraphSpec(
         "decode",
-        wrappers.Decode(model),
-        {
-            "inputs_embeds": torch.zeros(b, n, shape.hidden),
-            "position_ids": torch.zeros(shape.position_axes, b, n, dtype=torch.int64),
-            "attention_mask": torch.ones(b, p + n, dtype=torch.int64),
-            "past": [torch.zeros(rows) for _ in range(2 * layers)],
-        },
-        {
-            "inputs_embeds": {0: batch, 1: new},
-            "position_ids": {1: batch, 2: new},
-            "attention_mask": {0: batch, 1: Dim.DYNAMIC},  # past + new, which torch can only infer
-            "past": [{0: batch, 2: past}] * (2 * layers),
-        },
-        ["inputs_embeds", "position_ids", "attention_mask", *cache_names(layers, "past")],
-        {"logits": [dims.BATCH, dims.NEW, shape.vocab]} | kv_out(dims.CONTEXT),
+        wrappers.Decode(model, family),
+        samples(n, p + n) | {"past": {name: torch.zeros(b, cache[1], p, cache[3]) for name in past}},
+        border(dims.NEW, dims.CONTEXT) | dict.fromkeys(past, cache),
+        {"logits": [dims.BATCH, dims.NEW, shape.vocab]} | present(dims.CONTEXT),
+        ("",),
+        seen,
     )
-    return [*([_vision(model, shape)] if shape.sees else []), prefill, decode]
+    return [*([_vision(model, tower)] if tower else []), prefill, decode]
 
 
-def _vision(model: nn.Module, shape: Any) -> GraphSpec:
-    patches, segments = 4 * shape.merge**2, 2
+def _vision(model: nn.Module, tower: Tower) -> GraphSpec:
+    feeds = tower.feeds(tower.probes(np.random.default_rng(0)))
     return GraphSpec(
         "vision",
-        wrappers.Vision(model),
-        {
-            "pixel_values": torch.zeros(patches, shape.patch_dim),
-            "position_ids": torch.zeros(patches, 2, dtype=torch.int64),
-            "cu_seqlens": torch.tensor([0, patches // 2, patches]),
-        },
-        # The number of patches is a multiple of merge^2, which torch can only infer.
-        {
-            "pixel_values": {0: Dim.DYNAMIC},
-            "position_ids": {0: Dim.DYNAMIC},
-            "cu_seqlens": {0: Dim("borders", min=segments)},
-        },
-        ["pixel_values", "position_ids", "cu_seqlens"],
-        {"image_embeds": [dims.IMAGE_TOKENS, shape.hidden]},
+        tower.module(model),
+        {port.name: torch.from_numpy(feeds[port.name]) for port in tower.inputs},
+        {port.name: list(port.axes) for port in tower.inputs},
+        {port.name: list(port.axes) for port in tower.outputs},
+        tower.prefixes,
+        (),
     )
+
+
+def _prompt_rows(port: Port) -> Axes:
+    """Axes of a further output of the tower where prefill reads it: a row for every token of the prompt."""
+    return [dims.BATCH, dims.PROMPT, *port.axes[1:]]
 
 
 def trace(spec: GraphSpec) -> onnx.ModelProto:
     """The ONNX graph of one wrapper; weights are graph inputs named as in the checkpoint. Opset as in onnx_text."""
     body = spec.module.eval().requires_grad_(False)
-    prefix = "model."
-    used = {n: p for n, p in body.named_parameters() if _used(spec.name, n.removeprefix(prefix))}
+    prefix = "model."  # of the attribute in which every wrapper holds transformers' model
+    used = {n: p for n, p in body.named_parameters() if spec.reads(n.removeprefix(prefix))}
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             _WeightsAsInputs(body),
             (),
             kwargs={"inputs": spec.inputs, "weights": used},
             dynamo=True,
-            dynamic_shapes={"inputs": spec.axes, "weights": dict.fromkeys(used)},
-            input_names=[*spec.input_names, *(n.removeprefix(prefix) for n in used)],
+            dynamic_shapes={"inputs": _dynamic(spec), "weights": dict.fromkeys(used)},
+            input_names=[*spec.input_axes, *(n.removeprefix(prefix) for n in used)],
             output_names=list(spec.outputs),
             opset_version=OPSET,
             verbose=False,
@@ -140,37 +146,32 @@ def trace(spec: GraphSpec) -> onnx.ModelProto:
     for value, axes in zip(proto.graph.output, spec.outputs.values(), strict=True):
         _set_axes(value, axes)
     for value in proto.graph.input:
-        if value.name in _INPUT_AXES:
-            _set_axes(value, _INPUT_AXES[value.name][spec.name])
-        elif value.name.startswith("past."):
-            _set_axes(value, [dims.BATCH, None, dims.PAST, None])
+        if value.name in spec.input_axes:
+            _set_axes(value, spec.input_axes[value.name])
     return proto
 
 
-_INPUT_AXES: dict[str, dict[str, list[str | int | None]]] = {
-    "inputs_embeds": {"prefill": [dims.BATCH, dims.PROMPT, None], "decode": [dims.BATCH, dims.NEW, None]},
-    "position_ids": {
-        "prefill": [None, dims.BATCH, dims.PROMPT],
-        "decode": [None, dims.BATCH, dims.NEW],
-        "vision": [dims.PATCHES, 2],
-    },
-    "attention_mask": {"prefill": [dims.BATCH, dims.PROMPT], "decode": [dims.BATCH, dims.CONTEXT]},
-    "pixel_values": {"vision": [dims.PATCHES, None]},
-    "cu_seqlens": {"vision": [f"{dims.SEGMENTS}+1"]},
-}
+def _dynamic(spec: GraphSpec) -> dict[str, Any]:
+    """Dynamic axes in torch's terms, nested as the inputs are."""
+    known = {name: Dim(name, min=least) if least else Dim(name) for name, least in _LEAST.items()}
+
+    def of(axes: Axes) -> dict[int, Any]:
+        return {i: known.get(axis, Dim.DYNAMIC) for i, axis in enumerate(axes) if isinstance(axis, str)}
+
+    return {
+        name: {inner: of(spec.input_axes[inner]) for inner in sample}
+        if isinstance(sample, dict)
+        else of(spec.input_axes[name])
+        for name, sample in spec.inputs.items()
+    }
 
 
-def _used(graph: str, name: str) -> bool:
-    """Whether that graph can read a parameter: the vision graph reads the tower, the others the rest."""
-    return (".visual." in name) == (graph == "vision")
-
-
-def _set_axes(value: onnx.ValueInfoProto, axes: list[str | int | None]) -> None:
-    """Write axis names into a graph input or output; None leaves the size that is there."""
+def _set_axes(value: onnx.ValueInfoProto, axes: Axes) -> None:
+    """Write axis names and lengths into a graph input or output."""
     for dim, axis in zip(value.type.tensor_type.shape.dim, axes, strict=True):
         if isinstance(axis, str):
             dim.dim_param = axis
-        elif axis is not None:
+        else:
             dim.dim_value = axis
 
 

@@ -1,20 +1,19 @@
-"""Thin torch modules around a transformers model that say what one exported graph computes, through four official seams.
+"""Thin torch modules around a transformers model that say what one exported graph computes, through official seams.
 
-    vision  : patches, host-computed integers          -> image embeddings
     prefill : embeddings, positions, padding mask      -> last-token logits, keys and values of every layer
     decode  : new tokens' embeddings + past keys/values -> logits of each, keys and values with their rows added
 
-The seams: `AttentionInterface` (which attention op is emitted), a duck-typed cache (only `update` is called), the
-decoder's own layers in our loop, and host-computed integers as keywords of the vision tower.
+The seams: `AttentionInterface` (which attention op is emitted), a duck-typed cache (only `update` is called), and the
+decoder's own layers in our loop. The vision tower's module is the family's (families/__init__.py: Tower.module).
 """
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from ..families import Family
+
 TEXT_ATTENTION = "cm_export_text"
-# transformers hands `cu_seq_lens_q` to implementations whose name contains "flash" and loops over lengths otherwise.
-VISION_ATTENTION = "cm_export_vision_flash"
 
 
 def _attention(module, query, key, value, mask, scaling=None, **_):
@@ -22,16 +21,7 @@ def _attention(module, query, key, value, mask, scaling=None, **_):
     return torch.onnx.ops.attention(query, key, value, mask, scale=scaling)[0].transpose(1, 2), None
 
 
-def _segment_attention(module, query, key, value, attention_mask=None, scaling=None, cu_seq_lens_q=None, **_):
-    """Attention among the patches of one picture: [1,H,N,d] with segment borders [segments+1]."""
-    patch = torch.arange(query.shape[2])
-    segment = (patch[:, None] >= cu_seq_lens_q[None, 1:]).sum(-1)
-    mask = torch.where(segment[:, None] == segment[None, :], 0.0, torch.finfo(query.dtype).min)
-    return _attention(module, query, key, value, mask.to(query.dtype)[None, None], scaling)
-
-
 AttentionInterface.register(TEXT_ATTENTION, _attention)
-AttentionInterface.register(VISION_ATTENTION, _segment_attention)
 
 
 class _Rows:
@@ -54,17 +44,19 @@ class _Rows:
 class _Decoder(nn.Module):
     """The shared loop over a transformers decoder."""
 
-    def __init__(self, model):
+    def __init__(self, model, family: Family):
         super().__init__()
-        self.model = model
+        self.model, self._family = model, family
         model.get_decoder().config._attn_implementation = TEXT_ATTENTION
 
-    def run(self, hidden, position_ids, mask, past=None):
+    def run(self, hidden, position_ids, mask, past=None, rows=None):
         decoder, cache = self.model.get_decoder(), _Rows(past)
-        # M-RoPE reads three rows of positions, other models know no such axis.
+        # M-RoPE reads several rows of positions, other models know no such axis.
         rope = decoder.rotary_emb(hidden, position_ids if position_ids.shape[0] > 1 else position_ids[0])
-        for layer in decoder.layers:
+        for i, layer in enumerate(decoder.layers):
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=cache, use_cache=True)
+            if rows:
+                hidden = self._family.mix_in(i, hidden, rows)
         return hidden, cache.flat()
 
     def logits(self, hidden):
@@ -77,12 +69,15 @@ def _additive(allowed, dtype):
 
 
 class Prefill(_Decoder):
-    """inputs_embeds [B,S,D], position_ids [A,B,S], attention_mask [B,S] -> logits [B,V], key/value [B,Hk,S,d] x L."""
+    """inputs_embeds [B,S,D], position_ids [A,B,S], attention_mask [B,S] -> logits [B,V], key/value [B,Hk,S,d] x L.
 
-    def forward(self, inputs_embeds, position_ids, attention_mask):
+    `rows`: the tower's further outputs by name, [B,S,..], zero at text tokens.
+    """
+
+    def forward(self, inputs_embeds, position_ids, attention_mask, rows=None):
         row = torch.arange(inputs_embeds.shape[1])
         allowed = (row[None, :] <= row[:, None])[None] & (attention_mask[:, None, :] > 0)
-        hidden, cache = self.run(inputs_embeds, position_ids, _additive(allowed, inputs_embeds.dtype))
+        hidden, cache = self.run(inputs_embeds, position_ids, _additive(allowed, inputs_embeds.dtype), rows=rows)
         return (self.logits(hidden[:, -1:])[:, 0], *cache)
 
 
@@ -96,23 +91,7 @@ class Decode(_Decoder):
         row = torch.arange(attention_mask.shape[1])
         new = row[attention_mask.shape[1] - inputs_embeds.shape[1] :]
         allowed = (row[None, :] <= new[:, None])[None] & (attention_mask[:, None, :] > 0)
-        hidden, cache = self.run(inputs_embeds, position_ids, _additive(allowed, inputs_embeds.dtype), past)
+        hidden, cache = self.run(
+            inputs_embeds, position_ids, _additive(allowed, inputs_embeds.dtype), list(past.values())
+        )
         return (self.logits(hidden), *cache)
-
-
-class Vision(nn.Module):
-    """pixel_values [N,C*T*p*p] and the host's integers -> image embeddings [I,D]."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        tower = model.get_encoder("image")
-        for module in tower.modules():
-            if hasattr(module, "config"):
-                module.config._attn_implementation = VISION_ATTENTION
-
-    def forward(self, pixel_values, position_ids, cu_seqlens):
-        tower = self.model.get_encoder("image")
-        return tower(
-            pixel_values, grid_thw=None, position_ids=position_ids, cu_seqlens=cu_seqlens, max_seqlen=1
-        ).pooler_output

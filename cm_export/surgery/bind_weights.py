@@ -5,16 +5,15 @@
 A neuron of the down projection is a column in the checkpoint; stored transposed it is a contiguous row, as in gate and up.
 """
 
-from types import ModuleType
-
 import onnx
 
 from ..base.errors import SurgeryError
 from ..bundle.names import stored_name
 from ..bundle.weights import FILE, Tensor
+from ..families import Family
 
 
-def bind_weights(model: onnx.ModelProto, weights: dict[str, Tensor], family: ModuleType) -> int:
+def bind_weights(model: onnx.ModelProto, weights: dict[str, Tensor], family: Family) -> int:
     """Rewrite in place; returns how many weights were bound. Raises SurgeryError for a weight the file lacks."""
     graph, transposed, bound = model.graph, {}, []
     used = {i for node in graph.node for i in node.input}
@@ -38,7 +37,7 @@ def bind_weights(model: onnx.ModelProto, weights: dict[str, Tensor], family: Mod
     return len(bound)
 
 
-def _is_weight(name: str, family: ModuleType, weights: dict[str, Tensor], stored: str) -> bool:
+def _is_weight(name: str, family: Family, weights: dict[str, Tensor], stored: str) -> bool:
     if stored in weights:
         return True
     if name.endswith((".weight", ".bias")):

@@ -24,7 +24,8 @@ def whole_prompt(edit: Edit, recipe: Tokens) -> Prompt:
     """The prompt before any choice: the graph's inputs, image_mask added to them."""
     image_mask = edit.add_input("image_mask", bool, [dims.BATCH, dims.PROMPT])
     inputs = (edit.input(n) for n in ("inputs_embeds", "position_ids", "attention_mask"))
-    picture = edit.call(quotas.PICTURES, image_mask)[0] if recipe.quota == "each" else None
+    # Which picture a token belongs to is known to the host alone: two of them may stand side by side.
+    picture = edit.add_input("picture", np.int64, image_mask.shape) if recipe.quota == "each" else None
     return Prompt(*inputs, image_mask, picture)
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from ..base import dims
+from ..base.dims import cache_names
 from ..base.errors import SurgeryError
-from ..source.trace import cache_names
 from .edit import Edit
 from .find_sites import FFN
 
@@ -27,7 +27,7 @@ class Prompt:
     """The prompt as layers see it between two cuts: the graph's inputs, or rows gathered from them."""
 
     inputs_embeds: gs.Tensor  # [B,T,D]
-    position_ids: gs.Tensor  # [3,B,T]
+    position_ids: gs.Tensor  # [A,B,T]
     attention_mask: gs.Tensor  # [B,T] int64, 0 also for image tokens dropped before
     image_mask: gs.Tensor  # [B,T] bool
     picture: gs.Tensor | None  # [B,T] int64, where pictures have quotas of their own
@@ -57,8 +57,9 @@ def cut_tokens(
     after = [n for n in _downstream(hidden) if id(n) not in before]
     row = edit.op("Unsqueeze", keep, edit.constant([-1], np.int64))  # [B,T',1]
     cut = edit.op("GatherND", hidden, row, batch_dims=1)
+    axes = edit.input("position_ids").shape[0]
     for_each_axis = edit.op(
-        "Expand", edit.op("Unsqueeze", row, edit.constant([0], np.int64)), edit.constant([3, 1, 1, 1], np.int64)
+        "Expand", edit.op("Unsqueeze", row, edit.constant([0], np.int64)), edit.constant([axes, 1, 1, 1], np.int64)
     )
     positions = edit.op("GatherND", prompt.position_ids, for_each_axis, batch_dims=2)
     embeds = edit.op("GatherND", prompt.inputs_embeds, row, batch_dims=1) if layer else cut
@@ -137,6 +138,9 @@ def _again(edit: Edit, tensor: gs.Tensor, memo: dict[int, gs.Tensor]) -> gs.Tens
     if id(tensor) in memo:
         return memo[id(tensor)]
     if not tensor.inputs:
+        if isinstance(tensor, gs.Variable) and any(tensor is t for t in edit.graph.inputs):
+            what = f"the input {tensor.name}, one row for every token, is read after the cut"
+            raise SurgeryError(what, where=edit.graph.name)
         return tensor
     node = tensor.inputs[0]
     if node.op in ("CoreFFN", "CoreAttention"):

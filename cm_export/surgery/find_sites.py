@@ -5,12 +5,12 @@ o_proj.weight -> MatMul -> ... -> Attention           -> Attention(q, k, v, mask
 """
 
 from dataclasses import dataclass
-from types import ModuleType
 
 import onnx_graphsurgeon as gs
 
 from ..base.errors import SurgeryError
 from ..bundle.names import stored_name
+from ..families import Family
 from .edit import Edit
 
 # What may stand between gate and up and the product that enters down: the activation's own arithmetic.
@@ -51,12 +51,12 @@ class FFN:
     w_down_t: gs.Tensor
 
 
-def ffn_sites(edit: Edit, family: ModuleType, layers: int) -> list[FFN]:
+def ffn_sites(edit: Edit, family: Family, layers: int) -> list[FFN]:
     """The FFN of every layer. Raises SurgeryError naming the layers without one and why."""
     return _all(edit, family, layers, _ffn, "FFN")
 
 
-def attention_sites(edit: Edit, family: ModuleType, layers: int) -> list[gs.Node]:
+def attention_sites(edit: Edit, family: Family, layers: int) -> list[gs.Node]:
     """The Attention node of every layer. Raises SurgeryError naming the layers without one and why."""
     return _all(edit, family, layers, _attention, "attention")
 
@@ -74,10 +74,10 @@ def _all(edit, family, layers, find, what):
     return found
 
 
-def _ffn(edit: Edit, family: ModuleType, layer: int) -> FFN:
-    prefix = family.LAYER.format(layer=layer)
-    w_gate, w_up = edit.tensor(prefix + family.GATE), edit.tensor(prefix + family.UP)
-    w_down_t = edit.tensor(stored_name(prefix + family.DOWN, family))
+def _ffn(edit: Edit, family: Family, layer: int) -> FFN:
+    prefix = family.layer.format(layer=layer)
+    w_gate, w_up = edit.tensor(prefix + family.gate), edit.tensor(prefix + family.up)
+    w_down_t = edit.tensor(stored_name(prefix + family.down, family))
     gate, up, down = linear(w_gate), linear(w_up), linear(w_down_t)
     if gate.inputs[0] is not up.inputs[0]:
         raise SurgeryError("gate and up do not read the same tensor")
@@ -113,8 +113,8 @@ def _only_activation_between(z: gs.Tensor, ends: set[int]) -> None:
         raise SurgeryError("down does not read the product of gate and up")
 
 
-def _attention(edit: Edit, family: ModuleType, layer: int) -> gs.Node:
-    node = linear(edit.tensor(family.LAYER.format(layer=layer) + family.ATTENTION_OUT))
+def _attention(edit: Edit, family: Family, layer: int) -> gs.Node:
+    node = linear(edit.tensor(family.layer.format(layer=layer) + family.attention_out))
     while node.op in _VIEW | {"MatMul"} and node.inputs[0].inputs:
         node = node.inputs[0].inputs[0]
         if node.op == "Attention":

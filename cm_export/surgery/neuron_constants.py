@@ -7,20 +7,18 @@
 They are constants of the prefill graph (8 bytes per neuron), so that every runtime scores alike without being told.
 """
 
-from types import ModuleType
-from typing import Any
-
 import numpy as np
 
 from ..base import by_name
 from ..bundle.calibration import Calibration
+from ..bundle.names import core_row_names
 from ..bundle.weights import WeightFile
-from ..host.request import core_row_names
+from ..families import Family, Shape
 from ..recipe.recipe import Recipe
 
 
 def neuron_constants(
-    recipe: Recipe, weights: WeightFile, family: ModuleType, shape: Any, calibration: Calibration | None
+    recipe: Recipe, weights: WeightFile, family: Family, shape: Shape, calibration: Calibration | None
 ) -> dict[str, np.ndarray]:
     """{wire: [L,F] float32} of what the recipe's policy reads; `calibration` in the order of `weights`."""
     policy = by_name.load("cm_export.policies.neurons", recipe.neurons.policy, "neuron policy")

@@ -8,7 +8,6 @@ dense decode  --replace_ffn, replace_attention, choose_tokens, score_neurons, re
 """
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from ..base import by_name, dims
 from ..base.errors import InputError
 from ..bundle.predictor import group_of
 from ..bundle.weights import Tensor
+from ..families import Family, Shape
 from ..recipe.recipe import Recipe
 from .bind_weights import bind_weights
 from .choose_tokens import choose_tokens, report_tokens, whole_prompt
@@ -41,7 +41,7 @@ class Pass:
     count: int
 
 
-def check_recipe(recipe: Recipe, shape: Any) -> None:
+def check_recipe(recipe: Recipe, shape: Shape) -> None:
     """Raises InputError for a recipe that this model cannot follow; cheap, before any work."""
     policy = by_name.load("cm_export.policies.tokens", recipe.tokens.policy, "token policy")
     if policy.FUNCTION is not None and not shape.sees:
@@ -71,7 +71,7 @@ def check_recipe(recipe: Recipe, shape: Any) -> None:
 
 
 def dense(
-    name: str, traced: onnx.ModelProto, weights: dict[str, Tensor], family: ModuleType
+    name: str, traced: onnx.ModelProto, weights: dict[str, Tensor], family: Family
 ) -> tuple[onnx.ModelProto, list[Pass]]:
     """The traced graph with its weights bound; changes `traced` in place."""
     return traced, [Pass(name, "bind_weights", bind_weights(traced, weights, family))]
@@ -79,8 +79,8 @@ def dense(
 
 def sparse_prefill(
     model: onnx.ModelProto,
-    family: ModuleType,
-    shape: Any,
+    family: Family,
+    shape: Shape,
     recipe: Recipe,
     constants: dict[str, np.ndarray] | None = None,
 ) -> tuple[onnx.ModelProto, list[Pass]]:
@@ -122,8 +122,8 @@ def sparse_prefill(
 
 def sparse_decode(
     model: onnx.ModelProto,
-    family: ModuleType,
-    shape: Any,
+    family: Family,
+    shape: Shape,
     recipe: Recipe,
     predictor: dict[str, Tensor] | None = None,
 ) -> tuple[onnx.ModelProto, list[Pass]]:
@@ -157,8 +157,8 @@ def sparse_decode(
 
 def turn(
     model: onnx.ModelProto,
-    family: ModuleType,
-    shape: Any,
+    family: Family,
+    shape: Shape,
     recipe: Recipe,
     constants: dict[str, np.ndarray] | None = None,
 ) -> tuple[onnx.ModelProto, list[Pass]]:

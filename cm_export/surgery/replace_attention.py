@@ -3,18 +3,17 @@
 before: Attention(q, k, v, mask)        after: CoreAttention(q, k, v, mask[, core_tokens])
 """
 
-from types import ModuleType
-
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from ..base import dims
+from ..families import Family
 from ..plugins.core_attention.op import OP
 from .edit import Edit
 from .find_sites import attention_sites
 
 
-def replace_attention(edit: Edit, family: ModuleType, layers: int, indexed: bool) -> list[gs.Node]:
+def replace_attention(edit: Edit, family: Family, layers: int, indexed: bool) -> list[gs.Node]:
     """Rewrite all layers and return the new nodes. `indexed`: only the cache rows in core_tokens [B,M] are read."""
     index = edit.add_input("core_tokens", np.int32, [dims.BATCH, dims.CORE_TOKENS]) if indexed else None
     out = []

@@ -5,12 +5,12 @@ before: x -> MatMul(Wg) -> act -+-> Mul -> MatMul(Wd) -> y        after: x, Wg, 
 """
 
 from collections.abc import Callable
-from types import ModuleType
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from ..base import dims
+from ..families import Family
 from ..plugins.core_ffn.op import OP
 from .edit import Edit
 from .find_sites import FFN, ffn_sites
@@ -18,7 +18,7 @@ from .find_sites import FFN, ffn_sites
 
 def replace_ffn(
     edit: Edit,
-    family: ModuleType,
+    family: Family,
     layers: int,
     activation: str,
     indexed: bool,

@@ -3,18 +3,16 @@
 prefill_dense: ..., Attention(q, k, v, mask), ...  -> prefill with outputs q.{layer} [B,H,S,d], k.{layer} [B,Hk,S,d]
 """
 
-from types import ModuleType
-from typing import Any
-
 import numpy as np
 import onnx
 
 from ..base import dims
+from ..families import Family, Shape
 from .edit import Edit
 from .find_sites import attention_sites
 
 
-def report_attention(model: onnx.ModelProto, family: ModuleType, shape: Any) -> onnx.ModelProto:
+def report_attention(model: onnx.ModelProto, family: Family, shape: Shape) -> onnx.ModelProto:
     """A copy of the dense prefill graph with two more outputs per layer. Raises SurgeryError."""
     edit = Edit(model)
     for layer, node in enumerate(attention_sites(edit, family, shape.layers)):

@@ -5,7 +5,6 @@ latency  (prefill + gather + ms per token * tokens) / the same of dense      med
 memory   (kept FFN rows + kept KV rows) / all of them                        bytes, counted, so without noise
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,13 +14,14 @@ import numpy as np
 
 from ..base.errors import GateFailed
 from ..base.metrics import kept_of_dense, spread
-from ..evals.compare import _decode, _Desk, with_policies
+from ..evals.exam import Exam, Written
+from ..evals.other_policies import with_policies
 from ..evals.task import Task
-from ..host.runner import Budget, Engine, Prefilled
+from ..host.runner import Budget, Runner
 from ..recipe.recipe import Recipe
 from .space import shares
 
-_ENGINES = 3  # policies whose sessions are kept ready; a share is not a policy, so most trials of a pair share one
+_RUNNERS = 3  # policies whose sessions are kept ready; a share is not a policy, so most trials of a pair share one
 
 
 @dataclass(frozen=True)
@@ -58,35 +58,36 @@ class Judge(Protocol):
 class BundleJudge:
     """Asks a bundle, under any policies that its dense graphs can be rewritten to."""
 
-    def __init__(self, engine: Engine, task: Task, seed: int, progress: Callable[..., None]):
-        self.engine, self.task, self.seed = engine, task, seed
-        self.desk = _Desk(engine, task, progress)
+    def __init__(self, runner: Runner, task: Task, seed: int, progress: Callable[..., None]):
+        self.runner, self.task, self.seed = runner, task, seed
+        self.exam = Exam(runner, task, progress)
         self._right: dict[int, bool] = {}
-        self._engines: dict[Recipe, Engine] = {}
+        self._runners: dict[Recipe, Runner] = {}
 
     def dense(self, number: int) -> bool:
         """Whether the dense model is right; asked once."""
         if number not in self._right:
-            self._right[number], _, _ = self._answer(self.engine, number, Budget(dense=True))
+            self._right[number], _, _ = self._answer(self.runner, number, Budget(dense=True))
         return self._right[number]
 
     def ask(self, recipe: Recipe, number: int, timed: bool) -> Answered:
         """One question; `timed`: dense is timed just before, in the same process."""
-        engine, beside = self._engine(recipe), None
+        runner, beside = self._runner(recipe), None
         neurons, tokens = shares(recipe)
         if timed:
-            self._right[number], beside, _ = self._answer(self.engine, number, Budget(dense=True))
+            self._right[number], beside, _ = self._answer(self.runner, number, Budget(dense=True))
         # A random control that drops the same positions in every question would measure those positions.
         budget = Budget(False, neurons, tokens, self.seed + number)
-        right, times, prefilled = self._answer(engine, number, budget)
-        request, shape = prefilled.request, engine.bundle.shape
+        right, times, written = self._answer(runner, number, budget)
+        prefilled = written.prefilled
+        request, shape = prefilled.request, runner.bundle.shape
         kept = prefilled.kept_tokens.shape[1]
         # With cache = "index" decode reads the listed rows, but all of them stay in memory.
         rows = request.tokens if recipe.tokens.cache == "index" else kept
         counts, layers = int(prefilled.core_set.counts.sum()), shape.layers
         ffn = counts * self._neuron_bytes
         if recipe.neurons.in_decode:  # which rows are read is known only token by token: all are held, and the copies
-            ffn = layers * shape.ffn * self._neuron_bytes + engine.bundle.predictor.path.stat().st_size
+            ffn = layers * shape.ffn * self._neuron_bytes + runner.bundle.predictor.path.stat().st_size
         return Answered(
             right=right,
             bytes=ffn + rows * self._row_bytes,
@@ -99,39 +100,35 @@ class BundleJudge:
 
     @cached_property
     def _neuron_bytes(self) -> int:
-        return 3 * 4 * self.engine.bundle.shape.hidden  # gate, up and down rows, float32
+        return 3 * 4 * self.runner.bundle.shape.hidden  # gate, up and down rows, float32
 
     @cached_property
     def _row_bytes(self) -> int:
-        shape = self.engine.bundle.shape
+        shape = self.runner.bundle.shape
         return 2 * 4 * shape.layers * shape.kv_heads * shape.head_dim  # key and value of a token in every layer
 
-    def _answer(self, engine: Engine, number: int, budget: Budget) -> tuple[bool, Times, Prefilled]:
+    def _answer(self, runner: Runner, number: int, budget: Budget) -> tuple[bool, Times, Written]:
         question = self.task.questions[number]
-        started = time.perf_counter()
-        prefilled = self.desk.prefill(engine, question, budget)
-        prefill_ms = 1000 * (time.perf_counter() - started)
-        ids, _, gather_ms, steps = _decode(engine, prefilled, self.task.limits[question.kind])
-        said = engine.chat.decode(ids).strip()
-        right = any(self.task.same(said, answer) for answer in question.answers)
-        return right, Times(prefill_ms, gather_ms, float(np.median(steps)) if steps else None, len(ids)), prefilled
+        written = self.exam.answer(runner, question, budget)
+        right, _ = self.exam.right(runner, question, written.ids)
+        return right, Times(written.prefill_ms, written.gather_ms, written.median_step_ms, len(written.ids)), written
 
-    def _engine(self, recipe: Recipe) -> Engine:
+    def _runner(self, recipe: Recipe) -> Runner:
         """The bundle under these policies. Shares are given with each question, so they are not part of the key."""
         neurons, tokens = shares(recipe)
         # A first cut has a share of its own, which is asked for as the graph's recipe says.
         first = recipe.tokens.first_share if recipe.tokens.first != "none" else 1.0
         key = recipe.replace(neurons__share=neurons and 1.0, tokens__share=tokens and first)
-        if key not in self._engines:
-            while len(self._engines) >= _ENGINES:
-                del self._engines[next(iter(self._engines))]
-            made = with_policies(self.engine, recipe)
+        if key not in self._runners:
+            while len(self._runners) >= _RUNNERS:
+                del self._runners[next(iter(self._runners))]
+            made = with_policies(self.runner, recipe)
             # The first run loads the sessions and touches the pages: not what a trial should be charged for.
             self._answer(made, 0, Budget(False, neurons, tokens))
-            self._answer(self.engine, 0, Budget(dense=True))
-            self._engines[key] = made
-        self._engines[key] = self._engines.pop(key)  # the one used last goes last
-        return self._engines[key]
+            self._answer(self.runner, 0, Budget(dense=True))
+            self._runners[key] = made
+        self._runners[key] = self._runners.pop(key)  # the one used last goes last
+        return self._runners[key]
 
 
 def memory(answers: list[Answered]) -> dict[str, Any]:

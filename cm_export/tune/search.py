@@ -22,7 +22,7 @@ from ..bundle.bundle import MANIFEST, Bundle
 from ..evals.journal import key_of
 from ..evals.task import Task
 from ..host.backend import DEFAULT
-from ..host.runner import Engine
+from ..host.runner import Runner
 from ..recipe.recipe import from_dict
 from . import space as spaces
 from . import study as studies
@@ -54,8 +54,8 @@ def tune(
     search, held = halves(task.questions, wish.seed)
     check_questions(len(task.questions), len(search), len(held), wish.floor)
     bundle = Bundle(path)
-    engine = Engine(bundle, threads, backend=DEFAULT)  # every trial runs on graphs made in memory
-    space = spaces.of_bundle(bundle, engine.recipe)
+    runner = Runner(bundle, threads, backend=DEFAULT)  # every trial runs on graphs made in memory
+    space = spaces.of_bundle(bundle, runner.recipe)
     settings = {
         "bundle": json.loads((path / MANIFEST).read_bytes())["seal"],
         "task": task.name,
@@ -68,7 +68,7 @@ def tune(
     progress("open the study")
     opened = studies.open_study(place, name, settings, wish.seed, wish.floor)
     bundle.wait_verified()
-    judge = BundleJudge(engine, task, wish.seed, progress)
+    judge = BundleJudge(runner, task, wish.seed, progress)
     report = run(opened, space, judge, search, held, wish, progress)
     running = {n: version(n) for n in ("cm-export", "onnxruntime", "numpy", "optuna")}
     return {

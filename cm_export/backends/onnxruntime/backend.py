@@ -1,9 +1,15 @@
 """ONNX Runtime on CPU: sessions that share one mapped weight file, keys and values that never pass through Python.
 
-vision(feeds) -> embeddings      prefill(feeds) -> logits, scores, cache      Decoder.step(embedding) -> logits
+vision(feeds) -> embeddings      prefill(feeds) -> outputs, Rows      decoder(graph, cores).read(tokens, cache) -> logits, Rows
+
+A cache of several requests is padded on the left, where its mask is 0; every step makes a longer one.
 """
 
-from collections.abc import Callable, Mapping
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,20 +18,20 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from ...base.errors import BundleError, CmExportError
+from ...base.errors import BundleError
+from ...bundle.names import core_row_names
 from ...bundle.weights import WeightFile
+from ...families import Arrays
+from ...host.backend import Cache, Feeds, Graphs, Tokens
 from ...host.core_rows import CoreRows
-from ...host.request import core_row_names
+from ...host.core_set import CoreSet
 from ...recipe.recipe import Recipe
 from .lower import lower, unsigned
 
+Key = tuple[str, bool, bool]  # graph, rows as inputs, few rows
 
-def open(
-    bundle: Any,
-    threads: int = 0,
-    recipe: Recipe | None = None,
-    graph: Callable[[str], Path | onnx.ModelProto] | None = None,
-) -> "Backend":
+
+def open(bundle: Any, threads: int = 0, recipe: Recipe | None = None, graph: Graphs | None = None) -> Backend:
     """The sessions of an open bundle; `recipe` and `graph` replace its own, on the same weights."""
     chooses = (recipe or bundle.recipe).neurons.in_decode
     names = core_row_names(bundle.family, bundle.shape.layers)
@@ -35,11 +41,11 @@ def open(
 class Backend:
     """Sessions over the graphs of one bundle (or of a build under way), made when first asked for."""
 
-    name, reads_several = "onnxruntime", True
+    name, reads_several, most = "onnxruntime", True, sys.maxsize
 
     def __init__(
         self,
-        graph: Callable[[str], Path | onnx.ModelProto],
+        graph: Graphs,
         weights: WeightFile,
         threads: int = 0,
         predictor: WeightFile | None = None,
@@ -50,13 +56,15 @@ class Backend:
         self.hardware: dict[str, str] = {}
         self._row_names = row_names
         self._graph, self.weights, self.threads, self.predictor = graph, weights, threads, predictor
-        self._sessions: dict[tuple[str, bool, bool], ort.InferenceSession] = {}
+        self._sessions: dict[Key, ort.InferenceSession] = {}
         self._views: dict[str, ort.OrtValue] = {}  # sessions read these buffers as long as they live
-        self._inputs: dict[tuple[str, bool, bool], list[str]] = {}  # weights that a session takes as inputs
+        self._inputs: dict[Key, list[str]] = {}  # weights that a session takes as inputs
 
     @cached_property
     def rows(self) -> CoreRows:
-        """What gathers the rows of this bundle, its buffers kept between requests."""
+        """What gathers the rows of this bundle, its memory kept between requests."""
+        if self._row_names is None:
+            raise BundleError("nothing says which weights are rows of neurons", where=self.weights.path)
         return CoreRows(self.weights, self._row_names, self.threads)
 
     def ready(self, graph: str) -> None:
@@ -83,7 +91,7 @@ class Backend:
             del self._sessions[key]
         self.weights.release()
 
-    def _load(self, graph: Path | onnx.ModelProto, key: tuple[str, bool, bool]) -> ort.InferenceSession:
+    def _load(self, graph: Path | onnx.ModelProto, key: Key) -> ort.InferenceSession:
         where = graph if isinstance(graph, Path) else "a graph made in memory"
         model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph
         model = lower(model, rows_as_inputs=key[1], few_rows=key[2])
@@ -116,7 +124,7 @@ class Backend:
         except Exception as e:
             raise BundleError(f"ONNX Runtime refuses the graph ({e})", where=where) from e
 
-    def _bind(self, key: tuple[str, bool], model: onnx.ModelProto, external: list) -> list[onnx.TensorProto]:
+    def _bind(self, key: Key, model: onnx.ModelProto, external: list) -> list[onnx.TensorProto]:
         """Make inputs of the initializers in the weight file; returns those that are left."""
         moved = {t.name: t for t in external if t.name in self.weights}
         self._inputs[key] = list(moved)
@@ -134,35 +142,30 @@ class Backend:
         is_packed = tensor.data_type == onnx.TensorProto.UINT8
         return unsigned(stored, 2 * tensor.dims[-1]) if is_packed else stored
 
-    def vision(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
-        """Image embeddings [I,D] of patches and the host's integers."""
-        return self.session("vision").run(["image_embeds"], feeds)[0]
+    def vision(self, feeds: Feeds) -> Arrays:
+        """Every output of the vision graph."""
+        session = self.session("vision")
+        names = [o.name for o in session.get_outputs()]
+        return dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
-    def prefill(self, feeds: dict[str, np.ndarray], graph: str = "prefill") -> dict[str, ort.OrtValue]:
-        """Run a prefill graph; every output stays where ONNX Runtime put it."""
-        return self._run(graph, feeds, {})
+    def prefill(self, feeds: Feeds, graph: str = "prefill") -> tuple[Arrays, Rows]:
+        """A prefill graph's outputs, and its cache."""
+        return self.run(graph, feeds)
 
-    def turn(self, feeds: dict[str, np.ndarray], cache: dict[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
-        """Read new tokens over the whole cache (present.i.key/value, which stays as it is); outputs as of `prefill`."""
-        return self._run("turn", feeds, {n.replace("present", "past", 1): v for n, v in cache.items()})
+    def turn(self, feeds: Feeds, cache: Cache) -> tuple[Arrays, Rows]:
+        """Read new tokens over a whole cache of one request; outputs as of `prefill`."""
+        return self.run("turn", feeds, own(cache).values)
 
-    def decoder(
-        self, graph: str, cache: dict[str, ort.OrtValue], constants: dict[str, np.ndarray], few_rows: bool = False
-    ) -> "Decoder":
-        """One request's decode over a cache (present.i.key/value); see Decoder."""
-        return Decoder(self, graph, cache, constants, few_rows=few_rows)
+    def run(self, graph: str, feeds: Feeds, values: Mapping[str, ort.OrtValue] | None = None) -> tuple[Arrays, Rows]:
+        """Outputs of a graph as arrays, its keys and values as a cache; what is in `values` is bound as it is."""
+        found = self.outputs(graph, feeds, values or {})
+        cache = {n.replace("present", "past", 1): v for n, v in found.items() if n.startswith("present.")}
+        host = {n: v.numpy() for n, v in found.items() if not n.startswith("present.")}
+        some = next(iter(cache.values())).shape()
+        return host, Rows(cache, (some[2],) * some[0])
 
-    def host(self, values: Mapping[str, ort.OrtValue]) -> dict[str, np.ndarray]:
-        """Outputs as arrays."""
-        return {n: v.numpy() for n, v in values.items()}
-
-    def device(self, arrays: Mapping[str, np.ndarray]) -> dict[str, ort.OrtValue]:
-        """Arrays as what a session takes without a copy of its own."""
-        return {n: ort.OrtValue.ortvalue_from_numpy(v) for n, v in arrays.items()}
-
-    def _run(
-        self, graph: str, feeds: dict[str, np.ndarray], values: dict[str, ort.OrtValue]
-    ) -> dict[str, ort.OrtValue]:
+    def outputs(self, graph: str, feeds: Feeds, values: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
+        """Every output of a graph, where ONNX Runtime put it."""
         session = self.session(graph)
         binding = session.io_binding()
         for i in session.get_inputs():
@@ -176,59 +179,131 @@ class Backend:
         session.run_with_iobinding(binding)
         return dict(zip(outputs, binding.get_outputs(), strict=True))
 
+    def decoder(self, graph: str, cores: Sequence[CoreSet], few_rows: bool = False) -> Decoder:
+        """A decoder for these requests, their core rows gathered."""
+        return Decoder(self, graph, cores, few_rows)
+
+    def together(self, core: CoreSet) -> Hashable:
+        """Rows of unequal number are filled up with zeros; a graph that chooses takes one number for all requests."""
+        return tuple(core.counts.tolist()) if core.chosen_in_decode else core.is_whole
+
+    def regroup(self, rows: Sequence[tuple[Cache, int]]) -> Rows:
+        """One cache of the requests at these places of others."""
+        return Rows.regrouped([(own(cache), place) for cache, place in rows])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Keys and values of B requests: past.i.key/value [B,Hk,P,d], each request's own rows at the end of P."""
+
+    values: dict[str, ort.OrtValue]
+    lengths: tuple[int, ...]
+
+    def arrays(self) -> Arrays:
+        """The values as arrays."""
+        return {name: value.numpy() for name, value in self.values.items()}
+
+    @property
+    def width(self) -> int:
+        """P, the rows of the longest request and what pads it."""
+        return next(iter(self.values.values())).shape()[2]
+
+    def truncated(self, lengths: Sequence[int]) -> Rows:
+        """The same without the rows after the first `lengths` of each request."""
+        return Rows.regrouped([(self, place) for place in range(len(self.lengths))], lengths)
+
+    @classmethod
+    def of(cls, arrays: Arrays) -> Rows:
+        """Keys and values of requests that all have as many rows: past.i.key/value or present.i.key/value."""
+        values = {n.replace("present", "past", 1): ort.OrtValue.ortvalue_from_numpy(v) for n, v in arrays.items()}
+        some = next(iter(arrays.values())).shape
+        return cls(values, (some[2],) * some[0])
+
+    @classmethod
+    def regrouped(cls, rows: Sequence[tuple[Rows, int]], lengths: Sequence[int] | None = None) -> Rows:
+        """The first `lengths` rows (None: all) of these requests together.
+
+        Several are padded to one row more than the longest has: a list of core tokens that is shorter than another is
+        filled up with a row that no mask lets through.
+        """
+        first = rows[0][0]
+        had = [cache.lengths[i] for cache, i in rows]
+        lengths = list(lengths or had)
+        if len(rows) == 1 and len(first.lengths) == 1 and lengths == had:
+            return first
+        width = lengths[0] if len(rows) == 1 else max(lengths) + 1
+        out = {}
+        for name, value in first.values.items():
+            _, heads, _, size = value.shape()
+            array = np.zeros((len(rows), heads, width, size), np.float32)
+            for b, (cache, i) in enumerate(rows):
+                start = cache.width - had[b]
+                array[b, :, width - lengths[b] :] = cache.values[name].numpy()[i, :, start : start + lengths[b]]
+            out[name] = ort.OrtValue.ortvalue_from_numpy(array)
+        return cls(out, tuple(lengths))
+
+
+def own(cache: Cache) -> Rows:
+    """A cache that this backend made."""
+    if not isinstance(cache, Rows):
+        raise TypeError(f"a cache of {type(cache).__name__}")
+    return cache
+
 
 class Decoder:
-    """One request's decode: holds the cache between steps and binds it without copies."""
+    """Reads tokens for some requests; what stays the same for all their steps is bound once."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        graph: str,
-        cache: dict[str, ort.OrtValue],
-        constant: dict[str, np.ndarray],
-        rows_as_inputs: bool = True,
-        few_rows: bool = False,
-    ):
-        """`cache`: present.i.key/value from the prefill; `constant`: inputs that stay the same (gathered rows).
-
-        `few_rows`: most reads are of 2 to 16 tokens.
-        """
-        self._session = backend.session(graph, rows_as_inputs, few_rows)
+    def __init__(self, backend: Backend, graph: str, cores: Sequence[CoreSet], few_rows: bool):
+        self._session = backend.session(graph, True, few_rows)
         self._binding = self._session.io_binding()
         self._outputs = [o.name for o in self._session.get_outputs()]
         self._inputs = {i.name for i in self._session.get_inputs()}
-        for name, value in backend.bound(graph, rows_as_inputs, few_rows).items():
+        for name, value in backend.bound(graph, True, few_rows).items():
             self._binding.bind_ortvalue_input(name, value)
-        for name, value in constant.items():
-            if name in self._inputs:
-                self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value))
-        self._constant = constant
-        self.cache = {n.replace("present", "past", 1): v for n, v in cache.items() if n.startswith("present.")}
+        # Bound memory is not copied, so it lives as long as this decoder.
+        self._held = self._core_inputs(backend, cores)
+        for name, array in self._held[0].items():
+            self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
 
-    def step(self, feeds: dict[str, Any]) -> np.ndarray:
-        """Logits [B,V] after the new tokens; feeds: inputs_embeds, position_ids, attention_mask (and core_tokens)."""
-        return self.read(feeds)[:, -1]
+    def _core_inputs(self, backend: Backend, cores: Sequence[CoreSet]) -> tuple[Arrays, Any]:
+        """Inputs that core sets decide, and what owns their memory."""
+        out: Arrays = {}
+        gathered = None
+        if any(name.startswith("ffn.") for name in self._inputs):
+            gathered = backend.rows.gather(cores)
+            out |= {n: rows for n, rows in gathered.rows.items() if n in self._inputs}
+        if "core_counts" in self._inputs:
+            out["core_counts"] = cores[0].counts
+        if "core_bias" in self._inputs:
+            out["core_bias"] = np.stack([core.bias(backend.rows.down) for core in cores], 1)
+        return out, gathered
 
-    def read(self, feeds: dict[str, Any]) -> np.ndarray:
-        """Logits [B,N,V] after each of N new tokens; their keys and values are in the cache from now on."""
-        if not getattr(self._constant, "current", True):
-            raise CmExportError("another request has replaced this decoder's rows", fix="decode one request at a time")
-        for name, value in feeds.items():
+    def read(self, tokens: Tokens, cache: Cache) -> tuple[np.ndarray, Rows]:
+        """Logits [B,N,V] after each of N new tokens, and the cache with their rows."""
+        rows, new = own(cache), tokens.embeds.shape[1]
+        for name, value in self._feeds(tokens, rows).items():
             if name in self._inputs:
                 self._binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        for name, value in self.cache.items():
-            self._binding.bind_ortvalue_input(name, value)
+        for name, held in rows.values.items():
+            self._binding.bind_ortvalue_input(name, held)
         for name in self._outputs:
             self._binding.bind_output(name)
         self._session.run_with_iobinding(self._binding)
         values = dict(zip(self._outputs, self._binding.get_outputs(), strict=True))
         logits = values.pop("logits").numpy()
-        self.cache = {n.replace("present", "past", 1): v for n, v in values.items()}
-        return logits
+        past = {n.replace("present", "past", 1): v for n, v in values.items()}
+        return logits, Rows(past, tuple(n + new for n in rows.lengths))
 
-    def truncate(self, rows: int) -> None:
-        """Keep the first `rows` rows of every key and value; what was read after them is forgotten."""
-        self.cache = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[:, :, :rows]))
-            for name, value in self.cache.items()
-        }
+    def _feeds(self, tokens: Tokens, rows: Rows) -> Arrays:
+        """The inputs of this step: masks and listed rows, moved to where each request's rows lie."""
+        width = rows.width + tokens.embeds.shape[1]
+        pads = [width - len(mask) for mask in tokens.masks]
+        masks = [np.concatenate([np.zeros(pad, np.int64), mask]) for pad, mask in zip(pads, tokens.masks, strict=True)]
+        out = {"inputs_embeds": tokens.embeds, "position_ids": tokens.positions, "attention_mask": np.stack(masks)}
+        if tokens.listed is not None:
+            most = max(len(ids) for ids in tokens.listed)
+            listed = np.zeros((len(pads), most), np.int32)  # row 0 is padding wherever a list is shorter
+            for b, (pad, ids) in enumerate(zip(pads, tokens.listed, strict=True)):
+                listed[b, most - len(ids) :] = ids + pad
+            out["core_tokens"] = listed
+        return out

@@ -1,36 +1,39 @@
 """TensorRT: the engines of a bundle, built on this machine for this GPU, in place of its ONNX graphs.
 
-engines/<graph>.plan, manifest["engines"] -> Backend      vision, prefill and decode as of _base.py
+engines/<graph>.plan, manifest["engines"] -> Backend      vision, prefill and decode as of host/backend.py
 """
 
+from __future__ import annotations
+
 import importlib
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from ...base.errors import BundleError, CmExportError, InputError
 from ...bundle.bundle import Bundle
-from ...host.core_rows import CoreRows, RowsOfTheEngine
-from ...host.request import core_row_names
+from ...bundle.names import core_row_names
+from ...families import Arrays
+from ...host.backend import Cache, Feeds, Graphs
+from ...host.core_rows import CoreRows
+from ...host.core_set import CoreSet
 from ...recipe.recipe import Recipe
+from .cache import CacheMemory, StaticCache
 from .cuda import Buffers, Cuda, Pinned, open_cuda
 from .decode import Decoder
-from .session import ELSEWHERE, Held, Library, Session, read
+from .session import ELSEWHERE, Library, Session, read
 
 NAME, MODULE = "tensorrt", "tensorrt"
 
 
-def open(bundle: Bundle, threads: int = 0, recipe: Recipe | None = None, graph: Callable | None = None) -> "Backend":
+def open(bundle: Bundle, threads: int = 0, recipe: Recipe | None = None, graph: Graphs | None = None) -> Backend:
     """The engines of an open bundle. Raises InputError without the library, BundleError for engines of elsewhere."""
     return open_as(NAME, MODULE, bundle, threads, recipe, graph)
 
 
 def open_as(
-    name: str, module: str, bundle: Bundle, threads: int, recipe: Recipe | None, graph: Callable | None
-) -> "Backend":
+    name: str, module: str, bundle: Bundle, threads: int, recipe: Recipe | None, graph: Graphs | None
+) -> Backend:
     """The same for a backend of that name, whose library is the Python module `module`."""
     recipe = recipe or bundle.recipe
     if graph:
@@ -56,13 +59,12 @@ def open_as(
 
 
 class Backend:
-    """Sessions over the engines of one bundle, made when first asked for; see _base.Backend."""
+    """Sessions over the engines of one bundle, made when first asked for; see host/backend.py."""
 
     reads_several = False
 
     def __init__(self, name: str, bundle: Bundle, recipe: Recipe, threads: int, trt: Any, cuda: Cuda):
         self.name, self.weights, self.threads, self.notes = name, bundle.weights, threads, []
-        self.newest: Decoder | None = None
         self._bundle, self._recipe, self._cuda = bundle, recipe, cuda
         self._engines = bundle.manifest["engines"]
         self._check(trt)
@@ -73,6 +75,7 @@ class Backend:
         self._pinned: dict[str, Pinned] = {}
         self._sessions: dict[str, Session] = {}
         self.in_place = self._engines["kv"] == "in_place"
+        self.memory = CacheMemory(cuda, self._engines)
         self.hardware = {"gpu": cuda.gpu.name, "architecture": cuda.gpu.architecture, name: trt.__version__}
 
     def _check(self, trt: Any) -> None:
@@ -93,12 +96,16 @@ class Backend:
             raise BundleError(what, where=self._bundle.path, fix=fix)
         self._library.load_plugins(self._bundle.path / name)
 
+    @property
+    def most(self) -> int:
+        """Requests that decode together, as the engines were built for."""
+        return self._bundle.recipe.engine.max_batch
+
     @cached_property
     def rows(self) -> CoreRows:
-        """Gathers rows if the decode engine takes them; with a plugin it reads its own."""
-        inputs = self._engines["graphs"]["decode"]["inputs"]
-        kind = CoreRows if any(i["name"].startswith("ffn.") for i in inputs) else RowsOfTheEngine
-        return kind(self.weights, core_row_names(self._bundle.family, self._bundle.shape.layers), self.threads)
+        """Gathers rows where the decode engine takes them; with a plugin it reads its own."""
+        names = core_row_names(self._bundle.family, self._bundle.shape.layers)
+        return CoreRows(self.weights, names, self.threads)
 
     def ready(self, graph: str) -> None:
         """Load the engine of `graph` now. Raises BundleError."""
@@ -127,39 +134,38 @@ class Backend:
                 self._sessions.pop(graph).forget()
                 self._buffers.drop(f"{graph}/")
 
-    def vision(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Image embeddings [I,D] of patches and the host's integers."""
-        session = self.session("vision")
-        return read(self._cuda, session.run(feeds))["image_embeds"]
+    def vision(self, feeds: Feeds) -> Arrays:
+        """Every output of the vision engine."""
+        return read(self._cuda, self.session("vision").run(feeds))
 
-    def prefill(self, feeds: Mapping[str, np.ndarray], graph: str = "prefill") -> dict[str, Held]:
-        """Run a prefill engine; every output stays on the device. Raises InputError for a prompt that does not fit."""
+    def prefill(self, feeds: Feeds, graph: str = "prefill") -> tuple[Arrays, StaticCache]:
+        """A prefill engine's outputs, and its cache on the device. Raises InputError for a prompt that does not fit."""
         session = self.session(graph)
         cut = session.has("kept_slots") and self._recipe.tokens.cache == "cut"
         stays = len(feeds["kept_slots"]) if cut else feeds["inputs_embeds"].shape[1]
         self.check_rows(None, stays + 1)
-        return session.run(feeds)
+        found = session.run(feeds)
+        cache = StaticCache.filled(self.memory, {n: v for n, v in found.items() if n.startswith("present.")})
+        return read(self._cuda, {n: v for n, v in found.items() if not n.startswith("present.")}), cache
 
-    def turn(self, feeds: Mapping[str, np.ndarray], cache: Mapping[str, Any]) -> dict[str, Any]:
+    def turn(self, feeds: Feeds, cache: Cache) -> tuple[Arrays, StaticCache]:
         """Raises InputError."""
         raise InputError("a later question is read by no engine yet", where=f"backend {self.name}", fix=ELSEWHERE)
 
-    def decoder(
-        self, graph: str, cache: Mapping[str, Held], constants: Mapping[str, np.ndarray], few_rows: bool = False
-    ) -> Decoder:
-        """One request's decode. Raises InputError with `few_rows`, which the guard asks for."""
+    def decoder(self, graph: str, cores: Sequence[CoreSet], few_rows: bool = False) -> Decoder:
+        """A decoder for these requests. Raises InputError with `few_rows`, which the guard asks for."""
         if few_rows:
             what = "the guard reads several tokens at once, an engine reads one"
             raise InputError(what, where=f"backend {self.name}", fix=ELSEWHERE)
-        return Decoder(self, self.session(graph), cache, constants)
+        return Decoder(self, self.session(graph), cores)
 
-    def host(self, values: Mapping[str, Held]) -> dict[str, np.ndarray]:
-        """Outputs as arrays."""
-        return read(self._cuda, values)
+    def together(self, core: CoreSet) -> Hashable:
+        """A list of neurons has one length for all requests of a step."""
+        return tuple(core.counts.tolist())
 
-    def rows_held(self, session: Session) -> int:
-        """C, the rows of the static cache."""
-        return next(session.static_shape(n)[2] for n in session.inputs if n.startswith("past."))
+    def regroup(self, rows: Sequence[tuple[Cache, int]]) -> StaticCache:
+        """One cache of the requests at these places of others, copied on the device."""
+        return StaticCache.regrouped(self.memory, rows)
 
     def check_rows(self, session: Session | None, rows: int) -> None:
         """Raises InputError when prompt and answer need more rows than the cache has.
@@ -173,11 +179,6 @@ class Backend:
             what = f"prompt and answer need {rows} rows, the cache of these engines has {most}"
             fix = f"use a shorter prompt or answer, smaller pictures, a lower --token-share, or {ELSEWHERE}"
             raise InputError(what, where=f"backend {self.name}", fix=fix)
-
-    def static(self, past: str, parity: int, shape: tuple[int, ...], dtype: np.dtype) -> int:
-        """The address of a set of keys or values [B,Hk,C,d]; rows never written are zero, since nan times 0 is nan."""
-        size = math.prod(shape) * dtype.itemsize
-        return self._buffers.get(f"{past}/{parity}", size, cleared=True).address
 
     def pinned(self, name: str, size: int) -> Pinned:
         """Pinned host memory by name, kept between requests."""

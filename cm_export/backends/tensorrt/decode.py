@@ -1,23 +1,27 @@
 """Decode on an engine whose cache has a fixed number of rows: one token a step, keys and values never leave the device.
 
-    prefill present [B,Hk,T,d] --copied once--> past [B,Hk,C,d]     row write_index is written at each step
-    in_place: present is past        copy: two sets that change places at each step
-
-Per step one copy up (embedding, position, mask, row, listed rows), one launch, one copy down (logits).
+Per step one copy up (embeddings, positions, masks, rows to write, listed rows), one launch, one copy down (logits).
+What stays the same for all steps (core neurons, rows, bias) lies in memory of the decoder's own.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...base.errors import CmExportError, InputError
-from .cuda import Pinned
-from .session import ELSEWHERE, Held, Session
+from ...families import Arrays
+from ...host.backend import Cache, Tokens
+from ...host.core_set import CoreSet
+from .cache import StaticCache
+from .cuda import Buffer
+from .session import ELSEWHERE, Session
 
 if TYPE_CHECKING:
-    from .backend import Backend
+    from .cuda import Pinned
 
 BUCKET = 128  # core_tokens is padded to a multiple of this, so that few shapes occur
 _ALIGNED = 256  # bytes
@@ -25,45 +29,23 @@ _STEP = ("inputs_embeds", "position_ids", "attention_mask", "write_index", "core
 
 
 class Decoder:
-    """One request's decode; the static cache is the backend's, so only the newest decoder may step."""
+    """Reads tokens for some requests, one a step."""
 
-    def __init__(self, backend: "Backend", session: Session, cache: Mapping[str, Any], constants: Mapping[str, Any]):
-        """`cache`: present.i.key/value of a prefill; `constants`: core set of the whole answer (numpy)."""
-        self._backend, self._session, self._cuda = backend, session, session.cuda
-        self._capacity = backend.rows_held(session)
-        self._past = sorted(n for n in session.inputs if n.startswith("past."))
-        self._parity, self._shapes = 0, {}
-        backend.newest = self
-        self._fill(cache)
-        constants = _constants(session, constants)
-        for name, value in constants.items():
-            session.give(name, value)
-        absent = [n for n in session.inputs if n not in (*_STEP, *self._past, *constants)]
+    def __init__(self, backend: Any, session: Session, cores: Sequence[CoreSet]):
+        """`backend`: backend.Backend."""
+        self._backend, self._session, self._cuda, self._batch = backend, session, session.cuda, len(cores)
+        self._past = [n for n in session.inputs if n.startswith("past.")]
+        self._own: dict[str, tuple[Buffer, tuple[int, ...]]] = {}
+        for name, value in core_inputs(backend, session, cores).items():
+            array = np.ascontiguousarray(value, session.dtypes[name])
+            buffer = Buffer(self._cuda, array.nbytes)
+            self._cuda.upload(buffer, array)
+            self._own[name] = buffer, array.shape
+        absent = [n for n in session.inputs if n not in (*_STEP, *self._past, *self._own)]
         if absent:
             raise CmExportError(f"nothing is known for its input {absent[0]}", where=f"{session.graph} engine")
         self._stage()
         self._cuda.wait()
-
-    @property
-    def cache(self) -> dict[str, Any]:
-        """Empty: it stays with this decoder."""
-        return {}
-
-    def _fill(self, cache: Mapping[str, Held]) -> None:
-        """The prefill's rows into the first set of static buffers."""
-        session = self._session
-        for past in self._past:
-            given = cache[past.replace("past", "present", 1)].checked()
-            batch, heads, rows, width = given.shape
-            shape = self._shapes[past] = (batch, *session.static_shape(past)[1:])
-            if (heads, width) != (shape[1], shape[3]) or given.dtype != session.dtypes[past]:
-                what = f"{given.dtype}{list(given.shape)} does not fit into {session.dtypes[past]}{list(shape)}"
-                raise CmExportError(what, where=f"{session.graph} engine: {past}", fix="build the engines again")
-            self._backend.check_rows(session, rows + 1)
-            size = given.dtype.itemsize * width
-            to = self._backend.static(past, 0, shape, given.dtype)
-            args = to, size * shape[2], given.address, size * rows, size * rows, batch * heads
-            self._cuda.copy_rows(*args)
 
     def _stage(self) -> None:
         """Pinned memory on the host and its like on the device, a part for each input that changes with every step."""
@@ -76,67 +58,62 @@ class Decoder:
         self._size = size
         self._pinned: Pinned = self._backend.pinned("step", size)
         self._device = session.buffers.get("step", size).address
-        logits = (next(iter(self._shapes.values()))[0], *session.static_shape("logits")[1:])
-        self._logits_size = math.prod(logits) * session.dtypes["logits"].itemsize
-        self._logits_down = self._backend.pinned("logits", self._logits_size)
-        self._logits = self._logits_down.array(0, logits, session.dtypes["logits"])
-        self._logits_at = session.buffers.get("logits", self._logits_size).address
+        logits = (self._batch, *session.static_shape("logits")[1:])
+        size = math.prod(logits) * session.dtypes["logits"].itemsize
+        self._logits = self._backend.pinned("logits", size).array(0, logits, session.dtypes["logits"])
+        self._logits_at = session.buffers.get("logits", size).address
 
-    def step(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Logits [B,V] after the new token; feeds as of the protocol."""
-        return self.read(feeds)[:, -1]
-
-    def read(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Logits [B,1,V]. Raises InputError for several tokens, and when the cache is full."""
-        if self._backend.newest is not self:
-            raise CmExportError("another request has replaced this decoder's cache", fix="decode one request at a time")
-        if feeds["inputs_embeds"].shape[1] != 1:
-            what = f"{feeds['inputs_embeds'].shape[1]} tokens at once"
-            raise InputError(what, where=f"{self._session.graph} engine reads one at a time", fix=ELSEWHERE)
+    def read(self, tokens: Tokens, cache: Cache) -> tuple[np.ndarray, StaticCache]:
+        """Logits [B,1,V], and the cache. Raises InputError for several tokens, and when the cache is full."""
+        if not isinstance(cache, StaticCache):
+            raise TypeError("a cache of another backend")
         session = self._session
-        for name, value in self._changing(feeds).items():
+        if tokens.embeds.shape[1] != 1:
+            what = f"{tokens.embeds.shape[1]} tokens at once"
+            raise InputError(what, where=f"{session.graph} engine reads one at a time", fix=ELSEWHERE)
+        for name, value in self._changing(tokens, cache).items():
             session.shape(name, value.shape)
             self._pinned.array(self._at[name], value.shape, session.dtypes[name])[...] = value
             session.bind(name, self._device + self._at[name])
         self._cuda.upload_pinned(self._device, self._pinned, self._size)
+        for name, (buffer, shape) in self._own.items():
+            session.shape(name, shape)
+            session.bind(name, buffer.address)
         for past in self._past:
-            shape, dtype = self._shapes[past], session.dtypes[past]
-            here = self._backend.static(past, self._parity, shape, dtype)
-            there = here if self._backend.in_place else self._backend.static(past, 1 - self._parity, shape, dtype)
-            session.shape(past, shape)
-            session.bind(past, here)
-            session.bind(past.replace("past", "present", 1), there)
+            session.shape(past, (self._batch, *cache.memory.shapes[past]))
+            session.bind(past, cache.buffer(past).address)
+            there = cache.owned.sets[cache.following][past]
+            session.bind(past.replace("past", "present", 1), there.address)
         session.bind("logits", self._logits_at)
         session.infer()
         session.replay(self._backend.note)
-        self._parity = self._parity if self._backend.in_place else 1 - self._parity
         self._cuda.download(self._logits_at, self._logits)
         self._cuda.wait()
-        return self._logits.astype(np.float32)  # a copy: the memory is the next step's
+        return self._logits.astype(np.float32), cache.stepped()  # a copy: the memory is the next step's
 
-    def _changing(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _changing(self, tokens: Tokens, cache: StaticCache) -> Arrays:
         """The inputs of this step as the engine takes them."""
-        mask, session = feeds["attention_mask"], self._session
-        if "core_tokens" in feeds and not session.has("core_tokens"):
+        session = self._session
+        if tokens.listed is not None and not session.has("core_tokens"):
             raise CmExportError(
                 "it reads every row, not the listed ones", where=f"{session.graph} engine", fix=ELSEWHERE
             )
-        batch, rows = mask.shape
-        self._backend.check_rows(session, rows)
-        whole = np.zeros((batch, self._capacity), np.int64)
-        whole[:, :rows] = mask
-        out = {n: feeds[n] for n in ("inputs_embeds", "position_ids")}
-        out |= {"attention_mask": whole, "write_index": np.full(batch, rows - 1, np.int64)}
+        self._backend.check_rows(session, max(cache.lengths) + 1)
+        whole = np.zeros((self._batch, session.static_shape("attention_mask")[1]), np.int64)
+        for row, mask in zip(whole, tokens.masks, strict=True):
+            row[: len(mask)] = mask
+        out = {
+            "inputs_embeds": tokens.embeds,
+            "position_ids": tokens.positions,
+            "attention_mask": whole,
+            "write_index": np.array(cache.lengths, np.int64),
+        }
         if session.has("core_tokens"):
-            out["core_tokens"] = listed_rows(feeds.get("core_tokens"), whole)
+            out["core_tokens"] = listed_rows(tokens.listed, whole)
         return {n: v for n, v in out.items() if session.has(n)}
 
-    def truncate(self, rows: int) -> None:
-        """Raises InputError: only the guard asks for it, which reads several tokens at once."""
-        raise InputError("what was read cannot be taken back", where=f"{self._session.graph} engine", fix=ELSEWHERE)
 
-
-def listed_rows(core_tokens: np.ndarray | None, mask: np.ndarray) -> np.ndarray:
+def listed_rows(core_tokens: Sequence[np.ndarray] | None, mask: np.ndarray) -> np.ndarray:
     """[B,M] int32: the rows to read, ascending; M a multiple of BUCKET, at most C. None lists every row of mask [B,C].
 
     Behind the listed ones stands the last row of the cache, whose mask is 0: see Backend.check_rows.
@@ -150,21 +127,22 @@ def listed_rows(core_tokens: np.ndarray | None, mask: np.ndarray) -> np.ndarray:
     return out
 
 
-def _constants(session: Session, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Inputs of the whole answer: the core neurons under the name that the engine has for them, rows, bias.
+def core_inputs(backend: Any, session: Session, cores: Sequence[CoreSet]) -> Arrays:
+    """Inputs of the whole answer that core sets decide, under the names that the engine has for them.
 
-    core_neurons [L,B,K] where layers are alike, core_neurons.i [B,K_i] where they differ in number; all, if none are named.
+    core_neurons [L,B,K] where layers are alike, core_neurons.i [B,K_i] where they differ in number; ffn.i.* [B,K_i,D]
+    where no plugin reads rows; core_bias [L,B,D].
     """
-    out = {n: v for n, v in given.items() if session.has(n)}
-    index = given.get("core_neurons")
+    out: Arrays = {}
     for name in session.inputs:
-        if name == "core_neurons" and index is None:
-            layers, batch = session.limits(name)[1][:2]
-            every = np.arange(given["core_counts"].max(), dtype=np.int32)
-            out[name] = np.broadcast_to(every, (layers, batch, len(every)))
+        if name == "core_neurons":
+            layers = range(len(cores[0].counts))
+            out[name] = np.stack([[core.of_layer(layer) for core in cores] for layer in layers])
         elif name.startswith("core_neurons."):
-            layer = int(name.rpartition(".")[2])
-            count = int(given["core_counts"][layer])
-            every = np.arange(count, dtype=np.int32)[None]
-            out[name] = every if index is None else index[layer, :, :count]
+            out[name] = np.stack([core.of_layer(int(name.rpartition(".")[2])) for core in cores])
+    if any(name.startswith("ffn.") for name in session.inputs):
+        gathered = backend.rows.gather(cores).rows.items()
+        out |= {n: np.broadcast_to(v, (len(cores), *v.shape[1:])) for n, v in gathered if session.has(n)}
+    if session.has("core_bias"):
+        out["core_bias"] = np.stack([core.bias(backend.rows.down) for core in cores], 1)
     return out

@@ -18,14 +18,15 @@ from ...base.errors import InputError
 from ...bundle import weights as weight_files
 from ...bundle.graph_facts import ports
 from ...bundle.weights import Planned, WeightFile
+from ...families import Range, Shape, Tower
 from ...recipe.recipe import Recipe
 from ...surgery.bind_weights import point_at
-from .lower import PLUGINS, for_parser, lower
+from .lower import DECODES, PLUGINS, for_parser, lower
 from .quantize import BITS, how_made, made_of, quantize_graph
 from .targets import Target
 
 INDEX_INPUTS = ("core_neurons", "core_tokens", "ffn.")  # graph inputs that say what decode reads
-Range = tuple[int, int, int]
+_ONE_PROMPT = {dims.BATCH: (1, 1, 1)}  # prompts and pictures are read one at a time
 _TOP = 3840  # TopK's largest k
 _PIECE = 1 << 25  # bytes of a weight that are converted at a time
 
@@ -37,12 +38,14 @@ class Source:
     graph: Callable[[str], Path | onnx.ModelProto]
     graphs: tuple[str, ...]
     weights: WeightFile
-    shape: Any  # the family's Shape
+    shape: Shape
     recipe: Recipe
+    tower: Tower | None = None
 
     @classmethod
     def of(cls, bundle: Any) -> "Source":
-        return cls(bundle.graph, tuple(bundle.manifest["graphs"]), bundle.weights, bundle.shape, bundle.recipe)
+        graphs = tuple(bundle.manifest["graphs"])
+        return cls(bundle.graph, graphs, bundle.weights, bundle.shape, bundle.recipe, bundle.tower)
 
     def chosen(self, graphs: Iterable[str] | None = None) -> tuple[str, ...]:
         """Graphs to build: those asked for that exist; a later question's graph has no TensorRT form yet."""
@@ -58,10 +61,10 @@ def write_graphs(source: Source, folder: Path, target: Target, graphs: Iterable[
     "plugins": {op: how many}, "plugin_nodes": [names], "index_inputs", "weight_bytes"}}}. Raises InputError, SurgeryError.
     """
     engine, out, models = source.recipe.engine, {}, {}
-    ranges = axis_ranges(source.recipe, source.shape)
+    ranges = axis_ranges(source.recipe, source.shape, source.tower)
     for name in source.chosen(graphs):
         models[name] = lowered(source, name, target)
-        out[name] = describe(models[name], ranges, target)
+        out[name] = describe(models[name], ranges | ({} if name in DECODES else _ONE_PROMPT), target)
     file = weight_file(engine.precision)
     index = _write_weights(source.weights, folder / file, models.values())
     for name, model in models.items():
@@ -103,19 +106,17 @@ def weight_file(precision: str) -> str:
     return f"weights.{precision}.safetensors"
 
 
-def axis_ranges(recipe: Recipe, shape: Any) -> dict[str, Range]:
+def axis_ranges(recipe: Recipe, shape: Shape, tower: Tower | None) -> dict[str, Range]:
     """Smallest, likely and largest length of every dynamic axis, from the recipe: the only place where they are written."""
     e = recipe.engine
     share = neuron_count(recipe.neurons.share, shape.ffn) if recipe.neurons.policy != "dense" else shape.ffn
     kept = min(e.max_prompt, _TOP)
-    least = shape.merge**2 if shape.sees else 1
     return {
-        dims.BATCH: (1, 1, e.max_batch),
+        dims.BATCH: (1, e.max_batch, e.max_batch),  # requests that decode together
         dims.PROMPT: (2, max(2, e.max_prompt // 2), e.max_prompt),
         dims.KEPT: (1, max(1, kept // 4), kept),
         f"{dims.KEPT}_first": (1, max(1, kept // 2), kept),
-        dims.PATCHES: (least, max(least, e.max_patches // 4), max(least, e.max_patches)),
-        f"{dims.SEGMENTS}+1": (2, 2, 2),  # one picture at a time
+        **(tower.axis_ranges(e.max_patches) if tower else {}),
         dims.PICTURES: (1, 1, 64),
         dims.CORE_NEURONS: (1, share, shape.ffn),
         dims.CORE_TOKENS: (1, max(1, e.capacity // 4), e.capacity),

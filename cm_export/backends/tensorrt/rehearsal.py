@@ -65,7 +65,9 @@ def static_rows(rows: np.ndarray, capacity: int, fill: float) -> np.ndarray:
 def step_feeds(request: Request, token: int, step: int, capacity: int) -> Arrays:
     """Feeds of decode step `step` over a static cache in which every row so far counts."""
     used = request.tokens + step + 1
-    return request.step_feeds(token, step) | {
+    return {
+        "inputs_embeds": request.embedded([token])[None],
+        "position_ids": request.positions_after(step, 1)[:, None],
         "attention_mask": (np.arange(capacity) < used).astype(np.int64)[None],
         "write_index": np.array([used - 1], np.int64),
         "core_tokens": np.arange(used, dtype=np.int32)[None],

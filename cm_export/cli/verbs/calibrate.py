@@ -49,7 +49,7 @@ def command(
         raise InputError("no such directory", where=out.parent, fix="make it, or give another --out")
     from ...bundle import calibration
     from ...calibrating.calibrate import measure, prompts_of
-    from ...host.runner import load
+    from ...host.loaded import load
 
     with progress(quiet or as_json) as step, tempfile.TemporaryDirectory(prefix="cm-export-") as temporary:
         if model is not None:

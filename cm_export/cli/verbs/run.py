@@ -80,20 +80,20 @@ def command(
     images = [open_image(path) for path in paths]
     drawings = _drawings(overlay, len(images), len(prompts)) if overlay else []
 
-    from ...host.runner import load
+    from ...host.loaded import load
 
     with progress(quiet or as_json) as step:
-        engine = load(bundle, threads=threads, progress=step, backend=backend)
+        model = load(bundle, threads=threads, progress=step, backend=backend)
     for path, picture in zip(paths, images, strict=True):
-        check_size(picture, engine.image_rule.patch * engine.image_rule.merge, where=path)
+        check_size(picture, model.tower.min_side, model.tower.max_ratio, where=path)
     budget = {"dense": dense, "neuron_share": neuron_share, "token_share": token_share, "seed": seed}
     asked = {"max_new_tokens": max_new_tokens, "guard": guard_every if guard else None}
     asked["on_text"] = None if as_json else _write
     several = chat or len(prompts) > 1
     if several:
-        ask = engine.conversation(images, system=system, **budget).ask
+        ask = model.conversation(images, system=system, **budget).ask
     else:
-        ask = partial(engine.generate, images=images, system=system, **budget)
+        ask = partial(model.generate, images=images, system=system, **budget)
     turns, first = [], None
     for number, prompt in enumerate(chain(prompts, _questions() if chat else ())):
         answer = ask(prompt, **asked)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ...host.request import core_row_names
+from ...bundle.names import core_row_names
 from ...recipe.recipe import Engine
 
 PRECISIONS = ("fp16", "int8", "int4")
@@ -76,7 +76,7 @@ def estimated_weights(bundle: Any, graphs: Iterable[str], precision: str) -> Wei
     int8: FFN rows of decode. int4: every matrix of the decoder's layers. Each group of columns has a 16-bit scale.
     """
     ffn = {name for layer in core_row_names(bundle.family, bundle.shape.layers) for name in layer}
-    layers = bundle.family.LAYER.partition("{")[0]
+    layers = bundle.family.layer.partition("{")[0]
     bits, group = _BITS[precision]
     out = {}
     for graph in graphs:
@@ -150,10 +150,7 @@ def _decode(bundle: Any, e: Engine, fused: bool) -> int:
 
 
 def _vision(bundle: Any, e: Engine, fused: bool) -> int:
-    v, n = bundle.config["vision_config"], e.max_patches
-    width, heads = v.get("embed_dim") or v["hidden_size"], v["num_heads"]
-    attention = 4 * n * n + (0 if fused else 2 * 2 * heads * n * n)
-    return attention + (4 * 4 + 2 * 4) * n * width + 4 * n * (bundle.shape.patch_dim + bundle.shape.hidden)
+    return bundle.tower.engine_memory(e.max_patches, fused)
 
 
 _ACTIVATIONS = {"prefill": _prefill, "decode": _decode, "vision": _vision}

@@ -199,7 +199,7 @@ def _small_files(bundle: Bundle, source: Source, folder: Path) -> None:
 
 def _embedding(bundle: Bundle, folder: Path, file: str) -> dict[str, Any]:
     """Where the host finds the token embedding [V,D] in 16 bit: the engines' weight file if it is tied, else its own."""
-    name, shape = bundle.family.EMBEDDING, [bundle.shape.vocab, bundle.shape.hidden]
+    name, shape = bundle.family.embedding, [bundle.shape.vocab, bundle.shape.hidden]
     tensor = weights.index(folder / "onnx" / file).get(name)
     if tensor is None or tensor.dtype != np.float16 or list(tensor.shape) != shape:
         file = "embedding.safetensors"

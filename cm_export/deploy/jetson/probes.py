@@ -19,14 +19,16 @@ from typing import Any
 import numpy as np
 import psutil
 
-from ...backends.onnxruntime.backend import CoreRows
 from ...backends.tensorrt.export import Source
-from ...backends.tensorrt.rehearsal import LoweredGraphs, every_neuron_listed, listed, static_rows, step_feeds
+from ...backends.tensorrt.rehearsal import LoweredGraphs, listed, static_rows, step_feeds
 from ...backends.tensorrt.targets import Target
 from ...base.errors import CmExportError
 from ...build.gates_lowered import HALF_LIMIT
-from ...host.core_set import choose
-from ...host.request import Request, core_row_names, kept_slots, prefill_feeds, sparse_feeds
+from ...bundle.names import core_row_names
+from ...families import Pictures, Shape
+from ...host.core_rows import CoreRows
+from ...host.core_set import CoreSet, choose
+from ...host.request import Request, kept_slots, prefill_feeds, sparse_feeds
 from ...source.probe import probe as synthetic
 from .trtexec import shapes
 
@@ -52,21 +54,18 @@ def make(bundle: Any, source: Source, target: Target, folder: Path) -> Iterator[
 
     Raises CmExportError where memory does not suffice for the answers.
     """
-    shape, recipe, weights, family = source.shape, source.recipe, source.weights, bundle.family
+    shape, recipe, weights, family, tower = source.shape, source.recipe, source.weights, bundle.family, source.tower
     # One thread: with several, sums may fall in another order, and the archive would differ in its last bits.
     graphs = LoweredGraphs(source, target, folder, threads=1, check=lambda: _check_memory(folder))
-    given = synthetic(shape, bundle.config)
-    embeds = []
-    at = 0
-    for i, grid in enumerate(given["grid"]):  # one picture at a time, as the engine's profile says
-        patches = int(grid.prod())
-        feeds = family.vision_inputs(given["pixel_values"][at : at + patches], grid[None], shape.merge)
-        found, at = graphs.run("vision", feeds), at + patches
-        embeds.append(found["image_embeds"].astype(np.float32))
+    given = synthetic(shape, tower, bundle.config)
+    seen = []
+    for i, picture in enumerate(given.pictures):  # one picture at a time, as the engine's profile says
+        feeds = tower.feeds([picture])
+        found = graphs.run("vision", feeds)
+        seen.append(Pictures({n: v.astype(np.float32) for n, v in found.items()}, (picture.grid,)))
         if i == 0:
-            yield "vision", Probe("vision", graphs.only("vision", feeds), found, {"patches": patches})
-    pictures = np.concatenate(embeds) if embeds else None
-    request = Request.of(given["input_ids"], given["grid"], family, shape, weights, pictures)
+            yield "vision", Probe("vision", graphs.only("vision", feeds), found, {"patches": len(picture.pixels)})
+    request = Request.of(given.ids, Pictures.joined(seen), family, shape, weights)
 
     def prefill(share: float | None) -> tuple[Arrays, Arrays]:
         budget = sparse_feeds(request, recipe, share)
@@ -80,12 +79,13 @@ def make(bundle: Any, source: Source, target: Target, folder: Path) -> Iterator[
         feeds, chosen = prefill(None)
         yield "prefill-core", Probe("prefill", feeds, {"kept_tokens": chosen["kept_tokens"]}, about)
     core = choose(everything, recipe.neurons, shape, bundle.calibration)
-    word = int(given["input_ids"][0])
+    word = int(given.ids[0])
     for name, full in (("decode-core", False), ("decode-full", True)):
-        if full and (core.counts == shape.ffn).all():
+        if full and core.is_whole:
             return
         feeds = graphs.only("decode", _decode_feeds(request, recipe, shape, everything, word))
-        feeds |= graphs.only("decode", _neurons(core, shape, full, weights, family))
+        down = CoreRows(weights, core_row_names(family, shape.layers)).down
+        feeds |= graphs.only("decode", _neurons(CoreSet.whole(shape) if full else core, down))
         read = feeds["core_tokens"].shape[1] if "core_tokens" in feeds else recipe.engine.capacity
         about = {"neurons": shape.ffn if full else int(core.counts.max()), "of": shape.ffn, "cache_rows": read}
         yield name, Probe("decode", feeds, graphs.run("decode", feeds), about, bench=True)
@@ -130,7 +130,7 @@ def _file(value: np.ndarray, folder: Path) -> str:
     return file.relative_to(folder).as_posix()
 
 
-def _decode_feeds(request: Request, recipe: Any, shape: Any, prefill: Arrays, word: int) -> Arrays:
+def _decode_feeds(request: Request, recipe: Any, shape: Shape, prefill: Arrays, word: int) -> Arrays:
     """One step after a prefill that kept every token: the static cache with its mask, the row to write, rows to read."""
     capacity = recipe.engine.capacity
     feeds = step_feeds(request, word, 0, capacity)
@@ -141,14 +141,11 @@ def _decode_feeds(request: Request, recipe: Any, shape: Any, prefill: Arrays, wo
     return feeds
 
 
-def _neurons(core: Any, shape: Any, full: bool, weights: Any, family: Any) -> Arrays:
+def _neurons(core: CoreSet, down: list[np.ndarray]) -> Arrays:
     """core_neurons (for every layer, or each its own), and what stands in for the others."""
-    index = every_neuron_listed(shape.layers, shape.ffn) if full else core.neurons
-    feeds = listed(index, [shape.ffn] * shape.layers if full else core.counts.tolist())
-    bias = np.zeros((shape.layers, 1, shape.hidden), np.float32)
-    if core.mean_z is not None and not full:
-        bias = core.constants(CoreRows(weights, core_row_names(family, shape.layers)))["core_bias"]
-    return feeds | {"core_bias": bias}
+    if core.neurons is None:
+        raise CmExportError("decode chooses its neurons itself, which no engine does yet", where="pack")
+    return listed(core.neurons, core.counts.tolist()) | {"core_bias": core.bias(down)[:, None]}
 
 
 def _check_memory(folder: Path) -> None:

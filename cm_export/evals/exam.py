@@ -1,0 +1,82 @@
+"""The questions of a task put to a bundle: pictures seen once, answers with the logits and the times behind them.
+
+Exam(runner, task).answer(runner, question, budget) -> Written(ids, logits [T,V], milliseconds)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..families import Pictures
+from ..host.decode import Spent, decode, forced, greedy, recorded
+from ..host.runner import Budget, Prefilled, Runner
+from .task import Question, Task
+
+
+@dataclass
+class Written:
+    """An answer: its ids, the logits [T,V] before each of them and before the stop, and milliseconds."""
+
+    prefilled: Prefilled
+    ids: list[int]
+    logits: np.ndarray
+    prefill_ms: float = 0.0
+    gather_ms: float | None = None  # None where the answer ended with its first token
+    step_ms: list[float] = field(default_factory=list)
+
+    @property
+    def median_step_ms(self) -> float | None:
+        """Of all steps."""
+        return float(np.median(self.step_ms)) if self.step_ms else None
+
+
+def write(runner: Runner, prefilled: Prefilled, limit: int, ids: Sequence[int] | None = None) -> Written:
+    """The greedy answer to a prompt, or `ids` in its place."""
+    logits: list[np.ndarray] = []
+    spent: list[Spent] = []
+    choose = greedy(runner.chat.stop_ids) if ids is None else forced(ids)
+    row = prefilled.row(choose=recorded(choose, logits), limit=limit)
+    for _ in decode(runner.backend, [row], spent.append):
+        pass
+    gather = 1000 * sum(s.gather for s in spent) if spent else None
+    return Written(prefilled, row.ids, np.stack(logits), 0.0, gather, [1000 * s.step for s in spent])
+
+
+class Exam:
+    """A task's questions, their pictures already seen by one bundle's tower, which other policies share."""
+
+    def __init__(self, runner: Runner, task: Task, progress: Callable[..., None]):
+        self.runner, self.task, self.progress = runner, task, progress
+        names = sorted({p for q in task.questions for p in q.pictures})
+        digest, self._seen = hashlib.sha256(), {}
+        for i, name in enumerate(names):
+            if i % 50 == 0:
+                progress("look at the pictures", i, len(names))
+            picture = task.open_picture(name)
+            digest.update(repr(picture.size).encode() + picture.tobytes())
+            self._seen[name] = runner.see([picture])
+        self.fingerprint = digest.hexdigest()
+
+    def prefill(self, runner: Runner, question: Question, budget: Budget) -> Prefilled:
+        """A question's prompt after prefill."""
+        pictures = Pictures.joined([self._seen[p] for p in question.pictures])
+        return runner.prefill(runner.ask(question.text, pictures), budget)
+
+    def answer(self, runner: Runner, question: Question, budget: Budget) -> Written:
+        """Prefill and greedy answer, timed."""
+        started = time.perf_counter()
+        prefilled = self.prefill(runner, question, budget)
+        prefill_ms = 1000 * (time.perf_counter() - started)
+        written = write(runner, prefilled, self.task.limits[question.kind])
+        written.prefill_ms = prefill_ms
+        return written
+
+    def right(self, runner: Runner, question: Question, ids: list[int]) -> tuple[bool, str]:
+        """Whether an answer counts as right, and what it says."""
+        said = runner.chat.decode(ids).strip()
+        return any(self.task.same(said, right) for right in question.answers), said

@@ -1,0 +1,187 @@
+"""Several questions about the same pictures: each later one is read over the cache that is there, in one pass.
+
+    turn 1    vision -> prefill   [ system <i><i><i> q1 ]                      -> tokens and neurons for q1 -> answer a1
+    turn 2              turn      [ the same rows       ][ a1 q2 ]             -> tokens and neurons for q2 -> answer a2
+    turn 3              turn      [ the same rows        a1 q2  ][ a2 q3 ]     -> ...
+
+The cache of a conversation holds the dense model's rows only: an answer, which was decoded sparsely, is read again with
+the question after it. So what is kept for a question is what a prefill of the whole conversation would keep, if the
+new text judges; rows of text are always kept. Positions go on where the answer ended (METHOD: keep the full KV).
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..base.errors import BundleError
+from ..families import Pictures
+from .guard import Report, check_bundle, guarded
+from .runner import Budget, Prefilled, Runner
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Text and ids of an answer, its figures, kept patch groups per picture [gh,gw] bool, and remarks for the user."""
+
+    text: str
+    token_ids: list[int]
+    stats: dict[str, Any]
+    kept: list[np.ndarray]
+    notes: list[str]
+
+
+@dataclass
+class _Times:
+    """When each part of an answer was done, in seconds of time.perf_counter."""
+
+    started: float
+    seen: float = 0.0
+    prefilled: float = 0.0
+    first: float = 0.0  # token
+    ended: float = 0.0
+
+
+class Conversation:
+    """Questions about the same pictures, one after the other; `LoadedBundle.conversation` makes one."""
+
+    def __init__(self, runner: Runner, images: Sequence[Any], system: str | None, budget: Budget):
+        self.runner, self._images, self._system, self._budget = runner, images, system, budget
+        self._prompts: list[str] = []
+        self._answers: list[str] = []
+        self._pictures = Pictures()
+        self._ids = np.zeros(0, np.int64)  # of everything up to the last question
+        self._context: Prefilled | None = None
+
+    def ask(
+        self,
+        prompt: str,
+        max_new_tokens: int = 128,
+        guard: int | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Answer the next question, greedily; arguments and errors as of `LoadedBundle.generate`."""
+        runner = self.runner
+        if guard:
+            check_bundle(runner.recipe)
+            runner.check_reads_several("the guard")
+        times, before = _Times(time.perf_counter()), self._context
+        context = self._first(prompt, times) if before is None else self._later(prompt, before, times)
+        times.prefilled = time.perf_counter()
+        runner.bundle.wait_verified()
+        report = Report(guard) if guard else None
+        ids, text = self._write(context, max_new_tokens, report, times, on_text)
+        kept = kept_cells(context, self._pictures)
+        stats = _stats(context, ids, kept, times, max_new_tokens, runner.bundle.shape.ffn)
+        if report:  # tokens come a draft at a time, the first ones after the first check
+            spent = report.draft_s + report.check_s
+            stats |= {"guard": report.to_dict(), "decode_s": spent, "tokens_per_s": len(ids) / spent if ids else None}
+        if before is not None:
+            stats |= {"read_tokens": context.request.tokens - before.request.tokens}
+        unknown = runner.chat.unknown_words(prompt)
+        notes = [f"unknown to this model's vocabulary: {', '.join(unknown)}"] if unknown else []
+        self._context = context
+        self._prompts.append(prompt)
+        self._answers.append(text)
+        return Answer(text, ids, stats, kept, notes + runner.backend.notes)
+
+    def _write(
+        self,
+        context: Prefilled,
+        limit: int,
+        report: Report | None,
+        times: _Times,
+        on_text: Callable[[str], None] | None,
+    ) -> tuple[list[int], str]:
+        """Ids and text of the answer."""
+        chat, ids, pieces = self.runner.chat, [], []
+        source: Iterator[int] = (
+            guarded(self.runner, context, limit, chat.stop_ids, report)
+            if report
+            else self.runner.tokens(context, limit, chat.stop_ids)
+        )
+        for token, text in chat.stream(source):
+            times.first = times.first or time.perf_counter()
+            if token >= 0:
+                ids.append(token)
+            pieces.append(text)
+            if on_text and text:
+                on_text(text)
+        times.ended = time.perf_counter()
+        times.first = times.first or times.ended
+        return ids, "".join(pieces)
+
+    def _first(self, prompt: str, times: _Times) -> Prefilled:
+        """The pictures and the first question."""
+        self._pictures = self.runner.see(self._images)
+        times.seen = time.perf_counter()
+        self._ids = self.runner.chat.encode(prompt, self._system, self._pictures.counts)
+        return self.runner.prefill(self.runner.request(self._ids, self._pictures), self._budget)
+
+    def _later(self, prompt: str, before: Prefilled, times: _Times) -> Prefilled:
+        """What was said since the last question, and the next one, read over the cache; no picture is seen again."""
+        chat, counts = self.runner.chat, self._pictures.counts
+        times.seen = times.started
+        ids = chat.encode_turns([*self._prompts, prompt], self._answers, self._system, counts)
+        new = added(self._ids, ids, self.runner.bundle.path)
+        self.runner.check_length(len(ids))
+        # The question begins where what was said before it, rendered alone, ends.
+        said = chat.encode_turns(self._prompts, self._answers, self._system, counts)
+        context = before.then(new.tolist(), len(ids) - _alike(said, ids))
+        self._ids = ids
+        return context
+
+
+def _stats(
+    context: Prefilled, ids: list[int], kept: list[np.ndarray], times: _Times, limit: int, ffn: int
+) -> dict[str, Any]:
+    """The figures of an answer."""
+    decode = times.ended - times.first
+    return {
+        "dense": context.budget.dense,
+        "prompt_tokens": context.request.tokens,
+        "image_tokens": context.request.image_tokens,
+        "kept_tokens": context.kept_tokens.shape[1],
+        "image_tokens_kept": int(sum(k.sum() for k in kept)),
+        "neurons": ffn,
+        "neurons_kept": context.neurons,
+        "new_tokens": len(ids),
+        "ttft_s": times.first - times.started,
+        "vision_s": times.seen - times.started,
+        "prefill_s": times.prefilled - times.seen,
+        "decode_s": decode,
+        "tokens_per_s": (len(ids) - 1) / decode if len(ids) > 1 else None,
+        "stopped": "stop token" if len(ids) < limit else "max-new-tokens",
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def added(before: np.ndarray, ids: np.ndarray, bundle: Any) -> np.ndarray:
+    """The tokens of `ids` after `before`. Raises BundleError unless `before` is how `ids` begins."""
+    at = _alike(before, ids)
+    if at == len(before) < len(ids):
+        return ids[at:]
+    raise BundleError(
+        f"the chat template says token {at} of the first question otherwise once it is answered",
+        where=bundle,
+        fix="ask each question in a run of its own",
+    )
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> int:
+    """How many ids are the same from the start."""
+    same = a[: len(b)] == b[: len(a)]
+    return len(same) if same.all() else int(np.argmin(same))
+
+
+def kept_cells(context: Prefilled, pictures: Pictures) -> list[np.ndarray]:
+    """Per picture, [rows, columns] bool: which image tokens of its (first) frame stayed."""
+    stays = np.zeros(context.request.tokens, bool)
+    stays[context.kept_tokens[0]] = True
+    numbers = context.request.picture[0]
+    return [stays[numbers == i].reshape(grid)[0] for i, grid in enumerate(pictures.grids)]
