@@ -5,7 +5,6 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,11 @@ import onnx
 import torch
 import transformers
 
+from cm_export import families
 from cm_export.backends.onnxruntime.backend import Backend
-from cm_export.base import by_name
 from cm_export.bundle import weights
-from cm_export.families import qwen2_vl as family
+from cm_export.bundle.names import core_row_names
+from cm_export.families import Family, Pictures
 from cm_export.host.request import Request
 from cm_export.recipe.recipe import Recipe
 from cm_export.source import model as hf
@@ -25,6 +25,7 @@ from cm_export.surgery import pipeline
 from cm_export.surgery.neuron_constants import neuron_constants
 
 IMAGE, VIDEO, START, END = 5, 6, 3, 4
+family = families.find("qwen2_vl")
 
 
 def random_config(seed: int) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def random_checkpoint(config: dict[str, Any], folder: Path, seed: int = 0, **how
     `how`: arguments of save_pretrained, such as max_shard_size.
     """
     torch.manual_seed(seed)
-    kind = by_name.load("cm_export.families", config.get("model_type", "qwen2_vl"), "model type")
+    kind = families.find(config.get("model_type", "qwen2_vl"))
     model_class = getattr(transformers, kind.model_class)
     model = model_class(model_class.config_class(**config)).eval()
     with torch.no_grad():
@@ -128,15 +129,19 @@ class Exported:
 
     path: Path
     folder: Path
-    family: ModuleType = family
+    family: Family = family
 
     @cached_property
     def config(self) -> dict[str, Any]:
         return hf.read_config(self.path)
 
     @cached_property
-    def shape(self) -> family.Shape:
+    def shape(self) -> families.Shape:
         return self.family.shape(self.config)
+
+    @cached_property
+    def tower(self) -> Any:
+        return self.family.tower(self.config)
 
     @cached_property
     def model(self) -> Any:
@@ -153,7 +158,7 @@ class Exported:
     def dense(self) -> dict[str, onnx.ModelProto]:
         skeleton = hf.skeleton(self.path, self.family)
         out = {}
-        for spec in trace.specs(skeleton, self.shape):
+        for spec in trace.specs(skeleton, self.family, self.config):
             out[spec.name], _ = pipeline.dense(spec.name, trace.trace(spec), self.weights.tensors, self.family)
         return out
 
@@ -169,7 +174,8 @@ class Exported:
 
     def backend(self, recipe: Recipe | None = None, calibration: Any = None) -> Backend:
         graphs = self.graphs(recipe or Recipe(), calibration)
-        return Backend(lambda n: copy(graphs[n]), self.weights, threads=1)
+        rows = core_row_names(self.family, self.shape.layers)
+        return Backend(lambda n: copy(graphs[n]), self.weights, threads=1, row_names=rows)
 
 
 def copy(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -195,10 +201,27 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", **config}))
 
 
+def patch_grids(x: Exported, layout) -> np.ndarray:
+    """Pictures of the given merged sizes (rows, columns) as patch grids [pictures,3]."""
+    return np.array([(1, h * x.tower.merge, w * x.tower.merge) for h, w in layout], np.int64).reshape(-1, 3)
+
+
+def request_of(x: Exported, ids: np.ndarray, grid: np.ndarray, embeds: np.ndarray | None) -> Request:
+    """A prompt with pictures of these patch grids and embeddings."""
+    merge = x.tower.merge if x.tower else 1
+    grids = tuple((t, h // merge, w // merge) for t, h, w in grid.tolist())
+    return Request.of(ids, Pictures({"image_embeds": embeds} if grids else {}, grids), x.family, x.shape, x.weights)
+
+
+def numbered(image_mask: np.ndarray) -> np.ndarray:
+    """[B,S] int64: the number of the picture that a token belongs to where runs of image tokens are pictures; else -1."""
+    before = np.pad(image_mask, ((0, 0), (1, 0)))[:, :-1]
+    return np.where(image_mask, (image_mask & ~before).cumsum(1) - 1, -1)
+
+
 def request(x, seed, layout=((3, 4), (2, 2))):
     """A prompt with pictures of random embeddings, ready to run."""
     rng = np.random.default_rng(seed)
     ids = prompt(x.shape, list(layout), rng)
-    grid = np.array([(1, h * x.shape.merge, w * x.shape.merge) for h, w in layout], np.int64)
     embeds = rng.standard_normal((int((ids == x.shape.image_token).sum()), x.shape.hidden)).astype(np.float32)
-    return Request.of(ids, grid, family, x.shape, x.weights, embeds)
+    return request_of(x, ids, patch_grids(x, layout), embeds)

@@ -11,18 +11,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import Exported
+from stepping import Decoder
 from test_surgery import arrays, request
 from tolerances import agrees
 
-from cm_export.backends.onnxruntime.backend import CoreRows, Decoder
 from cm_export.base.core_index import check_core_neurons, select_core_neurons
 from cm_export.base.errors import InputError
 from cm_export.bundle import weights
 from cm_export.bundle.calibration import Calibration
+from cm_export.bundle.names import core_row_names
 from cm_export.families import qwen2_vl as family
+from cm_export.host.core_rows import CoreRows
 from cm_export.host.core_set import CoreSet, choose, every_neuron
 from cm_export.host.layer_budgets import LEAST, STEP, _convex, allot, layer_counts
-from cm_export.host.request import core_row_names, prefill_feeds, sparse_feeds
+from cm_export.host.request import prefill_feeds, sparse_feeds
 from cm_export.recipe.recipe import Neurons, Recipe
 from cm_export.source import model as hf
 from cm_export.surgery import pipeline
@@ -116,7 +118,7 @@ def test_decode_computes_the_kept_neurons_and_the_mean_of_the_others(exported, s
     core = choose(arrays(out), recipe.neurons, x.shape, calibration)
     assert (len(set(core.counts.tolist())) > 1) == (layers == "calibrated")
     constants = core.constants(rows)
-    feeds, cache = req.step_feeds(9, 0), cache_of(out)
+    feeds, cache = step_feeds(req, 9, 0), cache_of(out)
     got = Decoder(backend, "decode", cache, constants).step(feeds)
     portable = Decoder(backend, "decode", cache, dict(constants), rows_as_inputs=False).step(feeds)
     agrees("export", portable, got)
@@ -140,7 +142,7 @@ def replaced(x, req, core, token):
 
     for i, layer in enumerate(lm.layers):
         handles.append(layer.mlp.down_proj.register_forward_pre_hook(change(i)))
-    step = req.step_feeds(token, 0)
+    step = step_feeds(req, token, 0)
     embeds = np.concatenate([req.inputs_embeds, step["inputs_embeds"]], 1)
     positions = np.concatenate([req.position_ids, step["position_ids"]], 2)
     with torch.no_grad():
@@ -165,7 +167,9 @@ def test_full_budget_with_fill_is_dense_to_the_bit(exported, seed, fill, layers)
     dense = Decoder(backend, "decode_dense", cache_of(out), {})
     sparse = Decoder(backend, "decode", cache_of(out), constants)
     for step, token in enumerate((9, 8)):
-        np.testing.assert_array_equal(sparse.step(req.step_feeds(token, step)), dense.step(req.step_feeds(token, step)))
+        np.testing.assert_array_equal(
+            sparse.step(step_feeds(req, token, step)), dense.step(step_feeds(req, token, step))
+        )
 
 
 @CASES
@@ -201,9 +205,9 @@ def test_ids_behind_a_layers_count_are_never_read(exported, seed):
     fed = [index, np.where(index < 0, 0, index)]
     assert not np.array_equal(*fed)
     given_ = [{"core_neurons": i, "core_counts": counts} for i in fed]
-    steps = [Decoder(backend, "decode", cache, g, rows_as_inputs=False).step(req.step_feeds(9, 0)) for g in given_]
+    steps = [Decoder(backend, "decode", cache, g, rows_as_inputs=False).step(step_feeds(req, 9, 0)) for g in given_]
     np.testing.assert_array_equal(*steps)
-    gathered = Decoder(backend, "decode", cache, rows_of(x).gather(index, counts)).step(req.step_feeds(9, 0))
+    gathered = Decoder(backend, "decode", cache, rows_of(x).gather(index, counts)).step(step_feeds(req, 9, 0))
     agrees("export", gathered, steps[0])
 
 
@@ -355,7 +359,7 @@ def test_law_b_reordered_weights_are_the_same_model_with_other_ids(exported, see
     if policy in ("griffin", "glass"):  # without ties, the ids are the permuted ids
         np.testing.assert_array_equal(back, select_core_neurons(scores[0], count))
     steps = [
-        Decoder(b, "decode", cache_of(o), rows_of(m).gather(ids)).step(req.step_feeds(9, 0))
+        Decoder(b, "decode", cache_of(o), rows_of(m).gather(ids)).step(step_feeds(req, 9, 0))
         for b, o, m, ids in zip(backends, outs, (x, y), (back, core), strict=True)
     ]
     agrees("export", steps[1], steps[0])

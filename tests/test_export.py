@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 from random_models import IMAGE, prompt
+from stepping import Decoder
 from tolerances import agrees
 
-from cm_export.backends.onnxruntime.backend import CoreRows, Decoder
 from cm_export.families import qwen2_vl as family
-from cm_export.host.request import Request, core_row_names, prefill_feeds, sparse_feeds
+from cm_export.host.core_rows import CoreRows
+from cm_export.host.request import Request, prefill_feeds, sparse_feeds
 from cm_export.recipe.recipe import Recipe
 
 SEEDS = (1, 2, 3, 4)
@@ -17,8 +18,8 @@ seeds = pytest.mark.parametrize("seed", SEEDS)
 
 
 def picture_feeds(x, grids, rng):
-    grid = np.array([(1, h * x.shape.merge, w * x.shape.merge) for h, w in grids], np.int64).reshape(-1, 3)
-    pixels = rng.standard_normal((int(grid.prod(1).sum()), x.shape.patch_dim)).astype(np.float32)
+    grid = np.array([(1, h * x.tower.merge, w * x.tower.merge) for h, w in grids], np.int64).reshape(-1, 3)
+    pixels = rng.standard_normal((int(grid.prod(1).sum()), x.tower.patch_dim)).astype(np.float32)
     return grid, pixels
 
 
@@ -52,7 +53,7 @@ def test_vision_equals_transformers_on_unequal_pictures(exported, seed):
         grid, pixels = picture_feeds(x, layout, rng)
         with torch.no_grad():
             out = x.model.get_image_features(torch.from_numpy(pixels), torch.from_numpy(grid), return_dict=True)
-        ours = backend.vision(family.vision_inputs(pixels, grid, x.shape.merge))
+        ours = backend.vision(family.vision_inputs(pixels, grid, x.tower.merge))
         close(ours, torch.cat(tuple(out.pooler_output)).numpy())
 
 
@@ -65,7 +66,7 @@ def test_answers_equal_stock_generate(exported, seed):
         grid, pixels = picture_feeds(x, layout, rng)
         ids = prompt(x.shape, layout, rng)
         tokens, logits = stock(x, ids, grid, pixels, steps)
-        embeds = backend.vision(family.vision_inputs(pixels, grid, x.shape.merge))
+        embeds = backend.vision(family.vision_inputs(pixels, grid, x.tower.merge))
         request = Request.of(ids, grid, family, x.shape, x.weights, embeds)
         full = sparse_feeds(request, Recipe(), token_share=1.0)
         rows = CoreRows(x.weights, core_row_names(family, x.shape.layers))
@@ -75,7 +76,7 @@ def test_answers_equal_stock_generate(exported, seed):
             decoder = Decoder(backend, f"decode{graph}", out, constant)
             for i in range(steps - 1):
                 assert out["logits"].numpy()[0].argmax() == tokens[0]
-                step = decoder.step(request.step_feeds(int(tokens[i]), i))
+                step = decoder.step(step_feeds(request, int(tokens[i]), i))
                 close(step, logits[i + 1 : i + 2])
                 assert step[0].argmax() == tokens[i + 1]
 

@@ -8,9 +8,9 @@ import onnxruntime as ort
 import pytest
 from conftest import cm_export
 from random_models import request
+from stepping import Decoder
 from tolerances import agrees
 
-from cm_export.backends.onnxruntime.backend import Decoder
 from cm_export.bundle.bundle import Bundle
 from cm_export.evals.compare import with_policies
 from cm_export.evals.tasks import easy_vqa
@@ -115,7 +115,7 @@ def test_several_tokens_at_once_are_the_same_numbers_in_the_session_made_for_it(
         out = backend.prefill(prefill_feeds(asked), "prefill_dense")
         for tokens in ([3], [3, 4], list(range(7, 24))):
             one, other = (Decoder(backend, "decode_dense", out, {}, few_rows=f) for f in (False, True))
-            feeds = asked.step_feeds(tokens, 0)
+            feeds = step_feeds(asked, tokens, 0)
             agrees("same numbers", other.read(feeds), one.read(feeds))
             for name, value in one.cache.items():
                 agrees("same numbers", other.cache[name].numpy(), value.numpy())
@@ -135,12 +135,12 @@ def test_a_truncated_cache_is_the_cache_before(exported, seed):
     asked = request(x, seed)
     out = backend.prefill(prefill_feeds(asked), "prefill_dense")
     one, other = (Decoder(backend, "decode_dense", out, {}) for _ in range(2))
-    one.read(asked.step_feeds([3, 4], 0))
-    other.read(asked.step_feeds([3, 4, 5, 6], 0))
+    one.read(step_feeds(asked, [3, 4], 0))
+    other.read(step_feeds(asked, [3, 4, 5, 6], 0))
     other.truncate(asked.tokens + 2)
-    a, b = (d.step(asked.step_feeds(7, 2)) for d in (one, other))
+    a, b = (d.step(step_feeds(asked, 7, 2)) for d in (one, other))
     agrees("same numbers", a, b)
-    assert not np.array_equal(a, one.step(asked.step_feeds(7, 3)))
+    assert not np.array_equal(a, one.step(step_feeds(asked, 7, 3)))
 
 
 def test_run_reports_what_the_guard_did_and_refuses_a_bundle_that_cannot_be_checked(demo_bundle, whole_bundle):

@@ -18,9 +18,9 @@ import test_qwen2_vl_host
 import test_surgery
 from cm_export.plugins.core_ffn import body
 
-from cm_export.backends.onnxruntime.backend import CoreRows
 from cm_export.base import core_index
 from cm_export.families import qwen2_vl
+from cm_export.host.core_rows import CoreRows
 
 
 def fails(test, *args):

@@ -12,18 +12,20 @@ from conftest import cm_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import copy, request
+from stepping import Decoder
 from tolerances import agrees
 
-from cm_export.backends.onnxruntime.backend import Backend, CoreRows, Decoder
+from cm_export.backends.onnxruntime.backend import Backend, CoreRows
 from cm_export.backends.onnxruntime.lower import lower, unsigned
 from cm_export.base.errors import InputError
 from cm_export.base.onnx_text import model_of
 from cm_export.build.gates import COPY_LIMIT
 from cm_export.bundle import predictor
+from cm_export.bundle.names import core_row_names
 from cm_export.bundle.weights import WeightFile
 from cm_export.families import qwen2_vl as family
 from cm_export.host.core_set import choose, every_neuron
-from cm_export.host.request import core_row_names, prefill_feeds
+from cm_export.host.request import prefill_feeds
 from cm_export.policies.neurons import predicted
 from cm_export.recipe.recipe import Recipe
 from cm_export.surgery import pipeline
@@ -190,7 +192,7 @@ def steps(x, backend, graph, constants, tokens):
     feeds = request(x, 3)
     cache = backend.prefill(prefill_feeds(feeds), "prefill")
     decoder = Decoder(backend, graph, cache, constants)
-    return decoder.read(feeds.step_feeds(tokens, 0))[0]
+    return decoder.read(step_feeds(feeds, tokens, 0))[0]
 
 
 def test_law_a_every_neuron_is_the_dense_model(layered):
@@ -227,7 +229,7 @@ def test_decode_computes_the_neurons_that_are_largest_for_each_token(layered):
     graph, _ = pipeline.sparse_decode(copy(x.dense["decode"]), family, x.shape, RECIPE, copies.tensors)
     onnx.save(graph, x.folder / "portable.onnx")
     plain = ort.InferenceSession(x.folder / "portable.onnx", providers=["CPUExecutionProvider"])
-    feeds = asked.step_feeds(tokens, 0) | past | {"core_counts": core.counts}
+    feeds = step_feeds(asked, tokens, 0) | past | {"core_counts": core.counts}
     got = plain.run(["logits"], {i.name: feeds[i.name] for i in plain.get_inputs()})[0][0]
 
     def sparse(layer, module):

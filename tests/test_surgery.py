@@ -4,13 +4,15 @@ import numpy as np
 import onnx
 import pytest
 from random_models import copy, request
+from stepping import Decoder
 from tolerances import agrees
 
-from cm_export.backends.onnxruntime.backend import CoreRows, Decoder
 from cm_export.base.core_index import select_core_neurons
 from cm_export.base.errors import InputError, SurgeryError
+from cm_export.bundle.names import core_row_names
 from cm_export.families import qwen2_vl as family
-from cm_export.host.request import core_row_names, prefill_feeds, sparse_feeds
+from cm_export.host.core_rows import CoreRows
+from cm_export.host.request import prefill_feeds, sparse_feeds
 from cm_export.recipe.recipe import Recipe
 from cm_export.surgery import pipeline
 from cm_export.surgery.edit import Edit
@@ -102,8 +104,8 @@ def test_decode_over_an_index_equals_decode_over_the_cut_cache(exported, seed):
     dense = Decoder(backend, "decode_dense", short, {})
     ones = np.ones_like(kept, np.int64)
     for step, token in enumerate((9, 8, 7)):
-        a = indexed.step(req.step_feeds(token, step, core_tokens=kept))
-        b = dense.step(req.step_feeds(token, step, kept_mask=ones))
+        a = indexed.step(step_feeds(req, token, step, core_tokens=kept))
+        b = dense.step(step_feeds(req, token, step, kept_mask=ones))
         agrees("same numbers", a, b)
 
 
@@ -128,7 +130,7 @@ def test_decode_computes_exactly_the_chosen_neurons_of_its_own_layer(exported, s
                 w[np.setdiff1d(np.arange(x.shape.ffn), core[i, 0])] = 0
             rows[f"ffn.{i}.{part}"] = w[None]
     masked = Decoder(backend, "decode", cache, rows)
-    feeds = req.step_feeds(9, 0)
+    feeds = step_feeds(req, 9, 0)
     expected = masked.step(feeds)
     agrees("export", gathered.step(feeds), expected)
     agrees("export", portable.step(feeds), expected)

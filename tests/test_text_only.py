@@ -10,11 +10,11 @@ import torch
 from conftest import ONE_THREAD, cm_export
 from fake_jetson import Jetson
 from random_models import Exported, random_checkpoint, random_text_config
+from stepping import Decoder
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tolerances import agrees
 from transformers import PreTrainedTokenizerFast
 
-from cm_export.backends.onnxruntime.backend import CoreRows, Decoder
 from cm_export.base import by_name
 from cm_export.base.errors import BundleError, InputError
 from cm_export.bundle.inspect import describe
@@ -25,7 +25,8 @@ from cm_export.evals.compare import Sweep, compare
 from cm_export.evals.user_data import load as load_data
 from cm_export.host import runner as generate
 from cm_export.host.chat import Chat
-from cm_export.host.request import Request, core_row_names, prefill_feeds, sparse_feeds
+from cm_export.host.core_rows import CoreRows
+from cm_export.host.request import Request, prefill_feeds, sparse_feeds
 from cm_export.recipe.recipe import Recipe, from_dict
 from cm_export.source import trace
 from cm_export.surgery import pipeline
@@ -83,7 +84,7 @@ def test_answers_equal_stock_generate(x):
             agrees("export", out["logits"].numpy(), logits[:1])
             decoder = Decoder(backend, f"decode{graph}", out, constant)
             for i in range(STEPS - 1):
-                step = decoder.step(request.step_feeds(int(tokens[i]), i))
+                step = decoder.step(step_feeds(request, int(tokens[i]), i))
                 agrees("export", step, logits[i + 1 : i + 2])
 
 

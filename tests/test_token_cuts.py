@@ -6,17 +6,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_models import request
+from stepping import Decoder
 from test_surgery import arrays, masked_prefill
 from tolerances import agrees
 
-from cm_export.backends.onnxruntime.backend import CoreRows, Decoder
 from cm_export.base import by_name
 from cm_export.base.core_index import image_token_count
 from cm_export.base.errors import InputError
 from cm_export.bundle.bundle import Bundle
 from cm_export.families import qwen2_vl as family
 from cm_export.host.chat import Chat
-from cm_export.host.request import Request, core_row_names, picture_sizes, prefill_feeds, sparse_feeds
+from cm_export.host.core_rows import CoreRows
+from cm_export.host.request import Request, picture_sizes, prefill_feeds, sparse_feeds
 from cm_export.policies.keep import keep_tokens
 from cm_export.policies.quota import pictures, quota
 from cm_export.recipe.recipe import Recipe, check
@@ -145,8 +146,8 @@ def test_law_f_decode_over_a_cut_cache_equals_decode_over_listed_rows(exported, 
     rows = CoreRows(x.weights, core_row_names(family, x.shape.layers)).all()
     indexed, gathered = Decoder(backend, "decode", cache, rows), Decoder(backend, "decode_dense", short, {})
     for step, token in enumerate((9, 8)):
-        a = indexed.step(req.step_feeds(token, step, core_tokens=kept))
-        b = gathered.step(req.step_feeds(token, step, kept_mask=np.ones_like(kept, np.int64)))
+        a = indexed.step(step_feeds(req, token, step, core_tokens=kept))
+        b = gathered.step(step_feeds(req, token, step, kept_mask=np.ones_like(kept, np.int64)))
         agrees("same numbers", a, b)
 
 

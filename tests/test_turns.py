@@ -42,7 +42,7 @@ def engine_of(x, recipe):
 
 
 def whole(x, ids, embeds):
-    grid = np.array([(1, h * x.shape.merge, w * x.shape.merge) for h, w in LAYOUT], np.int64)
+    grid = np.array([(1, h * x.tower.merge, w * x.tower.merge) for h, w in LAYOUT], np.int64)
     return Request.of(ids, grid, family, x.shape, x.weights, embeds)
 
 
