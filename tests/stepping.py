@@ -100,3 +100,15 @@ def constants(core, rows):
     out = dict(rows.gather([core]).rows)
     out |= {"core_counts": core.counts, "core_bias": core.bias(rows.down)[:, None]}
     return out if core.neurons is None else out | {"core_neurons": np.ascontiguousarray(core.neurons)}
+
+
+def prefill(backend, feeds, graph="prefill"):
+    """Every output of a prefill graph."""
+    return outputs(backend, graph, feeds)
+
+
+def every_neuron(rows):
+    """What decode takes besides its cache when nothing is left out."""
+    layers, ffn, hidden = len(rows.down), *rows.down[0].shape
+    zero = np.zeros((layers, 1, hidden), np.float32)
+    return every_row(rows) | {"core_bias": zero, "core_counts": np.full(layers, ffn, np.int64)}

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_models import Exported
-from stepping import Decoder
+from random_models import Exported, family
+from stepping import Decoder, constants, every_neuron, gathered, gatherer, prefill, step_feeds
 from test_surgery import arrays, request
 from tolerances import agrees
 
@@ -20,9 +20,7 @@ from cm_export.base.errors import InputError
 from cm_export.bundle import weights
 from cm_export.bundle.calibration import Calibration
 from cm_export.bundle.names import core_row_names
-from cm_export.families import qwen2_vl as family
-from cm_export.host.core_rows import CoreRows
-from cm_export.host.core_set import CoreSet, choose, every_neuron
+from cm_export.host.core_set import CoreSet, choose
 from cm_export.host.layer_budgets import LEAST, STEP, _convex, allot, layer_counts
 from cm_export.host.request import prefill_feeds, sparse_feeds
 from cm_export.recipe.recipe import Neurons, Recipe
@@ -48,7 +46,7 @@ def made_up(x, seed=0) -> Calibration:
 
 
 def rows_of(x):
-    return CoreRows(x.weights, core_row_names(family, x.shape.layers))
+    return gatherer(x.weights, x.family, x.shape.layers)
 
 
 def cache_of(out):
@@ -82,7 +80,7 @@ def test_prefill_reports_the_weighted_means_that_pytorch_sees(exported, seed, im
     x = exported(seed)
     recipe = Recipe().replace(tokens__policy="dense", neurons__fill="prompt", neurons__image_weight=image_weight)
     req = request(x, seed)
-    out = arrays(x.backend(recipe).prefill(prefill_feeds(req)))
+    out = arrays(prefill(x.backend(recipe), prefill_feeds(req)))
     weight = np.where(req.is_image[0], image_weight, 1.0)
     for i, z in enumerate(watched(x, req)):
         mean = np.average(z.astype(np.float64), axis=0, weights=weight)
@@ -97,7 +95,7 @@ def test_only_kept_tokens_enter_the_means(exported, seed):
     x = exported(seed)
     recipe = Recipe().replace(tokens__policy="random", tokens__prune_layer=1, neurons__fill="prompt")
     req = request(x, seed)
-    out = arrays(x.backend(recipe).prefill(prefill_feeds(req) | sparse_feeds(req, recipe, 0.3)))
+    out = arrays(prefill(x.backend(recipe), prefill_feeds(req) | sparse_feeds(req, recipe, 0.3)))
     kept = out["kept_tokens"][0]
     assert len(kept) < req.tokens
     first = watched(x, req)[0]  # the layer before the cut sees every token, in both
@@ -114,16 +112,16 @@ def test_decode_computes_the_kept_neurons_and_the_mean_of_the_others(exported, s
     calibration = made_up(x)
     recipe = Recipe().replace(neurons__fill=fill, neurons__layers=layers, neurons__share=0.4, **CALIBRATED)
     backend, req, rows = x.backend(recipe, calibration), request(x, seed), rows_of(x)
-    out = backend.prefill(prefill_feeds(req))
+    out = prefill(backend, prefill_feeds(req))
     core = choose(arrays(out), recipe.neurons, x.shape, calibration)
     assert (len(set(core.counts.tolist())) > 1) == (layers == "calibrated")
-    constants = core.constants(rows)
+    fixed = constants(core, rows)
     feeds, cache = step_feeds(req, 9, 0), cache_of(out)
-    got = Decoder(backend, "decode", cache, constants).step(feeds)
-    portable = Decoder(backend, "decode", cache, dict(constants), rows_as_inputs=False).step(feeds)
+    got = Decoder(backend, "decode", cache, fixed).step(feeds)
+    portable = Decoder(backend, "decode", cache, dict(fixed), rows_as_inputs=False).step(feeds)
     agrees("export", portable, got)
     agrees("export", got, replaced(x, req, core, 9))
-    unfilled = Decoder(backend, "decode", cache, constants | {"core_bias": 0 * constants["core_bias"]}).step(feeds)
+    unfilled = Decoder(backend, "decode", cache, fixed | {"core_bias": 0 * fixed["core_bias"]}).step(feeds)
     assert np.abs(unfilled - got).max() > 1e-3, "the bias must matter"
 
 
@@ -161,11 +159,11 @@ def test_full_budget_with_fill_is_dense_to_the_bit(exported, seed, fill, layers)
     calibration = made_up(x)
     recipe = Recipe().replace(neurons__fill=fill, neurons__layers=layers, neurons__share=1.0, **CALIBRATED)
     backend, req, rows = x.backend(recipe, calibration), request(x, seed), rows_of(x)
-    out = backend.prefill(prefill_feeds(req))
-    constants = choose(arrays(out), recipe.neurons, x.shape, calibration).constants(rows)
-    assert not constants["core_bias"].any()
+    out = prefill(backend, prefill_feeds(req))
+    fixed = constants(choose(arrays(out), recipe.neurons, x.shape, calibration), rows)
+    assert not fixed["core_bias"].any()
     dense = Decoder(backend, "decode_dense", cache_of(out), {})
-    sparse = Decoder(backend, "decode", cache_of(out), constants)
+    sparse = Decoder(backend, "decode", cache_of(out), fixed)
     for step, token in enumerate((9, 8)):
         np.testing.assert_array_equal(
             sparse.step(step_feeds(req, token, step)), dense.step(step_feeds(req, token, step))
@@ -183,8 +181,9 @@ def test_the_bias_is_the_summed_mean_of_the_dropped(layers, batch, ffn, hidden, 
     neurons = select_core_neurons(scores, counts)
     mean_z = rng.standard_normal((layers, batch, ffn)).astype(np.float32)
     down = rng.standard_normal((layers, ffn, hidden)).astype(np.float32)
-    core = CoreSet(neurons, counts, ffn, mean_z, mean_z @ down)
-    got = core.bias([down[i][neurons[i, :, : counts[i]]] for i in range(layers)])
+    rows = [[a[:, b : b + 1] for a in (neurons, mean_z, mean_z @ down)] for b in range(batch)]
+    cores = [CoreSet(ids, counts, ffn, z, y) for ids, z, y in rows]
+    got = np.stack([core.bias(list(down)) for core in cores], 1)
     for i, b in np.ndindex(layers, batch):
         dropped = sorted(set(range(ffn)) - set(neurons[i, b, : counts[i]].tolist()))
         agrees("op float32", got[i, b], sum((mean_z[i, b, n] * down[i, n] for n in dropped), np.zeros(hidden)))
@@ -196,7 +195,7 @@ def test_ids_behind_a_layers_count_are_never_read(exported, seed):
     x = exported(seed)
     recipe = Recipe().replace(neurons__layers="calibrated", **CALIBRATED)
     backend, req = x.backend(recipe, made_up(x)), request(x, seed)
-    cache = cache_of(backend.prefill(prefill_feeds(req)))
+    cache = cache_of(prefill(backend, prefill_feeds(req)))
     counts = np.arange(3, 3 + x.shape.layers)
     index = select_core_neurons(
         np.random.default_rng(seed).random((x.shape.layers, 1, x.shape.ffn), np.float32), counts
@@ -207,8 +206,8 @@ def test_ids_behind_a_layers_count_are_never_read(exported, seed):
     given_ = [{"core_neurons": i, "core_counts": counts} for i in fed]
     steps = [Decoder(backend, "decode", cache, g, rows_as_inputs=False).step(step_feeds(req, 9, 0)) for g in given_]
     np.testing.assert_array_equal(*steps)
-    gathered = Decoder(backend, "decode", cache, rows_of(x).gather(index, counts)).step(step_feeds(req, 9, 0))
-    agrees("export", gathered, steps[0])
+    from_rows = Decoder(backend, "decode", cache, gathered(rows_of(x), index, counts)).step(step_feeds(req, 9, 0))
+    agrees("export", from_rows, steps[0])
 
 
 @st.composite
@@ -347,7 +346,7 @@ def test_law_b_reordered_weights_are_the_same_model_with_other_ids(exported, see
     req = request(x, seed)
     placed = Calibration(**{**calibration.__dict__, "order": y.order.astype(np.int32)}).reordered()
     backends = x.backend(recipe, calibration), y.backend(recipe, placed)
-    outs = [b.prefill(prefill_feeds(req)) for b in backends]
+    outs = [prefill(b, prefill_feeds(req)) for b in backends]
     for name in cache_of(outs[0]) | {"logits": 0}:
         agrees("export", outs[1][name].numpy(), outs[0][name].numpy())
     scores = [o["core_scores"].numpy() for o in outs]
@@ -359,7 +358,7 @@ def test_law_b_reordered_weights_are_the_same_model_with_other_ids(exported, see
     if policy in ("griffin", "glass"):  # without ties, the ids are the permuted ids
         np.testing.assert_array_equal(back, select_core_neurons(scores[0], count))
     steps = [
-        Decoder(b, "decode", cache_of(o), rows_of(m).gather(ids)).step(step_feeds(req, 9, 0))
+        Decoder(b, "decode", cache_of(o), gathered(rows_of(m), ids)).step(step_feeds(req, 9, 0))
         for b, o, m, ids in zip(backends, outs, (x, y), (back, core), strict=True)
     ]
     agrees("export", steps[1], steps[0])

@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from random_models import IMAGE, prompt
-from stepping import Decoder
+from random_models import IMAGE, prompt, request_of
+from stepping import Decoder, every_row, gatherer, prefill, step_feeds
 from tolerances import agrees
 
-from cm_export.families import qwen2_vl as family
-from cm_export.host.core_rows import CoreRows
-from cm_export.host.request import Request, prefill_feeds, sparse_feeds
+from cm_export.families.qwen2_vl import vision_inputs
+from cm_export.host.request import prefill_feeds, sparse_feeds
 from cm_export.recipe.recipe import Recipe
 
 SEEDS = (1, 2, 3, 4)
@@ -53,7 +52,7 @@ def test_vision_equals_transformers_on_unequal_pictures(exported, seed):
         grid, pixels = picture_feeds(x, layout, rng)
         with torch.no_grad():
             out = x.model.get_image_features(torch.from_numpy(pixels), torch.from_numpy(grid), return_dict=True)
-        ours = backend.vision(family.vision_inputs(pixels, grid, x.tower.merge))
+        ours = backend.vision(vision_inputs(pixels, grid, x.tower.merge))["image_embeds"]
         close(ours, torch.cat(tuple(out.pooler_output)).numpy())
 
 
@@ -66,12 +65,12 @@ def test_answers_equal_stock_generate(exported, seed):
         grid, pixels = picture_feeds(x, layout, rng)
         ids = prompt(x.shape, layout, rng)
         tokens, logits = stock(x, ids, grid, pixels, steps)
-        embeds = backend.vision(family.vision_inputs(pixels, grid, x.tower.merge))
-        request = Request.of(ids, grid, family, x.shape, x.weights, embeds)
+        embeds = backend.vision(vision_inputs(pixels, grid, x.tower.merge))["image_embeds"]
+        request = request_of(x, ids, grid, embeds)
         full = sparse_feeds(request, Recipe(), token_share=1.0)
-        rows = CoreRows(x.weights, core_row_names(family, x.shape.layers))
-        for graph, constant in (("_dense", {}), ("", rows.all())):
-            out = backend.prefill(prefill_feeds(request) | full, f"prefill{graph}")
+        rows = gatherer(x.weights, x.family, x.shape.layers)
+        for graph, constant in (("_dense", {}), ("", every_row(rows))):
+            out = prefill(backend, prefill_feeds(request) | full, f"prefill{graph}")
             close(out["logits"].numpy(), logits[:1])
             decoder = Decoder(backend, f"decode{graph}", out, constant)
             for i in range(steps - 1):
@@ -103,8 +102,8 @@ def test_prefill_with_left_padding_equals_transformers(exported, seed, batch, le
     for b in range(1, batch):
         mask[b, : rng.integers(0, length)] = 0
     logits, cache = hf_decoder(x, embeds, positions, mask)
-    out = x.backend().prefill(
-        {"inputs_embeds": embeds, "position_ids": positions, "attention_mask": mask}, "prefill_dense"
+    out = prefill(
+        x.backend(), {"inputs_embeds": embeds, "position_ids": positions, "attention_mask": mask}, "prefill_dense"
     )
     close(out["logits"].numpy(), logits)
     for i, layer in enumerate(cache.layers):

@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from random_models import Exported, random_checkpoint, random_config
+from random_models import Exported, family, random_checkpoint, random_config
 from safetensors.torch import load_file, save_file
+from stepping import core_sets, gatherer
 from tolerances import agrees
 
 from cm_export.base.errors import InputError
 from cm_export.bundle import weights
-from cm_export.families import qwen2_vl as family
+from cm_export.families.qwen2_vl import image_rule
 from cm_export.source import model as hf
 from cm_export.source.probe import probe, reference
 
@@ -35,14 +36,14 @@ def half(tmp_path):
 
 def test_a_bfloat16_checkpoint_is_traced_in_float32_and_equals_stock(half):
     assert {p.dtype for p in hf.skeleton(half.path, family).parameters()} == {torch.float32}
-    inputs = probe(half.shape, half.config)
-    hf.write_weights(half.path, family, half.folder, inputs, silent)
-    expected = reference(half.model, inputs)  # stock, loaded as float32
+    inputs = probe(half.shape, half.tower, half.config)
+    hf.write_weights(half.path, family, half.folder, half.tower, inputs, silent)
+    expected = reference(half.model, inputs, half.tower)  # stock, loaded as float32
     recorded = hf.read_reference(half.folder)
     for name in ("image_embeds", "logits", "step_logits"):
         agrees("same numbers", recorded[name], expected[name])
-    embeds = half.backend().vision(family.vision_inputs(inputs["pixel_values"], inputs["grid"], half.shape.merge))
-    agrees("export", embeds, expected["image_embeds"])
+    seen = half.backend().vision(half.tower.feeds(inputs.pictures))
+    agrees("export", seen["image_embeds"], expected["image_embeds"])
 
 
 def test_weights_are_taken_as_stored_whatever_config_json_claims(tmp_path):
@@ -66,8 +67,9 @@ def test_a_head_that_differs_from_the_embedding_is_not_tied(tmp_path):
     assert "lm_head.weight" not in tied
     save_file(raw | {"lm_head.weight": raw[embedding] + 1}, path / "model.safetensors", {"format": "pt"})
     (tmp_path / "out").mkdir()
-    shape = family.shape(hf.read_config(path))
-    hf.write_weights(path, family, tmp_path / "out", probe(shape, config), silent)
+    read = hf.read_config(path)
+    shape, tower = family.shape(read), family.tower(read)
+    hf.write_weights(path, family, tmp_path / "out", tower, probe(shape, tower, config), silent)
     written = hf.reading(path, tmp_path / "out" / weights.FILE, family)
     assert torch.equal(written.lm_head.weight, raw[embedding] + 1)
     assert set(dict(hf.skeleton(path, family).named_parameters())) == {*tied, "lm_head.weight"}
@@ -77,7 +79,7 @@ def test_the_picture_rule_of_a_newer_processor_file_is_used(tmp_path):
     rule = {"image_mean": [0.1, 0.2, 0.3], "size": {"shortest_edge": 64, "longest_edge": 4096}}
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": rule, "processor_class": "x"}))
     hf.copy_processor(tmp_path, tmp_path / "processor")
-    read = family.image_rule(json.loads((tmp_path / "processor" / "preprocessor_config.json").read_text()))
+    read = image_rule(json.loads((tmp_path / "processor" / "preprocessor_config.json").read_text()))
     assert (read.mean, read.min_pixels, read.max_pixels) == ((0.1, 0.2, 0.3), 64, 4096)
 
 
@@ -87,16 +89,17 @@ def test_an_image_token_outside_the_vocabulary_is_refused(tmp_path):
         family.check_config(config | {"image_token_id": config["text_config"]["vocab_size"]})
 
 
-def test_rows_of_an_older_request_are_not_used_again(exported):
-    from cm_export.host.core_rows import CoreRows
-from stepping import Decoder
-    from cm_export.base.errors import CmExportError
-    from cm_export.bundle.names import core_row_names
-
+def test_rows_of_an_older_request_stay_its_own(exported):
+    """Memory is used again once nobody holds the rows in it, and not before."""
     x = exported(1)
-    rows = CoreRows(x.weights, core_row_names(family, x.shape.layers))
+    rows = gatherer(x.weights, x.family, x.shape.layers)
     ids = np.zeros((x.shape.layers, 1, 1), np.int32)
-    first = Decoder(x.backend(), "decode", {}, rows.gather(ids))
-    rows.gather(ids + 1)
-    with pytest.raises(CmExportError, match="another request"):
-        first.step({})
+    older = rows.gather(core_sets(ids, x.shape.ffn))
+    kept = {name: np.array(value) for name, value in older.rows.items()}
+    newer = rows.gather(core_sets(ids + 1, x.shape.ffn))
+    for name, value in older.rows.items():
+        np.testing.assert_array_equal(value, kept[name])
+        assert not np.shares_memory(value, newer.rows[name])
+    place = older.rows["ffn.0.up"].ctypes.data
+    del older, value
+    assert rows.gather(core_sets(ids + 2, x.shape.ffn)).rows["ffn.0.up"].ctypes.data == place

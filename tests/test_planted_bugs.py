@@ -6,6 +6,7 @@
 Laws (f) and the quotas of (g) have theirs in test_token_cuts.py.
 """
 
+import dataclasses
 import inspect
 
 import numpy as np
@@ -90,15 +91,15 @@ def test_the_same_examples_hold_without_the_bug():
 
 
 def test_law_a_sees_a_layer_that_gets_another_layers_rows(exported, monkeypatch):
-    real = CoreRows.all
+    real = CoreRows.gather
 
-    def shifted(self):
-        rows, layers = real(self), len(self.sources)
-        return {
-            n.replace(f".{i}.", f".{(i + 1) % layers}."): v for n, v in rows.items() for i in [int(n.split(".")[1])]
-        }
+    def shifted(self, cores):
+        found, layers = real(self, cores), len(self.sources)
+        rows = found.rows.items()
+        found.rows = {n.replace(f".{i}.", f".{(i + 1) % layers}."): v for n, v in rows for i in [int(n.split(".")[1])]}
+        return found
 
-    monkeypatch.setattr(CoreRows, "all", shifted)
+    monkeypatch.setattr(CoreRows, "gather", shifted)
     fails(test_export.test_answers_equal_stock_generate, exported, 1)
 
 
@@ -152,25 +153,23 @@ def test_law_d_sees_a_knee_on_either_side_of_the_chord(monkeypatch, curve, count
 
 def test_law_g_sees_positions_that_count_every_image_token(monkeypatch):
     """After a picture, text goes on behind its longer side, not behind all of its tokens."""
-    real = qwen2_vl.position_ids
+    real = qwen2_vl.Qwen2VL.positions
 
-    def by_tokens(is_image, grid, merge):
-        positions, nxt = real(is_image, grid, merge)
-        return (
-            (np.broadcast_to(np.arange(len(is_image)), positions.shape), len(is_image))
-            if len(grid)
-            else (positions, nxt)
-        )
+    def by_tokens(self, picture, pictures):
+        positions, nxt = real(self, picture, pictures)
+        every = np.broadcast_to(np.arange(len(picture)), positions.shape), len(picture)
+        return every if pictures.grids else (positions, nxt)
 
-    monkeypatch.setattr(qwen2_vl, "position_ids", by_tokens)
+    monkeypatch.setattr(qwen2_vl.Qwen2VL, "positions", by_tokens)
     fails(test_qwen2_vl_host.test_positions_equal_transformers, [(2, 3, 4), (1, 2, 5)], 3)
 
 
 def test_law_i_sees_every_layer_reading_the_first_layers_neurons(exported, monkeypatch):
+    def first(core):
+        return dataclasses.replace(core, neurons=np.repeat(core.neurons[:1], len(core.neurons), 0))
+
     real = CoreRows.gather
-    monkeypatch.setattr(
-        CoreRows, "gather", lambda self, core, counts=None: real(self, np.repeat(core[:1], len(core), 0), counts)
-    )
+    monkeypatch.setattr(CoreRows, "gather", lambda self, cores: real(self, [first(core) for core in cores]))
     fails(test_surgery.test_decode_computes_exactly_the_chosen_neurons_of_its_own_layer, exported, 1, "griffin")
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from random_models import numbered
 
 from cm_export.base import by_name
 from cm_export.base.core_index import select_core_neurons
@@ -21,7 +22,7 @@ from cm_export.policies import _hash
 from cm_export.policies import vote as voting
 from cm_export.policies._count import share_count
 from cm_export.policies.keep import KEEP_TOKENS, KNEE_COUNT, keep_tokens, knee_count
-from cm_export.policies.quota import PICTURE_MASKS, PICTURES, QUOTA, picture_masks, pictures, quota
+from cm_export.policies.quota import PICTURE_MASKS, QUOTA, picture_masks, quota
 
 NEURONS = {n: by_name.load("cm_export.policies.neurons", n, "") for n in by_name.names_in("cm_export.policies.neurons")}
 TOKENS = {n: by_name.load("cm_export.policies.tokens", n, "") for n in by_name.names_in("cm_export.policies.tokens")}
@@ -59,7 +60,7 @@ def session(fn_id, outputs, attributes, types):
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-FUNCTIONS = {f.name: f for f in (KEEP_TOKENS, KNEE_COUNT, PICTURES, PICTURE_MASKS, QUOTA, *voting.FUNCTIONS.values())}
+FUNCTIONS = {f.name: f for f in (KEEP_TOKENS, KNEE_COUNT, PICTURE_MASKS, QUOTA, *voting.FUNCTIONS.values())}
 FUNCTIONS |= {m.FUNCTION.name: m.FUNCTION for m in (*NEURONS.values(), *TOKENS.values()) if m.FUNCTION}
 
 
@@ -684,8 +685,7 @@ def test_a_confidence_that_is_ignored_breaks_the_law(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ several pictures
 def quota_by_both(score, image, quotas):
-    picture = run(PICTURES, "int64[B,S] picture", {"image_mask": image})[0]
-    np.testing.assert_array_equal(picture, pictures(torch.from_numpy(image)).numpy())
+    picture = numbered(image)
     feeds = {"score": score, "picture": picture, "image_keep": quotas}
     types = {**TYPES, "picture": "int64[B,S]", "image_keep": "int64[B,C]"}
     by_ort = run(QUOTA, "int64[B,S] chosen, int64[B] count", feeds, types=types)
@@ -740,7 +740,7 @@ def test_a_shared_budget_may_starve_a_picture_and_a_quota_does_not():
 def test_a_knee_of_each_picture_is_the_knee_of_that_picture_alone():
     image = np.array([[0, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0]], bool)
     score = np.array([[0, 100, 1, 1, 1, 1, 0, 50, 50, 50, 1, 0]])
-    picture = pictures(torch.from_numpy(image))
+    picture = torch.from_numpy(numbered(image))
     quotas = torch.full((1, 2), FALLBACK)
     masks = run(PICTURE_MASKS, "bool[B,C,S] masks", {"picture": picture.numpy(), "image_keep": quotas.numpy()},
                 types={"picture": "int64[B,S]", "image_keep": "int64[B,C]"})[0]  # fmt: skip

@@ -11,20 +11,18 @@ import torch
 from conftest import cm_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_models import copy, request
-from stepping import Decoder
+from random_models import copy, family, request
+from stepping import Decoder, constants, every_neuron, gatherer, prefill, step_feeds
 from tolerances import agrees
 
-from cm_export.backends.onnxruntime.backend import Backend, CoreRows
+from cm_export.backends.onnxruntime.backend import Backend
 from cm_export.backends.onnxruntime.lower import lower, unsigned
 from cm_export.base.errors import InputError
 from cm_export.base.onnx_text import model_of
 from cm_export.build.gates import COPY_LIMIT
 from cm_export.bundle import predictor
-from cm_export.bundle.names import core_row_names
 from cm_export.bundle.weights import WeightFile
-from cm_export.families import qwen2_vl as family
-from cm_export.host.core_set import choose, every_neuron
+from cm_export.host.core_set import choose
 from cm_export.host.request import prefill_feeds
 from cm_export.policies.neurons import predicted
 from cm_export.recipe.recipe import Recipe
@@ -184,20 +182,20 @@ def layered(exported):
     graph, log = pipeline.sparse_decode(copy(x.dense["decode"]), family, x.shape, RECIPE, copies.tensors)
     assert {p.name: p.count for p in log}["predict_neurons"] == x.shape.layers
     dense = x.graphs(RECIPE)
-    graphs = {"decode": graph, "prefill": dense["prefill"], "decode_dense": dense["decode_dense"]}
+    graphs = dense | {"decode": graph}
     return x, Backend(lambda n: copy(graphs[n]), x.weights, 1, copies), copies
 
 
 def steps(x, backend, graph, constants, tokens):
     feeds = request(x, 3)
-    cache = backend.prefill(prefill_feeds(feeds), "prefill")
+    cache = prefill(backend, prefill_feeds(feeds), "prefill")
     decoder = Decoder(backend, graph, cache, constants)
     return decoder.read(step_feeds(feeds, tokens, 0))[0]
 
 
 def test_law_a_every_neuron_is_the_dense_model(layered):
     x, backend, _ = layered
-    rows = CoreRows(x.weights, core_row_names(family, x.shape.layers))
+    rows = gatherer(x.weights, x.family, x.shape.layers)
     tokens = [8, 9, 10]
     dense = steps(x, backend, "decode_dense", {}, tokens)
     agrees("same numbers", steps(x, backend, "decode", every_neuron(rows), tokens), dense)
@@ -207,7 +205,7 @@ def test_law_a_every_neuron_is_the_dense_model(layered):
 
 def test_law_i_each_layer_reads_its_own_count(layered):
     x, backend, _ = layered
-    rows = CoreRows(x.weights, core_row_names(family, x.shape.layers))
+    rows = gatherer(x.weights, x.family, x.shape.layers)
     full = steps(x, backend, "decode", every_neuron(rows), [8])
     for layer in range(x.shape.layers):
         counts = np.full(x.shape.layers, x.shape.ffn, np.int64)
@@ -223,7 +221,7 @@ def test_decode_computes_the_neurons_that_are_largest_for_each_token(layered):
     tokens = [8, 9, 10]
     asked = request(x, 3)
     past = {
-        n.replace("present", "past"): v.numpy() for n, v in backend.prefill(prefill_feeds(asked), "prefill").items()
+        n.replace("present", "past"): v.numpy() for n, v in prefill(backend, prefill_feeds(asked), "prefill").items()
     }
     # The portable graph with its two files, by ONNX Runtime as anybody would run it.
     graph, _ = pipeline.sparse_decode(copy(x.dense["decode"]), family, x.shape, RECIPE, copies.tensors)
@@ -268,8 +266,8 @@ def test_decode_computes_the_neurons_that_are_largest_for_each_token(layered):
             m.mlp.forward = forward
     agrees("export", got, expected)
     # The lowered graph rounds x to int8 to choose, which may swap neurons at the border of a set: those count least.
-    rows = CoreRows(x.weights, core_row_names(family, x.shape.layers))
-    lowered, dense = (steps(x, backend, "decode", c, tokens) for c in (core.constants(rows), every_neuron(rows)))
+    rows = gatherer(x.weights, x.family, x.shape.layers)
+    lowered, dense = (steps(x, backend, "decode", c, tokens) for c in (constants(core, rows), every_neuron(rows)))
     assert np.abs(lowered - expected).mean() < 0.5 * np.abs(dense - expected).mean()
 
 

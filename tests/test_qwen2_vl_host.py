@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLModel, initialization, vision_utils
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from cm_export.families import Pictures
 from cm_export.families import qwen2_vl as family
 
 side = st.integers(4, 90)
@@ -63,7 +64,10 @@ def test_positions_equal_transformers(pictures, tail):
         grid.append((1, 2 * h, 2 * w))
     ids = np.array(ids + [9] * tail, np.int64)
     grid = np.array(grid, np.int64).reshape(-1, 3)
-    positions, nxt = family.position_ids(ids == 5, grid, 2)
+    seen = Pictures({}, tuple((t, h // 2, w // 2) for t, h, w in grid.tolist()))
+    picture = np.full(len(ids), -1, np.int64)
+    picture[ids == 5] = np.repeat(np.arange(len(grid)), seen.counts)
+    positions, nxt = family.FAMILY.positions(picture, seen)
     expected, delta = _positions_of_transformers(ids, grid, 2)
     np.testing.assert_array_equal(positions, expected[:, 0])
     assert nxt == len(ids) + int(delta)

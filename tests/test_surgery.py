@@ -3,15 +3,13 @@
 import numpy as np
 import onnx
 import pytest
-from random_models import copy, request
-from stepping import Decoder
+from random_models import copy, family, request
+from stepping import Decoder, every_row, gathered, gatherer, prefill, step_feeds
 from tolerances import agrees
 
 from cm_export.base.core_index import select_core_neurons
 from cm_export.base.errors import InputError, SurgeryError
 from cm_export.bundle.names import core_row_names
-from cm_export.families import qwen2_vl as family
-from cm_export.host.core_rows import CoreRows
 from cm_export.host.request import prefill_feeds, sparse_feeds
 from cm_export.recipe.recipe import Recipe
 from cm_export.surgery import pipeline
@@ -36,7 +34,8 @@ def masked_prefill(x, req, dropped, layer):
 
     lm = x.model.model.language_model
     h = torch.from_numpy(req.inputs_embeds)
-    cos, sin = lm.rotary_emb(h, torch.from_numpy(req.position_ids))
+    positions = torch.from_numpy(req.position_ids)
+    cos, sin = lm.rotary_emb(h, positions if len(positions) > 1 else positions[0])
     n = h.shape[1]
     causal = torch.ones(n, n, dtype=torch.bool).tril()
     keys = []
@@ -69,7 +68,7 @@ def test_a_cut_prefill_is_the_dense_one_with_dropped_tokens_masked(exported, see
     x = exported(seed)
     recipe = Recipe().replace(tokens__policy=policy, tokens__prune_layer=1, seed=seed)
     backend, req = x.backend(recipe), request(x, seed)
-    out = arrays(backend.prefill(prefill_feeds(req) | sparse_feeds(req, recipe, share)))
+    out = arrays(prefill(backend, prefill_feeds(req) | sparse_feeds(req, recipe, share)))
     kept = out["kept_tokens"][0]
     assert len(kept) < req.tokens and (np.diff(kept) > 0).all()
     assert set(np.flatnonzero(~req.is_image[0])) <= set(kept), "text always stays"
@@ -90,11 +89,11 @@ def test_decode_over_an_index_equals_decode_over_the_cut_cache(exported, seed):
         tokens__policy="random", tokens__prune_layer=1, tokens__cache="index", neurons__policy="dense"
     )
     backend, req = x.backend(recipe), request(x, seed)
-    out = backend.prefill(prefill_feeds(req) | sparse_feeds(req, recipe, 0.4))
+    out = prefill(backend, prefill_feeds(req) | sparse_feeds(req, recipe, 0.4))
     kept = out["kept_tokens"].numpy()
     cache = {n: v for n, v in out.items() if n.startswith("present.")}
     assert cache["present.0.key"].shape()[2] == req.tokens
-    rows = CoreRows(x.weights, core_row_names(family, x.shape.layers)).all()
+    rows = every_row(gatherer(x.weights, x.family, x.shape.layers))
     indexed = Decoder(backend, "decode", cache, rows)
     import onnxruntime as ort
 
@@ -116,11 +115,12 @@ def test_decode_computes_exactly_the_chosen_neurons_of_its_own_layer(exported, s
     x = exported(seed)
     recipe = Recipe().replace(tokens__policy="dense", neurons__policy=policy, seed=seed)
     backend, req = x.backend(recipe), request(x, seed)
-    out = backend.prefill(prefill_feeds(req) | sparse_feeds(req, recipe))
+    out = prefill(backend, prefill_feeds(req) | sparse_feeds(req, recipe))
     core = select_core_neurons(out["core_scores"].numpy(), max(1, x.shape.ffn // 3))
     names = core_row_names(family, x.shape.layers)
     cache = {n: v for n, v in out.items() if n.startswith("present.")}
-    gathered = Decoder(backend, "decode", cache, CoreRows(x.weights, names).gather(core))
+    source = gatherer(x.weights, x.family, x.shape.layers)
+    from_rows = Decoder(backend, "decode", cache, gathered(source, core))
     portable = Decoder(backend, "decode", cache, {"core_neurons": core}, rows_as_inputs=False)
     rows = {}
     for i, parts in enumerate(names):
@@ -132,9 +132,9 @@ def test_decode_computes_exactly_the_chosen_neurons_of_its_own_layer(exported, s
     masked = Decoder(backend, "decode", cache, rows)
     feeds = step_feeds(req, 9, 0)
     expected = masked.step(feeds)
-    agrees("export", gathered.step(feeds), expected)
+    agrees("export", from_rows.step(feeds), expected)
     agrees("export", portable.step(feeds), expected)
-    swapped = Decoder(backend, "decode", cache, CoreRows(x.weights, names).gather(np.ascontiguousarray(core[::-1])))
+    swapped = Decoder(backend, "decode", cache, gathered(source, np.ascontiguousarray(core[::-1])))
     assert np.abs(swapped.step(feeds) - expected).max() > 1e-3, "another layer's neurons must give another answer"
 
 
@@ -151,7 +151,7 @@ def test_a_batch_of_prompts_is_cut_row_by_row(exported, seed):
     single, feeds = [], []
     for r, share in zip(requests, (0.3, 0.6, 0.5), strict=True):
         f = prefill_feeds(r) | sparse_feeds(r, recipe, share)
-        single.append(arrays(backend.prefill(f)))
+        single.append(arrays(prefill(backend, f)))
         pad = longest - r.tokens
         feeds.append(
             {
@@ -163,7 +163,7 @@ def test_a_batch_of_prompts_is_cut_row_by_row(exported, seed):
             }
         )
     batch = {n: np.concatenate([f[n] for f in feeds], 1 if n == "position_ids" else 0) for n in feeds[0]}
-    out = arrays(backend.prefill(batch))
+    out = arrays(prefill(backend, batch))
     for b, (alone, r) in enumerate(zip(single, requests, strict=True)):
         real = out["kept_mask"][b] == 1
         np.testing.assert_array_equal(out["kept_tokens"][b][real], alone["kept_tokens"][0] + longest - r.tokens)
@@ -226,6 +226,6 @@ def test_knee_budget_keeps_within_its_clamp(exported):
         tokens__budget="knee", tokens__prune_layer=1, tokens__min_share=0.25, tokens__max_share=0.5
     )
     req = request(x, 5)
-    out = arrays(x.backend(recipe).prefill(prefill_feeds(req) | sparse_feeds(req, recipe)))
+    out = arrays(prefill(x.backend(recipe), prefill_feeds(req) | sparse_feeds(req, recipe)))
     kept = int(req.is_image[0, out["kept_tokens"][0]].sum())
     assert round(0.25 * req.image_tokens) <= kept <= round(0.5 * req.image_tokens)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from conftest import ONE_THREAD, cm_export
 from fake_jetson import Jetson
-from random_models import Exported, random_checkpoint, random_text_config
-from stepping import Decoder
+from random_models import Exported, random_checkpoint, random_text_config, request_of
+from stepping import Decoder, every_row, gatherer, prefill, step_feeds
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tolerances import agrees
 from transformers import PreTrainedTokenizerFast
 
-from cm_export.base import by_name
+from cm_export import families
 from cm_export.base.errors import BundleError, InputError
 from cm_export.bundle.inspect import describe
 from cm_export.calibrating import calibrate
@@ -23,10 +23,9 @@ from cm_export.cli import main
 from cm_export.evals import bench
 from cm_export.evals.compare import Sweep, compare
 from cm_export.evals.user_data import load as load_data
-from cm_export.host import runner as generate
+from cm_export.host import loaded as generate
 from cm_export.host.chat import Chat
-from cm_export.host.core_rows import CoreRows
-from cm_export.host.request import Request, prefill_feeds, sparse_feeds
+from cm_export.host.request import prefill_feeds, sparse_feeds
 from cm_export.recipe.recipe import Recipe, from_dict
 from cm_export.source import trace
 from cm_export.surgery import pipeline
@@ -53,7 +52,7 @@ def x(request, tmp_path_factory) -> Exported:
     config = random_text_config(model_type, 7, num_hidden_layers=2, **fixed)
     assert config["num_attention_heads"] > config["num_key_value_heads"] > 1
     path = random_checkpoint(config, folder / "checkpoint", 7)
-    return Exported(path, folder / "out", by_name.load("cm_export.families", model_type, "model type"))
+    return Exported(path, folder / "out", families.find(model_type))
 
 
 def words(x, n, seed=0):
@@ -74,13 +73,13 @@ def stock(x, ids, steps=STEPS):
 def test_answers_equal_stock_generate(x):
     """Dense graphs, and sparse graphs at full budget, give the greedy tokens and logits of transformers."""
     backend = x.backend(Recipe().for_model(x.shape))
-    rows = CoreRows(x.weights, core_row_names(x.family, x.shape.layers))
+    rows = gatherer(x.weights, x.family, x.shape.layers)
     for length in (2, 23):
         ids = words(x, length)
         tokens, logits = stock(x, ids)
-        request = Request.of(ids, NO_PICTURES, x.family, x.shape, x.weights, None)
-        for graph, constant in (("_dense", {}), ("", rows.all())):
-            out = backend.prefill(prefill_feeds(request) | sparse_feeds(request, Recipe()), f"prefill{graph}")
+        request = request_of(x, ids, NO_PICTURES, None)
+        for graph, constant in (("_dense", {}), ("", every_row(rows))):
+            out = prefill(backend, prefill_feeds(request) | sparse_feeds(request, Recipe()), f"prefill{graph}")
             agrees("export", out["logits"].numpy(), logits[:1])
             decoder = Decoder(backend, f"decode{graph}", out, constant)
             for i in range(STEPS - 1):
@@ -104,7 +103,7 @@ def test_padded_batches_at_any_position_equal_transformers(x):
     backend = x.backend(Recipe().for_model(x.shape))
     feeds = {"inputs_embeds": embeds, "position_ids": positions[None], "attention_mask": mask}
     first = {n: v[..., :length] for n, v in feeds.items()} | {"inputs_embeds": embeds[:, :length]}
-    out = backend.prefill(first, "prefill_dense")
+    out = prefill(backend, first, "prefill_dense")
     agrees("export", out["logits"].numpy(), expected[:, length - 1])
     then = feeds | {"inputs_embeds": embeds[:, length:], "position_ids": positions[None, :, length:]}
     agrees("export", Decoder(backend, "decode_dense", out, {}).read(then), expected[:, length:])
@@ -142,7 +141,7 @@ def test_a_setting_that_cannot_be_exported_is_refused_and_named(case, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | fixed))
     from cm_export.source import model as hf
 
-    family = by_name.load("cm_export.families", model_type, "model type")
+    family = families.find(model_type)
     with pytest.raises(InputError, match=named):
         family.check_config(hf.read_config(tmp_path))
 
@@ -242,7 +241,7 @@ def test_what_was_chosen_is_neither_a_key_of_a_recipe_nor_part_of_it():
 
 
 def test_a_base_model_continues_the_plain_prompt_as_transformers_does(engine, checkpoint):
-    x = Exported(checkpoint, checkpoint, by_name.load("cm_export.families", "llama", "model type"))
+    x = Exported(checkpoint, checkpoint, families.find("llama"))
     ids = torch.tensor([[0, 5, 9, 17]])  # <s> first
     out = x.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     answer = engine.generate("w5 w9 w17", dense=True, max_new_tokens=8)

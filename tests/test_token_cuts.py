@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_models import request
-from stepping import Decoder
+from random_models import numbered, request, request_of
+from stepping import Decoder, every_row, gatherer, prefill, step_feeds
 from test_surgery import arrays, masked_prefill
 from tolerances import agrees
 
@@ -14,12 +14,10 @@ from cm_export.base import by_name
 from cm_export.base.core_index import image_token_count
 from cm_export.base.errors import InputError
 from cm_export.bundle.bundle import Bundle
-from cm_export.families import qwen2_vl as family
 from cm_export.host.chat import Chat
-from cm_export.host.core_rows import CoreRows
-from cm_export.host.request import Request, picture_sizes, prefill_feeds, sparse_feeds
+from cm_export.host.request import prefill_feeds, sparse_feeds
 from cm_export.policies.keep import keep_tokens
-from cm_export.policies.quota import pictures, quota
+from cm_export.policies.quota import quota
 from cm_export.recipe.recipe import Recipe, check
 from cm_export.surgery import choose_tokens as choosing
 from cm_export.surgery import cut_tokens as cutting
@@ -39,7 +37,7 @@ def recipe_of(**tokens):
 def run(x, req, recipe, **budget):
     """What the prefill of a recipe gives, its backend, and the backend's own choice of dropped columns."""
     backend = cached_backend(x, recipe)
-    return backend, arrays(backend.prefill(prefill_feeds(req) | sparse_feeds(req, recipe, **budget)))
+    return backend, arrays(prefill(backend, prefill_feeds(req) | sparse_feeds(req, recipe, **budget)))
 
 
 _BACKENDS = {}
@@ -82,7 +80,7 @@ def first_choice(x, req, recipe):
     wires = {"embeds": torch.from_numpy(req.inputs_embeds), "image_mask": image, "seed": torch.tensor([recipe.seed])}
     score, count = policy.score(**{w: wires[w] for w in policy.WIRES}), torch.from_numpy(feeds["image_keep_first"])
     if recipe.tokens.quota == "each":
-        score, count = quota(score, pictures(image), count)
+        score, count = quota(score, torch.from_numpy(numbered(req.is_image)), count)
     return keep_tokens(score, image, real, count)[0][0].numpy()
 
 
@@ -143,7 +141,7 @@ def test_law_f_decode_over_a_cut_cache_equals_decode_over_listed_rows(exported, 
         n: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v.numpy()[:, :, kept[0]])) for n, v in cache.items()
     }
     assert out["present.0.key"].shape[2] == req.tokens > kept.shape[1]
-    rows = CoreRows(x.weights, core_row_names(family, x.shape.layers)).all()
+    rows = every_row(gatherer(x.weights, x.family, x.shape.layers))
     indexed, gathered = Decoder(backend, "decode", cache, rows), Decoder(backend, "decode_dense", short, {})
     for step, token in enumerate((9, 8)):
         a = indexed.step(step_feeds(req, token, step, core_tokens=kept))
@@ -225,7 +223,7 @@ def test_law_g_pictures_of_any_sizes_keep_their_share(exported, quota, first, gr
     assert (np.diff(kept) > 0).all() and out["kept_mask"].all()
     assert set(np.flatnonzero(~req.is_image[0])) <= set(kept.tolist())
     sizes, starts = [h * w for h, w in grids], np.flatnonzero(np.diff(req.is_image[0].astype(int), prepend=0) == 1)
-    assert picture_sizes(req.is_image[0]) == sizes
+    assert req.picture_sizes() == sizes
     of_picture = [int(((kept >= s) & (kept < s + n)).sum()) for s, n in zip(starts, sizes, strict=True)]
     if quota == "each":
         assert of_picture == [image_token_count(share, n) for n in sizes]
@@ -239,10 +237,10 @@ def test_law_g_prompts_without_a_picture_are_left_alone(exported, seed, words):
     """S = 1 and odd S: nothing to drop, and the sparse prefill is the dense one."""
     x = exported(seed)
     none = np.zeros((0, 3), np.int64)
-    req = Request.of(np.arange(7, 7 + words), none, family, x.shape, x.weights, None)
+    req = request_of(x, np.arange(7, 7 + words), none, None)
     for tokens in ({"quota": "shared", "first": "none"}, {"quota": "each", "first": "spread"}):
         backend, out = run(x, req, recipe_of(**tokens))
-        dense = arrays(backend.prefill(prefill_feeds(req), "prefill_dense"))
+        dense = arrays(prefill(backend, prefill_feeds(req), "prefill_dense"))
         assert out["kept_tokens"].tolist() == [list(range(words))]
         for name, value in dense.items():
             agrees("export", out[name], value)
@@ -256,7 +254,7 @@ def test_law_a_every_image_token_is_the_dense_prefill(exported, seed, policy, qu
     recipe = recipe_of(policy=policy, quota=quota, first="spread")
     req = request(x, seed)
     backend, out = run(x, req, recipe, token_share=1.0)
-    for name, value in arrays(backend.prefill(prefill_feeds(req), "prefill_dense")).items():
+    for name, value in arrays(prefill(backend, prefill_feeds(req), "prefill_dense")).items():
         agrees("export", out[name], value)
 
 
@@ -271,16 +269,17 @@ def test_a_padded_batch_with_quotas_is_cut_row_by_row(exported, seed, first):
     alone, rows = [], []
     for r in requests:
         feeds = prefill_feeds(r) | sparse_feeds(r, recipe)
-        alone.append(arrays(backend.prefill(feeds)))
+        alone.append(arrays(prefill(backend, feeds)))
         pad = longest - r.tokens
         row = {n: np.pad(feeds[n], ((0, 0), (pad, 0))) for n in ("attention_mask", "image_mask")}
+        row["picture"] = np.pad(feeds["picture"], ((0, 0), (pad, 0)), constant_values=-1)
         row["inputs_embeds"] = np.pad(feeds["inputs_embeds"], ((0, 0), (pad, 0), (0, 0)))
         row["position_ids"] = np.pad(feeds["position_ids"], ((0, 0), (0, 0), (pad, 0)))
         for name in ("image_keep", "image_keep_first"):
             row[name] = np.pad(feeds[name], ((0, 0), (0, most - feeds[name].shape[1])))
         rows.append(row)
     batch = {n: np.concatenate([r[n] for r in rows], 1 if n == "position_ids" else 0) for n in rows[0]}
-    out = arrays(backend.prefill(batch))
+    out = arrays(prefill(backend, batch))
     for b, (one, r) in enumerate(zip(alone, requests, strict=True)):
         real = out["kept_mask"][b] == 1
         np.testing.assert_array_equal(out["kept_tokens"][b][real], one["kept_tokens"][0] + longest - r.tokens)
@@ -365,4 +364,5 @@ def test_pictures_of_a_prompt_are_told_apart_by_their_markers(demo_bundle):
     """Qwen2-VL's template puts <|vision_end|><|vision_start|> between pictures, so their image tokens never touch."""
     chat = Chat(Bundle(demo_bundle))
     ids = chat.encode("what color is the shape?", None, [3, 1, 5])
-    assert picture_sizes(ids == chat._bundle.shape.image_token) == [3, 1, 5]
+    runs = numbered((ids == chat._bundle.shape.image_token)[None])[0]
+    assert np.bincount(runs[runs >= 0]).tolist() == [3, 1, 5]

@@ -1,6 +1,6 @@
 """Several pictures in one prompt: which token belongs to which, and a quota of its own for each.
 
-token       a <i><i> b <i><i><i> c        a picture is a run of image tokens: families put markers between them
+token       a <i><i> b <i><i><i> c        the host says which picture a token belongs to: two may stand side by side
 picture    -1  0  0 -1  1  1  1 -1
 quota       0:1  1:2       ->            the best of each picture: no picture starves because another scores higher
 """
@@ -8,13 +8,6 @@ quota       0:1  1:2       ->            the best of each picture: no picture st
 import torch
 
 from ..base.onnx_text import function
-
-
-def pictures(image_mask: torch.Tensor) -> torch.Tensor:
-    """[B,S] int64: the number of the picture that a token belongs to, from 0 in every row; -1 for text and padding."""
-    before = torch.nn.functional.pad(image_mask, (1, 0))[:, :-1]
-    number = (image_mask & ~before).long().cumsum(1) - 1
-    return torch.where(image_mask, number, -1)
 
 
 def picture_masks(picture: torch.Tensor, image_keep: torch.Tensor) -> torch.Tensor:
@@ -25,8 +18,8 @@ def picture_masks(picture: torch.Tensor, image_keep: torch.Tensor) -> torch.Tens
 def quota(score: torch.Tensor, picture: torch.Tensor, image_keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A score [B,S] int64 of 1 for the image_keep [B,C] best tokens of each picture and 0 elsewhere, and their number [B].
 
-    score [B,S] int64, 0 <= score < 2^62 / S; picture [B,S] from `pictures`. Ties: the lower position wins. The last
-    column never counts, as in `keep_tokens`, which takes both results.
+    score [B,S] int64, 0 <= score < 2^62 / S; picture [B,S] int64, -1 for text and padding. Ties: the lower position
+    wins. The last column never counts, as in `keep_tokens`, which takes both results.
     """
     prompt = score.shape[1]
     position = torch.arange(prompt, device=score.device)
@@ -38,27 +31,6 @@ def quota(score: torch.Tensor, picture: torch.Tensor, image_keep: torch.Tensor) 
     chosen = torch.zeros_like(chosen).scatter(1, ranked, chosen).long()
     return chosen, chosen.sum(1)
 
-
-PICTURES = function("""
-    Pictures (image_mask) => (picture) {
-        zero = Constant <value_ints = [0]> ()
-        one = Constant <value_ints = [1]> ()
-        none = Constant <value_int = -1> ()
-        back = Constant <value_ints = [-1]> ()
-        axis = Squeeze (one)
-        image = Cast <to = 7> (image_mask)
-        rows = Shape <end = 1> (image)
-        column = Concat <axis = 0> (rows, one)
-        nothing = Expand (zero, column)
-        shifted = Concat <axis = 1> (nothing, image)
-        before = Slice (shifted, zero, back, one)
-        step = Sub (image, before)
-        nothing_1 = Squeeze (zero)
-        start = Max (step, nothing_1)
-        number = CumSum (start, axis)
-        from_0 = Add (number, none)
-        picture = Where (image_mask, from_0, none)
-    }""")
 
 PICTURE_MASKS = function("""
     PictureMasks (picture, image_keep) => (masks) {

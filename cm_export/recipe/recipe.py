@@ -124,7 +124,11 @@ class Recipe:
     def for_model(self, shape: Shape) -> "Recipe":
         """The recipe as a bundle of this model records it: without pictures, tokens that nobody asked to prune stay."""
         asked = any(key.startswith("tokens__") for key in self.chosen)
-        return self if shape.sees or asked else self.replace(tokens__policy="dense")
+        if not shape.sees and not asked:
+            return self.replace(tokens__policy="dense")
+        if "tokens__prune_layer" not in self.chosen and 0 < self.tokens.prune_layer < shape.whole_layers:
+            return self.replace(tokens__prune_layer=shape.whole_layers)
+        return self
 
     def replace(self, **overrides: Any) -> "Recipe":
         """A copy with `neurons__share=0.4`-style overrides; None means `as it was`. Validated."""

@@ -106,11 +106,18 @@ def _pictures(edit: Edit, picture: gs.Tensor | None, image: gs.Tensor) -> gs.Ten
 
 
 def _layer_output(ffn: FFN) -> gs.Tensor:
-    """The hidden state after a layer: the residual sum that reads the FFN's y."""
-    users = list(ffn.y.outputs)
+    """The hidden state after a layer: the residual sum that reads the FFN's y, and what a family adds to it there.
+
+    The next layer reads its hidden state twice, by a norm and by its residual sum: a sum that is its only reader is no
+    part of that layer.
+    """
+    hidden, users = ffn.y, list(ffn.y.outputs)
     if len(users) != 1 or users[0].op != "Add":
         raise SurgeryError(f"y of layer {ffn.layer} feeds {[u.op for u in users]}, not one residual Add")
-    return users[0].outputs[0]
+    while len(users) == 1 and users[0].op == "Add":
+        hidden = users[0].outputs[0]
+        users = list(hidden.outputs)
+    return hidden
 
 
 def _downstream(tensor: gs.Tensor) -> list[gs.Node]:

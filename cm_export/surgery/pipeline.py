@@ -60,6 +60,16 @@ def check_recipe(recipe: Recipe, shape: Shape) -> None:
             fix=f"this model has {shape.layers} layers: "
             + (f"give 1 to {shape.layers - 1}" if shape.layers > 1 else "build with --tokens dense"),
         )
+    first = recipe.tokens.first != "none"
+    if policy.FUNCTION is not None and (
+        recipe.tokens.prune_layer < shape.whole_layers or (first and shape.whole_layers)
+    ):
+        what = f"the first {shape.whole_layers} layers of this model must see every token"
+        raise InputError(
+            what,
+            where="recipe: tokens.first" if first else f"recipe: tokens.prune_layer = {recipe.tokens.prune_layer}",
+            fix=f"give a prune_layer of {shape.whole_layers} or more, and no first cut",
+        )
     if shape.ffn % recipe.neurons.block:
         raise InputError(
             f"{shape.ffn} neurons are not whole blocks of {recipe.neurons.block}",

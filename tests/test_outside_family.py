@@ -1,0 +1,268 @@
+"""A family from outside the package, one file found by an entry point: it builds, equals transformers, and its tokens are cut."""
+
+import dataclasses
+import importlib
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import cm_export
+from PIL import Image
+from random_models import Exported, random_text_config
+from stepping import Decoder, every_row, gatherer, prefill, step_feeds
+from test_surgery import arrays
+from test_token_cuts import check_masked
+from tolerances import agrees
+
+from cm_export import families
+from cm_export.base.errors import InputError
+from cm_export.bundle.bundle import Bundle
+from cm_export.families import Pictures, Port
+from cm_export.host.decode import decode, greedy
+from cm_export.host.request import Request, prefill_feeds, sparse_feeds
+from cm_export.host.runner import Budget, Runner
+from cm_export.recipe.recipe import Recipe
+from cm_export.surgery import pipeline
+
+IMAGE = 5
+LAYOUTS = ([3, "p", 4], [2, "p", "p", 3], [1, "p", 2, "p", 1], [6])  # words and pictures, two of them side by side
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory):
+    """A folder as pip would fill it: the family's file and the metadata that names it."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "llava_like.py").write_text((Path(__file__).parent / "outside" / "llava_like.py").read_text())
+    about = folder / "llava_like-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: llava-like\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[cm_export.families]\nllava = llava_like\n")
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    yield folder
+    sys.path.remove(str(folder))
+
+
+def random_llava(seed: int, folder: Path) -> Path:
+    """A tiny random checkpoint of LlavaForConditionalGeneration: sizes, layer of the features and tying drawn at random."""
+    r = random.Random(seed)
+    text = random_text_config("llama", seed)
+    heads = r.choice([1, 2])
+    patch, side = r.choice([2, 4]), r.choice([2, 3, 4])
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": heads * r.choice([8, 16]),
+        "intermediate_size": 32,
+        "num_hidden_layers": r.choice([2, 3]),
+        "num_attention_heads": heads,
+        "image_size": patch * side,
+        "patch_size": patch,
+        "projection_dim": 16,
+    }
+    config = transformers.LlavaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=IMAGE,
+        vision_feature_layer=r.choice([-1, -2]),
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
+    torch.manual_seed(seed)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(0, 0.8 / p[0].numel() ** 0.5) if p.ndim > 1 else p.normal_(0 if "bias" in name else 1, 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def llava(request, outside, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llava")
+    (folder / "out").mkdir()
+    path = random_llava(request.param, folder / "model")
+    return Exported(path, folder / "out", families.find("llava"))
+
+
+def asked(x, layout, rng):
+    """Token ids, pixels of the pictures, and the request with what our tower makes of them."""
+    rule = x.tower.rule({})
+    pictures, ids = [], []
+    for part in layout:
+        if part == "p":
+            pixels = rng.integers(0, 256, (9, 13, 3), np.uint8)
+            pictures.append(x.tower.picture(Image.fromarray(pixels), rule))
+            ids += [IMAGE] * pictures[-1].tokens
+        else:
+            ids += rng.integers(7, x.shape.vocab, part).tolist()
+    return np.array(ids, np.int64), pictures
+
+
+def prompt(x, layout, rng, backend):
+    ids, pictures = asked(x, layout, rng)
+    seen = Pictures.joined([Pictures(backend.vision(x.tower.feeds([p])), (p.grid,)) for p in pictures])
+    return ids, pictures, Request.of(ids, seen, x.family, x.shape, x.weights)
+
+
+def stock(x, ids, pictures, steps):
+    """Stock generate(): greedy tokens, and the logits of every step."""
+    given = {n: torch.from_numpy(v) for n, v in x.tower.feeds(pictures).items()} if pictures else {}
+    ids = torch.from_numpy(ids)[None]
+    out = x.model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), **given, max_new_tokens=steps, min_new_tokens=steps,
+        do_sample=False, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    return out.sequences[0, ids.shape[1] :].tolist(), torch.cat(out.logits).numpy()
+
+
+def test_a_family_is_found_by_the_entry_point_of_a_distribution(outside):
+    assert type(families.find("llava")).__name__ == "Llava"
+    assert "llava" in families.names()
+    with pytest.raises(InputError, match="did you mean 'llava'"):
+        families.find("lava")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_answers_equal_stock_generate(llava, layout):
+    """Dense graphs, and sparse graphs at full budget, give the greedy tokens and logits of transformers."""
+    x, rng, steps = llava, np.random.default_rng(7), 6
+    backend = x.backend(Recipe().replace(tokens__prune_layer=1))
+    ids, pictures, request = prompt(x, layout, rng, backend)
+    tokens, logits = stock(x, ids, pictures, steps)
+    rows = every_row(gatherer(x.weights, x.family, x.shape.layers))
+    full = sparse_feeds(request, Recipe(), token_share=1.0)
+    for graph, constant in (("_dense", {}), ("", rows)):
+        out = prefill(backend, prefill_feeds(request) | full, f"prefill{graph}")
+        agrees("export", out["logits"].numpy(), logits[:1])
+        decoder = Decoder(backend, f"decode{graph}", out, constant)
+        for i in range(steps - 1):
+            step = decoder.step(step_feeds(request, tokens[i], i))
+            agrees("export", step, logits[i + 1 : i + 2])
+            assert step[0].argmax() == tokens[i + 1]
+
+
+@pytest.mark.parametrize("policy", ["attention", "spread_keys", "overlap"])
+@pytest.mark.parametrize("first", ["none", "spread"])
+def test_a_cut_prefill_is_the_dense_one_with_dropped_tokens_masked(llava, policy, first):
+    x = llava
+    recipe = Recipe().replace(
+        tokens__policy=policy, tokens__prune_layer=1, tokens__share=0.5, tokens__first=first, tokens__first_share=1.0
+    )
+    backend = x.backend(recipe)
+    _, _, request = prompt(x, LAYOUTS[2], np.random.default_rng(3), backend)
+    out = arrays(prefill(backend, prefill_feeds(request) | sparse_feeds(request, recipe)))
+    assert out["kept_tokens"].shape[1] < request.tokens
+    check_masked(x, request, recipe, out)
+
+
+def test_pictures_side_by_side_keep_a_share_of_their_own(llava):
+    x = llava
+    recipe = Recipe().replace(tokens__quota="each", tokens__prune_layer=1, tokens__share=0.25)
+    backend = x.backend(recipe)
+    _, pictures, request = prompt(x, LAYOUTS[1], np.random.default_rng(4), backend)
+    assert request.picture_sizes() == [p.tokens for p in pictures]
+    edges = np.flatnonzero(np.diff(request.is_image[0].astype(int)) == 1)
+    assert len(edges) == 1, "their image tokens touch, so where runs end says nothing"
+    out = arrays(prefill(backend, prefill_feeds(request) | sparse_feeds(request, recipe)))
+    kept = request.picture[0, out["kept_tokens"][0]]
+    wanted = [max(1, int(0.25 * p.tokens + 0.5)) for p in pictures]
+    assert [int((kept == i).sum()) for i in range(len(pictures))] == wanted
+
+
+def test_the_command_line_builds_and_runs_it(llava, outside, tmp_path, monkeypatch):
+    x = llava
+    monkeypatch.setenv("PYTHONPATH", str(outside))
+    out = tmp_path / "x.plan"
+    done = cm_export("build", "--model", x.path, "--out", out, "--prune-layer", "1", "--quiet")
+    assert done.returncode == 0, done.stderr
+    runner = Runner(Bundle(out), threads=1)
+    ids, pictures = asked(x, LAYOUTS[1], np.random.default_rng(5))
+    seen = Pictures.joined([Pictures(runner.backend.vision(x.tower.feeds([p])), (p.grid,)) for p in pictures])
+    prefilled = runner.prefill(runner.request(ids, seen), Budget(neuron_share=1.0, token_share=1.0))
+    answer = [t for _, t in decode(runner.backend, [prefilled.row(choose=greedy(), limit=6)])]
+    assert answer == stock(x, ids, pictures, 6)[0]
+    each = pictures[0].tokens
+    done = cm_export("bench", out, "--image-tokens", 2 * each, "--new-tokens", "2", "--repeats", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    done = cm_export("bench", out, "--image-tokens", 2 * each + 1, "--new-tokens", "2", "--repeats", "1")
+    assert done.returncode == 2 and "no whole pictures" in done.stderr
+
+
+def test_without_its_distribution_the_bundle_names_the_family(llava, outside, tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    done = cm_export("build", "--model", llava.path, "--out", tmp_path / "x.plan", "--quiet")
+    assert done.returncode == 2 and "model_type 'llava' is not supported" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ further outputs
+def with_echo(family):
+    """The same family, whose tower has a second output that is added after the first layer, as Qwen3-VL's deepstack is."""
+
+    class Echo(type(family)):
+        def shape(self, config):
+            return dataclasses.replace(super().shape(config), whole_layers=1)
+
+        def tower(self, config):
+            tower = super().tower(config)
+            tower.outputs = (*tower.outputs, Port("echo", np.float32, tower.outputs[0].axes))
+            own, features = tower.module, tower.features
+
+            def module(model):
+                vision = own(model)
+                forward = vision.forward
+                vision.forward = lambda pixel_values: (lambda y: (y, y * 0.5))(forward(pixel_values)[0])
+                return vision
+
+            def both(model, given):
+                found = features(model, given)
+                return found | {"echo": found["image_embeds"] * 0.5}
+
+            tower.module, tower.features = module, both
+            return tower
+
+        def mix_in(self, layer, hidden, rows):
+            return hidden + rows["echo"] if layer == 0 else hidden
+
+    return Echo()
+
+
+def test_further_outputs_of_a_tower_reach_the_layers_that_add_them(llava, tmp_path):
+    """Prefill with a second vision output = transformers with the same sum after its first layer; and the cut after it."""
+    (tmp_path / "out").mkdir()
+    x = Exported(llava.path, tmp_path / "out", with_echo(llava.family))
+    recipe = Recipe().replace(tokens__policy="attention", tokens__prune_layer=1, tokens__share=0.5)
+    backend = x.backend(recipe)
+    ids, pictures, request = prompt(x, LAYOUTS[2], np.random.default_rng(6), backend)
+    added = torch.zeros(1, len(ids), x.shape.hidden)
+    added[0, torch.from_numpy(request.is_image[0])] = torch.from_numpy(request.inputs_embeds[request.is_image] * 0.5)
+    layer = x.model.model.language_model.layers[0]
+    hook = layer.register_forward_hook(lambda _, __, out: (out[0] + added) if isinstance(out, tuple) else out + added)
+    try:
+        with torch.no_grad():
+            given = {n: torch.from_numpy(v) for n, v in x.tower.feeds(pictures).items()}
+            expected = x.model(input_ids=torch.from_numpy(ids)[None], **given).logits[0, -1].numpy()
+    finally:
+        hook.remove()
+    dense = arrays(prefill(backend, prefill_feeds(request), "prefill_dense"))
+    agrees("export", dense["logits"][0], expected)
+    without = dict(prefill_feeds(request), echo=np.zeros_like(request.rows["echo"]))
+    assert np.abs(arrays(prefill(backend, without, "prefill_dense"))["logits"][0] - expected).max() > 1e-3
+    full = arrays(prefill(backend, prefill_feeds(request) | sparse_feeds(request, recipe, token_share=1.0)))
+    agrees("export", full["logits"], dense["logits"])
+    cut = arrays(prefill(backend, prefill_feeds(request) | sparse_feeds(request, recipe)))
+    assert cut["kept_tokens"].shape[1] < request.tokens and np.isfinite(cut["logits"]).all()
+
+
+def test_no_token_is_cut_before_a_layer_that_must_see_all(llava):
+    shape = dataclasses.replace(llava.shape, layers=6, whole_layers=3)
+    recipe = Recipe().replace(tokens__policy="attention", tokens__prune_layer=3)
+    pipeline.check_recipe(recipe, shape)
+    with pytest.raises(InputError, match="must see every token"):
+        pipeline.check_recipe(recipe.replace(tokens__prune_layer=2), shape)
+    with pytest.raises(InputError, match="must see every token"):
+        pipeline.check_recipe(recipe.replace(tokens__first="spread"), shape)
+    assert Recipe().for_model(shape).tokens.prune_layer == 3, "a default gives way"
+    assert Recipe().replace(tokens__prune_layer=1).for_model(shape).tokens.prune_layer == 1, "a choice is refused above"
