@@ -16,8 +16,9 @@ from ...base.errors import BundleError, CmExportError
 from ...bundle.weights import WeightFile
 from ...host.core_rows import CoreRows
 from ...host.request import core_row_names
+from ...quant.packing import blocks
 from ...recipe.recipe import Recipe
-from .lower import lower, unsigned
+from .lower import lower
 
 
 def open(
@@ -132,7 +133,7 @@ class Backend:
             return self.weights[tensor.name]
         stored = self.predictor[tensor.name]
         is_packed = tensor.data_type == onnx.TensorProto.UINT8
-        return unsigned(stored, 2 * tensor.dims[-1]) if is_packed else stored
+        return blocks(stored, 4, 2 * tensor.dims[-1]) if is_packed else stored
 
     def vision(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
         """Image embeddings [I,D] of patches and the host's integers."""
