@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cm_export.base import environment
 from cm_export.bundle import predictor
 from cm_export.policies.neurons import coreinfer, griffin, random
+from cm_export.quant.rounding import least_squares
 
 ANSWER = 64  # tokens of every answer
 GROUP = 64  # weights that share a scale in a low-bit copy
@@ -226,8 +227,8 @@ def methods(model: Model, calibration: Calibration) -> list[Method]:
         found.append(Method(f"{bits}-bit copy of gate and up", "per token", token(score), cost))
         if bits == 2:
             found.append(Method("2-bit copy, mean added back", "per token", token(score), cost, fill=True))
-    group = predictor.group_of(model.hidden)
-    shipped = copies(lambda i, w: torch.from_numpy(_shipped(w.detach().numpy(), group)))
+    stored = predictor.scheme(model.hidden)
+    shipped = copies(lambda i, w: torch.from_numpy(least_squares(w.detach().numpy(), stored).numbers()))
     cost = predictor.predictor_share(model.hidden)
     found.append(Method("predicted (4-bit copy as a bundle stores it)", "per token", token(shipped), cost))
     ahead = Method("the same, asked one layer ahead", "per token", token(_ahead(shipped, model)), cost)
@@ -242,11 +243,6 @@ def methods(model: Model, calibration: Calibration) -> list[Method]:
         score = copies(lambda i, w, rank=rank: low_rank(w, calibration.x[i], rank))
         found.append(Method(f"low rank {rank} of gate and up", "per token", token(score), cost))
     return found
-
-
-def _shipped(weight: np.ndarray, group: int) -> np.ndarray:
-    q, scale = predictor.quantize(weight, group)
-    return (q.reshape(len(weight), -1, group) * scale[..., None]).reshape(weight.shape).astype(np.float32)
 
 
 def _ahead(score: Score, model: Model) -> Score:

@@ -301,6 +301,19 @@ def test_a_packed_weight_that_is_damaged_fails_a_gate(demo_bundle, tmp_path):
         )
 
 
+def test_a_scale_that_is_no_number_fails_the_gate_of_its_weight(demo_bundle, tmp_path):
+    s, bundle, _ = low_bits(demo_bundle, tmp_path, "10.3", "int4")
+    file = tmp_path / "weights.int4.safetensors"
+    place = weights.index(file)["model.language_model.layers.0.mlp.gate_proj.weight/int4.scale"]
+    content = bytearray(file.read_bytes())
+    content[place.offset : place.offset + 2] = np.array(np.nan, np.float16).tobytes()
+    file.write_bytes(content)
+    with pytest.raises(GateFailed, match=r"packing.*layers\.0\.mlp\.gate_proj.*differs by inf"):
+        gates_lowered.run_gates(
+            s, target("10.3"), bundle.family, probe(bundle.shape, bundle.config), tmp_path, threads=1
+        )
+
+
 def test_decode_and_prefill_share_the_bytes_of_a_packed_weight(demo_bundle, tmp_path):
     low_bits(demo_bundle, tmp_path, "10.3", "int4")
     places = {}

@@ -15,8 +15,8 @@ from random_models import copy, family, request
 from stepping import Decoder, constants, every_neuron, gatherer, prefill, step_feeds
 from tolerances import agrees
 
-from cm_export.backends.onnxruntime.backend import Backend
-from cm_export.backends.onnxruntime.lower import lower, unsigned
+from cm_export.backends.onnxruntime.backend import Backend, Decoder
+from cm_export.backends.onnxruntime.lower import lower
 from cm_export.base.errors import InputError
 from cm_export.base.onnx_text import model_of
 from cm_export.build.gates import COPY_LIMIT
@@ -25,6 +25,9 @@ from cm_export.bundle.weights import WeightFile
 from cm_export.host.core_set import choose
 from cm_export.host.request import prefill_feeds
 from cm_export.policies.neurons import predicted
+from cm_export.quant import packing
+from cm_export.quant.rounding import least_squares
+from cm_export.quant.scheme import Scheme
 from cm_export.recipe.recipe import Recipe
 from cm_export.surgery import pipeline
 
@@ -33,13 +36,18 @@ RECIPE = Recipe().replace(neurons__policy="predicted", tokens__policy="dense")
 
 
 # ------------------------------------------------------------------------------------------------ the copies
+def fit(weight, group):
+    found = least_squares(weight, Scheme(4, group))
+    return found.codes, found.scale
+
+
 @CASES
 @given(st.integers(1, 9), st.integers(1, 4), st.sampled_from([16, 32, 64]), st.integers(0, 2**32 - 1))
 def test_a_copy_is_what_onnx_unpacks_and_within_a_step_of_the_weight(ffn, blocks, group, seed):
     rng = np.random.default_rng(seed)
     weight = (rng.standard_normal((ffn, blocks * group)) * rng.choice([1e-3, 1, 50])).astype(np.float32)
-    q, scale = predictor.quantize(weight, group)
-    tensor = onnx.TensorProto(dims=q.shape, data_type=onnx.TensorProto.INT4, raw_data=predictor.pack(q).tobytes())
+    q, scale = fit(weight, group)
+    tensor = onnx.TensorProto(dims=q.shape, data_type=onnx.TensorProto.INT4, raw_data=packing.packed(q, 4).tobytes())
     assert (onnx.numpy_helper.to_array(tensor).astype(np.int8) == q).all()
     assert q.min() >= -8 and q.max() <= 7
     back = q.reshape(ffn, blocks, group) * scale[..., None]
@@ -64,7 +72,7 @@ def test_a_copy_in_a_wrong_place_fails_the_build(layered):
 
 
 def test_zeros_stay_zeros_and_are_not_divided_by():
-    q, scale = predictor.quantize(np.zeros((3, 32), np.float32), 32)
+    q, scale = fit(np.zeros((3, 32), np.float32), 32)
     assert (q == 0).all() and np.isfinite(scale).all()
 
 
@@ -113,7 +121,7 @@ def chosen_by_onnx(feeds, group, block, lowered):
     for value in [v for v in model.graph.input if v.name not in ("x", "count")]:
         model.graph.input.remove(value)
         if value.name in ("gate", "up"):
-            packed = predictor.pack(feeds[value.name])
+            packed = packing.packed(feeds[value.name], 4)
             shape, kind = feeds[value.name].shape, onnx.TensorProto.INT4
             model.graph.initializer.add(name=value.name, dims=shape, data_type=kind, raw_data=packed.tobytes())
         else:
@@ -130,7 +138,7 @@ def chosen_by_onnx(feeds, group, block, lowered):
         for t in model.graph.initializer:
             if t.name in ("gate", "up"):
                 assert t.data_type == onnx.TensorProto.UINT8
-                t.raw_data = unsigned(predictor.pack(feeds[t.name]), group).tobytes()
+                t.raw_data = packing.blocks(packing.packed(feeds[t.name], 4), 4, group).tobytes()
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {"x": feeds["x"], "count": feeds["count"]})[0]
 

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from ..backends.onnxruntime.backend import Backend, Rows
-from ..backends.tensorrt.export import Source, lowered, weight_file
-from ..backends.tensorrt.quantize import BITS, error_of, packed
+from ..backends.onnxruntime.backend import Backend, CoreRows, Rows
+from ..backends.tensorrt.export import Source, lowered, lowered_with_parts, weight_file
 from ..backends.tensorrt.rehearsal import LoweredGraphs, every_neuron_listed, listed, run, static_rows, step_feeds
 from ..backends.tensorrt.targets import Target
 from ..base.core_index import neuron_count, select_core_neurons
@@ -30,7 +29,9 @@ from ..families import Family, Pictures, Tower
 from ..host.core_rows import CoreRows
 from ..host.core_set import CoreSet
 from ..host.decode import Row, teacher_forced
-from ..host.request import Request, kept_slots, prefill_feeds, sparse_feeds
+from ..host.request import Request, core_row_names, kept_slots, prefill_feeds, sparse_feeds
+from ..quant.error import relative_error
+from ..quant.precision import HALF, PRECISIONS
 from ..source.probe import Probe
 from .gates import LIMIT, Gate, compared
 
@@ -47,7 +48,8 @@ def run_gates(
     source: Source, target: Target, family: Family, tower: Tower | None, probe: Probe, folder: Path, threads: int = 0
 ) -> list[Gate]:
     """All gates. Raises GateFailed. `folder` holds the weights of the lowered graphs, as `write_graphs` left it."""
-    precision = source.recipe.engine.precision
+    name = source.recipe.engine.precision
+    precision = PRECISIONS[name]
     portable = _Portable(source, family, threads)
     expected = _answers(portable, source, family, tower, probe)
     portable.backend.drop(*source.graphs)
@@ -58,18 +60,18 @@ def run_gates(
     gates.append(_choice(exact.chosen, portable.chosen))
     weight_bytes = sum(f.stat().st_size for f in folder.glob("weights.*.safetensors"))
     free = psutil.virtual_memory().available
-    if precision in ("bf16", "fp32"):
-        detail = f"not run: ONNX Runtime has no {precision} on a CPU" if precision == "bf16" else "nothing is halved"
+    if precision.products != HALF:
+        detail = "nothing is halved" if name == "fp32" else f"not run: ONNX Runtime has no {name} on a CPU"
         return [*gates, Gate("half precision", 0.0, None, True, detail)]
     if 4 * weight_bytes > free:  # ONNX Runtime computes in float32 what it holds in 16 bit: a copy of each
         detail = f"not run: {4 * weight_bytes / 1e9:.0f} GB of memory needed, {free / 1e9:.0f} GB free"
         return [*gates, Gate("half precision", 0.0, None, True, detail)]
     found = _answers(_Half(source, target, family, folder, threads), source, family, tower, probe)
     ours, theirs = (a["prefill"].pop("core_scores", None) for a in (found, expected))  # may be counts, which jump
-    if precision in BITS:
-        gates.append(_packing(source, target, folder, BITS[precision]))
+    if precision.packs:
+        gates.append(_packing(source, target, folder, precision.weights.bits))
     # What low bits cost is for the evaluation of answers to say; the vision tower has none.
-    limits = {g: None if precision in BITS and g != "vision" else HALF_LIMIT for g in expected}
+    limits = {g: None if precision.packs and g != "vision" else HALF_LIMIT for g in expected}
     gates += [_gate(f"half {g}", g, found, expected, limits[g], "portable graph in float32") for g in expected]
     return [*gates, _same_neurons(ours, theirs, source.recipe.neurons.share)]
 
@@ -164,10 +166,11 @@ def _packing(source: Source, target: Target, folder: Path, bits: int) -> Gate:
     """Every packed weight, read back from the file that builders get, beside the weight that it stands for."""
     file, worst = WeightFile(folder / weight_file(source.recipe.engine.precision)), ("nothing is packed", -1.0)
     for graph in ("prefill", "decode"):
-        for name, how in packed(lowered(source, graph, target)):
-            scale = name.replace(".words", ".scale") if how["part"] == "words" else f"{name}.scale"
-            error = error_of(source.weights[how["weight"]], how, file[name], file[scale])
-            worst = max(worst, (how["weight"], error), key=lambda pair: pair[1])
+        _, parts = lowered_with_parts(source, graph, target)
+        for name, part in parts.items():
+            if part.kind == "codes":
+                error = relative_error(source.weights[part.weight], file[name], file[part.scale], part.scheme)
+                worst = max(worst, (part.weight, error), key=lambda pair: pair[1])
         source.weights.release()
     if not 0 <= worst[1] <= PACK_LIMIT[bits]:
         fix = "no engine was built; build with fp16, or check memory and disk"

@@ -8,66 +8,45 @@ Fitted at export time: each group of g weights of a neuron takes the scale with 
 predictor of the same size chose worse on a real language model (docs/quality.md).
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ..base.errors import InputError
 from ..bundle.names import core_row_names
 from ..families import Family, Shape
+from ..quant.error import relative_error
+from ..quant.groups import fitting
+from ..quant.packing import packed, parts
+from ..quant.rounding import least_squares
+from ..quant.scheme import Quantised, Scheme
 from . import weights
 from .weights import Planned, WeightFile
 
 FILE = "predictor.safetensors"
 ROW_BITS = 16  # what a weight of a row counts in shares of bytes, whatever a bundle stores: the usual deployment
-_GROUPS = (64, 32, 16)
-_FACTORS = np.linspace(0.6, 1.1, 11, dtype=np.float32)
+_MOST, _LEAST = 64, 16  # weights that share a scale; ONNX Runtime multiplies groups of 16 and up
 
 
 def group_of(hidden: int) -> int:
     """How many weights share a scale: the largest of 64, 32, 16 that divides D. Raises InputError if none does."""
-    for group in _GROUPS:
-        if hidden % group == 0:
-            return group
-    fix = f"hidden size {hidden} is no multiple of {_GROUPS[-1]}; choose another neuron policy"
-    raise InputError("policy 'predicted' cannot pack this model's rows", where="recipe: neurons.policy", fix=fix)
+    where, fix = "recipe: neurons.policy 'predicted'", "choose another neuron policy"
+    return fitting(hidden, "hidden size", where=where, fix=fix, most=_MOST, least=_LEAST)
+
+
+def scheme(hidden: int) -> Scheme:
+    """How the copies of rows of D weights are stored. Raises InputError."""
+    return Scheme(4, group_of(hidden))
 
 
 def predictor_share(hidden: int) -> float:
     """Bytes read to choose, as a share of the bytes of the FFN's three matrices at ROW_BITS."""
-    return 2 / 3 * (4 + 32 / group_of(hidden)) / ROW_BITS
+    return 2 / 3 * scheme(hidden).bits_per_weight / ROW_BITS
 
 
-def quantize(weight: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """weight [F,D] float32 -> q [F,D] int8 in -8..7 and scale [F,D/group] float32: least squared error per group."""
-    blocks = weight.reshape(len(weight), -1, group)
-    # The value largest in magnitude takes the side that has eight levels.
-    peak = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)
-    best = np.full(peak.shape, np.inf, np.float32)
-    scale, q = np.ones_like(peak), np.zeros(blocks.shape, np.int8)
-    for factor in _FACTORS:
-        step = peak * (factor / -8)
-        step = np.where(np.abs(step) < 1e-30, np.float32(1), step)
-        tried = np.clip(np.rint(blocks / step), -8, 7)
-        error = np.square(tried * step - blocks).sum(-1, keepdims=True)
-        better = error < best
-        best, scale = np.where(better, error, best), np.where(better, step, scale)
-        q = np.where(better, tried.astype(np.int8), q)
-    return q.reshape(weight.shape), scale[..., 0]
-
-
-def pack(q: np.ndarray) -> np.ndarray:
-    """q [F,D] int8 in -8..7 -> [F,D/2] uint8, the earlier value in the low half: how ONNX stores int4."""
-    nibbles = (q & 15).astype(np.uint8)
-    return nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
-
-
-def unpack(packed: np.ndarray) -> np.ndarray:
-    """[F,D/2] uint8 -> [F,D] int8: the way back, written on its own so that it can tell a wrong `pack`."""
-    out = np.empty((len(packed), 2 * packed.shape[1]), np.int8)
-    out[:, 0::2] = (packed << 4).astype(np.uint8).view(np.int8) >> 4
-    out[:, 1::2] = packed.view(np.int8) >> 4
-    return out
+def copy_bytes(shape: Shape) -> float:
+    """Bytes of the copies of gate and up in every layer, scales included: what is read to choose for one token."""
+    return 2 * shape.layers * shape.ffn * shape.hidden * scheme(shape.hidden).bits_per_weight / 8
 
 
 def copy_error(copies: WeightFile, file: WeightFile, family: Family, shape: Shape) -> tuple[float, str]:
@@ -80,15 +59,11 @@ def copy_error(copies: WeightFile, file: WeightFile, family: Family, shape: Shap
         own = names(layer)
         if not np.allclose(copies[own["norm"]], np.linalg.norm(file[down].astype(np.float64), axis=1), rtol=1e-3):
             return float("inf"), own["norm"]
-        pairs = {}
         for part, source in (("gate", gate), ("up", up)):
-            scale = copies[own[f"{part}_scale"]]
-            q = unpack(copies[own[part]]).reshape(*scale.shape, -1)
-            pairs[own[part]] = ((q * scale[..., None]).reshape(shape.ffn, -1), file[source])
-        for name, (ours, theirs) in pairs.items():
-            error = float(np.linalg.norm(ours - theirs) / max(float(np.linalg.norm(theirs)), 1e-30))
-            if not error <= worst:  # also takes nan
-                worst, where = error, name
+            stored, scale = copies[own[part]], copies[own[f"{part}_scale"]]
+            error = relative_error(file[source], stored, scale, scheme(shape.hidden))
+            if error > worst:
+                worst, where = error, own[part]
     return worst, where
 
 
@@ -99,25 +74,23 @@ def names(layer: int) -> dict[str, str]:
 
 def tensors(file: WeightFile, family: Family, shape: Shape) -> list[Planned]:
     """The predictor of every layer, made when it is read, from the rows of the weight file. Raises InputError."""
-    group, out = group_of(shape.hidden), []
+    stored, size, out = scheme(shape.hidden), (shape.ffn, shape.hidden), []
     kinds = {
-        "": (np.dtype("u1"), (shape.ffn, shape.hidden // 2)),
-        "_scale": (np.dtype("<f4"), (shape.ffn, shape.hidden // group)),
+        "codes": ("", np.dtype("u1"), (shape.ffn, shape.hidden * stored.bits // 8)),
+        "scale": ("_scale", np.dtype("<f4"), stored.scale_shape(size)),
     }
     for layer, (gate, up, down) in enumerate(core_row_names(family, shape.layers)):
-        own, made = names(layer), {}  # both parts of a matrix come from one fit
-
-        def read(source: str, part: str, made: dict = made) -> list[np.ndarray]:
-            if source not in made:
-                q, scale = quantize(np.asarray(file[source], np.float32), group)
-                made[source] = {"": pack(q), "_scale": scale}
-            return [made[source].pop(part)]
-
+        own = names(layer)
         for name, source in (("gate", gate), ("up", up)):
-            for part, (dtype, size) in kinds.items():
-                out.append(Planned(own[name + part], dtype, size, lambda s=source, p=part, r=read: r(s, p)))
+            made = parts(partial(least_squares, file[source], stored, source), _packed)
+            for part, (ending, dtype, dims) in kinds.items():
+                out.append(Planned(own[name + ending], dtype, dims, lambda read=made[part]: [read()]))
         out.append(Planned(own["norm"], np.dtype("<f4"), (shape.ffn,), lambda d=down: [row_norms(file[d])]))
     return out
+
+
+def _packed(copy: Quantised) -> np.ndarray:
+    return packed(copy.codes, copy.scheme.bits)
 
 
 def write(path: Path, file: WeightFile, family: Family, shape: Shape) -> str:

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from ..base.by_name import nearest
 from ..base.errors import InputError
-
-PRECISIONS = ("fp16", "bf16", "fp32", "int8", "int4")
+from ..quant.precision import PRECISIONS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..base import by_name
 from ..base.errors import InputError
-from ..bundle.predictor import group_of
+from ..bundle.predictor import copy_bytes
 from ..families import Shape
 from ..recipe import recipe
 from ..recipe.recipe import Recipe
@@ -95,8 +95,8 @@ def _point(task: str, row: dict[str, Any], attention_is_control: bool, shape: Sh
     as_recipe = recipe.from_dict(row["recipe"], "recipe of a row")
     neurons, kept = float(row["neuron_share"]), float(row["image_tokens_kept"])
     ffn = 3 * shape.layers * shape.ffn * shape.hidden * _BYTES * neurons
-    if role != "dense" and as_recipe.neurons.in_decode:  # 4-bit gate and up, and a float32 scale per group of them
-        ffn += 2 * shape.layers * shape.ffn * shape.hidden * (0.5 + 4 / group_of(shape.hidden))
+    if role != "dense" and as_recipe.neurons.in_decode:
+        ffn += copy_bytes(shape)
     return Point(
         task=task,
         key=str(row["key"]),

@@ -25,8 +25,9 @@ from ...families import Arrays
 from ...host.backend import Cache, Feeds, Graphs, Tokens
 from ...host.core_rows import CoreRows
 from ...host.core_set import CoreSet
+from ...quant.packing import blocks
 from ...recipe.recipe import Recipe
-from .lower import lower, unsigned
+from .lower import lower
 
 Key = tuple[str, bool, bool]  # graph, rows as inputs, few rows
 
@@ -140,7 +141,7 @@ class Backend:
             return self.weights[tensor.name]
         stored = self.predictor[tensor.name]
         is_packed = tensor.data_type == onnx.TensorProto.UINT8
-        return unsigned(stored, 2 * tensor.dims[-1]) if is_packed else stored
+        return blocks(stored, 4, 2 * tensor.dims[-1]) if is_packed else stored
 
     def vision(self, feeds: Feeds) -> Arrays:
         """Every output of the vision graph."""

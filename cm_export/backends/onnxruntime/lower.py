@@ -15,7 +15,6 @@ time; as left factor the weights are read where they lie, and 16 rows cost what 
 
 from typing import Any
 
-import numpy as np
 import onnx
 
 from ...base.onnx_text import DOMAIN, OPSET
@@ -98,7 +97,7 @@ def _core_masked(activation: str) -> onnx.FunctionProto:
 
 
 def _multiply_low_bits(model: onnx.ModelProto, activation: str) -> None:
-    """PredictNeurons multiplies the int4 bytes as they lie; they become uint4 with zero point 8 (see `unsigned`)."""
+    """PredictNeurons multiplies the int4 bytes as they lie; they become uint4 with zero point 8 (quant/packing.py)."""
     sizes = {t.name: list(t.dims) for t in model.graph.initializer}
     node = next(n for n in model.graph.node if n.op_type == "PredictNeurons")
     ffn, hidden = sizes[node.input[1]]
@@ -116,11 +115,6 @@ def _multiply_low_bits(model: onnx.ModelProto, activation: str) -> None:
         if tensor.data_type == onnx.TensorProto.INT4:
             tensor.data_type = onnx.TensorProto.UINT8
             tensor.dims[:] = [ffn, hidden // group, group // 2]
-
-
-def unsigned(packed: np.ndarray, group: int) -> np.ndarray:
-    """[F,D/2] bytes of int4 pairs -> [F,D/g,g/2] of the same numbers as uint4 above a zero point of 8."""
-    return (packed ^ np.uint8(0x88)).reshape(len(packed), -1, group // 2)
 
 
 def _function(text: str) -> onnx.FunctionProto:

@@ -14,15 +14,17 @@ import onnx
 
 from ...base import dims
 from ...base.core_index import neuron_count
-from ...base.errors import InputError
 from ...bundle import weights as weight_files
 from ...bundle.graph_facts import ports
 from ...bundle.weights import Planned, WeightFile
 from ...families import Range, Shape, Tower
+from ...quant.precision import PRECISIONS
+from ...quant.scheme import Scheme
 from ...recipe.recipe import Recipe
 from ...surgery.bind_weights import point_at
+from .halve import as_half
 from .lower import DECODES, PLUGINS, for_parser, lower
-from .quantize import BITS, how_made, made_of, quantize_graph
+from .quantize import Part, Parts, quantize_graph, readers
 from .targets import Target
 
 INDEX_INPUTS = ("core_neurons", "core_tokens", "ffn.")  # graph inputs that say what decode reads
@@ -60,13 +62,14 @@ def write_graphs(source: Source, folder: Path, target: Target, graphs: Iterable[
     {"version", "kv", "capacity", "precision", "graphs": {name: {"inputs", "outputs", "profile": {input: [min, opt, max]},
     "plugins": {op: how many}, "plugin_nodes": [names], "index_inputs", "weight_bytes"}}}. Raises InputError, SurgeryError.
     """
-    engine, out, models = source.recipe.engine, {}, {}
+    engine, out, models, parts = source.recipe.engine, {}, {}, {}
     ranges = axis_ranges(source.recipe, source.shape, source.tower)
     for name in source.chosen(graphs):
-        models[name] = lowered(source, name, target)
+        models[name], packed = lowered_with_parts(source, name, target)
+        parts |= packed
         out[name] = describe(models[name], ranges | ({} if name in DECODES else _ONE_PROMPT), target)
     file = weight_file(engine.precision)
-    index = _write_weights(source.weights, folder / file, models.values())
+    index = _write_weights(source.weights, folder / file, models.values(), parts)
     for name, model in models.items():
         _point_at(model, file, index)
         out[name]["weight_bytes"] = sum(index[w].length for w in {_key(t) for t in _external(model)})
@@ -88,18 +91,22 @@ def lowered(
 
     `weights`: a folder of `write_graphs`, whose weight file takes the place of that one.
     """
-    engine = source.recipe.engine
-    graph = source.graph(name)
-    model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph
-    precision = precision or engine.precision
-    half = "fp16" if precision in BITS else precision
-    model = lower(model, name, target, source.weights.tensors, engine.capacity, engine.max_prompt, half)
-    if precision in BITS:
-        quantize_graph(model, precision, target.plugins)
+    model, _ = lowered_with_parts(source, name, target, precision)
     if weights:
-        file = weight_file(engine.precision)
+        file = weight_file(source.recipe.engine.precision)
         _point_at(model, file, weight_files.index(weights / file))
     return model
+
+
+def lowered_with_parts(
+    source: Source, name: str, target: Target, precision: str | None = None
+) -> tuple[onnx.ModelProto, Parts]:
+    """The same, and how the initializers that hold packed weights are made."""
+    engine, graph = source.recipe.engine, source.graph(name)
+    model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph
+    chosen = PRECISIONS[precision or engine.precision]
+    model = lower(model, name, target, source.weights.tensors, engine.capacity, engine.max_prompt, chosen.products)
+    return model, quantize_graph(model, chosen, target.plugins) if chosen.packs else {}
 
 
 def weight_file(precision: str) -> str:
@@ -156,18 +163,27 @@ def _key(tensor: onnx.TensorProto) -> str:
     return tensor.name if tensor.data_type != onnx.TensorProto.FLOAT else f"{tensor.name}/float32"
 
 
-def _write_weights(stored: WeightFile, file: Path, models: Iterable[onnx.ModelProto]) -> dict[str, weight_files.Tensor]:
-    planned = {}
+def _write_weights(
+    stored: WeightFile, file: Path, models: Iterable[onnx.ModelProto], parts: Parts
+) -> dict[str, weight_files.Tensor]:
+    planned: dict[str, Planned] = {}
+    fits: dict[tuple[str, Scheme], dict[str, Callable[[], np.ndarray]]] = {}
     for tensor in (t for model in models for t in _external(model)):
-        planned.setdefault(_key(tensor), _planned(stored, tensor))
+        if _key(tensor) in planned:
+            continue
+        part = parts.get(tensor.name)
+        if part is None:
+            planned[_key(tensor)] = _planned(stored, tensor)
+            continue
+        fit = part.weight, part.scheme
+        if fit not in fits:
+            fits[fit] = readers(stored, *fit)
+        planned[_key(tensor)] = _packed(stored, _key(tensor), part, fits[fit][part.kind])
     weight_files.write(file, list(planned.values()))
     return weight_files.index(file)
 
 
 def _planned(stored: WeightFile, tensor: onnx.TensorProto) -> Planned:
-    how = how_made(tensor)
-    if how:
-        return _packed(stored, tensor, how)
     name, dtype = tensor.name, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
     source = stored.tensors[name]
     row = max(1, source.length // max(1, source.shape[0] if source.shape else 1))
@@ -175,29 +191,18 @@ def _planned(stored: WeightFile, tensor: onnx.TensorProto) -> Planned:
     def read() -> Iterator[np.ndarray]:
         rows = np.atleast_1d(stored[name])
         for at in range(0, len(rows), max(1, _PIECE // row)):
-            piece = rows[at : at + max(1, _PIECE // row)]
-            with np.errstate(over="ignore"):
-                half = piece.astype(dtype)
-            if not np.isfinite(half).all():
-                fix = "build with --precision bf16"
-                raise InputError("a value does not fit into 16 bit", where=f"weight {name}", fix=fix)
-            yield half
+            yield as_half(rows[at : at + max(1, _PIECE // row)], dtype, name)
         stored.release()
 
     return Planned(_key(tensor), dtype, source.shape, read)
 
 
-def _packed(stored: WeightFile, tensor: onnx.TensorProto, how: dict[str, Any]) -> Planned:
-    half, shape = np.dtype(np.float16), list(tensor.dims)
-    dtype = {"words": np.dtype("<i4"), "codes": np.dtype("u1"), "scale": half}[how["part"]]
-    if how["part"] != "scale" and tensor.data_type == onnx.TensorProto.INT4:  # ONNX counts numbers, the file elements
-        shape[-1] //= 2 * dtype.itemsize
-
+def _packed(stored: WeightFile, key: str, part: Part, make: Callable[[], np.ndarray]) -> Planned:
     def read() -> Iterator[np.ndarray]:
-        yield made_of(stored[how["weight"]], how, half)
+        yield make()
         stored.release()
 
-    return Planned(_key(tensor), dtype, tuple(shape), read)
+    return Planned(key, part.dtype, part.shape, read)
 
 
 def _point_at(model: onnx.ModelProto, file: str, index: dict[str, weight_files.Tensor]) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from ...base.errors import InputError
 from ...surgery.edit import Edit
 
-TYPES = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16, "fp32": onnx.TensorProto.FLOAT}
 # A masked score. The lowest float32 is minus infinity in 16 bit, and a row of nothing but those has no softmax.
 LOWEST = -60000.0
 
@@ -24,14 +24,14 @@ _FLOATS = {"Attention": 4, "CoreAttention": 4, "CoreFFN": 4, "CoreRows": 4, "Cac
 _MASK = {"Attention": 3, "CoreAttention": 3}
 
 
-def halve(edit: Edit, weights: Container[str], precision: str) -> set[str]:
-    """Put the graph into `precision` ("fp16", "bf16"; "fp32" changes nothing); returns the weights to be written so.
+def halve(edit: Edit, weights: Container[str], products: np.dtype) -> set[str]:
+    """Put what is large into the type `products` (float32 changes nothing); returns the weights to be written so.
 
     `weights`: names of initializers that lie in the weight file.
     """
-    if precision == "fp32":
+    if products == np.float32:
         return set()
-    to, halves = TYPES[precision], set()
+    to, halves = onnx.helper.np_dtype_to_tensor_dtype(products), set()
     as_half: dict[int, gs.Tensor] = {}
     for tensor in edit.graph.inputs:
         if tensor.name.startswith(("past.", "ffn.")):
@@ -80,6 +80,16 @@ def _output(edit: Edit, tensor: gs.Variable, as_half: dict[int, gs.Tensor], to: 
     name, shape = tensor.name, tensor.shape
     tensor.name += "/float"
     half.name, half.dtype, half.shape = name, to, shape
+    return half
+
+
+def as_half(weight: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """A weight, or some rows of it, in another type. Raises InputError for a value that does not fit."""
+    with np.errstate(over="ignore"):
+        half = weight.astype(dtype)
+    if not np.isfinite(half).all():
+        fix = "build with --precision bf16"
+        raise InputError("a value does not fit into 16 bit", where=f"weight {name}", fix=fix)
     return half
 
 

@@ -24,6 +24,7 @@ from ...base.onnx_text import DOMAIN, OPSET
 from ...host.core_rows import ROWS
 from ...plugins.core_attention import op as core_attention
 from ...plugins.core_ffn import op as core_ffn
+from ...quant.precision import HALF
 from ...surgery.edit import Edit
 from ..onnxruntime.lower import names_read
 from . import halve as halving
@@ -42,13 +43,13 @@ def lower(
     weights: Container[str],
     capacity: int,
     longest: int,
-    precision: str = "fp16",
+    products: np.dtype = HALF,
 ) -> onnx.ModelProto:
     """The graph `name` of a bundle for `target`; functions of plugin ops stay in, so that ONNX Runtime can run it.
 
     `weights`: names of the initializers that are weights; those in 16 bit are declared so and must be written so.
-    `capacity`: rows of the cache; `longest`: tokens of a prompt. Raises InputError for a graph that TensorRT cannot run,
-    SurgeryError.
+    `capacity`: rows of the cache; `longest`: tokens of a prompt. `products`: type of what is large. Raises
+    InputError for a graph that TensorRT cannot run, SurgeryError.
     """
     if any(n.op_type == "PredictNeurons" for n in model.graph.node):
         no_predictor(name)
@@ -62,7 +63,7 @@ def lower(
     own = _own_ops(edit, target) if name == "decode" else ()
     if not own:
         _write_out_attention(edit)
-    halves = halving.halve(edit, weights, precision)
+    halves = halving.halve(edit, weights, products)
     if not target.native_norm:
         _replace(edit, "RMSNormalization", written.NORM, "epsilon")
     if not target.native_attention:
@@ -75,7 +76,7 @@ def lower(
     halving.no_float64(lowered.graph)
     for tensor in lowered.graph.initializer:
         if tensor.name in halves:
-            tensor.data_type = halving.TYPES[precision]
+            tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(products)
     del lowered.graph.value_info[:]
     lowered.graph.name = name
     return lowered

@@ -1,45 +1,70 @@
 """Weights in 4 and 8 bit: the FFN rows of decode as our plugin reads them, other products of the decoder as TensorRT does.
 
-    CoreFFN(x, Wg, Wu, Wd_t, ids)  ->  CoreFFN(x, words x 3, scales x 3, ids)        int8, int4: pack.py, groups along D
+    CoreFFN(x, Wg, Wu, Wd_t, ids)  ->  CoreFFN(x, words x 3, scales x 3, ids)        int8, int4: groups along a row
     MatMul(x, W)                   ->  MatMul(x, DequantizeLinear(W int4, scale))    int4: groups along what is summed
 
-Rounding to nearest, symmetric. Logits, embeddings and the vision tower stay in 16 bit.
+The new initializers point at no bytes yet: `quantize_graph` returns a `Part` for each, which says how the weight file gets
+it from which weight. Rounding to nearest, symmetric. Logits, embeddings and the vision tower stay in 16 bit.
 """
 
-import json
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from ...base.errors import InputError
+from ...bundle.weights import WeightFile
 from ...plugins.core_ffn import body as core_ffn
-from ...plugins.core_ffn.pack import check, quantize, scales_of, unpack
+from ...quant import packing
+from ...quant.groups import fitting
+from ...quant.precision import Precision
+from ...quant.rounding import nearest
+from ...quant.scheme import Quantised, Scheme
+from .halve import as_half
 
-BITS = {"int8": 8, "int4": 4}
-_GROUPS = (128, 64, 32, 16, 8)
-_MADE = "made"  # key of an initializer's external_data: how its bytes come from the weight file
+
+@dataclass(frozen=True)
+class Part:
+    """How the bytes of one initializer are made from a weight [F,D] of the bundle, and their form in the weight file."""
+
+    weight: str
+    scheme: Scheme
+    kind: str  # "codes" or "scale"
+    dtype: np.dtype  # int32: codes as words; uint8: as packed bytes
+    shape: tuple[int, ...]
+    scale: str = ""  # of codes: the initializer that holds their scales
 
 
-def quantize_graph(model: onnx.ModelProto, precision: str, plugins: bool) -> None:
-    """Rewrite a lowered graph in 16 bit, in place. Raises InputError for sizes that do not pack, or where nothing would."""
-    bits, graph = BITS[precision], model.graph
-    if bits == 8 and not plugins:
+Parts = dict[str, Part]  # by initializer
+_New = dict[str, tuple[TensorProto, Part]]
+
+
+# ------------------------------------------------------------------------------------------------- the graph
+def quantize_graph(model: onnx.ModelProto, precision: Precision, plugins: bool) -> Parts:
+    """Rewrite a lowered graph in 16 bit, in place; returns how its new initializers are made.
+
+    Raises InputError for sizes that do not pack, or where nothing would.
+    """
+    graph, most = model.graph, precision.weights
+    if precision.packs == "ffn" and not plugins:
         int8_needs_the_plugin()
     stored = {t.name: t for t in graph.initializer if t.data_location == TensorProto.EXTERNAL and len(t.dims) == 2}
-    made: dict[str, onnx.TensorProto] = {}
-    for node in graph.node:
-        if node.op_type == "CoreFFN":
-            _words(node, stored, made, bits)
-    if any(n.op_type == "CoreFFN" for n in graph.node):
-        _set_function(model, bits)
-    if bits == 4:
-        _dequantize(graph, stored, made)
+    rows = [n for n in graph.node if n.op_type == "CoreFFN"]
+    new: _New = {}
+    for node in rows:
+        new |= _read_words(node, stored, most)
+    if rows:
+        _set_function(model, most.bits)
+    if precision.packs == "layers":
+        new |= _dequantize(graph, stored, most)
     read = {i for n in graph.node for i in n.input}
     kept = [t for t in graph.initializer if t.name in read]
     del graph.initializer[:]
-    graph.initializer.extend([*kept, *made.values()])
+    graph.initializer.extend([*kept, *(tensor for tensor, _ in new.values())])
+    return {name: part for name, (_, part) in new.items()}
 
 
 def int8_needs_the_plugin() -> NoReturn:
@@ -48,22 +73,17 @@ def int8_needs_the_plugin() -> NoReturn:
     raise InputError("int8 rows need the plugin", where="engine.precision", fix=fix)
 
 
-def _words(node: onnx.NodeProto, stored: dict, made: dict, bits: int) -> None:
+def _read_words(node: onnx.NodeProto, stored: dict[str, TensorProto], most: Scheme) -> _New:
     """The three weights of a CoreFFN as words and scales."""
-    weights = list(node.input[1:4])
-    rows, columns = stored[weights[0]].dims
-    group = _group(columns, bits, weights[0])
-    names = []
-    for part, kind, width in (("words", TensorProto.INT32, columns * bits // 32), ("scale", None, columns // group)):
-        for weight in weights:
-            name = f"{weight}/int{bits}.{part}"
-            how = {"weight": weight, "part": part, "bits": bits, "group": group, "axis": 1}
-            made[name] = _initializer(name, kind or stored[weight].data_type, [rows, width], how)
-            names.append(name)
-    node.input[1:4] = names
+    weights = [stored[name] for name in node.input[1:4]]
+    scheme = _scheme(weights[0], 1, most)
+    codes, scales = zip(*(_parts(w, scheme).items() for w in weights), strict=True)
+    new = {name: (_initializer(name, part), part) for name, part in (*codes, *scales)}
+    node.input[1:4] = list(new)
     for a in node.attribute:
         if a.name in ("bits", "group"):
-            a.i = {"bits": bits, "group": group}[a.name]
+            a.i = {"bits": scheme.bits, "group": scheme.group}[a.name]
+    return new
 
 
 def _set_function(model: onnx.ModelProto, bits: int) -> None:
@@ -77,36 +97,33 @@ def _set_function(model: onnx.ModelProto, bits: int) -> None:
             function.opset_import.extend(opsets)
 
 
-def _dequantize(graph: onnx.GraphProto, stored: dict, made: dict) -> None:
+def _dequantize(graph: onnx.GraphProto, stored: dict[str, TensorProto], most: Scheme) -> _New:
     """W -> DequantizeLinear(W int4) wherever a MatMul other than that of the logits reads it, turned or not."""
     turned = {n.output[0]: n for n in graph.node if n.op_type == "Transpose" and n.input[0] in stored}
     logits = _product_of(graph, "logits")
-    new: dict[str, onnx.NodeProto] = {}
+    nodes: dict[str, onnx.NodeProto] = {}
+    new: _New = {}
     for node in graph.node:
         if node.op_type != "MatMul" or node.output[0] == logits:
             continue
         transpose = turned.get(node.input[1])
-        weight = transpose.input[0] if transpose is not None else node.input[1]
-        if weight not in stored:
+        reader, place = (node, 1) if transpose is None else (transpose, 0)
+        weight = stored.get(reader.input[place])
+        if weight is None:
             continue
-        axis = 1 if transpose is not None else 0
-        dims = list(stored[weight].dims)
-        group = _group(dims[axis], 4, weight)
-        if dims[1] % 2:
-            raise InputError(f"rows of {dims[1]}", where=f"weight {weight}", fix="build with --precision fp16")
-        part = "words" if axis else "codes"  # words, byte by byte, are ONNX's packing: decode and prefill share them
-        q, scale = (f"{weight}/int4.{n}" for n in (("words", "scale") if axis else ("codes", "codes.scale")))
-        scale_dims = [d // group if i == axis else d for i, d in enumerate(dims)]
-        how = {"weight": weight, "bits": 4, "group": group, "axis": axis}
-        made[q] = _initializer(q, TensorProto.INT4, dims, how | {"part": part})
-        made[scale] = _initializer(scale, stored[weight].data_type, scale_dims, how | {"part": "scale"})
-        out = f"{weight}/whole.{axis}"
-        new[out] = helper.make_node("DequantizeLinear", [q, scale], [out], out, axis=axis, block_size=group)
-        reader, place = (transpose, 0) if transpose is not None else (node, 1)
+        axis = 0 if transpose is None else 1
+        scheme = _scheme(weight, axis, most)
+        (codes, of_codes), (scale, of_scale) = _parts(weight, scheme).items()
+        new[codes] = _external(codes, TensorProto.INT4, weight.dims), of_codes
+        new[scale] = _initializer(scale, of_scale), of_scale
+        out = f"{weight.name}/whole.{axis}"
+        how = {"axis": axis, "block_size": scheme.group}
+        nodes[out] = helper.make_node("DequantizeLinear", [codes, scale], [out], out, **how)
         reader.input[place] = out
-    nodes = [*new.values(), *graph.node]
+    everything = [*nodes.values(), *graph.node]
     del graph.node[:]
-    graph.node.extend(nodes)
+    graph.node.extend(everything)
+    return new
 
 
 def _product_of(graph: onnx.GraphProto, output: str) -> str:
@@ -117,58 +134,49 @@ def _product_of(graph: onnx.GraphProto, output: str) -> str:
     return output
 
 
-def _group(length: int, bits: int, where: str) -> int:
-    group = next((g for g in _GROUPS[1 if bits == 4 else 0 :] if length % g == 0), 0)
-    try:
-        check(length, bits, group or length + 1)
-    except InputError as e:
-        raise InputError(e.what, where=f"weight {where}", fix="build with --precision fp16") from e
-    return group
+def _scheme(weight: TensorProto, axis: int, most: Scheme) -> Scheme:
+    """`most` with the group that fits a weight along `axis`. Raises InputError."""
+    where, fix = f"weight {weight.name}", "build with --precision fp16"
+    if weight.dims[1] % 2:
+        raise InputError(f"rows of {weight.dims[1]} end within a byte", where=where, fix=fix)
+    group = fitting(weight.dims[axis], ("column length", "row length")[axis], where=where, fix=fix, most=most.group)
+    return replace(most, group=group, axis=axis)
 
 
-def _initializer(name: str, kind: int, dims: list[int], how: dict[str, Any]) -> onnx.TensorProto:
-    tensor = TensorProto(name=name, data_type=kind, dims=dims, data_location=TensorProto.EXTERNAL)
-    tensor.external_data.add(key=_MADE, value=json.dumps(how))
-    return tensor
+def _parts(weight: TensorProto, scheme: Scheme) -> Parts:
+    """Codes and scales of a weight, in this order. Words are ONNX's bytes, too: decode and prefill share them."""
+    form, (rows, columns) = f"{weight.name}/int{scheme.bits}", weight.dims
+    words = scheme.axis == 1
+    codes, scale = (f"{form}.words", f"{form}.scale") if words else (f"{form}.codes", f"{form}.codes.scale")
+    dtype = np.dtype("<i4" if words else "u1")
+    shape = (rows, columns * scheme.bits // (8 * dtype.itemsize))
+    return {
+        codes: Part(weight.name, scheme, "codes", dtype, shape, scale),
+        scale: Part(weight.name, scheme, "scale", scheme.scale, scheme.scale_shape((rows, columns))),
+    }
+
+
+def _initializer(name: str, part: Part) -> TensorProto:
+    """Of the type and shape that the part has in the file."""
+    return _external(name, helper.np_dtype_to_tensor_dtype(part.dtype), part.shape)
+
+
+def _external(name: str, kind: int, dims: Sequence[int]) -> TensorProto:
+    return TensorProto(name=name, data_type=kind, dims=dims, data_location=TensorProto.EXTERNAL)
 
 
 # ------------------------------------------------------------------------------------------------- bytes
-def how_made(tensor: onnx.TensorProto) -> dict[str, Any] | None:
-    """What `planned_bytes` needs of an initializer of these; None of one that is a weight as it lies in the file."""
-    return next((json.loads(e.value) for e in tensor.external_data if e.key == _MADE), None)
+def readers(file: WeightFile, weight: str, scheme: Scheme) -> dict[str, Callable[[], np.ndarray]]:
+    """What makes the parts of a weight, by their kind: "codes" and "scale". Calls raise InputError."""
+
+    def fit() -> Quantised:
+        rows = file[weight]
+        # Rows of the plugin are rounded from the 16-bit weights that it would read otherwise.
+        return nearest(as_half(rows, scheme.scale, weight) if scheme.axis == 1 else rows, scheme, weight)
+
+    return packing.parts(fit, _pack)
 
 
-def made_of(rows: np.ndarray, how: dict[str, Any], dtype: np.dtype) -> np.ndarray:
-    """The bytes of one initializer from its weight [F,D] float32; `dtype` is that of the scales.
-
-    "words" int32 [F,D*bits/32] with groups along D; "codes" uint8 [F,D/2] (two int4 a byte, the lower one first) with
-    groups along F; "scale".
-    """
-    if how["axis"] == 1:
-        as_read = rows.astype(dtype), how["bits"], how["group"]
-        return scales_of(*as_read) if how["part"] == "scale" else quantize(*as_read)[0]
-    grouped = rows.astype(np.float32).reshape(-1, how["group"], rows.shape[1])
-    scale = (np.abs(grouped).max(1) / 7).astype(dtype)
-    scale[scale.astype(np.float32) == 0] = 1
-    if how["part"] == "scale":
-        return scale
-    codes = np.clip(np.rint(grouped / scale[:, None].astype(np.float32)), -8, 7).astype(np.int8).reshape(rows.shape)
-    pairs = codes.astype(np.uint8) & 15
-    return pairs[:, ::2] | pairs[:, 1::2] << 4
-
-
-def packed(model: onnx.ModelProto) -> list[tuple[str, dict[str, Any]]]:
-    """Name and making of every initializer that holds the numbers (not the scales) of a packed weight."""
-    found = ((t.name, how_made(t)) for t in model.graph.initializer)
-    return [(name, how) for name, how in found if how and how["part"] != "scale"]
-
-
-def error_of(rows: np.ndarray, how: dict[str, Any], numbers: np.ndarray, scale: np.ndarray) -> float:
-    """Relative error of a packed weight as it lies in the file, against `rows` float32 [F,D]."""
-    if how["axis"] == 1:
-        whole = unpack(np.ascontiguousarray(numbers).view(np.int32), scale, how["bits"])
-    else:
-        codes = np.stack([numbers & 15, numbers >> 4], -1).reshape(rows.shape).astype(np.int8)
-        codes = np.where(codes > 7, codes - 16, codes).astype(np.float32)
-        whole = codes * np.repeat(scale.astype(np.float32), how["group"], axis=0)
-    return float(np.linalg.norm(whole - rows) / max(np.linalg.norm(rows), 1e-30))
+def _pack(weight: Quantised) -> np.ndarray:
+    pack = packing.words if weight.scheme.axis == 1 else packing.packed
+    return pack(weight.codes, weight.scheme.bits)

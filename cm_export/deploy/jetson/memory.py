@@ -15,14 +15,15 @@ import numpy as np
 import onnx
 
 from ...bundle.names import core_row_names
+from ...quant.precision import HALF
+from ...quant.precision import PRECISIONS as KNOWN
 from ...recipe.recipe import Engine
 
-PRECISIONS = ("fp16", "int8", "int4")
+PRECISIONS = tuple(name for name, known in KNOWN.items() if known.products == HALF)  # from many bytes to few
 FACTORS = {
     "builder": (3.0, "builders are reported to need 2 to 3 times the weights of the engine; the worse one"),
     "runtime": (600_000_000, "CUDA context and TensorRT's libraries, resident; an estimate, bytes"),
 }
-_BITS = {"fp16": (16, 0), "int8": (8, 128), "int4": (4, 64)}  # and columns that share a scale
 _SMALLEST = 256  # rows of a cache, or patches of a picture, that are still worth proposing
 Weights = dict[str, int]  # bytes by graph
 
@@ -73,23 +74,26 @@ def predict(weights: Weights, bundle: Any, engine: Engine, kv: str, fused: bool,
 def estimated_weights(bundle: Any, graphs: Iterable[str], precision: str) -> Weights:
     """Bytes of each engine's weights before they are written: matrices 16 bit, vectors 32, and what `precision` packs.
 
-    int8: FFN rows of decode. int4: every matrix of the decoder's layers. Each group of columns has a 16-bit scale.
+    Groups are taken to be as large as they may be.
     """
     ffn = {name for layer in core_row_names(bundle.family, bundle.shape.layers) for name in layer}
     layers = bundle.family.layer.partition("{")[0]
-    bits, group = _BITS[precision]
-    out = {}
+    kind, out = KNOWN[precision], {}
     for graph in graphs:
         total = 0.0
         for tensor in onnx.load(bundle.graph(graph), load_external_data=False).graph.initializer:
             if tensor.data_location != onnx.TensorProto.EXTERNAL:
                 continue
             size, name = float(np.prod(tensor.dims, dtype=np.float64)), tensor.name
-            packed = (graph == "decode" and name in ffn) if bits == 8 else bits == 4 and name.startswith(layers)
+            packed = {
+                "": False,
+                "ffn": graph == "decode" and name in ffn,
+                "layers": name.startswith(layers),
+            }[kind.packs]
             if len(tensor.dims) < 2:
                 total += 4 * size
             else:
-                total += size * (bits / 8 + 2 / group) if packed else 2 * size
+                total += size * (kind.weights.bits_per_weight / 8 if packed else kind.products.itemsize)
         out[graph] = round(total)
     return out
 
