@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 
 from ..base import environment
+from ..base.hashes import key_of
 from ..base.metrics import divergence, kept_of_dense, spread, wilson
 from ..bundle.bundle import Bundle
 from ..bundle.predictor import predictor_share
@@ -31,7 +32,7 @@ from ..recipe.recipe import Recipe
 from ..recipe.vary import at_random, varied
 from ..surgery import pipeline
 from ..surgery.neuron_constants import neuron_constants
-from .journal import Journal, key_of
+from .journal import Journal
 from .task import Question, Task
 
 # (neuron share, token share) of the rows below the recipe's own budget: what less gives, whatever it is.
