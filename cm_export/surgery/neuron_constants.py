@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ..base import by_name
 from ..bundle.calibration import Calibration
 from ..bundle.weights import WeightFile
 from ..host.request import core_row_names
+from ..recipe import facts
 from ..recipe.recipe import Recipe
 
 
@@ -23,13 +23,13 @@ def neuron_constants(
     recipe: Recipe, weights: WeightFile, family: ModuleType, shape: Any, calibration: Calibration | None
 ) -> dict[str, np.ndarray]:
     """{wire: [L,F] float32} of what the recipe's policy reads; `calibration` in the order of `weights`."""
-    policy = by_name.load("cm_export.policies.neurons", recipe.neurons.policy, "neuron policy")
+    policy = facts.neuron_policy(recipe.neurons.policy)
     out = {}
     wires = {"down_energy"} | ({"row"} if recipe.neurons.row_norm else set())
-    if asked := wires & set(policy.WIRES):
+    if asked := wires & set(policy.wires):
         norms = np.stack([_energy(weights[down]) for *_, down in core_row_names(family, shape.layers)])
         out |= dict.fromkeys(asked, norms)
-    if "prior" in policy.WIRES:
+    if "prior" in policy.wires:
         out["prior"] = calibration.energy
     return out
 
