@@ -14,6 +14,7 @@ from ..requirements import requirements
 
 DISTRIBUTION = "cm-export"
 EXTRAS = {
+    "export": "makes bundles of checkpoints: `cm-export build`, `calibrate --model`",
     "gpu": "runs the graphs on NVIDIA GPUs through ONNX Runtime yourself; the verbs here use its CPU provider",
     "tensorrt": "builds and runs engines on this machine's GPU: --backend tensorrt",
     "tensorrt-rtx": "builds and runs engines on RTX cards: --backend tensorrt-rtx",
@@ -32,7 +33,7 @@ EXTRAS = {
 @json_option
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
-    """Check this machine and its libraries; exit code 1 if a required one is missing or too old."""
+    """Check this machine and its libraries; exit code 1 if one that running needs is missing or too old."""
     found = examine()
     if as_json:
         emit_json(found)
