@@ -4,13 +4,11 @@ import os
 import platform
 import shutil
 import sys
-from importlib import metadata
 from typing import Any
 
 import click
 
 from ..console import Verb, emit_json, json_option
-from ..requirements import requirements
 
 DISTRIBUTION = "cm-export"
 EXTRAS = {
@@ -45,9 +43,12 @@ def command(ctx: click.Context, as_json: bool) -> None:
 
 def examine() -> dict[str, Any]:
     """Everything doctor reports, as plain values."""
+    from importlib import metadata
+
     import psutil
 
     from ...source.checkpoint import DEMO
+    from ..requirements import requirements
 
     required, extras = requirements(DISTRIBUTION, EXTRAS)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
