@@ -8,6 +8,7 @@ cannot be imported and need not be. So facts are literals at the top of the file
 """
 
 import ast
+import importlib.abc
 import importlib.util
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +25,7 @@ class Facts:
     """The literals of a policy's file, by their names in lower case; WIRES and ATTRIBUTES must be there."""
 
     wires: tuple[str, ...]  # inputs of the ONNX function, by the name of what a graph has to offer
-    attributes: tuple[str, ...]  # its attributes, by the name of the recipe's key
+    attributes: tuple[str, ...]  # its attributes, by the name of the value they take
     adds: bool = False  # whether scores of two texts add up to those of both
     scores: bool = True  # whether prefill scores; if not, FUNCTION is None
     in_decode: bool = False  # whether the decode graph itself chooses, anew for every token
@@ -47,9 +48,11 @@ def parse(source: str, where: object) -> Facts:
     """The facts in the text of a policy. Raises InputError for one that is missing or not written as a literal."""
     found: dict[str, Any] = {}
     for node in ast.parse(source).body:
-        for target in _targets(node):
-            if target in _TYPES:
-                found[target.lower()] = _value(target, node, where)
+        if not isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            continue
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            if isinstance(target, ast.Name) and target.id in _TYPES:
+                found[target.id.lower()] = _value(target.id, node, where)
     if missing := [name for name in ("WIRES", "ATTRIBUTES") if name.lower() not in found]:
         raise InputError(f"says no {missing[0]}", where=where, fix=f"write {missing[0]} = (...) at the top of the file")
     return Facts(**found)
@@ -60,23 +63,16 @@ def _facts(package: str, name: str, what: str) -> Facts:
     by_name.check(package, name, what)
     module = f"{package}.{name}"
     spec = importlib.util.find_spec(module)  # imports the folder's __init__.py, not the module
-    return parse(spec.loader.get_source(module), spec.origin)
+    loader = spec and spec.loader
+    assert spec and isinstance(loader, importlib.abc.InspectLoader)  # `check` has found the file
+    return parse(loader.get_source(module) or "", spec.origin)
 
 
-def _targets(node: ast.stmt) -> list[str]:
-    """Names that a statement at the top of a file assigns to."""
-    if isinstance(node, ast.Assign):
-        return [target.id for target in node.targets if isinstance(target, ast.Name)]
-    if isinstance(node, (ast.AnnAssign, ast.AugAssign)) and isinstance(node.target, ast.Name):
-        return [node.target.id]
-    return []
-
-
-def _value(name: str, node: ast.stmt, where: object) -> Any:
+def _value(name: str, node: ast.Assign | ast.AnnAssign | ast.AugAssign, where: object) -> Any:
     where, wanted = f"{where}:{node.lineno}", _TYPES[name]
     try:
-        if isinstance(node, ast.AugAssign):
-            raise ValueError
+        if node.value is None or isinstance(node, ast.AugAssign):
+            raise ValueError(ast.unparse(node))
         value = ast.literal_eval(node.value)
     except ValueError as e:  # a call, another name, an operator
         fix = "write the value itself: facts are read without running the file"
