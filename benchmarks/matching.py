@@ -22,9 +22,10 @@ from typing import Any
 from _page import between, write_report
 
 from cm_export.base import by_name
+from cm_export.base.hashes import key_of
 from cm_export.bundle.bundle import Bundle
 from cm_export.evals.compare import Row, _Desk, with_policies
-from cm_export.evals.journal import Journal, key_of
+from cm_export.evals.journal import Journal
 from cm_export.evals.task import Task, load
 from cm_export.host.runner import Budget, Engine
 from cm_export.recipe.recipe import Recipe

@@ -20,6 +20,7 @@ from cm_export.bundle.bundle import Bundle
 from cm_export.bundle.predictor import predictor_share
 from cm_export.evals import task as _task
 from cm_export.evals.compare import Sweep, compare
+from cm_export.recipe import facts
 from cm_export.recipe.recipe import from_dict
 
 BYTES = (0.7, 0.6, 0.5, 0.4)
@@ -32,10 +33,10 @@ def sweeps(bundle: Bundle) -> dict[str, list[Sweep]]:
     known = {part: by_name.names_in(f"cm_export.policies.{part}") for part in ("neurons", "tokens")}
     fixed, in_decode = [], []
     for name in known["neurons"]:
-        policy = by_name.load("cm_export.policies.neurons", name, "neuron policy")
-        if name in ("dense", "random") or ("prior" in policy.WIRES and bundle.calibration is None):
+        policy = facts.neuron_policy(name)
+        if name in ("dense", "random") or ("prior" in policy.wires and bundle.calibration is None):
             continue
-        (in_decode if hasattr(policy, "decode_function") else fixed).append(name)
+        (in_decode if policy.in_decode else fixed).append(name)
     tokens = tuple(n for n in known["tokens"] if n not in ("dense", "random"))
     recipe = from_dict(bundle.manifest["recipe"])
     cost = predictor_share(bundle.shape.hidden)

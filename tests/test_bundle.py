@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from cm_export.base.errors import BundleError, CmExportError, InputError
+from cm_export.base.hashes import file_sha256, key_of
 from cm_export.build import stages
-from cm_export.build.stages import Stages, key_of
+from cm_export.build.stages import Stages
 from cm_export.bundle import bundle as bundles
 from cm_export.bundle.bundle import MANIFEST, WEIGHTS, Bundle, assemble, check_out, sweep, write_manifest
 
@@ -131,7 +132,7 @@ def test_a_directory_in_the_place_of_a_file_is_refused(bundle):
 def test_garbage_as_header_of_the_weights_is_refused_even_with_the_right_hash(bundle, header):
     replace(bundle / WEIGHTS, lambda content: header + content[len(header) :])
     refused(bundle, WEIGHTS)
-    digest = bundles.file_sha256(bundle / WEIGHTS)
+    digest = file_sha256(bundle / WEIGHTS)
     edit(bundle, lambda m: m["files"][WEIGHTS].update(sha256=digest))
     refused(bundle, WEIGHTS, "unreadable weight file")
 
@@ -178,7 +179,7 @@ def test_another_format_number_is_refused_and_both_are_told(bundle, number):
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "processor/../../outside", "..\\outside", "..", "."])
 def test_a_path_that_leads_out_of_the_bundle_is_refused_even_under_a_valid_seal(bundle, name):
     (bundle.parent / "outside").write_text("secret")
-    entry = {"bytes": 6, "sha256": bundles.file_sha256(bundle.parent / "outside")}
+    entry = {"bytes": 6, "sha256": file_sha256(bundle.parent / "outside")}
     edit(bundle, lambda m: m["files"].update({name: entry}))
     refused(bundle, str(bundle))
 
@@ -200,7 +201,7 @@ def test_a_link_two_folders_above_a_file_is_refused(bundle):
     (bundle.parent / "far" / "deep").mkdir(parents=True)
     (bundle.parent / "far" / "deep" / "f").write_text("secret")
     (bundle / "near").symlink_to(bundle.parent / "far")
-    entry = {"bytes": 6, "sha256": bundles.file_sha256(bundle / "near" / "deep" / "f")}
+    entry = {"bytes": 6, "sha256": file_sha256(bundle / "near" / "deep" / "f")}
     edit(bundle, lambda m: m["files"].update({"near/deep/f": entry}))
     refused(bundle, "near/deep/f", "not inside")
 
@@ -262,7 +263,7 @@ def small(folder: Path, text: str) -> None:
 def read(out: Path) -> str:
     manifest = bundles.read_manifest(out)
     for name, entry in manifest["files"].items():
-        assert bundles.file_sha256(out / name) == entry["sha256"]
+        assert file_sha256(out / name) == entry["sha256"]
     assert {(out / n).read_text() for n in manifest["files"]} == {manifest["text"]}
     return manifest["text"]
 

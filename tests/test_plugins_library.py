@@ -2,11 +2,11 @@
 
 import re
 import subprocess
-import tomllib
 from pathlib import Path
 
 import plugin_builds
 import pytest
+import tomllib
 from cm_export.plugins.build import SOURCES, compile_library
 from cm_export.plugins.core_ffn.body import ACTIVATIONS
 from cm_export.plugins.harness.cases import OPS

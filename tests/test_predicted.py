@@ -15,7 +15,7 @@ from random_models import copy, family, request
 from stepping import Decoder, constants, every_neuron, gatherer, prefill, step_feeds
 from tolerances import agrees
 
-from cm_export.backends.onnxruntime.backend import Backend, Decoder
+from cm_export.backends.onnxruntime.backend import Backend
 from cm_export.backends.onnxruntime.lower import lower
 from cm_export.base.errors import InputError
 from cm_export.base.onnx_text import model_of

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cm_export.base.errors import CmExportError, GateFailed, InputError
-from cm_export.evals.journal import key_of
+from cm_export.base.hashes import key_of
 from cm_export.evals.task import Question
 from cm_export.recipe import recipe
 from cm_export.recipe import text as recipe_text

@@ -21,9 +21,14 @@ def nearest(name: str, known: list[str]) -> str:
     return f"{hint}known: {', '.join(known)}"
 
 
-def load(package: str, name: str, what: str) -> ModuleType:
-    """The module `package.name`. Raises InputError that names the nearest when there is no such file."""
+def check(package: str, name: str, what: str) -> None:
+    """Raises InputError that names the nearest when there is no file `name` in `package`. The module is not imported."""
     known = names_in(package)
     if name not in known:
         raise InputError(f"unknown {what} {name!r}", fix=nearest(name, known))
+
+
+def load(package: str, name: str, what: str) -> ModuleType:
+    """The module `package.name`. Raises InputError that names the nearest when there is no such file."""
+    check(package, name, what)
     return importlib.import_module(f"{package}.{name}")

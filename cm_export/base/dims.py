@@ -1,4 +1,4 @@
-"""Axis letters, defined once; tensors in docstrings and graph inputs use them.
+"""Axis letters and the names of the cache, defined once; tensors in docstrings and graph inputs use them.
 
 B batch            S prompt tokens      T kept prompt tokens   P tokens in the cache   M cache rows read (core tokens)
 N new tokens of one decode step (N image patches, in the vision graph)

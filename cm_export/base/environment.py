@@ -2,7 +2,7 @@
 
 import os
 import platform
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import Any
 
 
@@ -13,7 +13,7 @@ def describe(threads: int, versions: dict[str, str]) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": threads or os.cpu_count(),
         "versions": versions,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 

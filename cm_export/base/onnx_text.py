@@ -7,12 +7,15 @@
 Attributes are written `Name <rho> (x) => (y) { r = Constant <value_float: float = @rho> () ... }`, comments with `#`.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-import onnx
-from onnx import helper, parser
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from .errors import SurgeryError
+
+if TYPE_CHECKING:  # imported where it is used: a device that only runs engines has no onnx
+    import onnx
 
 DOMAIN = "cm_export"
 OPSET = 23
@@ -24,6 +27,8 @@ def function(text: str) -> onnx.FunctionProto:
 
     Raises SurgeryError with the parser's own position when the text is not valid.
     """
+    from onnx import parser
+
     name = text.split("(", 1)[0].split("<", 1)[0].strip() or "unnamed"
     try:
         return parser.parse_function(f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]> {text.strip()}')
@@ -41,6 +46,8 @@ def call(
     An attribute takes the type its reference in the body has, so `rho=1` is the float 1.0 where a float is read.
     Raises SurgeryError when the number of inputs or outputs, or the names of the attributes, differ from the function.
     """
+    from onnx import AttributeProto, helper
+
     for what, given, wanted in (
         ("inputs", list(inputs), list(function.input)),
         ("outputs", list(outputs), list(function.output)),
@@ -56,7 +63,7 @@ def call(
     types = {a.ref_attr_name: a.type for node in function.node for a in node.attribute if a.ref_attr_name}
     node = helper.make_node(function.name, list(inputs), list(outputs), domain=function.domain)
     for name in function.attribute:
-        is_float = types.get(name) == onnx.AttributeProto.FLOAT
+        is_float = types.get(name) == AttributeProto.FLOAT
         node.attribute.append(helper.make_attribute(name, float(attributes[name]) if is_float else attributes[name]))
     return node
 
@@ -66,10 +73,12 @@ def model_of(function: onnx.FunctionProto, inputs: str, outputs: str, **attribut
 
     `inputs` and `outputs` are typed as in ONNX text, in the function's order: "float[B,S,F] z, int64[1] seed".
     """
+    from onnx import checker, helper, parser
+
     graph = parser.parse_graph(f"{function.name} ({inputs}) => ({outputs}) {{ }}")
     names = [value.name for value in graph.input], [value.name for value in graph.output]
     graph.node.append(call(function, *names, **attributes))
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=IR_VERSION)
-    onnx.checker.check_model(model, full_check=True)
+    checker.check_model(model, full_check=True)
     return model

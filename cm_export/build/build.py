@@ -25,6 +25,7 @@ from .. import __version__, families, plugins
 from ..backends.onnxruntime.backend import Backend
 from ..base import by_name
 from ..base.errors import InputError
+from ..base.hashes import file_sha256, key_of
 from ..bundle import bundle as bundles
 from ..bundle import predictor, weights
 from ..bundle.calibration import FILE as CALIBRATION
@@ -42,7 +43,7 @@ from ..surgery import pipeline
 from ..surgery.neuron_constants import neuron_constants
 from . import engines, gates, quality
 from .quality import Requirement
-from .stages import Stages, key_of, source_key
+from .stages import Stages, source_key
 from .workers import workers
 
 Step = Callable[..., None]
@@ -107,7 +108,7 @@ def _run(
     sources = sorted(p for root in (_PACKAGE, *plugins.__path__) for p in Path(root).rglob("*.py"))
     program = source_key(*(p for p in sources if "cli" not in p.parts))
     trace_key = key_of(config=config, versions=versions, program=program)
-    measured = bundles.file_sha256(Path(recipe.calibration)) if calibration else None
+    measured = file_sha256(Path(recipe.calibration)) if calibration else None
     # Only what the weights stage reads: without an order it is the same for every recipe.
     reorder = {"order": measured} if order is not None else {}
     weights_key = key_of(files=source.files, versions=versions, program=program, **reorder)

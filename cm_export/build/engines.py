@@ -22,7 +22,7 @@ from ..backends.tensorrt.quantize import int8_needs_the_plugin
 from ..backends.tensorrt.targets import Target, target
 from ..base.by_name import nearest
 from ..base.errors import CmExportError, InputError
-from ..bundle.bundle import file_sha256
+from ..base.hashes import file_sha256
 from ..families import Family
 from ..recipe.recipe import Engine, Recipe
 from ..source.probe import Probe

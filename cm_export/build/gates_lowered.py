@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from ..backends.onnxruntime.backend import Backend, CoreRows, Rows
+from ..backends.onnxruntime.backend import Backend, Rows
 from ..backends.tensorrt.export import Source, lowered, lowered_with_parts, weight_file
 from ..backends.tensorrt.rehearsal import LoweredGraphs, every_neuron_listed, listed, run, static_rows, step_feeds
 from ..backends.tensorrt.targets import Target
@@ -29,7 +29,7 @@ from ..families import Family, Pictures, Tower
 from ..host.core_rows import CoreRows
 from ..host.core_set import CoreSet
 from ..host.decode import Row, teacher_forced
-from ..host.request import Request, core_row_names, kept_slots, prefill_feeds, sparse_feeds
+from ..host.request import Request, kept_slots, prefill_feeds, sparse_feeds
 from ..quant.error import relative_error
 from ..quant.precision import HALF, PRECISIONS
 from ..source.probe import Probe

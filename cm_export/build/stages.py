@@ -16,14 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import InputError
-from ..bundle.bundle import file_sha256
+from ..base.hashes import file_sha256
 
 _KEY = "key.json"
-
-
-def key_of(**inputs: Any) -> str:
-    """A hash of plain values; anything that changes a stage's result must be among them."""
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def source_key(*files: str | Path) -> str:

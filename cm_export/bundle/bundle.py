@@ -27,6 +27,7 @@ from typing import Any
 
 from .. import families
 from ..base.errors import BundleError, InputError
+from ..base.hashes import file_sha256
 from ..families import Family, Shape, Tower
 from ..recipe.recipe import Recipe, from_dict
 from .calibration import FILE as CALIBRATION
@@ -41,12 +42,6 @@ FORMAT = 2  # 2: nodes of CoreFFN carry block, bits and group
 MANIFEST = "manifest.json"
 GRAPHS = ("prefill", "decode", "prefill_dense", "decode_dense")  # of every bundle; its manifest may list more
 _LEFTOVER = ".old"
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 class Bundle:

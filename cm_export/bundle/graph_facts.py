@@ -4,18 +4,23 @@ ports(model.graph.input)   [{"name": "x", "dtype": "float", "shape": ["batch", 1
 links(layers, described)   [{"from": "prefill.core_scores", "to": "decode.core_neurons"}]
 """
 
-from collections.abc import Iterable
-from typing import Any
+from __future__ import annotations
 
-import onnx
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import onnx
 
 
 def ports(values: Iterable[onnx.ValueInfoProto]) -> list[dict[str, Any]]:
     """Name, type as ONNX names it, and axes (a name where the length may change) of graph inputs or outputs."""
+    from onnx import TensorProto
+
     return [
         {
             "name": v.name,
-            "dtype": onnx.TensorProto.DataType.Name(v.type.tensor_type.elem_type).lower(),
+            "dtype": TensorProto.DataType.Name(v.type.tensor_type.elem_type).lower(),
             "shape": [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim],
         }
         for v in values
@@ -24,7 +29,6 @@ def ports(values: Iterable[onnx.ValueInfoProto]) -> list[dict[str, Any]]:
 
 def describe(proto: onnx.ModelProto) -> dict[str, Any]:
     """Inputs and outputs with dtype and axes, nodes, and how often each op is used."""
-
     ops: dict[str, int] = {}
     for node in proto.graph.node:
         op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type

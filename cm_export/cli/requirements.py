@@ -1,6 +1,7 @@
 """What the installed distribution says it needs, beside what is here; read from its metadata, nothing is imported."""
 
 import re
+import sys
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
@@ -15,9 +16,12 @@ def requirements(
     required: list[dict[str, Any]] = []
     extras = {name: {"enables": what, "libraries": []} for name, what in enables.items()}
     for line in metadata.requires(distribution) or ():
-        name, limits, extra = re.fullmatch(
-            r"([A-Za-z0-9._-]+)(?:\[.*?\])?\s*([^;]*?)\s*(?:;.*?extra == [\"']([\w-]+)[\"'].*)?", line
-        ).groups()
+        needed, _, marker = line.partition(";")
+        name, limits = re.fullmatch(r"([A-Za-z0-9._-]+)(?:\[.*?\])?\s*(.*?)\s*", needed).groups()
+        extra = (re.search(r"extra == [\"']([\w-]+)[\"']", marker) or [None, None])[1]
+        older = re.search(r"python_version < [\"']([\d.]+)[\"']", marker)
+        if older and sys.version_info[:2] >= _numbers(older[1])[:2]:
+            continue
         if name == distribution:  # dev includes the extra `eval`
             continue
         target = extras[extra]["libraries"] if extra else required

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..base import environment
+from ..base.hashes import key_of
 from ..base.metrics import divergence, kept_of_dense, spread, wilson
 from ..bundle.bundle import Bundle
 from ..bundle.predictor import predictor_share
@@ -27,7 +28,7 @@ from ..recipe.recipe import Recipe
 from ..recipe.vary import at_random, varied
 from ..surgery import pipeline
 from .exam import Exam, write
-from .journal import Journal, key_of
+from .journal import Journal
 from .other_policies import with_policies
 from .task import Question, Task
 

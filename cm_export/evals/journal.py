@@ -4,7 +4,6 @@
                          {"row": ..., "question": 17, ...}
 """
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,11 +11,6 @@ from types import TracebackType
 from typing import Any
 
 from ..base.errors import InputError
-
-
-def key_of(**facts: Any) -> str:
-    """A short name for plain values."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class Journal:

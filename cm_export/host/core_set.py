@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..base import by_name
 from ..base.core_index import check_core_neurons, select_core_neurons
 from ..bundle.calibration import Calibration
 from ..families import Arrays, Shape
+from ..recipe import facts
 from ..recipe.recipe import Neurons
 from .layer_budgets import layer_counts
 from .request import Request
@@ -112,8 +112,7 @@ def combined(before: Arrays, fresh: Arrays, context: Request, kept: np.ndarray, 
     how many tokens each stands for. Other scores, and those of voters "last", are the new text's alone.
     """
     fresh = {n: v for n, v in fresh.items() if n.startswith("core_")}
-    policy = by_name.load("cm_export.policies.neurons", neurons.policy, "neuron policy")
-    if neurons.voters == "last" or not getattr(policy, "ADDS", False):
+    if neurons.voters == "last" or not facts.neuron_policy(neurons.policy).adds:
         return fresh
     image = context.is_image[0]
     votes = np.where(image, np.float32(neurons.image_weight), 1)

@@ -6,7 +6,9 @@ Computed in float64, because a score must fall on the same integer in every runt
 the seventh digit. Rows that do not vote are never computed.
 """
 
-import torch
+from __future__ import annotations
+
+from ._torch import torch
 
 
 def received(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, vote: torch.Tensor, scale: float) -> torch.Tensor:

@@ -6,9 +6,11 @@ CoreInfer (arXiv 2410.18311, section 3) and CoreMatching (arXiv 2505.19235, sect
 activations at the border are all in the set, which needs no sorted order and so no agreement on how ties are sorted.
 """
 
+from __future__ import annotations
+
 import math
 
-import torch
+from ._torch import torch
 
 # A float32 attribute cannot say 0.2 exactly; without this factor, ceil of the stored 0.2 times 10 would be 3.
 _SHRINK = 1 - 2**-23

@@ -5,7 +5,9 @@
 The mean of the cosines with many tokens is the product with their mean direction: no [S,S] matrix is needed.
 """
 
-import torch
+from __future__ import annotations
+
+from ._torch import torch
 
 UNIT = 2.0**30  # a cosine of one, as a whole number
 _NOTHING = 2.0**-100  # a token at or below this squared length has no direction

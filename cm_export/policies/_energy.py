@@ -6,7 +6,9 @@ The squares and w_t / ||z_t||^2 are float32, so their products are exact in floa
 that add in different orders differ near the 16th digit, and agree again once a result is rounded to float32.
 """
 
-import torch
+from __future__ import annotations
+
+from ._torch import torch
 
 _NO_ENERGY = 2.0**-100  # at or below it, w / energy could leave float32
 

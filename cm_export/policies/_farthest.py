@@ -6,9 +6,10 @@ A token's score is that distance when it was taken, so scores fall in the order 
 the first n taken (ties: the lower position). Cosines in float64, distances rounded to whole 2^-30: no runtime differs.
 """
 
-import torch
+from __future__ import annotations
 
 from ._direction import UNIT, alike, alike_text, unit, unit_text
+from ._torch import torch
 
 _FARTHEST = int(2 * UNIT)  # no distance is larger; also the score of the first
 _FIRST = 2 * _FARTHEST  # before any is taken, above every distance: how unlike the picture a token is

@@ -7,7 +7,9 @@ For fixed `first` and `second` the hash is one permutation of 0..p-1, so differe
 fits int64, every value is exact in float32, and no model has that many neurons or prompt tokens.
 """
 
-import torch
+from __future__ import annotations
+
+from ._torch import torch
 
 P = 1048571
 A, B, C = 271829, 662607, 141421

@@ -3,7 +3,9 @@
 3.0  5.0  3.0  9.0   ->   2  1  2  0          how many different values are larger
 """
 
-import torch
+from __future__ import annotations
+
+from ._torch import torch
 
 
 def dense_rank(value: torch.Tensor) -> torch.Tensor:

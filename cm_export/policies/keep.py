@@ -8,9 +8,10 @@ CoreMatching (arXiv 2505.19235, section 3): the "maximum geometric distance" cut
 vertical deviation below the chord, which is exact in int64 when multiplied by n - 1. Ties: the lower position wins.
 """
 
-import torch
+from __future__ import annotations
 
 from ..base.onnx_text import function
+from ._torch import torch
 
 _TEXT = 2**62  # above every image key: scores stay below 2^62 / S
 

@@ -5,9 +5,10 @@ picture    -1  0  0 -1  1  1  1 -1
 quota       0:1  1:2       ->            the best of each picture: no picture starves because another scores higher
 """
 
-import torch
+from __future__ import annotations
 
 from ..base.onnx_text import function
+from ._torch import torch
 
 
 def picture_masks(picture: torch.Tensor, image_keep: torch.Tensor) -> torch.Tensor:

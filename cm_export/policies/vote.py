@@ -8,11 +8,12 @@ Many background tokens outvote the few that ask the question, so image tokens ar
 Prompts are padded on the left; image_mask is 0 on padding.
 """
 
-import torch
+from __future__ import annotations
 
 from ..base.by_name import nearest
 from ..base.errors import InputError
 from ..base.onnx_text import function
+from ._torch import torch
 
 
 def vote(voters: str, image_mask: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ The defaults are what won on the demo model (LOG.md); the paper's own pair is `c
 """
 
 import dataclasses
-import tomllib
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from ..base import by_name
 from ..base.errors import InputError
 from ..families import Shape
+from . import facts
 from .engine import Engine, check_engine
 
 VOTERS = ("all", "text", "last")
@@ -49,7 +50,7 @@ class Neurons:
     @property
     def in_decode(self) -> bool:
         """Whether the decode graph itself chooses, anew for every token."""
-        return hasattr(by_name.load("cm_export.policies.neurons", self.policy, "neuron policy"), "decode_function")
+        return facts.neuron_policy(self.policy).in_decode
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Tokens:
 
         "no": the policy (or that of a first cut) reads activations or embeddings, which are not kept.
         """
-        wires = set(by_name.load("cm_export.policies.tokens", self.policy, "token policy").WIRES)
+        wires = set(facts.token_policy(self.policy).wires)
         if self.first != "none":
             return "no"
         if not wires & {"q", "z", "vote"}:
@@ -162,6 +163,10 @@ def load(name_or_path: str) -> Recipe:
         if name_or_path not in known:
             raise InputError(f"unknown recipe {name_or_path!r}", fix=by_name.nearest(name_or_path, known))
         path = folder / f"{name_or_path}.toml"
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:  # the same under its older name
+        import tomli as tomllib
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
@@ -176,9 +181,9 @@ def load(name_or_path: str) -> Recipe:
 def check(recipe: Recipe, where: str = "recipe") -> Recipe:
     """The same recipe, or InputError naming the first field that cannot hold."""
     n, t = recipe.neurons, recipe.tokens
-    policy = by_name.load("cm_export.policies.neurons", n.policy, "neuron policy")
-    by_name.load("cm_export.policies.tokens", t.policy, "token policy")
-    by_name.load("cm_export.backends", recipe.backend.replace("-", "_"), "backend")
+    policy = facts.neuron_policy(n.policy)
+    facts.token_policy(t.policy)
+    by_name.check("cm_export.backends", recipe.backend.replace("-", "_"), "backend")
     for label, value, allowed in (
         ("neurons.voters", n.voters, VOTERS),
         ("neurons.fill", n.fill, FILLS),
@@ -221,7 +226,7 @@ def check(recipe: Recipe, where: str = "recipe") -> Recipe:
         fix = "leave neurons.fill out: what a token's own set drops is small for this token, not on average"
         raise InputError(f"neurons.fill with {n.policy}, which chooses anew for every token", where=where, fix=fix)
     needs = {"neurons.fill": n.fill == "calibrated", "neurons.layers": n.layers == "calibrated"}
-    needs[f"neurons.policy = {n.policy!r}"] = "prior" in policy.WIRES
+    needs[f"neurons.policy = {n.policy!r}"] = "prior" in policy.wires
     needs["tokens.prune_layer = 0"] = t.prune_layer == 0
     if recipe.calibration is None and any(needs.values()):
         label = next(k for k, v in needs.items() if v)
@@ -245,8 +250,8 @@ def _check_first(t: Tokens, where: str) -> None:
     """The cut before the first layer: a policy that needs no layer, and a share that leaves the second one its choice."""
     if t.first == "none":
         return
-    policies = "cm_export.policies.tokens"
-    able = [n for n in by_name.names_in(policies) if n != "dense" and set(_wires(policies, n)) <= BEFORE_LAYERS]
+    policies = ((n, facts.token_policy(n)) for n in by_name.names_in(facts.TOKENS))
+    able = [n for n, policy in policies if policy.scores and set(policy.wires) <= BEFORE_LAYERS]
     if t.first not in able:
         fix = by_name.nearest(t.first, ["none", *able])
         raise InputError(f"tokens.first = {t.first!r} cannot choose before the first layer", where=where, fix=fix)
@@ -256,10 +261,6 @@ def _check_first(t: Tokens, where: str) -> None:
     if t.first_share < least:
         fix = "the first cut must leave at least what the second one keeps"
         raise InputError(f"tokens.first_share = {t.first_share} is below {least}", where=where, fix=fix)
-
-
-def _wires(package: str, name: str) -> tuple[str, ...]:
-    return by_name.load(package, name, "policy").WIRES
 
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:

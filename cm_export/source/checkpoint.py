@@ -7,7 +7,6 @@
 Nothing is unpickled, no code of a checkpoint runs, and torch is not imported.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from typing import Any
 from .. import families
 from ..base.by_name import nearest
 from ..base.errors import InputError
+from ..base.hashes import file_sha256
 from .safetensors_check import damaged, tensor_names
 
 _SHIPPED = Path(__file__).parent.parent / "demo"
@@ -120,7 +120,7 @@ def _verified(folder: Path, commit: str | None, source: str) -> Checkpoint:
     _check_config(folder, config)
     _check_weights(folder)
     readable = sorted({p for pattern in PATTERNS for p in folder.glob(pattern) if p.is_file()})
-    files = {p.name: _sha256(p) for p in readable}
+    files = {p.name: file_sha256(p) for p in readable}
     records = _hub_records(folder, readable)
     commits = {c for c, _ in records.values() if COMMIT.fullmatch(c)}
     commit = commit or (commits.pop() if len(commits) == 1 else None)
@@ -252,11 +252,6 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise damaged(path, "is not a JSON object")
     return values
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _some(names: list[str]) -> str:

@@ -9,11 +9,11 @@ They are constants of the prefill graph (8 bytes per neuron), so that every runt
 
 import numpy as np
 
-from ..base import by_name
 from ..bundle.calibration import Calibration
 from ..bundle.names import core_row_names
 from ..bundle.weights import WeightFile
 from ..families import Family, Shape
+from ..recipe import facts
 from ..recipe.recipe import Recipe
 
 
@@ -21,13 +21,13 @@ def neuron_constants(
     recipe: Recipe, weights: WeightFile, family: Family, shape: Shape, calibration: Calibration | None
 ) -> dict[str, np.ndarray]:
     """{wire: [L,F] float32} of what the recipe's policy reads; `calibration` in the order of `weights`."""
-    policy = by_name.load("cm_export.policies.neurons", recipe.neurons.policy, "neuron policy")
+    policy = facts.neuron_policy(recipe.neurons.policy)
     out = {}
     wires = {"down_energy"} | ({"row"} if recipe.neurons.row_norm else set())
-    if asked := wires & set(policy.WIRES):
+    if asked := wires & set(policy.wires):
         norms = np.stack([_energy(weights[down]) for *_, down in core_row_names(family, shape.layers)])
         out |= dict.fromkeys(asked, norms)
-    if "prior" in policy.WIRES:
+    if "prior" in policy.wires:
         out["prior"] = calibration.energy
     return out
 

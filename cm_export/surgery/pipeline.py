@@ -18,6 +18,7 @@ from ..base.errors import InputError
 from ..bundle.predictor import group_of
 from ..bundle.weights import Tensor
 from ..families import Family, Shape
+from ..recipe import facts
 from ..recipe.recipe import Recipe
 from .bind_weights import bind_weights
 from .choose_tokens import choose_tokens, report_tokens, whole_prompt
@@ -43,17 +44,17 @@ class Pass:
 
 def check_recipe(recipe: Recipe, shape: Shape) -> None:
     """Raises InputError for a recipe that this model cannot follow; cheap, before any work."""
-    policy = by_name.load("cm_export.policies.tokens", recipe.tokens.policy, "token policy")
-    if policy.FUNCTION is not None and not shape.sees:
+    prunes = facts.token_policy(recipe.tokens.policy).scores
+    if prunes and not shape.sees:
         raise InputError(
             f"{recipe.tokens.policy!r} prunes image tokens, and this model reads text only",
             where="recipe: tokens.policy",
             fix="leave the options of tokens out, or build with --tokens dense",
         )
-    if policy.FUNCTION is not None and recipe.tokens.prune_layer < 1:
+    if prunes and recipe.tokens.prune_layer < 1:
         fix = "give a layer, or build anew with the calibration that knows one"
         raise InputError("no layer is known after which to cut", where="recipe: tokens.prune_layer = 0", fix=fix)
-    if policy.FUNCTION is not None and recipe.tokens.prune_layer >= shape.layers:
+    if prunes and recipe.tokens.prune_layer >= shape.layers:
         raise InputError(
             f"prune_layer {recipe.tokens.prune_layer} leaves no layer to run on kept tokens",
             where="recipe: tokens.prune_layer",
@@ -61,9 +62,7 @@ def check_recipe(recipe: Recipe, shape: Shape) -> None:
             + (f"give 1 to {shape.layers - 1}" if shape.layers > 1 else "build with --tokens dense"),
         )
     first = recipe.tokens.first != "none"
-    if policy.FUNCTION is not None and (
-        recipe.tokens.prune_layer < shape.whole_layers or (first and shape.whole_layers)
-    ):
+    if prunes and (recipe.tokens.prune_layer < shape.whole_layers or (first and shape.whole_layers)):
         what = f"the first {shape.whole_layers} layers of this model must see every token"
         raise InputError(
             what,
@@ -99,14 +98,14 @@ def sparse_prefill(
     `constants`: what the neuron policy reads besides activations, from `neuron_constants`.
     """
     edit, tokens, log = Edit(model), recipe.tokens, []
-    token_policy = by_name.load("cm_export.policies.tokens", tokens.policy, "token policy")
-    neuron_policy = by_name.load("cm_export.policies.neurons", recipe.neurons.policy, "neuron policy")
+    token_policy = by_name.load(facts.TOKENS, tokens.policy, "token policy")
+    neuron_policy = by_name.load(facts.NEURONS, recipe.neurons.policy, "neuron policy")
     ffns = replace_ffn(edit, family, shape.layers, shape.activation, indexed=False)
     attentions = replace_attention(edit, family, shape.layers, indexed=False)
     log += [Pass("prefill", "replace_ffn", len(ffns)), Pass("prefill", "replace_attention", len(attentions))]
-    borders = [(token_policy, tokens.prune_layer)] if token_policy.FUNCTION is not None else []
+    borders = [(token_policy, tokens.prune_layer)] if facts.token_policy(tokens.policy).scores else []
     if tokens.first != "none":
-        borders.insert(0, (by_name.load("cm_export.policies.tokens", tokens.first, "token policy"), 0))
+        borders.insert(0, (by_name.load(facts.TOKENS, tokens.first, "token policy"), 0))
     prompt = whole_prompt(edit, tokens) if borders else None
     seen = [prompt] * shape.layers  # by each layer
     for policy, layer in borders:
@@ -121,7 +120,7 @@ def sparse_prefill(
             prompt = leave_out(edit, prompt, keep, kept_mask)
     if borders:
         report_tokens(edit, prompt.rows if tokens.cache == "cut" else keep, kept_mask)
-    if neuron_policy.FUNCTION is not None:
+    if facts.neuron_policy(recipe.neurons.policy).scores:
         weights = token_weights(edit, recipe.neurons, seen, prompt)
         score_neurons(edit, neuron_policy, recipe.neurons, ffns, weights, constants or {})
         log.append(Pass("prefill", "score_neurons", len(ffns)))
@@ -143,9 +142,8 @@ def sparse_decode(
     `predictor` says where its copies lie.
     """
     edit = Edit(model)
-    token_policy = by_name.load("cm_export.policies.tokens", recipe.tokens.policy, "token policy")
-    neuron_policy = by_name.load("cm_export.policies.neurons", recipe.neurons.policy, "neuron policy")
-    indexed = token_policy.FUNCTION is not None and recipe.tokens.cache == "index"
+    neuron_policy = by_name.load(facts.NEURONS, recipe.neurons.policy, "neuron policy")
+    indexed = facts.token_policy(recipe.tokens.policy).scores and recipe.tokens.cache == "index"
     log = []
     if recipe.neurons.in_decode:
         group, block = group_of(shape.hidden), recipe.neurons.block
@@ -179,8 +177,8 @@ def turn(
     """
     edit, log = Edit(model), []
     edit.add_input("image_mask", bool, [dims.BATCH, dims.CONTEXT])
-    token_policy = by_name.load("cm_export.policies.tokens", recipe.tokens.policy, "token policy")
-    neuron_policy = by_name.load("cm_export.policies.neurons", recipe.neurons.policy, "neuron policy")
+    token_policy = by_name.load(facts.TOKENS, recipe.tokens.policy, "token policy")
+    neuron_policy = by_name.load(facts.NEURONS, recipe.neurons.policy, "neuron policy")
     ffns = replace_ffn(edit, family, shape.layers, shape.activation, indexed=False)
     attentions = replace_attention(edit, family, shape.layers, indexed=False)
     log += [Pass("turn", "replace_ffn", len(ffns)), Pass("turn", "replace_attention", len(attentions))]
@@ -189,7 +187,7 @@ def turn(
         kept = choose_tokens(edit, token_policy, recipe.tokens, prompt, layer, ffns, attentions, of_question)
         report_tokens(edit, *kept)
         log.append(Pass("turn", "choose_tokens", 1))
-    if neuron_policy.FUNCTION is not None:
+    if facts.neuron_policy(recipe.neurons.policy).scores:
         weights = token_weights(edit, recipe.neurons, [None] * shape.layers, None, of_new_rows)
         score_neurons(edit, neuron_policy, recipe.neurons, ffns, weights, constants or {})
         log.append(Pass("turn", "score_neurons", len(ffns)))

@@ -18,8 +18,8 @@ from typing import Any
 
 from ..base import environment
 from ..base.errors import CmExportError, GateFailed
+from ..base.hashes import key_of
 from ..bundle.bundle import MANIFEST, Bundle
-from ..evals.journal import key_of
 from ..evals.task import Task
 from ..host.backend import DEFAULT
 from ..host.runner import Runner

@@ -5,17 +5,16 @@ A policy that prunes nothing (`dense`) has none of the numbers behind it, so the
 """
 
 from dataclasses import asdict, dataclass
-from types import ModuleType
 from typing import Any
 
 from ..base import by_name
 from ..base.errors import InputError
 from ..bundle.bundle import Bundle
+from ..recipe import facts
 from ..recipe.recipe import BLOCKS, VOTERS, Recipe
 from ..recipe.vary import varied
 from ..surgery import pipeline
 
-NEURONS, TOKENS = "cm_export.policies.neurons", "cm_export.policies.tokens"
 PERCENT = (
     5,
     95,
@@ -43,11 +42,13 @@ class Space:
 
 def of_bundle(bundle: Bundle, base: Recipe) -> Space:
     """Every policy that the recipe's and the graphs' own checks allow here; no random ones. Raises InputError."""
-    neurons = tuple(n for n in by_name.names_in(NEURONS) if n != "random" and _runs(base, bundle, neurons__policy=n))
+    neurons = tuple(
+        n for n in by_name.names_in(facts.NEURONS) if n != "random" and _runs(base, bundle, neurons__policy=n)
+    )
     last = min(bundle.shape.layers - 1, DEEPEST)
     tokens = tuple(
         t
-        for t in by_name.names_in(TOKENS)
+        for t in by_name.names_in(facts.TOKENS)
         if t != "random"
         and (last or not _prunes(t))
         and _runs(base, bundle, tokens__policy=t, tokens__budget="share", tokens__prune_layer=1)
@@ -63,7 +64,7 @@ def recipe_of(trial: Any, space: Space) -> Recipe:
     values: dict[str, Any] = {"neurons__policy": trial.suggest_categorical("neurons", space.neurons)}
     if _prunes(values["neurons__policy"]):
         values["neurons__share"] = trial.suggest_int("neuron_percent", *PERCENT[:2], step=PERCENT[2]) / 100
-        if "weight" in _policy(NEURONS, values["neurons__policy"]).WIRES:
+        if "weight" in facts.neuron_policy(values["neurons__policy"]).wires:
             values["neurons__voters"] = trial.suggest_categorical("neuron_voters", VOTERS)
         if len(space.blocks) > 1:
             values["neurons__block"] = trial.suggest_categorical("block", space.blocks)
@@ -72,7 +73,7 @@ def recipe_of(trial: Any, space: Space) -> Recipe:
         values["tokens__budget"] = "share"
         values["tokens__share"] = trial.suggest_int("token_percent", *PERCENT[:2], step=PERCENT[2]) / 100
         values["tokens__prune_layer"] = trial.suggest_int("prune_layer", 1, space.prune_layers)
-        if "vote" in _policy(TOKENS, values["tokens__policy"]).WIRES:
+        if "vote" in facts.token_policy(values["tokens__policy"]).wires:
             values["tokens__voters"] = trial.suggest_categorical("token_voters", VOTERS)
     return varied(space.base, **values)
 
@@ -125,7 +126,7 @@ def shares(recipe: Recipe) -> tuple[float | None, float | None]:
 def needs_calibration(recipe: Recipe) -> bool:
     """Whether a build of this recipe reads a calibration."""
     n = recipe.neurons
-    return "prior" in _policy(NEURONS, n.policy).WIRES or "calibrated" in (n.fill, n.layers) or n.block > 1
+    return "prior" in facts.neuron_policy(n.policy).wires or "calibrated" in (n.fill, n.layers) or n.block > 1
 
 
 def _runs(base: Recipe, bundle: Bundle, **values: Any) -> bool:
@@ -136,12 +137,8 @@ def _runs(base: Recipe, bundle: Bundle, **values: Any) -> bool:
     return True
 
 
-def _policy(package: str, name: str) -> ModuleType:
-    return by_name.load(package, name, "policy")
-
-
 def _prunes(name: str) -> bool:
-    return name != "dense"  # not FUNCTION: a policy may choose in decode and have none in prefill
+    return name != "dense"  # not `scores`: a policy may choose in decode and have none in prefill
 
 
 def _own_or_first(own: str, offered: tuple[str, ...]) -> str:

@@ -19,8 +19,8 @@ import onnx
 
 from ...base.onnx_text import DOMAIN, OPSET
 from ...host.core_rows import ROWS
-from ...plugins.core_ffn.op import ACTIVATIONS
-from ...policies.neurons.predicted import choose_text
+from ...plugins.core_ffn.body import ACTIVATIONS
+from ...policies.choose_neurons import choose_text
 
 _MICROSOFT = "com.microsoft"
 

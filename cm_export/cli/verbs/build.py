@@ -99,6 +99,9 @@ def command(
     Every stage is proved against PyTorch before the bundle appears at --out. Options not given keep the value of the
     recipe, or its default.
     """
+    from ...source.needs import check_installed
+
+    check_installed("building")
     if model:
         from ...source.checkpoint import locate
 

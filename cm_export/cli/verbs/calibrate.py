@@ -45,6 +45,10 @@ def command(
     """
     if (bundle is None) == (model is None):
         raise InputError("give a bundle or --model, one of them", where="calibrate", fix="calibrate demo.plan --out F")
+    if model is not None:
+        from ...source.needs import check_installed
+
+        check_installed("calibrating a checkpoint")
     if not out.parent.is_dir():
         raise InputError("no such directory", where=out.parent, fix="make it, or give another --out")
     from ...bundle import calibration

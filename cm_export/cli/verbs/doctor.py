@@ -4,16 +4,15 @@ import os
 import platform
 import shutil
 import sys
-from importlib import metadata
 from typing import Any
 
 import click
 
 from ..console import Verb, emit_json, json_option
-from ..requirements import requirements
 
 DISTRIBUTION = "cm-export"
 EXTRAS = {
+    "export": "makes bundles of checkpoints: `cm-export build`, `calibrate --model`",
     "gpu": "runs the graphs on NVIDIA GPUs through ONNX Runtime yourself; the verbs here use its CPU provider",
     "tensorrt": "builds and runs engines on this machine's GPU: --backend tensorrt",
     "tensorrt-rtx": "builds and runs engines on RTX cards: --backend tensorrt-rtx",
@@ -32,7 +31,7 @@ EXTRAS = {
 @json_option
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
-    """Check this machine and its libraries; exit code 1 if a required one is missing or too old."""
+    """Check this machine and its libraries; exit code 1 if one that running needs is missing or too old."""
     found = examine()
     if as_json:
         emit_json(found)
@@ -44,9 +43,12 @@ def command(ctx: click.Context, as_json: bool) -> None:
 
 def examine() -> dict[str, Any]:
     """Everything doctor reports, as plain values."""
+    from importlib import metadata
+
     import psutil
 
     from ...source.checkpoint import DEMO
+    from ..requirements import requirements
 
     required, extras = requirements(DISTRIBUTION, EXTRAS)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

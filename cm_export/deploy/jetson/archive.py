@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ...base.errors import InputError
-from ...bundle.bundle import file_sha256
+from ...base.hashes import file_sha256
 
 SUMS = "SHA256SUMS"
 SUFFIX = ".tar.gz"

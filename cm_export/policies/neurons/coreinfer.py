@@ -5,10 +5,11 @@
 CoreInfer (arXiv 2410.18311, section 3), CoreMatching (arXiv 2505.19235, section 3; rho = 0.2 there).
 """
 
-import torch
+from __future__ import annotations
 
 from ...base.onnx_text import function
 from .._count import count_votes, count_votes_text
+from .._torch import torch
 
 WIRES = ("z", "weight")
 ATTRIBUTES = ("rho",)

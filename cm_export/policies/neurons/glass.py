@@ -7,10 +7,11 @@ After GLASS (arXiv 2508.14302, section 3), which fuses ranks (`glass_rank`): a s
 answer, and the prior knows the rest.
 """
 
-import torch
+from __future__ import annotations
 
 from ...base.onnx_text import function
 from .._energy import energy_share, energy_share_text
+from .._torch import torch
 
 WIRES = ("z", "weight", "prior", "down_energy")
 ATTRIBUTES = ("mix",)

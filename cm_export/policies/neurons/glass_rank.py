@@ -6,11 +6,12 @@ GLASS (arXiv 2508.14302, section 3; there without d). Ranks forget how much stro
 adds shares instead.
 """
 
-import torch
+from __future__ import annotations
 
 from ...base.onnx_text import function
 from .._energy import energy_share, energy_share_text
 from .._rank import dense_rank, dense_rank_text
+from .._torch import torch
 
 WIRES = ("z", "weight", "prior", "down_energy")
 ATTRIBUTES = ("mix",)

@@ -5,10 +5,11 @@
 GRIFFIN (arXiv 2404.01365, section 4). With the norms it is the energy of what the neuron adds to the hidden state.
 """
 
-import torch
+from __future__ import annotations
 
 from ...base.onnx_text import function
 from .._energy import energy_share, energy_share_text
+from .._torch import torch
 
 WIRES = ("z", "weight", "row")
 ATTRIBUTES = ()

@@ -5,10 +5,11 @@
 A share of these is a uniform draw without replacement: METHOD's `random` control for neurons.
 """
 
-import torch
+from __future__ import annotations
 
 from ...base.onnx_text import function
 from .._hash import scramble, scramble_text
+from .._torch import torch
 
 WIRES = ("z", "seed")
 ATTRIBUTES = ("layer",)

@@ -6,10 +6,11 @@ The smooth form of the paper's overlap (CoreMatching, arXiv 2505.19235, section 
 voters should be the text after the picture; a question asked before it cannot have seen the image.
 """
 
-import torch
+from __future__ import annotations
 
 from ...base.onnx_text import function
 from .._direction import UNIT, alike, alike_text
+from .._torch import torch
 
 WIRES = ("z", "vote")
 ATTRIBUTES = ()

@@ -5,10 +5,11 @@
 FastV (arXiv 2403.06764, section 4).
 """
 
-import torch
+from __future__ import annotations
 
 from ...base.onnx_text import function
 from .._attention import received, received_text
+from .._torch import torch
 
 WIRES = ("q", "k", "mask", "vote")
 ATTRIBUTES = ("scale",)

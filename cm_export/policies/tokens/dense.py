@@ -2,6 +2,7 @@
 
 WIRES = ()
 ATTRIBUTES = ()
+SCORES = False
 FUNCTION = None
 
 

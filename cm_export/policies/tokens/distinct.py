@@ -6,10 +6,11 @@ Read from the image embeddings, before the language model: neither question nor 
 and CDPruner (arXiv 2506.10967) also choose by dissimilarity, one token after the other; this is one pass, in any runtime.
 """
 
-import torch
+from __future__ import annotations
 
 from ...base.onnx_text import function
 from .._direction import UNIT, alike, alike_text
+from .._torch import torch
 
 WIRES = ("embeds", "image_mask")
 ATTRIBUTES = ()

@@ -5,11 +5,12 @@
 The two factors of CDPruner (arXiv 2506.10967) and SIEVE, taken one token after the other as in DivPrune.
 """
 
-import torch
+from __future__ import annotations
 
 from ...base.onnx_text import function
 from .._attention import by_value, by_value_text, received, received_text
 from .._farthest import farthest, farthest_text
+from .._torch import torch
 
 WIRES = ("q", "k", "v", "mask", "vote", "image_mask")
 ATTRIBUTES = ("scale",)

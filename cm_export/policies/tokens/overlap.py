@@ -6,10 +6,11 @@ CoreMatching (arXiv 2505.19235, section 3). The votes are those of `coreinfer`, 
 are ranked by the unique integer key count * F + (F - 1 - n), so every runtime picks the same C.
 """
 
-import torch
+from __future__ import annotations
 
 from ...base.onnx_text import function
 from .._count import count_votes, count_votes_text, share_count, share_count_text
+from .._torch import torch
 
 WIRES = ("z", "vote")
 ATTRIBUTES = ("rho", "beta")

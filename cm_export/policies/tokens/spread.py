@@ -6,10 +6,11 @@ DivPrune (arXiv 2503.02175, algorithm 1): max-min diversity. It needs no layer, 
 one (recipe: tokens.first). `distinct` is the same idea without the order: there, two alike tokens are both distinct.
 """
 
-import torch
+from __future__ import annotations
 
 from ...base.onnx_text import function
 from .._farthest import farthest, farthest_text
+from .._torch import torch
 
 WIRES = ("embeds", "image_mask")
 ATTRIBUTES = ()

@@ -6,10 +6,11 @@ DivPrune's order (arXiv 2503.02175, algorithm 1) on the keys of layer l-1 after 
 is dropped has a neighbour that answers the same queries.
 """
 
-import torch
+from __future__ import annotations
 
 from ...base.onnx_text import function
 from .._farthest import farthest, farthest_text
+from .._torch import torch
 
 WIRES = ("k", "image_mask")
 ATTRIBUTES = ()

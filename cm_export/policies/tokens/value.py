@@ -6,10 +6,11 @@ A token that everybody looks at and that says nothing (an attention sink) has a 
 this does not. Value-aware token pruning, VATP (arXiv 2406.12335, section 3), there for the KV cache of text.
 """
 
-import torch
+from __future__ import annotations
 
 from ...base.onnx_text import function
 from .._attention import by_value, by_value_text, received, received_text
+from .._torch import torch
 
 WIRES = ("q", "k", "v", "mask", "vote")
 ATTRIBUTES = ("scale",)

@@ -1,0 +1,127 @@
+"""What runs on a device works on Python 3.10, without onnx, onnxruntime and torch: JetPack 6 has no newer one.
+
+A 3.10 interpreter of this machine (PATH, pyenv) with the packages that these parts need; what it answers is compared with
+what this interpreter answers.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cm_export.source.checkpoint import DEMO
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ["click", "jinja2", "ml-dtypes", "numpy", "pillow", "psutil", "rich", "safetensors", "tokenizers", "tomli"]
+ABSENT = ("onnx", "onnxruntime", "torch", "transformers")
+PARTS = ("base", "quant", "families", "recipe", "bundle", "host")
+ENGINES = (
+    "tensorrt_rtx",
+    *(f"tensorrt.{n}" for n in ["backend", "session", "decode", "cuda", "targets", "check_engine"]),
+)
+
+IMPORT_ALL = """
+import importlib, json, pkgutil, sys
+parts, engines, absent = json.loads(sys.argv[1])
+names = [f"cm_export.backends.{name}" for name in engines]
+for part in parts:
+    package = importlib.import_module(f"cm_export.{part}")
+    names += [m.name for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+wrong = {}
+for name in names:
+    try:
+        importlib.import_module(name)
+    except Exception as e:
+        wrong[name] = repr(e)
+there = [name for name in absent if importlib.util.find_spec(name)]
+print(json.dumps({"version": sys.version_info[:2], "imported": len(names), "wrong": wrong, "there": there}))
+"""
+
+READ_A_BUNDLE = """
+import json, sys
+from cm_export.bundle.bundle import Bundle
+from cm_export.host.chat import Chat
+from cm_export.host.images import open_image
+
+bundle = Bundle(sys.argv[1])
+bundle.wait_verified()
+rule = bundle.family.image_rule(json.loads(bundle.processor("preprocessor_config.json").read_bytes()))
+pixels, grid = bundle.family.patchify([open_image(sys.argv[2])], rule)
+chat, counts = Chat(bundle), bundle.family.image_tokens(grid, bundle.shape.merge)
+turns = chat.encode_turns(["describe the image", "what color is it ?"], ["a circle ."], "be brief", counts)
+ids = chat.encode("describe : what shape is in the image?", None, counts)
+print(json.dumps({
+    "recipe": bundle.recipe.to_dict(), "in_decode": bundle.recipe.neurons.in_decode, "later": bundle.recipe.tokens.later,
+    "ids": ids.tolist(), "turns": turns.tolist(), "text": chat.decode(ids.tolist()), "stop": sorted(chat.stop_ids),
+    "grid": grid.tolist(), "pixels": pixels.tolist(),
+}))
+"""
+
+
+def find_python310() -> str | None:
+    """A 3.10 interpreter: on PATH, or among pyenv's versions."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    found = [shutil.which("python3.10"), *sorted(map(str, pyenv.glob("3.10.*/bin/python3.10")))]
+    for python in filter(None, found):  # pyenv's shim is on PATH even where no 3.10 is chosen
+        if subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
+            return python
+    return None
+
+
+@pytest.fixture(scope="session")
+def bare310() -> str:
+    """The interpreter as it is."""
+    python = find_python310()
+    if python is None:
+        pytest.skip("no Python 3.10 here: install one (apt install python3.10-venv, or pyenv install 3.10)")
+    return python
+
+
+@pytest.fixture(scope="session")
+def python310(bare310, tmp_path_factory) -> str:
+    """A virtual environment of it with PACKAGES. Whole answers on a fake TensorRT can be run in it by `answer_of`."""
+    folder = tmp_path_factory.mktemp("python310") / "venv"
+    made = subprocess.run([bare310, "-m", "venv", folder], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"{bare310} cannot make a virtual environment: install python3.10-venv")
+    python = str(folder / "bin" / "python")
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "1", *PACKAGES]
+    done = subprocess.run(install, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        why = done.stderr.strip().splitlines()[-1:]
+        pytest.skip(f"pip cannot install {', '.join(PACKAGES)} ({why}): a package index that is reached makes this run")
+    return python
+
+
+def answer_of(python: str, code: str, *args: object) -> dict:
+    """What `code` prints as JSON under an interpreter, with this tree as its cm_export."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([python, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_file_compiles(bare310, tmp_path):
+    env = os.environ | {"PYTHONPYCACHEPREFIX": str(tmp_path)}
+    folders = [str(ROOT / name) for name in ("cm_export", "plugins", "recipes")]
+    done = subprocess.run([bare310, "-m", "compileall", "-q", *folders], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout
+    assert len(list(tmp_path.rglob("*.pyc"))) > 100
+
+
+def test_everything_that_runs_engines_imports_without_onnx_onnxruntime_and_torch(python310):
+    found = answer_of(python310, IMPORT_ALL, json.dumps([PARTS, ENGINES, ABSENT]))
+    assert found["version"] == [3, 10] and found["there"] == []
+    assert found["wrong"] == {} and found["imported"] > 30
+
+
+def test_recipe_tokens_and_pixels_are_those_of_this_interpreter(python310, demo_bundle):
+    asked = (demo_bundle, DEMO.parent / "images" / "teal-circle.png")
+    there, here = (answer_of(python, READ_A_BUNDLE, *asked) for python in (python310, sys.executable))
+    assert there["recipe"]["neurons"]["policy"] == "griffin" and len(there["ids"]) > 64 and there["pixels"]
+    for what in here:
+        assert there[what] == here[what], what
