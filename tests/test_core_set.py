@@ -19,10 +19,11 @@ from cm_export.base.core_index import check_core_neurons, select_core_neurons
 from cm_export.base.errors import InputError
 from cm_export.bundle import weights
 from cm_export.bundle.calibration import Calibration
+from cm_export.bundle.names import core_row_names
 from cm_export.families import qwen2_vl as family
 from cm_export.host.core_set import CoreSet, choose, every_neuron
 from cm_export.host.layer_budgets import LEAST, STEP, _convex, allot, layer_counts
-from cm_export.host.request import core_row_names, prefill_feeds, sparse_feeds
+from cm_export.host.request import prefill_feeds, sparse_feeds
 from cm_export.recipe.recipe import Neurons, Recipe
 from cm_export.source import model as hf
 from cm_export.surgery import pipeline

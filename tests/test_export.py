@@ -7,8 +7,9 @@ from random_models import IMAGE, prompt
 from tolerances import agrees
 
 from cm_export.backends.onnxruntime.backend import CoreRows, Decoder
+from cm_export.bundle.names import core_row_names
 from cm_export.families import qwen2_vl as family
-from cm_export.host.request import Request, core_row_names, prefill_feeds, sparse_feeds
+from cm_export.host.request import Request, prefill_feeds, sparse_feeds
 from cm_export.recipe.recipe import Recipe
 
 SEEDS = (1, 2, 3, 4)

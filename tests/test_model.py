@@ -90,7 +90,7 @@ def test_an_image_token_outside_the_vocabulary_is_refused(tmp_path):
 def test_rows_of_an_older_request_are_not_used_again(exported):
     from cm_export.backends.onnxruntime.backend import CoreRows, Decoder
     from cm_export.base.errors import CmExportError
-    from cm_export.host.request import core_row_names
+    from cm_export.bundle.names import core_row_names
 
     x = exported(1)
     rows = CoreRows(x.weights, core_row_names(family, x.shape.layers))

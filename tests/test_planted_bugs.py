@@ -16,11 +16,11 @@ import test_export
 import test_policies
 import test_qwen2_vl_host
 import test_surgery
-from cm_export.plugins.core_ffn import body
 
 from cm_export.backends.onnxruntime.backend import CoreRows
 from cm_export.base import core_index
 from cm_export.families import qwen2_vl
+from cm_export.plugins.core_ffn import body
 
 
 def fails(test, *args):
@@ -61,11 +61,11 @@ UP_BY_PLACE = """
 
 @pytest.fixture
 def up_by_place(monkeypatch):
-    project, combine = body._FORMS["request"]
+    project, combine = body.FORMS["request"]
     assert UP in project
     zeros = "bug_zeros = Sub (neurons, neurons)"
     bugged = project.replace(UP, zeros + UP_BY_PLACE)
-    monkeypatch.setitem(body._FORMS, "request", (bugged, combine))
+    monkeypatch.setitem(body.FORMS, "request", (bugged, combine))
     test_core_ffn.session.cache_clear()
     yield
     test_core_ffn.session.cache_clear()

@@ -20,10 +20,11 @@ from cm_export.base.errors import InputError
 from cm_export.base.onnx_text import model_of
 from cm_export.build.gates import COPY_LIMIT
 from cm_export.bundle import predictor
+from cm_export.bundle.names import core_row_names
 from cm_export.bundle.weights import WeightFile
 from cm_export.families import qwen2_vl as family
 from cm_export.host.core_set import choose, every_neuron
-from cm_export.host.request import core_row_names, prefill_feeds
+from cm_export.host.request import prefill_feeds
 from cm_export.policies.neurons import predicted
 from cm_export.recipe.recipe import Recipe
 from cm_export.surgery import pipeline

@@ -9,8 +9,9 @@ from tolerances import agrees
 from cm_export.backends.onnxruntime.backend import CoreRows, Decoder
 from cm_export.base.core_index import select_core_neurons
 from cm_export.base.errors import InputError, SurgeryError
+from cm_export.bundle.names import core_row_names
 from cm_export.families import qwen2_vl as family
-from cm_export.host.request import core_row_names, prefill_feeds, sparse_feeds
+from cm_export.host.request import prefill_feeds, sparse_feeds
 from cm_export.recipe.recipe import Recipe
 from cm_export.surgery import pipeline
 from cm_export.surgery.edit import Edit

@@ -15,9 +15,10 @@ from tolerances import agrees
 from transformers import PreTrainedTokenizerFast
 
 from cm_export.backends.onnxruntime.backend import CoreRows, Decoder
-from cm_export.base import by_name
+from cm_export.base import by_name, dims
 from cm_export.base.errors import BundleError, InputError
 from cm_export.bundle.inspect import describe
+from cm_export.bundle.names import core_row_names
 from cm_export.calibrating import calibrate
 from cm_export.cli import main
 from cm_export.evals import bench
@@ -25,9 +26,8 @@ from cm_export.evals.compare import Sweep, compare
 from cm_export.evals.user_data import load as load_data
 from cm_export.host import runner as generate
 from cm_export.host.chat import Chat
-from cm_export.host.request import Request, core_row_names, prefill_feeds, sparse_feeds
+from cm_export.host.request import Request, prefill_feeds, sparse_feeds
 from cm_export.recipe.recipe import Recipe, from_dict
-from cm_export.source import trace
 from cm_export.surgery import pipeline
 
 # Fixed by hand, the rest is drawn by the seed; the bundle below is a third case: llama, tied, plain rope, in shards.
@@ -114,7 +114,7 @@ def test_only_prefill_and_decode_are_traced_with_one_row_of_positions(x):
     for proto in x.dense.values():
         (positions,) = (i for i in proto.graph.input if i.name == "position_ids")
         assert positions.type.tensor_type.shape.dim[0].dim_value == 1
-    assert trace.cache_names(x.shape.layers, "present")[0] in {o.name for o in x.dense["prefill"].graph.output}
+    assert dims.cache_names(x.shape.layers, "present")[0] in {o.name for o in x.dense["prefill"].graph.output}
 
 
 # ---------------------------------------------------------------- what a static graph cannot hold

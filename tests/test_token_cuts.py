@@ -14,9 +14,10 @@ from cm_export.base import by_name
 from cm_export.base.core_index import image_token_count
 from cm_export.base.errors import InputError
 from cm_export.bundle.bundle import Bundle
+from cm_export.bundle.names import core_row_names
 from cm_export.families import qwen2_vl as family
 from cm_export.host.chat import Chat
-from cm_export.host.request import Request, core_row_names, picture_sizes, prefill_feeds, sparse_feeds
+from cm_export.host.request import Request, picture_sizes, prefill_feeds, sparse_feeds
 from cm_export.policies.keep import keep_tokens
 from cm_export.policies.quota import pictures, quota
 from cm_export.recipe.recipe import Recipe, check

@@ -1,4 +1,4 @@
-"""Axis letters, defined once; tensors in docstrings and graph inputs use them.
+"""Axis letters and the names of the cache, defined once; tensors in docstrings and graph inputs use them.
 
 B batch            S prompt tokens      T kept prompt tokens   P tokens in the cache   M cache rows read (core tokens)
 N new tokens of one decode step (N image patches, in the vision graph)
@@ -20,3 +20,8 @@ PATCHES = "patches"
 SEGMENTS = "segments"
 IMAGE_TOKENS = "image_tokens"
 PICTURES = "pictures"
+
+
+def cache_names(layers: int, prefix: str) -> list[str]:
+    """`present.0.key`, `present.0.value`, `present.1.key`, ..."""
+    return [f"{prefix}.{i}.{part}" for i in range(layers) for part in ("key", "value")]

@@ -23,9 +23,10 @@ from ..backends.onnxruntime.backend import (  # proofs of the portable graphs, w
 from ..base.errors import GateFailed
 from ..base.metrics import divergences
 from ..bundle.calibration import Calibration
+from ..bundle.names import core_row_names
 from ..bundle.predictor import copy_error
 from ..host.core_set import choose, every_neuron
-from ..host.request import Request, core_row_names, prefill_feeds, sparse_feeds
+from ..host.request import Request, prefill_feeds, sparse_feeds
 from ..recipe.recipe import Recipe
 
 # Largest difference allowed, relative to max(1, largest reference value). float32 differs from PyTorch by 1e-6 where

@@ -24,9 +24,10 @@ from ..backends.tensorrt.rehearsal import LoweredGraphs, every_neuron_listed, li
 from ..backends.tensorrt.targets import Target
 from ..base.core_index import neuron_count, select_core_neurons
 from ..base.errors import GateFailed
+from ..bundle.names import core_row_names
 from ..bundle.weights import WeightFile
 from ..host.core_set import every_neuron
-from ..host.request import Request, core_row_names, kept_slots, prefill_feeds, sparse_feeds
+from ..host.request import Request, kept_slots, prefill_feeds, sparse_feeds
 from .gates import LIMIT, Gate, compared
 
 STEPS = 8

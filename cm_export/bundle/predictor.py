@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from ..base.errors import InputError
-from ..host.request import core_row_names
 from . import weights
+from .names import core_row_names
 from .weights import Planned, WeightFile
 
 FILE = "predictor.safetensors"

@@ -11,7 +11,6 @@ import numpy as np
 
 from ..base.core_index import image_token_count
 from ..base.errors import InputError
-from ..bundle.names import stored_name
 from ..bundle.weights import WeightFile
 from ..recipe.recipe import Recipe
 
@@ -152,13 +151,3 @@ def picture_sizes(is_image: np.ndarray) -> list[int]:
     """Image tokens of each picture of a prompt [S]: the lengths of their runs, between which markers stand; [0] of none."""
     edges = np.flatnonzero(np.diff(is_image.astype(np.int8), prepend=0, append=0))
     return (edges[1::2] - edges[::2]).tolist() or [0]
-
-
-def core_row_names(family: ModuleType, layers: int) -> list[tuple[str, str, str]]:
-    """Names in the weight file of every layer's gate, up and (transposed) down matrix."""
-    return [
-        tuple(
-            stored_name(family.LAYER.format(layer=i) + part, family) for part in (family.GATE, family.UP, family.DOWN)
-        )
-        for i in range(layers)
-    ]

@@ -45,11 +45,6 @@ class _WeightsAsInputs(nn.Module):
         return functional_call(self.body, weights, kwargs=inputs)
 
 
-def cache_names(layers: int, prefix: str) -> list[str]:
-    """`present.0.key`, `present.0.value`, `present.1.key`, ..."""
-    return [f"{prefix}.{i}.{part}" for i in range(layers) for part in ("key", "value")]
-
-
 def specs(model: nn.Module, shape: Any) -> list[GraphSpec]:
     """The graphs that `shape.traced` names. `shape` is the family's Shape."""
     batch, prompt, past, new = Dim(dims.BATCH), Dim(dims.PROMPT, min=2), Dim(dims.PAST, min=1), Dim(dims.NEW, min=1)
@@ -57,7 +52,7 @@ def specs(model: nn.Module, shape: Any) -> list[GraphSpec]:
     rows = [b, shape.kv_heads, p, shape.head_dim]
 
     def kv_out(axis: str) -> dict[str, list[str | int]]:
-        return {n: [dims.BATCH, shape.kv_heads, axis, shape.head_dim] for n in cache_names(layers, "present")}
+        return {n: [dims.BATCH, shape.kv_heads, axis, shape.head_dim] for n in dims.cache_names(layers, "present")}
 
     logits: dict[str, list[str | int]] = {"logits": [dims.BATCH, shape.vocab]}
     prefill = GraphSpec(
@@ -91,7 +86,7 @@ def specs(model: nn.Module, shape: Any) -> list[GraphSpec]:
             "attention_mask": {0: batch, 1: Dim.DYNAMIC},  # past + new, which torch can only infer
             "past": [{0: batch, 2: past}] * (2 * layers),
         },
-        ["inputs_embeds", "position_ids", "attention_mask", *cache_names(layers, "past")],
+        ["inputs_embeds", "position_ids", "attention_mask", *dims.cache_names(layers, "past")],
         {"logits": [dims.BATCH, dims.NEW, shape.vocab]} | kv_out(dims.CONTEXT),
     )
     return [*([_vision(model, shape)] if shape.sees else []), prefill, decode]

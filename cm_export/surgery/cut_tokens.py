@@ -17,7 +17,6 @@ import onnx_graphsurgeon as gs
 
 from ..base import dims
 from ..base.errors import SurgeryError
-from ..source.trace import cache_names
 from .edit import Edit
 from .find_sites import FFN
 
@@ -78,7 +77,7 @@ def cut_tokens(
         "Expand", edit.op("Unsqueeze", row, edit.constant([1], np.int64)), edit.constant([1, kv[0], 1, 1], np.int64)
     )  # [B,Hk,T',1]
     outputs = {t.name: t for t in edit.graph.outputs}
-    for i, name in enumerate(cache_names(len(ffns), "present")):
+    for i, name in enumerate(dims.cache_names(len(ffns), "present")):
         shape = [dims.BATCH, kv[0], dims.KEPT, kv[1]]
         if i < 2 * layer:
             edit.add_output(edit.op("GatherND", outputs[name], per_head, batch_dims=2), name, np.float32, shape)

@@ -14,8 +14,8 @@ import numpy as np
 
 from ..base import by_name
 from ..bundle.calibration import Calibration
+from ..bundle.names import core_row_names
 from ..bundle.weights import WeightFile
-from ..host.request import core_row_names
 from ..recipe.recipe import Recipe
 
 

@@ -13,9 +13,9 @@ import onnx
 import onnxruntime as ort
 
 from ...base.errors import BundleError, CmExportError
+from ...bundle.names import core_row_names
 from ...bundle.weights import WeightFile
 from ...host.core_rows import CoreRows
-from ...host.request import core_row_names
 from ...recipe.recipe import Recipe
 from .lower import lower, unsigned
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from ...base.errors import BundleError, CmExportError, InputError
 from ...bundle.bundle import Bundle
+from ...bundle.names import core_row_names
 from ...host.core_rows import CoreRows, RowsOfTheEngine
-from ...host.request import core_row_names
 from ...recipe.recipe import Recipe
 from .cuda import Buffers, Cuda, Pinned, open_cuda
 from .decode import Decoder

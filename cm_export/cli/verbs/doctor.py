@@ -46,7 +46,7 @@ def examine() -> dict[str, Any]:
     """Everything doctor reports, as plain values."""
     import psutil
 
-    from ...source.checkpoint import DEMO
+    from ...recipe.aliases import DEMO
 
     required, extras = requirements(DISTRIBUTION, EXTRAS)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ...host.request import core_row_names
+from ...bundle.names import core_row_names
 from ...recipe.recipe import Engine
 
 PRECISIONS = ("fp16", "int8", "int4")

@@ -25,8 +25,9 @@ from ...backends.tensorrt.rehearsal import LoweredGraphs, every_neuron_listed, l
 from ...backends.tensorrt.targets import Target
 from ...base.errors import CmExportError
 from ...build.gates_lowered import HALF_LIMIT
+from ...bundle.names import core_row_names
 from ...host.core_set import choose
-from ...host.request import Request, core_row_names, kept_slots, prefill_feeds, sparse_feeds
+from ...host.request import Request, kept_slots, prefill_feeds, sparse_feeds
 from ...source.probe import probe as synthetic
 from .trtexec import shapes
 
