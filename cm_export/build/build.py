@@ -49,11 +49,12 @@ def build(
     started, out = time.perf_counter(), Path(os.path.abspath(out))
     bundles.check_out(out)
     progress("check the checkpoint")
-    job = prepare(checkpoint.resolve(model, recipe.revision), recipe, threads, progress)
+    source = checkpoint.resolve(model, recipe.revision)
     stages = Stages(work_dir or out.with_name(f".{out.name}.stages"), force, out)
     with stages.lock():
         bundles.sweep(out)
-        _check_disk(job.source, out)
+        _check_disk(source, out)
+        job = prepare(source, recipe, threads, progress)
         manifest = _run(job, out, stages, required)
     peak = max(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
     return manifest | {
