@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from cm_export.base.errors import InputError
+from cm_export.recipe import aliases
 from cm_export.source import checkpoint
 from cm_export.source.checkpoint import resolve, verify_hashes
 
@@ -65,7 +66,7 @@ def test_a_directory_is_accepted_with_hashes_and_config(folder):
     assert found.config == {"model_type": "qwen2_vl"}
 
 
-@pytest.mark.parametrize(("alias", "folder"), [("demo", checkpoint.DEMO), ("scenes", checkpoint.SCENES)])
+@pytest.mark.parametrize(("alias", "folder"), [("demo", aliases.DEMO), ("scenes", aliases.SCENES)])
 def test_an_alias_of_a_shipped_model_is_its_directory(alias, folder):
     assert resolve(alias).path == folder.resolve()
 
@@ -81,7 +82,7 @@ def test_a_sharded_directory_is_accepted(sharded):
 
 
 def test_hub_aliases_are_pinned_to_commits():
-    hub = [alias for alias in checkpoint.ALIASES.values() if alias.hub_id]
+    hub = [alias for alias in aliases.ALIASES.values() if alias.hub_id]
     assert hub and all(checkpoint.COMMIT.fullmatch(alias.revision) for alias in hub)
 
 

@@ -15,10 +15,10 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VL
 
 from cm_export.base.by_name import names_in
 from cm_export.cli import group
-from cm_export.source import checkpoint
+from cm_export.recipe import aliases
 
 ROOT = Path(__file__).parent.parent
-IMAGES = checkpoint.DEMO.parent / "images"
+IMAGES = aliases.DEMO.parent / "images"
 QUESTIONS = json.loads((IMAGES / "questions.json").read_text())
 SENTENCES = [q for q in QUESTIONS if q["question"].startswith("describe")]
 DESCRIBED = ["--image", str(IMAGES / "teal-circle.png"), "--prompt", "describe : what color is the shape?"]
@@ -66,7 +66,7 @@ def test_the_shipped_questions_are_all_answered_rightly_dense_and_all_but_one_at
 def test_json_is_one_object_with_text_ids_counts_times_and_memory(demo_bundle):
     answer = asked(demo_bundle, *DESCRIBED)
     assert answer["text"] == "the color of the circle is teal ."
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.DEMO)
+    tokenizer = AutoTokenizer.from_pretrained(aliases.DEMO)
     assert tokenizer.decode(answer["token_ids"], skip_special_tokens=True) == answer["text"]
     assert answer["new_tokens"] == len(answer["token_ids"]) and answer["stopped"] == "stop token"
     assert answer["image_tokens"] == 64 and answer["image_tokens_kept"] == 32
@@ -79,9 +79,9 @@ def test_json_is_one_object_with_text_ids_counts_times_and_memory(demo_bundle):
 
 def test_dense_token_ids_equal_those_of_stock_transformers(demo_bundle):
     questions = [("yellow-rectangle.png", "describe : is a yellow shape present?"), ("red-triangle.png", "nonsense ?")]
-    model = Qwen2VLForConditionalGeneration.from_pretrained(checkpoint.DEMO, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.DEMO)
-    processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint.DEMO)
+    model = Qwen2VLForConditionalGeneration.from_pretrained(aliases.DEMO, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(aliases.DEMO)
+    processor = Qwen2VLImageProcessorPil.from_pretrained(aliases.DEMO)
     for name, question in questions:
         answer = asked(demo_bundle, "--image", IMAGES / name, "--prompt", question, "--dense", "--max-new-tokens", "24")
         pixels = processor(images=[Image.open(IMAGES / name)], return_tensors="pt")

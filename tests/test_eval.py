@@ -22,9 +22,9 @@ from cm_export.evals import scene as _scene
 from cm_export.evals import task as _task
 from cm_export.evals import user_data as _user_data
 from cm_export.evals.tasks import easy_vqa
-from cm_export.source import checkpoint
+from cm_export.recipe import aliases
 
-PICTURE = Path(checkpoint.__file__).parent / "demo" / "images" / "teal-circle.png"
+PICTURE = aliases.DEMO.parent / "images" / "teal-circle.png"
 
 
 def test_labels_follow_from_the_official_answers():
@@ -207,7 +207,7 @@ def test_scenes_repeat_and_splits_share_no_picture():
 def test_no_word_of_the_scenes_is_unknown_to_the_models():
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(checkpoint.DEMO / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(aliases.DEMO / "tokenizer.json"))
     unknown = tokenizer.token_to_id("<unk>")
     for kind in _scene.KINDS:
         for text in (t for n in range(200) for t in _scene.ask(_scene.scene("test", n), kind) or ()):

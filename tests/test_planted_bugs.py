@@ -62,11 +62,11 @@ UP_BY_PLACE = """
 
 @pytest.fixture
 def up_by_place(monkeypatch):
-    project, combine = body._FORMS["request"]
+    project, combine = body.FORMS["request"]
     assert UP in project
     zeros = "bug_zeros = Sub (neurons, neurons)"
     bugged = project.replace(UP, zeros + UP_BY_PLACE)
-    monkeypatch.setitem(body._FORMS, "request", (bugged, combine))
+    monkeypatch.setitem(body.FORMS, "request", (bugged, combine))
     test_core_ffn.session.cache_clear()
     yield
     test_core_ffn.session.cache_clear()

@@ -9,7 +9,7 @@ import pytest
 
 from cm_export.evals import scene as _scene
 from cm_export.evals.tasks import scenes
-from cm_export.source import checkpoint
+from cm_export.recipe import aliases
 
 RIGHT_OF_40 = 37  # of 40 questions of the test split that follow one after the other
 
@@ -114,7 +114,7 @@ def test_the_shipped_model_answers_from_the_picture():
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for so small a model two are no faster, and on a busy machine far slower
-    folder = checkpoint.SCENES
+    folder = aliases.SCENES
     tokenizer = AutoTokenizer.from_pretrained(folder)
     processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
     model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()

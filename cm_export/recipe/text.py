@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..source.checkpoint import ALIASES
+from .aliases import ALIASES
 from .recipe import Recipe
 
 

@@ -19,35 +19,14 @@ from .. import families
 from ..base.by_name import nearest
 from ..base.errors import InputError
 from ..base.hashes import file_sha256
+from ..recipe.aliases import ALIASES
 from .safetensors_check import damaged, tensor_names
 
-_SHIPPED = Path(__file__).parent.parent / "demo"
-DEMO = _SHIPPED / "model"
-SCENES = _SHIPPED / "scenes"
 PATTERNS = ("*.json", "*.txt", "*.jinja", "*.safetensors", "*.model")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 HUB_TIMEOUT = 5.0  # seconds for the first question; the hub client retries for half a minute when asked for files
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-@dataclass(frozen=True)
-class Alias:
-    """A short name for a directory or for a hub id at the commit this tool was written against."""
-
-    hub_id: str | None = None
-    revision: str | None = None
-    path: Path | None = None
-
-
-_QWEN2_VL_2B = Alias("Qwen/Qwen2-VL-2B-Instruct", "895c3a49bc3fa70a340399125c650a463535e71c")
-ALIASES = {
-    "demo": Alias(path=DEMO),
-    "scenes": Alias(path=SCENES),
-    "qwen2-vl": _QWEN2_VL_2B,
-    "qwen2-vl-2b": _QWEN2_VL_2B,
-    "qwen2-vl-7b": Alias("Qwen/Qwen2-VL-7B-Instruct", "eed13092ef92e448dd6875b2a00151bd3f7db0ac"),
-}
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def skeleton(path: Path, family: Family) -> Any:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         for part in (config, *(getattr(config, name) for name in config.sub_configs)):
             part.dtype = torch.float32  # direct construction would follow what the checkpoint was saved as
-        if _head_differs(path):  # from_pretrained ties nothing then, whatever config.json says
+        if head_differs(path):  # from_pretrained ties nothing then, whatever config.json says
             config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
         with initialization.no_init_weights():
             model = getattr(transformers, family.model_class)(config)
@@ -65,7 +65,7 @@ def skeleton(path: Path, family: Family) -> Any:
     return model.eval()
 
 
-def _head_differs(path: Path) -> bool:
+def head_differs(path: Path) -> bool:
     """Whether the checkpoint holds an embedding and an lm_head with other values."""
     import torch
     from safetensors import safe_open

@@ -8,9 +8,9 @@ from typing import Any
 from ..base import atomic
 from ..bundle.calibration import FILE as CALIBRATION
 from ..recipe import recipe as recipes
+from ..recipe.aliases import ALIASES
 from ..recipe.recipe import Recipe
 from ..recipe.text import findable, toml
-from ..source.checkpoint import ALIASES
 from .space import needs_calibration
 
 

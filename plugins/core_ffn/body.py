@@ -41,7 +41,7 @@ WEIGHTS = ("w_gate", "w_up", "w_down_t")
 SCALES = ("gate_scale", "up_scale", "down_scale")
 BITS = (0, 4, 8)
 
-_FORMS = {  # index form: (how gate_out and up_out are made from the rows, how y is made from z)
+FORMS = {  # index form: (how gate_out and up_out are made from the rows, how y is made from z)
     "none": (
         """
         gate_DF = Transpose <perm = [1, 0]> (gate_rows)
@@ -104,11 +104,11 @@ def function(index: str, activation: str, bits: int = 0) -> onnx.FunctionProto:
     """
     if activation not in ACTIVATIONS:
         raise InputError(f"unknown activation {activation!r}", where="CoreFFN", fix=nearest(activation, [*ACTIVATIONS]))
-    if index not in _FORMS:
-        raise SurgeryError(f"unknown index form {index!r}", where="CoreFFN", fix=nearest(index, [*_FORMS]))
+    if index not in FORMS:
+        raise SurgeryError(f"unknown index form {index!r}", where="CoreFFN", fix=nearest(index, [*FORMS]))
     if bits not in BITS:
         raise SurgeryError(f"weights of {bits} bits", where="CoreFFN", fix=f"known: {', '.join(map(str, BITS))}")
-    project, combine = _FORMS[index]
+    project, combine = FORMS[index]
     listed = index != "none"
     rows = [_rows(weight.split("_")[1], weight, listed, _LEADING[index], bits) for weight in WEIGHTS]
     return parse(

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..contract import Arrays, Op
-from .body import _FORMS, ACTIVATIONS, SCALES, WEIGHTS, function
+from .body import ACTIVATIONS, FORMS, SCALES, WEIGHTS, function
 from .pack import quantize
 
 
@@ -164,9 +164,9 @@ OP = Op(
     body=function,
     oracle=oracle,
     cases=(
-        *(Case(index, **sizes) for index in _FORMS for sizes in _SIZES),
+        *(Case(index, **sizes) for index in FORMS for sizes in _SIZES),
         *(Case("request", S=2, activation=name, dtype=t) for name in ACTIVATIONS for t in ("float32", "float16")),
         *(Case(index, **sizes) for index in ("request", "token") for sizes in _BLOCKS),
-        *(Case(index, bits=bits, **sizes) for index in _FORMS for bits in (8, 4) for sizes in _PACKED),
+        *(Case(index, bits=bits, **sizes) for index in FORMS for bits in (8, 4) for sizes in _PACKED),
     ),
 )

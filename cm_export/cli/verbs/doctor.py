@@ -47,7 +47,7 @@ def examine() -> dict[str, Any]:
 
     import psutil
 
-    from ...source.checkpoint import DEMO
+    from ...recipe.aliases import DEMO
     from ..requirements import requirements
 
     required, extras = requirements(DISTRIBUTION, EXTRAS)

@@ -1,0 +1,95 @@
+"""Finished stages become the bundle at --out, in one step: graphs are copied, large files linked, the manifest sealed.
+
+.engine.plan.stages/*   ->   .engine.plan.x1y2z3ab.tmp/   -- gates on answers, if any are required -->   engine.plan/
+"""
+
+import os
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..bundle import bundle as bundles
+from ..bundle import predictor, weights
+from ..bundle.calibration import FILE as CALIBRATION
+from ..bundle.graph_facts import links
+from . import engines, quality
+from .job import Job
+from .quality import Requirement
+from .stages import Stages
+
+_LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime", "numpy")
+
+
+def write_bundle(out: Path, job: Job, stages: Stages, required: Requirement | None) -> dict[str, Any]:
+    """Write `out` and return its manifest. Raises GateFailed, with `out` as it was, if answers are not as required."""
+    job.progress("assemble the bundle")
+    manifest = _manifest(job, stages)
+    with bundles.assemble(out) as folder:
+        known = _files(folder, job, stages)
+        bundles.write_manifest(folder, manifest | {"known_sha256": known})
+        if required:
+            found = quality.check(folder, required, job.recipe, job.threads, job.progress)
+            manifest["gates"] = manifest["gates"] + found
+            (folder / bundles.MANIFEST).unlink()
+            bundles.write_manifest(folder, manifest | {"known_sha256": known})
+    # One name is left for the weights: readers of external data refuse files with several hard links.
+    (stages.folder / "weights" / weights.FILE).unlink(missing_ok=True)
+    return bundles.read_manifest(out)
+
+
+def _manifest(job: Job, stages: Stages) -> dict[str, Any]:
+    source, graphs = job.source, stages.state("graphs")
+    built = stages.state("engines") if job.aim else {}
+    return {
+        "tool": {"name": "cm-export", "version": __version__},
+        "model": {
+            "source": source.source if not Path(source.source).exists() else source.path.name,
+            "type": source.model_type,
+            "revision": source.revision,
+            "files": source.files,
+            "config": job.config,
+            "embedding": job.family.embedding,  # the host looks token embeddings up in the weight file
+        },
+        "recipe": job.recipe.to_dict() | {"model": None, "calibration": CALIBRATION if job.calibration else None},
+        "versions": {n: version(n) for n in _LIBRARIES}
+        | {"python": platform.python_version(), "platform": platform.machine()},
+        "graphs": graphs["graphs"],
+        "passes": graphs["passes"],
+        "gates": stages.state("gates")["gates"] + built.get("gates", []),
+        "engines": {k: v for k, v in built.items() if k not in ("sha256", "gates")} or None,
+        "links": links(job.shape.layers, graphs["graphs"]),
+        "stages": {name: stages.keys[name] for name in ("trace", "weights", "graphs")},
+    }
+
+
+def _files(folder: Path, job: Job, stages: Stages) -> dict[str, str]:
+    """Put the files of a bundle into `folder`; returns the hashes that the stages know already."""
+    known = {}
+    copied = [f"{name}.onnx" for name in stages.state("graphs")["graphs"]]
+    if job.recipe.neurons.in_decode:
+        copied.append(predictor.FILE)
+    for name in copied:
+        shutil.copyfile(stages.file("graphs", name), folder / name)
+        known[name] = stages.state("graphs")["sha256"][name]
+    _link(stages.file("weights", weights.FILE), folder / weights.FILE)
+    known[weights.FILE] = stages.state("weights")["sha256"][weights.FILE]
+    shutil.copytree(stages.folder / "weights" / "processor", folder / "processor")
+    for name, digest in (stages.state("engines")["sha256"] if job.aim else {}).items():
+        (folder / engines.FOLDER).mkdir(exist_ok=True)
+        _link(stages.file("engines", name), folder / engines.FOLDER / name)
+        known[f"{engines.FOLDER}/{name}"] = digest
+    if job.calibration:
+        shutil.copyfile(job.recipe.calibration, folder / CALIBRATION)
+        known[CALIBRATION] = job.measured
+    return known
+
+
+def _link(source: Path, target: Path) -> None:
+    """Hard-link a large file, or copy it across file systems."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

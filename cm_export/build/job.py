@@ -1,0 +1,80 @@
+"""What a build knows before its first stage: everything that can be refused without work has been refused by then."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import families
+from ..base import by_name
+from ..base.errors import InputError
+from ..base.hashes import file_sha256
+from ..bundle.calibration import Calibration, belongs
+from ..bundle.calibration import read as read_calibration
+from ..calibrating import prune_layers
+from ..families import Family, Shape, Tower
+from ..plugins.core_ffn.op import ACTIVATIONS
+from ..recipe.recipe import Recipe
+from ..source import model
+from ..source.checkpoint import Checkpoint
+from ..source.probe import Probe, probe
+from ..surgery import pipeline
+from . import engines
+
+Step = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the stages read; a stage names in its `inputs` what of this its result depends on."""
+
+    source: Checkpoint
+    family: Family
+    config: dict[str, Any]  # normalised by transformers
+    shape: Shape
+    tower: Tower | None  # None: the model reads no pictures
+    recipe: Recipe  # as the bundle records it: nothing is left for the model or the calibration to decide
+    inputs: Probe
+    calibration: Calibration | None  # neurons in the order of the weight file
+    order: np.ndarray | None  # [L,F] of the weight file: place -> neuron; None: the checkpoint's own
+    measured: str | None  # sha256 of the calibration file
+    aim: engines.Aim | None  # of TensorRT engines; None with other backends
+    threads: int
+    progress: Step
+
+
+def prepare(source: Checkpoint, recipe: Recipe, threads: int, progress: Step) -> Job:
+    """Raises InputError for a checkpoint, recipe, calibration or machine with which the build cannot end well."""
+    family = families.find(source.model_type)
+    config = model.read_config(source.path)
+    family.check_config(config)
+    shape, tower = family.shape(config), family.tower(config)
+    recipe = recipe.for_model(shape)
+    # Cheap, and before the calibration is read, which may know the layer that 0 stands for.
+    pipeline.check_recipe(recipe if recipe.tokens.prune_layer else recipe.replace(tokens__prune_layer=1), shape)
+    if shape.activation not in ACTIVATIONS:
+        fix = by_name.nearest(shape.activation, [*ACTIVATIONS])
+        raise InputError(f"unknown hidden_act {shape.activation!r}", where=source.path / "config.json", fix=fix)
+    model.check_processor(source.path)
+    if tower:
+        tower.rule(model.read_picture_rule(source.path))
+    aim = engines.aim(recipe) if recipe.backend in engines.MODULES else None
+    calibration, order = _calibration(recipe, source)
+    recipe = prune_layers.resolve(recipe, calibration)
+    pipeline.check_recipe(recipe, shape)
+    measured = file_sha256(Path(recipe.calibration)) if calibration else None
+    inputs = probe(shape, tower, config)  # not the recipe's seed: the weights stage keeps PyTorch's answers to it
+    return Job(
+        source, family, config, shape, tower, recipe, inputs, calibration, order, measured, aim, threads, progress
+    )  # fmt: skip
+
+
+def _calibration(recipe: Recipe, source: Checkpoint) -> tuple[Calibration | None, np.ndarray | None]:
+    """The recipe's calibration, ids in the order of the weight file, and that order [L,F] if it is another. Raises InputError."""
+    if recipe.calibration is None:
+        return None, None
+    found = read_calibration(Path(recipe.calibration))
+    belongs(found, source.files, recipe.calibration)
+    return (found.reordered(), found.order) if recipe.neurons.block > 1 else (found, None)

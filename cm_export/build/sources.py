@@ -1,0 +1,128 @@
+"""Which of our source files stand behind a module: its own, and those of every module that it imports or names.
+
+    build/steps/trace.py -> source/model.py -> bundle/weights.py
+                                            -> "cm_export.families" -> families/qwen2_vl.py, ...
+
+So the key of a stage covers all the code that the stage executes, and nobody keeps a list of it.
+"""
+
+import ast
+import hashlib
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+PACKAGE = "cm_export"
+# Who names these asks which ones there are; a stage imports the backend that it runs, and none reads a shipped recipe.
+NAMED_ONLY = ("cm_export.backends", "cm_export.recipes")
+_DOTTED = re.compile(rf"{PACKAGE}(\.\w+)+")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name: `from module import name`, or `import module` with name None. Relative names are resolved."""
+
+    line: int
+    module: str
+    name: str | None
+    typing: bool  # below `if TYPE_CHECKING`, so never executed
+
+
+def imports(tree: ast.AST, package: str, typing: bool = False) -> Iterator[Import]:
+    """Every import in `tree`, also those inside functions; `package` is where a module's relative imports start."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (Import(node.lineno, alias.name, None, typing) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            above = parts[: len(parts) + 1 - node.level] if node.level else []
+            module = ".".join([*above, node.module] if node.module else above)
+            yield from (Import(node.lineno, module, alias.name, typing) for alias in node.names)
+        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            yield from imports(ast.Module(node.body, []), package, typing=True)
+            yield from imports(ast.Module(node.orelse, []), package, typing)
+        else:
+            yield from imports(node, package, typing)
+
+
+@cache
+def behind(module: str) -> tuple[str, ...]:
+    """`module` and all modules of ours that it imports or names in a string, directly or not, sorted."""
+    known, new = set(), {module}
+    while new:
+        known |= new
+        new = {name for one in new for name in _next(one)} - known
+    return tuple(sorted(known))
+
+
+def digest(module: str) -> str:
+    """A hash of the source files behind `module`, so that a changed program redoes what it would now do differently."""
+    found = hashlib.sha256()
+    for name in behind(module):
+        found.update(f"{name}\n".encode() + content(file_of(name)) + b"\n")
+    return found.hexdigest()
+
+
+def own_file(thing: object) -> str:
+    """A hash of the file in which the class of `thing` stands, such as a family that another distribution brings."""
+    return hashlib.sha256(content(Path(inspect.getfile(type(thing))))).hexdigest()
+
+
+def libraries(module: str) -> dict[str, str]:
+    """Versions of the distributions that the modules behind `module` import, by name."""
+    tops = {one.module.split(".")[0] for name in behind(module) for one in _read(name)[0]}
+    tops -= {PACKAGE, *sys.stdlib_module_names}
+    return {d: metadata.version(d) for top in sorted(tops) for d in _distributions().get(top, ())}
+
+
+def content(file: Path) -> bytes:
+    """The bytes of a source file."""
+    return file.read_bytes()
+
+
+@cache
+def file_of(module: str) -> Path | None:
+    """The source file of a module of ours (a package's is its __init__.py); None where there is no such module."""
+    top, rest = module.split(".")[:2], module.split(".")[2:]
+    spec = find_spec(".".join(top))  # imports nothing below cm_export; plugins/ and recipes/ may lie elsewhere
+    if spec is None or spec.origin is None or not rest:
+        return Path(spec.origin) if spec and spec.origin else None
+    place = Path(spec.origin).parent.joinpath(*rest)
+    return next((f for f in (place / "__init__.py", place.with_name(f"{place.name}.py")) if f.is_file()), None)
+
+
+def _next(module: str) -> Iterator[str]:
+    """What stands directly behind a module: the packages that it lies in, what it imports, what its strings name."""
+    yield from (".".join(module.split(".")[:n]) for n in range(1, module.count(".") + 1))
+    imported, named = _read(module)
+    for one in imported:
+        if one.module.split(".")[0] == PACKAGE:
+            inner = f"{one.module}.{one.name}"
+            yield inner if one.name and file_of(inner) else one.module
+    for name in named:
+        yield name
+        if file_of(name).name == "__init__.py":  # a registry: whatever lies in it may be asked for
+            inside = (f"{name}.{p.stem}" for p in sorted(file_of(name).parent.iterdir()))
+            yield from (inner for inner in inside if file_of(inner) and not inner.endswith("__init__"))
+
+
+@cache
+def _read(module: str) -> tuple[tuple[Import, ...], tuple[str, ...]]:
+    """The imports that a module executes, and the modules of ours that its strings name."""
+    file = file_of(module)
+    tree = ast.parse(content(file))
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    named = (s for s in sorted(strings) if _DOTTED.fullmatch(s) and s not in NAMED_ONLY and file_of(s))
+    return tuple(one for one in imports(tree, package) if not one.typing), tuple(named)
+
+
+@cache
+def _distributions() -> dict[str, list[str]]:
+    return dict(metadata.packages_distributions())

@@ -1,0 +1,25 @@
+"""Stage `engines`, with a TensorRT backend: graphs and weights -> engines, proved before and checked after."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...bundle import weights
+from .. import engines
+from ..stage import Stage
+
+if TYPE_CHECKING:
+    from ..job import Job
+    from ..stages import Stages
+
+
+def _run(folder: Path, job: "Job", stages: "Stages") -> dict[str, Any]:
+    names, file = tuple(stages.state("graphs")["graphs"]), weights.WeightFile(stages.file("weights", weights.FILE))
+    source = engines.Source(lambda n: stages.file("graphs", f"{n}.onnx"), names, file, job.shape, job.recipe, job.tower)
+    return engines.build_engines(source, job.family, job.inputs, folder, job.aim, job.progress, job.threads)
+
+
+def _inputs(job: "Job") -> dict[str, Any]:
+    return {"backend": job.aim.backend, **job.aim.key}
+
+
+STAGE = Stage("engines", ("weights", "graphs"), _inputs, _run, needed=lambda job: job.aim is not None)

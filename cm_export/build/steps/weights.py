@@ -1,0 +1,25 @@
+"""Stage `weights`: checkpoint -> weights.safetensors, processor files, PyTorch's answers to the probe."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...source import model
+from ..stage import Stage, fingerprint
+
+if TYPE_CHECKING:
+    from ..job import Job
+    from ..stages import Stages
+
+
+def _inputs(job: "Job") -> dict[str, Any]:
+    # Without an order of neurons it is the same for every recipe.
+    order = {} if job.order is None else {"order": fingerprint(job.order)}
+    return {"files": job.source.files, "probe": fingerprint(job.inputs), **order}
+
+
+def _run(folder: Path, job: "Job", stages: "Stages") -> dict[str, Any]:
+    job.progress("load the checkpoint")
+    return model.write_weights(job.source.path, job.family, folder, job.tower, job.inputs, job.progress, job.order)
+
+
+STAGE = Stage("weights", (), _inputs, _run)

@@ -1,0 +1,31 @@
+"""Short names of models: the two that are shipped with the tool, and hub ids at the commit it was written against.
+
+demo, scenes                     directories in cm_export/demo
+qwen2-vl                         Qwen/Qwen2-VL-2B-Instruct at one commit
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+_SHIPPED = Path(__file__).parent.parent / "demo"
+DEMO = _SHIPPED / "model"
+SCENES = _SHIPPED / "scenes"
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name for a directory or for a hub id at the commit this tool was written against."""
+
+    hub_id: str | None = None
+    revision: str | None = None
+    path: Path | None = None
+
+
+_QWEN2_VL_2B = Alias("Qwen/Qwen2-VL-2B-Instruct", "895c3a49bc3fa70a340399125c650a463535e71c")
+ALIASES = {
+    "demo": Alias(path=DEMO),
+    "scenes": Alias(path=SCENES),
+    "qwen2-vl": _QWEN2_VL_2B,
+    "qwen2-vl-2b": _QWEN2_VL_2B,
+    "qwen2-vl-7b": Alias("Qwen/Qwen2-VL-7B-Instruct", "eed13092ef92e448dd6875b2a00151bd3f7db0ac"),
+}
