@@ -36,7 +36,7 @@ _INSTALL = {
     "tensorrt-rtx": "pip install 'cm-export[tensorrt-rtx]'",
 }
 _PLUGIN_PLACES = (Path("artifacts/plugins") / PLUGINS, Path(PLUGINS))
-_CHILD = "cm_export.backends._build_tensorrt"
+_CHILD = "cm_export.backends.tensorrt.builder"
 Step = Callable[..., None]
 
 
