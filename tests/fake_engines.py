@@ -10,12 +10,12 @@ import onnx
 from fake_cuda import FakeCuda
 from fake_tensorrt import library
 
-from cm_export.backends.tensorrt import builder as _build_tensorrt
+from cm_export.backends.tensorrt import builder
 from cm_export.backends.tensorrt.export import Source
 from cm_export.build import engines
 from cm_export.bundle.bundle import MANIFEST, Bundle, read_manifest, write_manifest
-from cm_export.evals.compare import with_policies
-from cm_export.host.runner import Engine
+from cm_export.evals.other_policies import with_policies
+from cm_export.host.loaded import LoadedBundle
 from cm_export.source.probe import probe
 
 ROWS = 256  # of the cache
@@ -66,8 +66,8 @@ def add_engines(monkeypatch: Any, bundle: Path, out: Path, at: Machine, measured
     monkeypatch.setattr(engines, "installed", lambda backend: at.trt.__version__)
     monkeypatch.setattr(engines.gates_lowered, "run_gates", lambda *args: [])
     say = lambda message: None  # noqa: E731
-    monkeypatch.setattr(engines, "run_builder", lambda job, step: _build_tensorrt.build(at.trt, job, say))
-    inputs, folder = probe(opened.shape, opened.config), out / "engines"
+    monkeypatch.setattr(engines, "run_builder", lambda job, step: builder.build(at.trt, job, say))
+    inputs, folder = probe(opened.shape, opened.tower, opened.config), out / "engines"
     folder.mkdir()
     aim = engines.aim(chosen)
     about = engines.build_engines(source, opened.family, inputs, folder, aim, lambda *_: None, threads=1)
@@ -81,10 +81,10 @@ def add_engines(monkeypatch: Any, bundle: Path, out: Path, at: Machine, measured
     return replace(at, bundle=out)
 
 
-def policies_in_memory(bundle: Bundle, recipe: Any, calibration: Any) -> Engine:
+def policies_in_memory(bundle: Bundle, recipe: Any, calibration: Any) -> LoadedBundle:
     """The bundle under other policies, on ONNX Runtime."""
     bundle.__dict__["calibration"] = calibration
-    return with_policies(Engine(bundle, 1, backend="onnxruntime"), recipe)
+    return with_policies(LoadedBundle(bundle, 1, backend="onnxruntime"), recipe)
 
 
 def _in_files(bundle: Bundle, recipe: Any, calibration: Any, folder: Path) -> Any:

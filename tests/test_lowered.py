@@ -7,9 +7,9 @@ import onnx
 import pytest
 from random_models import copy
 
-from cm_export.backends.tensorrt import halve as _halve_tensorrt
-from cm_export.backends.tensorrt import lower as _lower_tensorrt
-from cm_export.backends.tensorrt import written_out as _written_out
+from cm_export.backends.tensorrt import halve as halving
+from cm_export.backends.tensorrt import lower as lowering
+from cm_export.backends.tensorrt import written_out
 from cm_export.backends.tensorrt.export import Source, axis_ranges, describe, lowered, write_graphs
 from cm_export.backends.tensorrt.targets import TARGETS, target
 from cm_export.base.errors import GateFailed, InputError
@@ -37,13 +37,18 @@ RECIPES = {
 
 def source(x, recipe: Recipe) -> Source:
     graphs = x.graphs(recipe)
-    return Source(lambda n: copy(graphs[n]), tuple(graphs), x.weights, x.shape, recipe)
+    return Source(lambda n: copy(graphs[n]), tuple(graphs), x.weights, x.shape, recipe, x.tower)
 
 
 def gates(x, recipe, version, folder):
     s = source(x, recipe)
     write_graphs(s, folder, target(version))
-    return gates_lowered.run_gates(s, target(version), x.family, probe(x.shape, x.config), folder, threads=1)
+    return prove(s, version, x.family, x.config, folder)
+
+
+def prove(s, version, family, config, folder):
+    asked = probe(s.shape, s.tower, config)
+    return gates_lowered.run_gates(s, target(version), family, s.tower, asked, folder, threads=1)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -74,12 +79,12 @@ def _unmasked(edit, weights, precision):
     return _REAL_HALVE(edit, weights, precision)
 
 
-_REAL_HALVE = _halve_tensorrt.halve
+_REAL_HALVE = halving.halve
 
 
 def _next_row() -> onnx.FunctionProto:
     function = onnx.FunctionProto()
-    function.CopyFrom(_written_out.CACHE_COPY)
+    function.CopyFrom(written_out.CACHE_COPY)
     at = next(n for n in function.node if n.op_type == "Equal")
     function.node.insert(list(function.node).index(at), onnx.helper.make_node("Add", ["at_B111", "one"], ["next"]))
     at.input[1] = "next"
@@ -88,7 +93,7 @@ def _next_row() -> onnx.FunctionProto:
 
 def _without_scale() -> onnx.FunctionProto:
     function = onnx.FunctionProto()
-    function.CopyFrom(_written_out.ATTENTION)
+    function.CopyFrom(written_out.ATTENTION)
     next(n for n in function.node if list(n.output) == ["logits"]).input[0] = "q"
     return function
 
@@ -96,9 +101,9 @@ def _without_scale() -> onnx.FunctionProto:
 @pytest.mark.parametrize(
     ("where", "name", "bug"),
     [
-        (_halve_tensorrt, "halve", _unmasked),
-        (_written_out, "CACHE_COPY", _next_row()),
-        (_written_out, "ATTENTION", _without_scale()),
+        (halving, "halve", _unmasked),
+        (written_out, "CACHE_COPY", _next_row()),
+        (written_out, "ATTENTION", _without_scale()),
     ],
     ids=["no mask", "a row too far", "no scale"],
 )
@@ -127,7 +132,7 @@ def test_a_damaged_16_bit_weight_fails_a_gate(exported, tmp_path):
     broken[-(len(broken) // 3) :] = bytes(len(broken) // 3)
     file.write_bytes(broken)
     with pytest.raises(GateFailed, match="half"):
-        gates_lowered.run_gates(s, target("10.3"), x.family, probe(x.shape, x.config), tmp_path, threads=1)
+        prove(s, "10.3", x.family, x.config, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------ what is in a graph
@@ -172,21 +177,23 @@ def test_every_axis_has_one_range_and_profiles_follow_it(exported):
     x = exported(0)
     recipe = SMALL.replace(engine__max_batch=3, engine__max_patches=400)
     s = source(x, recipe)
-    ranges = axis_ranges(recipe, x.shape)
+    every = axis_ranges(recipe, x.shape, x.tower)
     for name in s.chosen():
+        # Requests decode together; prompts and pictures are read one at a time.
+        ranges = every if name.startswith("decode") else every | {"batch": (1, 1, 1)}
         told = describe(lowered(s, name, target("10.14")), ranges, target("10.14"))
         for value in told["inputs"]:
             least, likely, most = told["profile"][value["name"]]
             assert all(a <= b <= c for a, b, c in zip(least, likely, most, strict=True)), value
             for axis, length in zip(value["shape"], most, strict=True):
                 assert length == (axis if isinstance(axis, int) else ranges[axis][2])
-    assert ranges["batch"] == (1, 1, 3) and ranges["patches"][2] == 400
+    assert every["batch"] == (1, 3, 3) and every["patches"][2] == 400
 
 
 def test_decode_reads_one_token_over_a_cache_of_fixed_size(exported):
     x = exported(0)
     s = source(x, SMALL)
-    told = describe(lowered(s, "decode", target("10.3")), axis_ranges(SMALL, x.shape), target("10.3"))
+    told = describe(lowered(s, "decode", target("10.3")), axis_ranges(SMALL, x.shape, x.tower), target("10.3"))
     shapes = {v["name"]: v["shape"] for v in told["inputs"]}
     assert shapes["inputs_embeds"][1] == 1 and shapes["attention_mask"] == ["batch", 96]
     assert shapes["past.0.key"][2] == 96 and shapes["write_index"] == ["batch"]
@@ -231,7 +238,7 @@ def test_a_set_for_every_token_is_refused_in_words():
     node = onnx.helper.make_node("PredictNeurons", [], ["x"], domain="cm_export")
     model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], []))
     with pytest.raises(InputError, match=r"predicted.*griffin"):
-        _lower_tensorrt.lower(model, "decode", target("10.3"), {}, 96, 64)
+        lowering.lower(model, "decode", target("10.3"), {}, 96, 64)
 
 
 def test_the_page_of_versions_is_the_table_that_the_lowering_reads():
@@ -274,9 +281,7 @@ def low_bits(demo_bundle, folder, version, precision):
 )
 def test_weights_in_low_bits_are_those_of_the_model(demo_bundle, tmp_path, version, precision):
     s, bundle, told = low_bits(demo_bundle, tmp_path, version, precision)
-    found = gates_lowered.run_gates(
-        s, target(version), bundle.family, probe(bundle.shape, bundle.config), tmp_path, threads=1
-    )
+    found = prove(s, version, bundle.family, bundle.config, tmp_path)
     values = {g.name: g.value for g in found}
     assert 0 < values["packing"] < {"int4": 0.15, "int8": 0.01}[precision]
     assert values["half decode"] < 0.2 and values["half choice"] > 0.9
@@ -296,9 +301,7 @@ def test_a_packed_weight_that_is_damaged_fails_a_gate(demo_bundle, tmp_path):
     content[place.offset : place.offset + place.length] = content[place.offset + 1 : place.offset + place.length + 1]
     file.write_bytes(content)
     with pytest.raises(GateFailed, match=r"packing.*layers\.3\.mlp\.up_proj"):
-        gates_lowered.run_gates(
-            s, target("10.3"), bundle.family, probe(bundle.shape, bundle.config), tmp_path, threads=1
-        )
+        prove(s, "10.3", bundle.family, bundle.config, tmp_path)
 
 
 def test_a_scale_that_is_no_number_fails_the_gate_of_its_weight(demo_bundle, tmp_path):

@@ -32,7 +32,10 @@ from cm_export.cli import main
 from cm_export.cli.verbs.pack import memory_table
 from cm_export.deploy.jetson import archive, memory, pack, trtexec
 from cm_export.deploy.jetson import devices as jetson
-from cm_export.host import runner as generate
+from cm_export.families import Pictures
+from cm_export.host.decode import teacher_forced
+from cm_export.host.loaded import load as load_bundle
+from cm_export.host.runner import Budget
 from cm_export.recipe.recipe import Engine
 from cm_export.source.probe import probe as synthetic
 
@@ -251,15 +254,15 @@ def test_the_archives_own_graphs_answer_its_probes(unpacked, jetpack, precision,
 
 
 def test_the_expected_answers_are_the_dense_models_where_nothing_is_left_out(unpacked, bare_bundle):
-    """The bundle's own dense graphs in float32, run by the engine that answers questions, on the same prompt."""
-    folder, engine = unpacked("6.2"), generate.load(bare_bundle, threads=1)
-    probes, bundle = json.loads((folder / "manifest.json").read_text())["probes"], engine.bundle
-    given = synthetic(bundle.shape, bundle.config)
-    feeds = bundle.family.vision_inputs(given["pixel_values"], given["grid"], bundle.shape.merge)
-    embeds = engine.backend.vision(feeds)
-    prefilled = engine.prefill(engine.request(given["input_ids"], given["grid"], embeds), generate.Budget(dense=True))
-    step = prefilled.decoder().step(prefilled.step_feeds(int(given["input_ids"][0]), 0))
-    first = embeds[: given["grid"][0].prod() // bundle.shape.merge**2]
+    """The bundle's own dense graphs in float32, run by what answers questions, on the same prompt."""
+    folder, model = unpacked("6.2"), load_bundle(bare_bundle, threads=1)
+    probes, bundle = json.loads((folder / "manifest.json").read_text())["probes"], model.bundle
+    given = synthetic(bundle.shape, bundle.tower, bundle.config)
+    found = model.backend.vision(bundle.tower.feeds(given.pictures))
+    pictures = Pictures(found, tuple(picture.grid for picture in given.pictures))
+    prefilled = model.prefill(model.request(given.ids, pictures), Budget(dense=True))
+    step = teacher_forced(model.backend, prefilled.row(), given.ids[:1].tolist())[1]
+    first = found["image_embeds"][: given.pictures[0].tokens]
     for name, output, theirs in (
         ("vision", "image_embeds", first),
         ("prefill-all", "logits", prefilled.logits),
@@ -757,10 +760,11 @@ def test_cm_export_of_the_same_version_builds_where_it_is_installed(version, unp
     folder = unpacked("6.2")
     tool = json.loads((folder / "manifest.json").read_text())["tool"]["version"]
     place = tmp_path / "site" / "cm_export"
-    (place / "backends").mkdir(parents=True)
+    (place / "backends" / "tensorrt").mkdir(parents=True)
     (place / "__init__.py").write_text(f"__version__ = {tool if version == 'same' else '0'!r}\n")
     (place / "backends" / "__init__.py").touch()
-    (place / "backends" / "_build_tensorrt.py").write_text(
+    (place / "backends" / "tensorrt" / "__init__.py").touch()
+    (place / "backends" / "tensorrt" / "builder.py").write_text(
         "import json, pathlib, sys\njob = json.load(open(sys.argv[1]))\n"
         "assert pathlib.Path(job['onnx']).is_file() and pathlib.Path(job['plugin_library']).is_file()\n"
         "assert job['expected']['inputs'] and job['typed_flag'] is True\n"

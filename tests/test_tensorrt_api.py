@@ -15,8 +15,8 @@ import pytest
 from fake_engines import machine
 from test_tensorrt_sessions import IMAGES, QUESTION
 
-from cm_export.host import runner as generate
 from cm_export.host.images import open_image
+from cm_export.host.loaded import load
 
 # distribution, version, module, version of the fake
 BINDINGS = {
@@ -93,7 +93,7 @@ def work(on_machine, monkeypatch, version: str):
     once |= {"engine__architecture": "sm_86"} if version.startswith("rtx") else {}
     built = on_machine(version, **once)
     run = on_machine(version, engine__weight_streaming=True, engine__dense=False).sit_at(monkeypatch)
-    assert generate.load(run.bundle, threads=1).generate(QUESTION, [open_image(IMAGES[0])], max_new_tokens=9).token_ids
+    assert load(run.bundle, threads=1).generate(QUESTION, [open_image(IMAGES[0])], max_new_tokens=9).token_ids
     return [built, run]
 
 

@@ -108,10 +108,11 @@ def test_two_layers_of_qwen2_vl_2b_build(tmp_path):
     x = Exported(random_checkpoint(WIDE, tmp_path / "checkpoint"), tmp_path)
     recipe = Recipe().replace(backend="onnxruntime", tokens__prune_layer=1, engine__dense=False, **CARD)
     graphs = x.graphs(recipe)
-    source = Source(lambda n: copy(graphs[n]), tuple(graphs), x.weights, x.shape, recipe)
+    source = Source(lambda n: copy(graphs[n]), tuple(graphs), x.weights, x.shape, recipe, x.tower)
     version = engines.installed("tensorrt-rtx")
     aim = engines.Aim("tensorrt-rtx", version, target(f"rtx-{version}"), ("sm_86",), True, None, recipe.engine)
-    told = engines.build_engines(source, x.family, probe(x.shape, x.config), tmp_path, aim, lambda *_: None)
+    asked = probe(x.shape, x.tower, x.config)
+    told = engines.build_engines(source, x.family, asked, tmp_path, aim, lambda *_: None)
     assert {"vision", "prefill", "decode"} == set(told["graphs"])
     decode = {v["name"]: v["shape"] for v in told["graphs"]["decode"]["inputs"]}
     assert decode["ffn.1.down"] == ["batch", "core_neurons", 1536] and decode["past.1.value"][1:] == [2, 512, 128]
@@ -211,7 +212,7 @@ def test_a_builder_that_dies_is_an_error_and_leaves_nothing(tmp_path, monkeypatc
 
 
 def test_a_builder_ends_with_its_parent():
-    code = "import threading; from cm_export.backends import _build_tensorrt as b;"
+    code = "import threading; from cm_export.backends.tensorrt import builder as b;"
     code += "threading.Thread(target=b._end_with_parent).start(); threading.Event().wait()"
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
     child.stdin.close()

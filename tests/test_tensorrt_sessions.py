@@ -15,7 +15,7 @@ from test_core_set import made_up
 from tolerances import agrees
 
 from cm_export.backends.tensorrt import cuda as _cuda
-from cm_export.backends.tensorrt import decode as _decode_tensorrt
+from cm_export.backends.tensorrt import decode as decoding
 from cm_export.backends.tensorrt.session import Session
 from cm_export.base.errors import BundleError, CmExportError, InputError
 from cm_export.bundle.bundle import Bundle
@@ -23,13 +23,15 @@ from cm_export.cli import main
 from cm_export.evals import bench
 from cm_export.evals import compare as _compare
 from cm_export.evals import task as _task
-from cm_export.host import runner as generate
+from cm_export.families import Pictures
 from cm_export.host.core_rows import CoreRows
+from cm_export.host.decode import teacher_forced
 from cm_export.host.images import open_image
-from cm_export.host.runner import Budget, Engine
+from cm_export.host.loaded import LoadedBundle, load
+from cm_export.host.runner import Budget, Runner
 from cm_export.source import checkpoint
 
-IMAGES = sorted((Path(checkpoint.__file__).parent / "demo" / "images").glob("*.png"))
+IMAGES = sorted((checkpoint.DEMO.parent / "images").glob("*.png"))
 QUESTION = "describe : what shape is in the image?"
 VERSIONS = ("10.3.0", "10.14.1", "10.16.1.11", "11.4.0.106", "rtx-1.7.1")
 SOME = ("10.3.0", "10.16.1.11", "rtx-1.7.1")  # copied cache, cache in place, gathered rows
@@ -41,27 +43,27 @@ def sit(monkeypatch, on_machine):
     return lambda *args, **kwargs: on_machine(*args, **kwargs).sit_at(monkeypatch)
 
 
-def engines_of(at) -> Engine:
-    return generate.load(at.bundle, threads=1)
+def engines_of(at) -> LoadedBundle:
+    return load(at.bundle, threads=1)
 
 
-def on_cpu(at) -> Engine:
-    return generate.load(at.bundle, threads=1, backend="onnxruntime")
+def on_cpu(at) -> LoadedBundle:
+    return load(at.bundle, threads=1, backend="onnxruntime")
 
 
 def ask(engine, images=IMAGES[:1], **budget):
     return engine.generate(QUESTION, [open_image(p) for p in images], max_new_tokens=20, **budget)
 
 
-def logits_of(engine, tokens, images=IMAGES[:1], **budget):
+def prefilled_of(model, images=IMAGES[:1], question=QUESTION, **budget):
+    pictures = model.see([open_image(p) for p in images])
+    return model.prefill(model.ask(question, pictures), Budget(**budget))
+
+
+def logits_of(model, tokens, images=IMAGES[:1], **budget):
     """Of the prefill and of steps that read `tokens`: [1 + T, V]; and the prefill."""
-    embeds, grid = engine.embed([open_image(p) for p in images])
-    counts = engine.bundle.family.image_tokens(grid, engine.bundle.shape.merge)
-    ids = engine.chat.encode(QUESTION, None, counts)
-    prefilled = engine.prefill(engine.request(ids, grid, embeds), Budget(**budget))
-    decoder = prefilled.decoder()
-    steps = [decoder.step(prefilled.step_feeds(t, i)) for i, t in enumerate(tokens)]
-    return np.concatenate([prefilled.logits, *steps]), prefilled
+    prefilled = prefilled_of(model, images, **budget)
+    return teacher_forced(model.backend, prefilled.row(), tokens), prefilled
 
 
 # ---------------------------------------------------------------------------------------------------- same answers
@@ -125,7 +127,7 @@ def test_in_float32_every_logit_is_onnx_runtimes(sit, demo_bundle, version, name
     if name == "layers differ":
         assert len(set(p.core_set.counts.tolist())) > 1
     if name == "knee":
-        assert p._kept_mask.shape[1] > p.kept_tokens.shape[1], "the graph must have padded for this to say anything"
+        assert len(p._kept_mask) > p.kept_tokens.shape[1], "the graph must have padded for this to say anything"
 
 
 def sizes_of(bundle):
@@ -141,7 +143,7 @@ def test_a_long_answer_passes_the_borders_of_the_list_and_ends_where_the_cache_d
     b, _ = logits_of(on_cpu(at), tokens[:90], neuron_share=0.5)
     agrees("long answer", a, b)
     listed = p.kept_tokens.shape[1]
-    assert listed < _decode_tensorrt.BUCKET < listed + 90
+    assert listed < decoding.BUCKET < listed + 90
     with pytest.raises(InputError, match=f"the cache of these engines has {ROWS - 1}"):
         logits_of(engines_of(at), tokens, neuron_share=0.5)
 
@@ -149,10 +151,10 @@ def test_a_long_answer_passes_the_borders_of_the_list_and_ends_where_the_cache_d
 def test_listed_rows_are_padded_with_a_row_that_is_never_valid():
     mask = np.zeros((1, 300), np.int64)
     mask[:, :130] = 1
-    np.testing.assert_array_equal(_decode_tensorrt.listed_rows(None, mask)[0], [*range(130), *[299] * 126])
-    short = _decode_tensorrt.listed_rows(np.array([[2, 5]], np.int32), mask)
+    np.testing.assert_array_equal(decoding.listed_rows(None, mask)[0], [*range(130), *[299] * 126])
+    short = decoding.listed_rows([np.array([2, 5], np.int32)], mask)
     np.testing.assert_array_equal(short[0], [2, 5, *[299] * 126])
-    assert _decode_tensorrt.listed_rows(np.arange(290, dtype=np.int32)[None], mask).shape == (1, 300)
+    assert decoding.listed_rows([np.arange(290, dtype=np.int32)], mask).shape == (1, 300)
 
 
 # ---------------------------------------------------------------------------------------------------- the device
@@ -191,28 +193,36 @@ def test_without_graphs_the_answer_is_the_same_and_the_user_is_told(sit):
     assert len(found.notes) == 1 and "decode runs without a CUDA graph" in found.notes[0]
 
 
-def test_an_older_request_cannot_go_on_over_a_newer_ones_cache(sit):
-    engine = engines_of(sit("10.16.1.11"))
-    _, old = logits_of(engine, [])
-    decoder = old.decoder()
-    _, new = logits_of(engine, [])
-    new.decoder()
-    with pytest.raises(CmExportError, match="another request has replaced"):
-        decoder.step(old.step_feeds(5, 0))
-    with pytest.raises(CmExportError, match="another prompt has replaced"):
-        old.decoder()
+@pytest.mark.parametrize("version", SOME)
+def test_an_older_request_goes_on_beside_a_newer_one(sit, version):
+    """Each has its own rows: step by step in turn they give what each gives alone."""
+    at = sit(version, engine__precision="fp32")
+    tokens, model = [11, 12, 5, 7], engines_of(at)
+    alone = [logits_of(model, tokens, images)[0] for images in (IMAGES[:1], IMAGES[1:3])]
+    old = prefilled_of(model).row()
+    model.read([old], [tokens[:1]])
+    new = prefilled_of(model, IMAGES[1:3]).row()
+    found = [[old.last], [new.last]]
+    model.read([new], [tokens[:1]])
+    found[1].append(new.last)
+    for token in tokens[1:]:
+        for logits, row in zip(found, (old, new), strict=True):
+            model.read([row], [[token]])
+            logits.append(row.last)
+    agrees("export", np.stack(found[0]), alone[0][1:])
+    agrees("export", np.stack(found[1]), alone[1])
 
 
 def skip_a_wait(patch):
     """Of a step, after its logits were asked for."""
-    real = _decode_tensorrt.Decoder.read
+    real = decoding.Decoder.read
 
-    def read(self, feeds):
+    def read(self, tokens, cache):
         with pytest.MonkeyPatch.context() as within:
             within.setattr(_cuda.Cuda, "wait", lambda self: None)
-            return real(self, feeds)
+            return real(self, tokens, cache)
 
-    patch.setattr(_decode_tensorrt.Decoder, "read", read)
+    patch.setattr(decoding.Decoder, "read", read)
 
 
 def fill_nothing(patch):
@@ -229,26 +239,26 @@ def one_side_only(patch):
 
 
 def _changed(name, change):
-    real = _decode_tensorrt.Decoder._changing
+    real = decoding.Decoder._changing
 
     def plant(patch):
-        def changing(self, feeds):
-            out = real(self, feeds)
+        def changing(self, tokens, cache):
+            out = real(self, tokens, cache)
             return out | {name: change(out[name])}
 
-        patch.setattr(_decode_tensorrt.Decoder, "_changing", changing)
+        patch.setattr(decoding.Decoder, "_changing", changing)
 
     return plant
 
 
 def another_layers_neurons(patch):
-    real = _decode_tensorrt._constants
+    real = decoding.core_inputs
 
-    def turned(session, given):
-        out = real(session, given)
+    def turned(backend, session, cores):
+        out = real(backend, session, cores)
         return {n: v[::-1] if n == "core_neurons" else v for n, v in out.items()}
 
-    patch.setattr(_decode_tensorrt, "_constants", turned)
+    patch.setattr(decoding, "core_inputs", turned)
 
 
 FAULTS = {
@@ -297,9 +307,9 @@ def test_engines_of_elsewhere_are_refused_and_what_differs_is_named(sit, tmp_pat
     bundle = copied(at.bundle, tmp_path)
     reseal(bundle, **change)
     with pytest.raises(BundleError, match=said) as error:
-        generate.load(bundle, threads=1)
+        load(bundle, threads=1)
     assert "cm-export build" in str(error.value) and "\n" not in str(error.value)
-    assert ask(generate.load(bundle, threads=1, backend="onnxruntime")).token_ids, "its graphs run anywhere"
+    assert ask(load(bundle, threads=1, backend="onnxruntime")).token_ids, "its graphs run anywhere"
 
 
 def copied(bundle: Path, folder: Path) -> Path:
@@ -311,7 +321,7 @@ def copied(bundle: Path, folder: Path) -> Path:
 def test_a_bundle_without_engines_says_how_to_make_them(sit, demo_bundle):
     sit("10.3.0")
     with pytest.raises(BundleError, match=r"holds no engines of tensorrt; cm-export build \.\.\. --backend tensorrt"):
-        generate.load(demo_bundle, threads=1, backend="tensorrt")
+        load(demo_bundle, threads=1, backend="tensorrt")
 
 
 @pytest.mark.parametrize("missing", ["tensorrt", "cuda.bindings.runtime"])
@@ -319,7 +329,7 @@ def test_without_the_libraries_the_packages_to_install_are_named(sit, monkeypatc
     at = sit("10.3.0")
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(InputError, match=r"pip install 'cm-export\[tensorrt\]'"):
-        generate.load(at.bundle, threads=1)
+        load(at.bundle, threads=1)
 
 
 def test_without_a_gpu_cudas_own_words_are_told(sit):
@@ -327,7 +337,7 @@ def test_without_a_gpu_cudas_own_words_are_told(sit):
     at.cuda._fail["cudaGetDevice"] = 2
     try:
         with pytest.raises(CmExportError, match="CUDA: cudaGetDevice: the fake says cudaErrorMemoryAllocation"):
-            generate.load(at.bundle, threads=1)
+            load(at.bundle, threads=1)
     finally:
         at.cuda._fail.clear()
 
@@ -344,16 +354,16 @@ def test_a_policy_that_chooses_for_every_token_is_refused(sit):
     at = sit("10.3.0")
     recipe = Bundle(at.bundle).recipe.replace(neurons__policy="predicted")
     with pytest.raises(InputError, match="'predicted' chooses anew for every token"):
-        Engine(Bundle(at.bundle), 1, recipe)
+        Runner(Bundle(at.bundle), 1, recipe)
 
 
 def test_a_prompt_beyond_the_profile_is_refused_and_the_limit_named(sit):
     engine = engines_of(sit("10.3.0"))
-    request = engine.request(np.full(200, 7), np.zeros((0, 3), np.int64), None)
+    request = engine.request(np.full(200, 7), Pictures())
     with pytest.raises(InputError, match=r"prefill engine: \w+: \[.*200.*\] is outside .* to .*192"):
         engine.prefill(request, Budget())
     with pytest.raises(InputError, match="need 301 rows, the cache of these engines has 255"):
-        engine.prefill(engine.request(np.full(300, 7), np.zeros((0, 3), np.int64), None), Budget())
+        engine.prefill(engine.request(np.full(300, 7), Pictures()), Budget())
 
 
 @pytest.mark.parametrize("name", ["decode.plan", "libcm_plugins.so"])
@@ -365,7 +375,7 @@ def test_an_edited_engine_is_refused_before_the_library_reads_it(sit, tmp_path, 
     before = set(at.trt._calls)
     at.trt._calls.clear()
     with pytest.raises(BundleError, match=rf"{name}: its contents do not match the manifest"):
-        ask(generate.load(bundle, threads=1))
+        ask(load(bundle, threads=1))
     asked = {n for _, n, *_ in at.trt._calls}
     at.trt._calls.update(before)
     assert "deserialize_cuda_engine" not in asked and (name == "decode.plan" or "load_library" not in asked)
@@ -377,7 +387,7 @@ def test_a_plan_that_the_library_cannot_read_is_named_with_what_it_said(sit, tmp
     (bundle / "engines" / "decode.plan").write_bytes(b"something else")
     reseal(bundle)
     with pytest.raises(BundleError, match=r"decode.plan: .*cannot read this engine \(.*Serialization assertion failed"):
-        ask(generate.load(bundle, threads=1))
+        ask(load(bundle, threads=1))
 
 
 def test_where_dense_engines_were_left_out_it_is_said(sit):
@@ -421,10 +431,12 @@ def test_eval_runs_the_recipe_on_engines_and_says_which_controls_did_not(sit):
     assert len(told) == 1 and "random" in told[0] and not any("ran on" in n for n in theirs["notes"])
 
 
-def test_the_rows_of_an_engine_are_its_own_business(sit):
+def test_the_rows_of_an_engine_are_its_own_business(sit, monkeypatch):
     """With a plugin nothing is gathered on the host; without one, rows go up once per request."""
-    assert type(engines_of(sit("10.3.0")).backend.rows) is not CoreRows
-    assert type(engines_of(sit("rtx-1.7.1")).backend.rows) is CoreRows
+    gathered, real = [], CoreRows.gather
+    monkeypatch.setattr(CoreRows, "gather", lambda self, cores: gathered.append(len(cores)) or real(self, cores))
+    assert len(ask(engines_of(sit("10.3.0"))).token_ids) > 5 and gathered == []
+    assert len(ask(engines_of(sit("rtx-1.7.1"))).token_ids) > 5 and gathered == [1]
 
 
 def test_a_machine_is_what_the_versions_table_says():

@@ -3,7 +3,7 @@
     python -m cm_export.backends.tensorrt.builder JOB.json     ->  one JSON object a line on stdout:
     {"step": "...", "done": 3, "total": 10}   progress        {"result": {...}}  or  {"error": what, "fix": ...}   the end
 
-One code for tensorrt 10.3 and later, 11, and tensorrt_rtx: what differs is in the job (from _targets.py).
+One code for tensorrt 10.3 and later, 11, and tensorrt_rtx: what differs is in the job (from targets.py).
 """
 
 import importlib

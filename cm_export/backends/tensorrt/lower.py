@@ -5,7 +5,7 @@
     cache      past [B,Hk,C,d], one new row written at write_index   static: one CUDA graph for a whole answer
     ops        CoreFFN, CoreAttention: plugin, or written out        out: FFN rows are inputs, gathered once per request
     halves     products, FFN, attention and cache in 16 bit          norms, rotary, residual and policies in float32
-    natives    RMSNormalization, Attention: kept or written out      as the version's row in _targets.py says
+    natives    RMSNormalization, Attention: kept or written out      as the version's row in targets.py says
 
 Decode reads one token a step. What is unlike the portable graph besides the type: policies count in float32, not float64.
 """

@@ -68,7 +68,7 @@ def probe(m, name):
 
 
 def job(m, graph, library, plan, workspace):
-    """What cm-export's own builder is told (cm_export/backends/_build_tensorrt.py)."""
+    """What cm-export's own builder is told (cm_export/backends/tensorrt/builder.py)."""
     return {
         "module": "tensorrt",
         "onnx": str(HERE / "onnx" / f"{graph}.onnx"),
