@@ -24,7 +24,7 @@ from cm_export.evals import user_data as _user_data
 from cm_export.evals.tasks import easy_vqa
 from cm_export.source import checkpoint
 
-PICTURE = Path(checkpoint.__file__).parent / "demo" / "images" / "teal-circle.png"
+PICTURE = Path(checkpoint.__file__).parent.parent / "demo" / "images" / "teal-circle.png"
 
 
 def test_labels_follow_from_the_official_answers():
