@@ -307,7 +307,7 @@ def test_killed_at_any_step_of_the_assembly_the_bundle_is_the_old_or_the_new_one
         import os, signal, shutil, sys
         from pathlib import Path
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from cm_export import bundle as b
+        from cm_export.bundle import bundle as b
         left = int(sys.argv[2])
         def counted(work):
             def call(*args, **kwargs):
