@@ -16,8 +16,10 @@ from cm_export.bundle import calibration as files
 from cm_export.calibrating import calibrate
 from cm_export.calibrating.calibrate import read_prompts
 from cm_export.calibrating.cluster import GROUPS, cluster
-from cm_export.families import qwen2_vl as family
-from cm_export.host.runner import Budget, load
+from cm_export.families import Pictures, find
+from cm_export.host.decode import Reader
+from cm_export.host.loaded import load
+from cm_export.host.runner import Budget
 from cm_export.source import model as hf
 
 CASES = settings(max_examples=40, deadline=None)
@@ -51,17 +53,17 @@ def test_it_says_what_was_run(measured, bare_bundle):
 
 def test_measured_means_equal_a_plain_pytorch_run(bare_bundle, bare_checkpoint, monkeypatch):
     """energy, mean_z and mean_y of two made-up answers, with hooks on transformers' own down_proj."""
-    engine, requests, answers = load(bare_bundle, 1), [], []
-    write = calibrate._write
+    runner, requests, answers = load(bare_bundle, 1), [], []
+    write = calibrate._written
 
-    def remember(engine, request, *rest):
+    def remember(runner, request, *rest):
         requests.append(request)
-        answers.append(write(engine, request, *rest))
+        answers.append(write(runner, request, *rest))
         return answers[-1]
 
-    monkeypatch.setattr(calibrate, "_write", remember)
-    found = calibrate.measure(engine, [], own=2, max_new_tokens=6, sensitivity_prompts=1)
-    model = hf.load(bare_checkpoint, family)
+    monkeypatch.setattr(calibrate, "_written", remember)
+    found = calibrate.measure(runner, [], own=2, max_new_tokens=6, sensitivity_prompts=1)
+    model = hf.load(bare_checkpoint, find("qwen2_vl"))
     z, y = ([[] for _ in model.model.language_model.layers] for _ in range(2))
 
     def watch(i):
@@ -88,6 +90,13 @@ def test_measured_means_equal_a_plain_pytorch_run(bare_bundle, bare_checkpoint, 
         agrees("export", found.mean_y[i], outs.mean(0).numpy())
     np.testing.assert_allclose(found.energy.sum(1), 1, atol=1e-6)
     assert (found.sensitivity >= 0).all() and found.sensitivity[:, 0].max() > found.sensitivity[:, -1].max()
+
+
+def after(runner, prefilled, token):
+    """[V]: logits after a first token of the answer."""
+    row = prefilled.row()
+    Reader(runner.backend).read([row], [[token]])
+    return row.last
 
 
 def test_another_checkpoint_is_refused(measured, tmp_path):
@@ -117,19 +126,19 @@ def test_a_build_with_everything_calibrated_is_proved_and_answers(measured, bare
     assert (out / files.FILE).read_bytes() == measured[0].read_bytes()
     gates = {g["name"]: g["value"] for g in manifest["gates"]}
     assert gates["full budget, decode"] == 0
-    engine, plain = load(out, 1), load(bare_bundle, 1)
+    runner, plain = load(out, 1), load(bare_bundle, 1)
     up = "model.language_model.layers.1.mlp.up_proj.weight"
     order = files.read(measured[0]).order[1]
-    np.testing.assert_array_equal(engine.bundle.weights[up], plain.bundle.weights[up][order])
-    np.testing.assert_array_equal(engine.bundle.calibration.energy[1], files.read(measured[0]).energy[1][order])
-    request = engine.request(np.arange(7, 20), np.zeros((0, 3), np.int64), None)
+    np.testing.assert_array_equal(runner.bundle.weights[up], plain.bundle.weights[up][order])
+    np.testing.assert_array_equal(runner.bundle.calibration.energy[1], files.read(measured[0]).energy[1][order])
+    request = runner.request(np.arange(7, 20), Pictures())
     for share in (0.5, 1.0):
-        prefilled = engine.prefill(request, Budget(neuron_share=share))
+        prefilled = runner.prefill(request, Budget(neuron_share=share))
         counts = prefilled.core_set.counts
         assert not (counts % 8).any() and prefilled.neurons == round(counts.mean())
-        logits = prefilled.decoder().step(prefilled.step_feeds(9, 0))
-    dense = engine.prefill(request, Budget(dense=True))
-    np.testing.assert_array_equal(logits, dense.decoder().step(dense.step_feeds(9, 0)))
+        logits = after(runner, prefilled, 9)
+    dense = runner.prefill(request, Budget(dense=True))
+    np.testing.assert_array_equal(logits, after(runner, dense, 9))
     again = cm_export("calibrate", out, "--out", tmp_path / "c", env=ONE_THREAD)
     assert again.returncode == 2 and "reordered" in again.stderr
 

@@ -50,7 +50,7 @@ def test_the_demo_answers_rightly_and_only_the_answer_is_on_stdout(demo_bundle, 
 def test_the_shipped_questions_are_all_answered_rightly_dense_and_all_but_one_at_the_recipes_budget(demo_bundle):
     """In one process, since starting one takes longer than answering."""
     from cm_export.host.images import open_image
-    from cm_export.host.runner import load
+    from cm_export.host.loaded import load
 
     engine, wrong = load(demo_bundle), {True: [], False: []}
     for q in QUESTIONS:

@@ -4,78 +4,78 @@ import json
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 from conftest import cm_export
 from random_models import request
-from stepping import Decoder
+from stepping import Decoder, outputs, step_feeds
 from tolerances import agrees
 
+from cm_export.backends.onnxruntime.backend import Rows
 from cm_export.bundle.bundle import Bundle
-from cm_export.evals.compare import with_policies
+from cm_export.evals.other_policies import with_policies
 from cm_export.evals.tasks import easy_vqa
 from cm_export.host import guard
+from cm_export.host.core_set import CoreSet
+from cm_export.host.decode import Reader, Row
 from cm_export.host.images import open_image
 from cm_export.host.request import prefill_feeds
-from cm_export.host.runner import Budget, Engine
+from cm_export.host.runner import Budget, Runner
 from cm_export.recipe.recipe import Recipe
 from cm_export.source import checkpoint
 
-PICTURE = Path(checkpoint.__file__).parent / "demo" / "images" / "teal-circle.png"
+PICTURE = Path(checkpoint.__file__).parent.parent / "demo" / "images" / "teal-circle.png"
 
 
 @pytest.fixture(scope="module")
-def engine(demo_bundle):
-    whole = Engine(Bundle(demo_bundle), 1)
+def runner(demo_bundle):
+    whole = Runner(Bundle(demo_bundle), 1)
     return with_policies(whole, whole.recipe.replace(tokens__cache="index"))
 
 
-def answers(engine, question, every, **budget):
+def answers(runner, question, every, **budget):
     """Token ids: dense, sparse, guarded; and the guard's report."""
-    embeds, grid = engine.embed([open_image(question.pictures[0])])
-    ids = engine.chat.encode(question.text, None, engine.bundle.family.image_tokens(grid, engine.bundle.shape.merge))
-    asked = engine.request(ids, grid, embeds)
-    stop, report = engine.chat.stop_ids, guard.Report(every)
-    dense = list(engine.tokens(engine.prefill(asked, Budget(dense=True)), 20, stop))
-    sparse = list(engine.tokens(engine.prefill(asked, Budget(**budget)), 20, stop))
-    guarded = list(guard.guarded(engine, engine.prefill(asked, Budget(**budget)), 20, stop, report))
+    asked = runner.ask(question.text, runner.see([open_image(question.pictures[0])]))
+    stop, report = runner.chat.stop_ids, guard.Report(every)
+    dense = list(runner.tokens(runner.prefill(asked, Budget(dense=True)), 20, stop))
+    sparse = list(runner.tokens(runner.prefill(asked, Budget(**budget)), 20, stop))
+    guarded = list(guard.guarded(runner, runner.prefill(asked, Budget(**budget)), 20, stop, report))
     return dense, sparse, guarded, report
 
 
 @pytest.mark.parametrize("every", [2, 5, 16])
-def test_a_failing_case_becomes_the_dense_answer(engine, every):
+def test_a_failing_case_becomes_the_dense_answer(runner, every):
     """At 10 % of the neurons and 11 % of the tokens hardly an answer is right without the guard."""
     questions, failed = easy_vqa.questions("sentence")[:240:20], 0
     for question in questions:
-        dense, sparse, guarded, report = answers(engine, question, every, neuron_share=0.1, token_share=0.11)
+        dense, sparse, guarded, report = answers(runner, question, every, neuron_share=0.1, token_share=0.11)
         assert guarded == dense
         failed += sparse != dense
         assert report.kept <= report.drafted and (sparse == dense or report.kept < report.drafted)
     assert failed >= len(questions) // 2, "these budgets must break answers for this test to say anything"
 
 
-def test_where_nothing_is_wrong_the_guard_only_checks(engine):
+def test_where_nothing_is_wrong_the_guard_only_checks(runner):
     """One dense pass for every 16 tokens, each reading the weights once: at most 1 / 16 dense reads a token, and one more."""
     for question in easy_vqa.questions("sentence")[:100:20]:
-        dense, sparse, guarded, report = answers(engine, question, 16, neuron_share=0.9, token_share=0.9)
+        dense, sparse, guarded, report = answers(runner, question, 16, neuron_share=0.9, token_share=0.9)
         assert dense == sparse == guarded
         assert (report.drifts, report.dense_steps, report.actions) == (0, 0, [])
         assert report.checks <= len(dense) / 16 + 1 and report.kept == report.drafted
 
 
-def test_it_climbs_from_more_neurons_over_tokens_to_dense(engine):
+def test_it_climbs_from_more_neurons_over_tokens_to_dense(runner):
     question = easy_vqa.questions("sentence")[0]
-    _, _, _, report = answers(engine, question, 3, neuron_share=0.001, token_share=0.02)
+    _, _, _, report = answers(runner, question, 3, neuron_share=0.001, token_share=0.02)
     what = [a.split(" after")[0] for a in report.actions]
     assert what == sorted(what, key=guard.LADDER.index) and what.count("more neurons") >= 1
     assert report.drifts == len(report.actions)
 
 
-def test_bringing_the_tokens_back_mends_an_answer_that_only_lacks_them(engine):
+def test_bringing_the_tokens_back_mends_an_answer_that_only_lacks_them(runner):
     """With every neuron, tokens are the only thing missing: after the step back every draft is kept."""
     back = 0
     for question in easy_vqa.questions("sentence")[:240:20]:
-        dense, sparse, guarded, report = answers(engine, question, 4, neuron_share=1.0, token_share=0.02)
+        dense, sparse, guarded, report = answers(runner, question, 4, neuron_share=1.0, token_share=0.02)
         assert guarded == dense
         if report.actions:
             assert sparse != dense and report.actions[0].startswith("tokens back") and len(report.actions) == 1
@@ -85,16 +85,16 @@ def test_bringing_the_tokens_back_mends_an_answer_that_only_lacks_them(engine):
 
 @pytest.mark.parametrize(
     "bug",
-    [lambda self, rows: None, lambda self, rows: setattr(self, "cache", _last(self.cache, rows))],
+    [lambda self, lengths: self, lambda self, lengths: _last(self, lengths)],
     ids=["nothing is forgotten", "the first rows are forgotten"],
 )
-def test_a_cache_that_is_not_truncated_rightly_is_noticed(engine, bug, monkeypatch):
+def test_a_cache_that_is_not_truncated_rightly_is_noticed(runner, bug, monkeypatch):
     """The tests above can fail: with this bug planted they would."""
-    monkeypatch.setattr(Decoder, "truncate", bug)
+    monkeypatch.setattr(Rows, "truncated", bug)
     wrong = 0
     for question in easy_vqa.questions("sentence")[:240:20]:
         try:
-            dense, _, guarded, _ = answers(engine, question, 5, neuron_share=0.1, token_share=0.11)
+            dense, _, guarded, _ = answers(runner, question, 5, neuron_share=0.1, token_share=0.11)
             wrong += guarded != dense
         except RuntimeError as e:  # ONNX Runtime refuses a mask that is shorter than the cache
             assert "total_sequence_length" in str(e)
@@ -102,9 +102,8 @@ def test_a_cache_that_is_not_truncated_rightly_is_noticed(engine, bug, monkeypat
     assert wrong
 
 
-def _last(cache, rows):
-    last = {n: np.ascontiguousarray(v.numpy()[:, :, -rows:]) for n, v in cache.items()}
-    return {n: ort.OrtValue.ortvalue_from_numpy(v) for n, v in last.items()}
+def _last(cache, lengths):
+    return Rows.of({n: np.ascontiguousarray(v[:, :, -lengths[0] :]) for n, v in cache.arrays().items()})
 
 
 def test_several_tokens_at_once_are_the_same_numbers_in_the_session_made_for_it(exported):
@@ -112,7 +111,7 @@ def test_several_tokens_at_once_are_the_same_numbers_in_the_session_made_for_it(
         x = exported(seed)
         backend = x.backend(Recipe().replace(tokens__prune_layer=1))
         asked = request(x, seed)
-        out = backend.prefill(prefill_feeds(asked), "prefill_dense")
+        out = outputs(backend, "prefill_dense", prefill_feeds(asked))
         for tokens in ([3], [3, 4], list(range(7, 24))):
             one, other = (Decoder(backend, "decode_dense", out, {}, few_rows=f) for f in (False, True))
             feeds = step_feeds(asked, tokens, 0)
@@ -133,14 +132,18 @@ def test_a_truncated_cache_is_the_cache_before(exported, seed):
     x = exported(seed)
     backend = x.backend(Recipe().replace(tokens__prune_layer=1))
     asked = request(x, seed)
-    out = backend.prefill(prefill_feeds(asked), "prefill_dense")
-    one, other = (Decoder(backend, "decode_dense", out, {}) for _ in range(2))
-    one.read(step_feeds(asked, [3, 4], 0))
-    other.read(step_feeds(asked, [3, 4, 5, 6], 0))
-    other.truncate(asked.tokens + 2)
-    a, b = (d.step(step_feeds(asked, 7, 2)) for d in (one, other))
-    agrees("same numbers", a, b)
-    assert not np.array_equal(a, one.step(step_feeds(asked, 7, 3)))
+    found, cache = backend.prefill(prefill_feeds(asked), "prefill_dense")
+    core, reader = CoreSet.whole(x.shape), Reader(backend)
+    one, other = (Row(asked, core, cache, found["logits"][0], graph="decode_dense") for _ in range(2))
+    reader.read([one], [[3, 4]])
+    reader.read([other], [[3, 4, 5, 6]])
+    other.back_to(2)
+    for row in (one, other):
+        reader.read([row], [[7]])
+    agrees("same numbers", other.last, one.last)
+    before = one.last
+    reader.read([one], [[7]])
+    assert not np.array_equal(before, one.last)
 
 
 def test_run_reports_what_the_guard_did_and_refuses_a_bundle_that_cannot_be_checked(demo_bundle, whole_bundle):

@@ -82,24 +82,26 @@ def test_a_layer_that_nobody_measured_is_refused(calibration, says):
 
 
 def test_every_layer_is_measured_with_its_own_cut_on_prompts_with_pictures(monkeypatch):
-    """A stand-in engine whose logits say which layer and share they were asked with."""
+    """A stand-in runner whose logits say which layer and share they were asked with."""
     cuts = []
 
-    def engine_of(layer):
+    def runner_of(layer):
         def prefill(_request, budget):
-            value = 0.0 if budget.dense else 10 * layer + budget.token_share
-            step = SimpleNamespace(step=lambda _feeds: np.full((1, 3), value))
-            return SimpleNamespace(
-                logits=np.full((1, 3), value), decoder=lambda: step, step_feeds=lambda token, number: (token, number)
-            )
+            return SimpleNamespace(row=lambda: 0.0 if budget.dense else 10 * layer + budget.token_share)
 
-        return SimpleNamespace(prefill=prefill, bundle=SimpleNamespace(shape=SimpleNamespace(layers=4)))
+        shape = SimpleNamespace(layers=4)
+        return SimpleNamespace(prefill=prefill, bundle=SimpleNamespace(shape=shape), backend=None)
 
-    def with_policies(_engine, recipe):
+    def with_policies(_runner, recipe):
         cuts.append(recipe)
-        return engine_of(recipe.tokens.prune_layer)
+        return runner_of(recipe.tokens.prune_layer)
+
+    def teacher_forced(_backend, value, ids):
+        """Logits before each of these tokens, and after the last."""
+        return np.full((len(ids) + 1, 3), value)
 
     monkeypatch.setattr(prune_layers, "with_policies", with_policies)
+    monkeypatch.setattr(prune_layers, "teacher_forced", teacher_forced)
     answers = [
         (SimpleNamespace(image_tokens=0), np.arange(3)),
         (SimpleNamespace(image_tokens=9), np.arange(2)),
@@ -112,11 +114,11 @@ def test_every_layer_is_measured_with_its_own_cut_on_prompts_with_pictures(monke
         return q[:, 0]
 
     tokens = Tokens(policy="value", budget="knee")
-    found = prune_layers.measure(engine_of(0), answers, tokens, judge, lambda *_: None)
+    found = prune_layers.measure(runner_of(0), answers, tokens, judge, lambda *_: None)
     assert [(r.tokens.policy, r.tokens.prune_layer, r.tokens.budget, r.neurons.policy) for r in cuts] == [
         ("value", layer, "share", "dense") for layer in (1, 2, 3)
     ]
     assert found["prune_layers"].tolist() == [1, 2, 3]
     np.testing.assert_allclose(found["prune_kl"], [[10 * n + s for s in prune_layers.SHARES] for n in (1, 2, 3)])
-    none = prune_layers.measure(engine_of(0), answers[:1], tokens, judge, lambda *_: None)
+    none = prune_layers.measure(runner_of(0), answers[:1], tokens, judge, lambda *_: None)
     assert none["prune_layers"].shape == (0,) and none["prune_kl"].shape == (0, len(prune_layers.SHARES))

@@ -92,7 +92,7 @@ def test_no_test_or_validation_picture_is_a_training_picture():
 
 def test_pictures_and_questions_are_the_same_in_every_process():
     code = (
-        "from cm_export.evals import _scene as s, scenes; import hashlib; h = hashlib.sha256()\n"
+        "from cm_export.evals import scene as s; from cm_export.evals.tasks import scenes; import hashlib; h = hashlib.sha256()\n"
         "for n in range(20): h.update(s.draw(s.scene('test', n)).tobytes())\n"
         "for k in s.KINDS: h.update(repr(scenes.questions(k)[:20]).encode())\n"
         "print(h.hexdigest())"

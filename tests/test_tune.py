@@ -33,7 +33,7 @@ from cm_export.tune.held_out import Wish
 from cm_export.tune.measure import Answered, Times, latency, memory
 from cm_export.tune.verdict import HeldOut, Point
 
-PICTURE = Path(checkpoint.__file__).parent / "demo" / "images" / "teal-circle.png"
+PICTURE = Path(checkpoint.__file__).parent.parent / "demo" / "images" / "teal-circle.png"
 OWN = Recipe().replace(tokens__policy="attention")
 SPACE = space.Space(OWN, ("dense", "griffin"), ("attention", "dense"), (1,), 6)
 SETTINGS = {"bundle": "b", "task": "t"}

@@ -9,23 +9,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import cm_export
-from random_models import copy, prompt
+from random_models import copy, patch_grids, prompt, request_of
 from tolerances import agrees
 
 from cm_export.base.errors import BundleError, InputError
 from cm_export.base.onnx_text import function
 from cm_export.bundle.bundle import Bundle
-from cm_export.evals.compare import with_policies
-from cm_export.families import qwen2_vl as family
-from cm_export.host import turns
+from cm_export.evals.other_policies import with_policies
+from cm_export.host import conversation
 from cm_export.host.images import open_image
-from cm_export.host.request import Request
-from cm_export.host.runner import Budget, Engine
+from cm_export.host.runner import Budget, Runner, check_converses
 from cm_export.policies import vote as voting
 from cm_export.recipe.recipe import Recipe
 from cm_export.source import checkpoint
 
-IMAGES = Path(checkpoint.__file__).parent / "demo" / "images"
+IMAGES = Path(checkpoint.__file__).parent.parent / "demo" / "images"
 PICTURE = IMAGES / "teal-circle.png"
 FULL = Budget(neuron_share=1.0, token_share=1.0)
 DENSE = Budget(dense=True)
@@ -34,26 +32,25 @@ LAYOUT = ((3, 4), (2, 5))
 seeds = pytest.mark.parametrize("seed", [1, 2, 3])
 
 
-def engine_of(x, recipe):
-    """The real engine over a random checkpoint's graphs."""
+def runner_of(x, recipe):
+    """The real runner over a random checkpoint's graphs."""
     graphs = x.graphs(recipe)
-    bundle = SimpleNamespace(weights=x.weights, family=family, shape=x.shape, config=x.config, calibration=None)
-    return Engine(bundle, 1, recipe, lambda name: copy(graphs[name]))
+    bundle = SimpleNamespace(weights=x.weights, family=x.family, shape=x.shape, config=x.config, calibration=None)
+    return Runner(bundle, 1, recipe, lambda name: copy(graphs[name]))
 
 
 def whole(x, ids, embeds):
-    grid = np.array([(1, h * x.tower.merge, w * x.tower.merge) for h, w in LAYOUT], np.int64)
-    return Request.of(ids, grid, family, x.shape, x.weights, embeds)
+    return request_of(x, ids, patch_grids(x, LAYOUT), embeds)
 
 
-def talk(x, engine, seed, budget, questions=1):
+def talk(x, runner, seed, budget, questions=1):
     """A first question about two pictures, answers of its own, later questions; and all of it as one request."""
     rng = np.random.default_rng(seed)
     ids = prompt(x.shape, list(LAYOUT), rng)
     embeds = rng.standard_normal((int((ids == x.shape.image_token).sum()), x.shape.hidden)).astype(np.float32)
-    context = engine.prefill(whole(x, ids, embeds), budget)
+    context = runner.prefill(whole(x, ids, embeds), budget)
     for number in range(questions):
-        answer = list(engine.tokens(context, 4 + number, frozenset()))
+        answer = list(runner.tokens(context, 4 + number, frozenset()))
         answer = [7 if i == x.shape.image_token else i for i in answer]  # a template would refuse it
         asked = rng.integers(7, x.shape.vocab, 3 + number).tolist()
         context = context.then(answer + asked, len(asked))
@@ -69,14 +66,14 @@ def talk(x, engine, seed, budget, questions=1):
 @pytest.mark.parametrize("budget", [FULL, DENSE], ids=["full budget", "dense"])
 def test_at_full_budget_a_later_turn_is_the_dense_model_on_the_whole_conversation(exported, seed, questions, budget):
     x = exported(seed)
-    engine = engine_of(x, WHOLE)
-    context, request = talk(x, engine, seed, budget, questions)
-    scratch = engine.prefill(request, DENSE)
+    runner = runner_of(x, WHOLE)
+    context, request = talk(x, runner, seed, budget, questions)
+    scratch = runner.prefill(request, DENSE)
     agrees("export", context.logits, scratch.logits)
     assert np.array_equal(context.request.position_ids, request.position_ids)
     assert context.request.next_position == request.next_position
     agrees("export", context.request.inputs_embeds, request.inputs_embeds)
-    ids = [list(engine.tokens(c, 6, frozenset())) for c in (context, scratch)]
+    ids = [list(runner.tokens(c, 6, frozenset())) for c in (context, scratch)]
     assert ids[0] == ids[1]
 
 
@@ -88,17 +85,17 @@ def test_kept_tokens_are_those_of_a_prefill_of_the_whole_conversation(exported, 
     x = exported(seed)
     for layer in range(1, x.shape.layers):
         recipe = WHOLE.replace(tokens__voters=voters, tokens__prune_layer=layer)
-        engine = engine_of(x, recipe)
+        runner = runner_of(x, recipe)
         budget = Budget(neuron_share=0.3, token_share=share)
-        context, request = talk(x, engine, seed, budget, 2)
+        context, request = talk(x, runner, seed, budget, 2)
         with monkeypatch.context() as patch:
             if voters == "text":  # another way to say it: the last four tokens, in the prefill graph
                 patch.setitem(voting.FUNCTIONS, "text", _last_four())
-            scratch = engine_of(x, recipe).prefill(request, budget)
+            scratch = runner_of(x, recipe).prefill(request, budget)
         assert np.array_equal(context.kept_tokens, scratch.kept_tokens)
         text = np.flatnonzero(~request.is_image[0])
         assert np.isin(text, context.kept_tokens[0]).all() and context.kept_tokens.shape[1] < request.tokens
-        agrees("export", context.logits, engine.prefill(request, DENSE).logits)
+        agrees("export", context.logits, runner.prefill(request, DENSE).logits)
 
 
 def _last_four():
@@ -121,9 +118,9 @@ def _last_four():
 @pytest.mark.parametrize("policy", ["random", "distinct", "spread_keys"])
 def test_a_policy_that_no_question_matters_to_keeps_its_choice(exported, policy):
     x = exported(1)
-    engine = engine_of(x, WHOLE.replace(tokens__policy=policy))
-    context, request = talk(x, engine, 5, Budget(token_share=0.4, seed=3), 2)
-    assert np.array_equal(context.kept_tokens, engine.prefill(request, Budget(token_share=0.4, seed=3)).kept_tokens)
+    runner = runner_of(x, WHOLE.replace(tokens__policy=policy))
+    context, request = talk(x, runner, 5, Budget(token_share=0.4, seed=3), 2)
+    assert np.array_equal(context.kept_tokens, runner.prefill(request, Budget(token_share=0.4, seed=3)).kept_tokens)
 
 
 @pytest.mark.parametrize(
@@ -141,9 +138,9 @@ def test_a_policy_that_no_question_matters_to_keeps_its_choice(exported, policy)
 )
 def test_neurons_are_judged_by_all_turns_as_if_they_were_one_prompt(exported, neurons):
     x = exported(2)
-    engine = engine_of(x, WHOLE.replace(neurons__counted="all", **{f"neurons__{k}": v for k, v in neurons.items()}))
-    context, request = talk(x, engine, 4, Budget(neuron_share=0.4), 2)
-    scratch = engine.prefill(request, Budget(neuron_share=0.4))
+    runner = runner_of(x, WHOLE.replace(neurons__counted="all", **{f"neurons__{k}": v for k, v in neurons.items()}))
+    context, request = talk(x, runner, 4, Budget(neuron_share=0.4), 2)
+    scratch = runner.prefill(request, Budget(neuron_share=0.4))
     assert context.measured.keys() == scratch.measured.keys()
     for name, value in context.measured.items():
         agrees("export", value, scratch.measured[name])
@@ -152,11 +149,11 @@ def test_neurons_are_judged_by_all_turns_as_if_they_were_one_prompt(exported, ne
 
 def test_without_pruned_tokens_every_row_is_read(exported):
     x = exported(1)
-    engine = engine_of(x, Recipe().replace(tokens__policy="dense"))
-    context, request = talk(x, engine, 2, Budget(neuron_share=1.0))
+    runner = runner_of(x, Recipe().replace(tokens__policy="dense"))
+    context, request = talk(x, runner, 2, Budget(neuron_share=1.0))
     assert context.kept_tokens.shape[1] == request.tokens
-    scratch = engine.prefill(request, DENSE)
-    assert list(engine.tokens(context, 6, frozenset())) == list(engine.tokens(scratch, 6, frozenset()))
+    scratch = runner.prefill(request, DENSE)
+    assert list(runner.tokens(context, 6, frozenset())) == list(runner.tokens(scratch, 6, frozenset()))
 
 
 @pytest.mark.parametrize(
@@ -170,49 +167,48 @@ def test_without_pruned_tokens_every_row_is_read(exported):
 def test_a_bundle_without_what_a_second_question_reads_is_refused_in_one_line(tokens, words):
     recipe = Recipe().replace(**{f"tokens__{k}": v for k, v in tokens.items()})
     with pytest.raises(InputError) as caught:
-        turns.check_bundle(recipe, dense=False)
+        check_converses(recipe, dense=False)
     assert words in str(caught.value) and "\n" not in str(caught.value)
-    turns.check_bundle(recipe, dense=True)  # the dense graphs keep everything
+    check_converses(recipe, dense=True)  # the dense graphs keep everything
 
 
 # ---------------------------------------------------------------- conversations with the demo model
 
 
 @pytest.fixture(scope="module")
-def engine(demo_bundle):
-    whole = Engine(Bundle(demo_bundle), 1)
+def runner(demo_bundle):
+    whole = Runner(Bundle(demo_bundle), 1)
     return with_policies(whole, whole.recipe.replace(tokens__cache="index"))
 
 
 QUESTIONS = ("what color is the shape?", "describe : what shape is in the image?", "is there a red shape?")
 
 
-def scratch_ids(engine, images, questions, answers, system=None):
+def scratch_ids(runner, images, questions, answers, system=None):
     """Dense ids of the answer to the last question, the conversation being one prompt."""
-    embeds, grid = engine.embed(images)
-    counts = engine.bundle.family.image_tokens(grid, engine.bundle.shape.merge)
-    ids = engine.chat.encode_turns(list(questions), answers, system, counts)
-    return list(engine.tokens(engine.prefill(engine.request(ids, grid, embeds), DENSE), 20, engine.chat.stop_ids))
+    pictures = runner.see(images)
+    ids = runner.chat.encode_turns(list(questions), answers, system, pictures.counts)
+    return list(runner.tokens(runner.prefill(runner.request(ids, pictures), DENSE), 20, runner.chat.stop_ids))
 
 
 @pytest.mark.parametrize("how", ["full budget", "guard", "dense"])
 @pytest.mark.parametrize("system", [None, "describe the image ."])
-def test_a_conversation_gives_the_dense_answers(engine, how, system):
+def test_a_conversation_gives_the_dense_answers(runner, how, system):
     images = [open_image(PICTURE), open_image(next(p for p in sorted(IMAGES.glob("*.png")) if p != PICTURE))]
     budget = {"dense": True} if how == "dense" else {"neuron_share": 0.1, "token_share": 0.11}
     if how == "full budget":
         budget = {"neuron_share": 1.0, "token_share": 1.0}
-    talk, answers = engine.conversation(images, system=system, **budget), []
+    talk, answers = runner.conversation(images, system=system, **budget), []
     for number, question in enumerate(QUESTIONS):
         answer = talk.ask(question, 20, guard=4 if how == "guard" else None)
-        assert answer.token_ids == scratch_ids(engine, images, QUESTIONS[: number + 1], answers, system)
+        assert answer.token_ids == scratch_ids(runner, images, QUESTIONS[: number + 1], answers, system)
         answers.append(answer.text)
 
 
-def test_the_second_turn_runs_neither_vision_nor_prefill(engine, monkeypatch):
-    talk = engine.conversation([open_image(PICTURE)])
-    used, session = [], engine.backend.session
-    monkeypatch.setattr(engine.backend, "session", lambda name, *a: used.append(name) or session(name, *a))
+def test_the_second_turn_runs_neither_vision_nor_prefill(runner, monkeypatch):
+    talk = runner.conversation([open_image(PICTURE)])
+    used, session = [], runner.backend.session
+    monkeypatch.setattr(runner.backend, "session", lambda name, *a: used.append(name) or session(name, *a))
     first = talk.ask(QUESTIONS[0])
     assert used == ["vision", "prefill", "decode"]
     used.clear()
@@ -242,24 +238,24 @@ REWRITES = """{% for m in messages %}<|im_start|>{% if loop.last %}{{ m['role'] 
 {% endfor %}"""
 
 
-def with_template(engine, template, monkeypatch):
-    monkeypatch.setattr(engine.chat, "_template", engine.chat._compile(template))
-    return engine
+def with_template(runner, template, monkeypatch):
+    monkeypatch.setattr(runner.chat, "_template", runner.chat._compile(template))
+    return runner
 
 
-def test_the_template_of_qwen2_vl_says_every_turn_as_before(engine, monkeypatch):
-    chat = with_template(engine, QWEN2_VL, monkeypatch).chat
+def test_the_template_of_qwen2_vl_says_every_turn_as_before(runner, monkeypatch):
+    chat = with_template(runner, QWEN2_VL, monkeypatch).chat
     before = chat.encode("what shape ?", None, [6, 4])
     ids = chat.encode_turns(["what shape ?", "is it red ?"], ["teal circle ."], None, [6, 4])
-    new = turns.added(before, ids, "x")
+    new = conversation.added(before, ids, "x")
     start, end = (chat._tokenizer.token_to_id(t) for t in ("<|im_start|>", "<|im_end|>"))
     assert [i for i in new.tolist() if i in (start, end)] == [end, start, end, start]
     said = chat.encode_turns(["what shape ?"], ["teal circle ."], None, [6, 4])
-    assert turns._alike(said, ids) == len(said), "the question begins where what was said ends"
+    assert conversation._alike(said, ids) == len(said), "the question begins where what was said ends"
 
 
-def test_a_template_that_rewrites_history_is_refused(engine, monkeypatch):
-    talk = with_template(engine, REWRITES, monkeypatch).conversation([open_image(PICTURE)])
+def test_a_template_that_rewrites_history_is_refused(runner, monkeypatch):
+    talk = with_template(runner, REWRITES, monkeypatch).conversation([open_image(PICTURE)])
     talk.ask("what shape ?")
     with pytest.raises(BundleError, match="a run of its own") as caught:
         talk.ask("is it red ?")

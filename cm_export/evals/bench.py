@@ -46,8 +46,9 @@ def measure(
     runner = Runner(bundle, threads, backend=backend)
     if image_tokens is None:
         image_tokens = IMAGE_TOKENS if bundle.shape.sees else 0
-    pictures = runner.tower.sized(image_tokens, np.random.default_rng(0)) if image_tokens or vision else []
-    request = _request(runner, prompt_tokens, pictures)
+    pictures = _pictures(runner, prompt_tokens, image_tokens) if image_tokens or vision else []
+    request = made_up_request(runner, prompt_tokens, pictures)
+    seen = [runner.tower.feeds([picture]) for picture in pictures] if vision else []
     bundle.wait_verified()
     budgets = {"dense": Budget(dense=True), "sparse": Budget(neuron_share=neuron_share, token_share=token_share)}
     times: dict[str, dict[str, list[float]]] = {n: {} for n in budgets}
@@ -57,10 +58,10 @@ def measure(
             progress(f"{name}, {'warm-up' if not repeat else 'run'}", repeat, repeats)
             # The first round loads the sessions and touches the pages: it is not counted.
             of = times[name] if repeat else {}
-            if vision and budget.dense:
+            if seen and budget.dense:
                 started = time.perf_counter()
-                for picture in pictures:
-                    runner.backend.vision(runner.tower.feeds([picture]))
+                for feeds in seen:
+                    runner.backend.vision(feeds)
                 of.setdefault("vision", []).append(time.perf_counter() - started)
             prefilled = _timed(runner, request, budget, new_tokens, of)
             kept[name] = {"tokens": prefilled.kept_tokens.shape[1], "neurons": prefilled.neurons}
@@ -104,11 +105,17 @@ def _timed(
     return prefilled
 
 
-def _request(runner: Runner, prompt_tokens: int, pictures: Sequence[Picture]) -> Request:
-    """A prompt of random words around made-up pictures."""
+def _pictures(runner: Runner, prompt_tokens: int, image_tokens: int) -> list[Picture]:
+    """Made-up pictures of so many image tokens together. Raises InputError, also where the prompt gets too long."""
+    tower = runner.tower
+    runner.check_length(prompt_tokens + image_tokens)  # before so many patches are made
+    return tower.sized(image_tokens, np.random.default_rng(0)) if image_tokens else []
+
+
+def made_up_request(runner: Runner, prompt_tokens: int, pictures: Sequence[Picture] = ()) -> Request:
+    """A prompt of random words around made-up pictures. Raises InputError."""
     shape, rng = runner.bundle.shape, np.random.default_rng(0)
     image_tokens = sum(p.tokens for p in pictures)
-    runner.check_length(prompt_tokens + image_tokens)
     words = rng.integers(0, shape.vocab, prompt_tokens)
     words[words == shape.image_token] = (shape.image_token + 1) % shape.vocab
     if not prompt_tokens and not image_tokens:

@@ -68,7 +68,7 @@ class Backend(Protocol):
     most: int  # requests that one decoder can serve
     reads_several: bool  # whether its decoders read several tokens at once, as the guard and later questions need
 
-    def ready(self, graph: str) -> None:
+    def ready(self, graph: str, few_rows: bool = False) -> None:
         """Make the session of `graph` now, so that what is timed later does not. Raises BundleError."""
 
     def vision(self, feeds: Feeds) -> Arrays:

@@ -111,50 +111,67 @@ class Row:
 
 @dataclass
 class Spent:
-    """Seconds of one read: gathering rows and regrouping caches, and the steps themselves."""
+    """Seconds of one read: making decoders, which gathers core rows, and everything else."""
 
     gather: float = 0.0
     step: float = 0.0
 
 
 class Reader:
-    """Reads tokens for rows. A decoder is kept as long as the same requests read together."""
+    """Reads tokens for rows. A decoder is kept as long as the same core sets read together, in the same order."""
 
     def __init__(self, backend: Backend):
         self._backend = backend
-        self._decoders: dict[Hashable, tuple[tuple[CoreSet, ...], Decoder]] = {}
+        self._decoders: dict[_Key, Decoder] = {}
 
     def read(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> Spent:
         """Read `tokens` of each row: its logits and its cache are those after them. Raises InputError."""
-        spent, groups = Spent(), {}
-        for row, ids in zip(rows, tokens, strict=True):
-            key = (row.graph, row.few_rows, len(ids), self._backend.together(row.core), row.listed is None)
-            number = sum(k[:-1] == key and len(g) == self._backend.most for k, g in groups.items())
-            groups.setdefault((*key, number), []).append((row, ids))
-        for key in [k for k in self._decoders if k[:2] in {g[:2] for g in groups} and k not in groups]:
-            del self._decoders[key]  # its rows have left, or read together with others now
-        for key, members in groups.items():
-            self._read(key, [row for row, _ in members], [ids for _, ids in members], spent)
+        spent, groups = Spent(), self._groups(rows, tokens)
+        keys = [_key(members) for members, _ in groups]
+        graphs = {key[:2] for key in keys}
+        for key in [k for k in self._decoders if k[:2] in graphs and k not in keys]:
+            del self._decoders[key]  # its rows have left or read with others now; a new decoder can use its memory
+        for key, (members, ids) in zip(keys, groups, strict=True):
+            started = time.perf_counter()
+            if key not in self._decoders:
+                self._decoders[key] = self._backend.decoder(members[0].graph, key[-1], members[0].few_rows)
+            made = time.perf_counter()
+            self._read(self._decoders[key], members, ids)
+            spent.gather += made - started
+            spent.step += time.perf_counter() - made
         return spent
 
-    def _read(self, key: Hashable, rows: list[Row], ids: list[Sequence[int]], spent: Spent) -> None:
-        started = time.perf_counter()
-        cores = tuple(row.core for row in rows)
-        known, decoder = self._decoders.get(key, ((), None))
-        if decoder is None or known != cores:
-            self._decoders.pop(key, None)  # before the next one is made, so that its memory can be used again
-            decoder = self._backend.decoder(rows[0].graph, cores, rows[0].few_rows)
-            self._decoders[key] = cores, decoder
+    def _groups(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> list[_Group]:
+        """Rows that one graph call can serve, with their tokens; at most `most` of them together."""
+        alike: dict[Hashable, _Group] = {}
+        for row, ids in zip(rows, tokens, strict=True):
+            key = (row.graph, row.few_rows, len(ids), self._backend.together(row.core), row.listed is None)
+            members, of_members = alike.setdefault(key, ([], []))
+            members.append(row)
+            of_members.append(ids)
+        most, out = self._backend.most, []
+        for members, of_members in alike.values():
+            starts = range(0, len(members), most)
+            out += [(members[i : i + most], of_members[i : i + most]) for i in starts]
+        return out
+
+    def _read(self, decoder: Decoder, rows: list[Row], ids: list[Sequence[int]]) -> None:
         cache = rows[0].cache
         if [(id(cache), i) for i in range(len(cache.lengths))] != [(id(row.cache), row.place) for row in rows]:
             cache = self._backend.regroup([(row.cache, row.place) for row in rows])
-        step_at = time.perf_counter()
         logits, cache = decoder.read(_tokens(rows, ids), cache)
         for place, row in enumerate(rows):
             row.cache, row.place, row.read = cache, place, row.read + len(ids[place])
             row.logits = logits[place, -1] if len(ids[place]) == 1 else logits[place]
-        spent.gather += step_at - started
-        spent.step += time.perf_counter() - step_at
+
+
+_Group = tuple[list[Row], list[Sequence[int]]]
+_Key = tuple[Graph, bool, bool, tuple[CoreSet, ...]]  # graph, few_rows, whether every row is read; core sets in order
+
+
+def _key(rows: list[Row]) -> _Key:
+    """What a decoder is made for."""
+    return rows[0].graph, rows[0].few_rows, rows[0].listed is None, tuple(row.core for row in rows)
 
 
 def _tokens(rows: list[Row], ids: list[Sequence[int]]) -> Tokens:
@@ -175,6 +192,7 @@ class Batch:
     def __init__(self, backend: Backend, rows: Sequence[Row] = ()):
         self.rows = list(rows)
         self._reader = Reader(backend)
+        self._next: dict[Row, int | None] = {}  # what rows have chosen that was not handed out yet
 
     def add(self, row: Row) -> None:
         """Let a row take part from the next step on."""
@@ -183,22 +201,27 @@ class Batch:
     def remove(self, row: Row) -> None:
         """Let a row leave, whether its answer has ended or not."""
         self.rows.remove(row)
+        self._next.pop(row, None)
 
     def choose(self) -> list[tuple[Row, int]]:
-        """The next token of every row; rows whose answer ends leave (see Row.ended), a last token is handed out before."""
-        chosen = []
-        for row in list(self.rows):
-            token = row.choose(row.last, len(row.ids)) if len(row.ids) < row.limit else None
-            if token is None:
+        """The next token of every row; rows whose answer ends leave (see Row.ended), a last token is handed out before.
+
+        What a row's `choose` raises goes through, and that row leaves. Call again for the others: none is asked twice.
+        """
+        for row in [r for r in self.rows if r not in self._next]:
+            try:
+                self._next[row] = row.choose(row.last, len(row.ids)) if len(row.ids) < row.limit else None
+            except Exception:
+                self.remove(row)
+                raise
+        chosen, self._next = list(self._next.items()), {}
+        for row, token in chosen:
+            if token is not None:
+                row.ids.append(token)
+            if token is None or len(row.ids) == row.limit:
                 row.ended = "stop" if len(row.ids) < row.limit else "limit"
                 self.remove(row)
-                continue
-            row.ids.append(token)
-            chosen.append((row, token))
-            if len(row.ids) == row.limit:
-                row.ended = "limit"
-                self.remove(row)
-        return chosen
+        return [(row, token) for row, token in chosen if token is not None]
 
     def read(self) -> Spent:
         """Read the token that each row has chosen last."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..base.errors import InputError
 from ..recipe.recipe import Recipe
-from .core_set import choose
+from .core_set import CoreSet
 from .decode import Reader, Row
 from .runner import Prefilled, Runner
 
@@ -81,7 +81,8 @@ class _Draft:
     """The sparse form of the model, and how much of it there is: the answer to drafts that fail often widens it."""
 
     def __init__(self, runner: Runner, prefilled: Prefilled):
-        self._runner, self._prefilled = runner, prefilled
+        self._prefilled: Prefilled = prefilled
+        self._core: CoreSet | None = prefilled.core_set  # None: to be chosen at another share
         self._share = prefilled.budget.neuron_share or runner.recipe.neurons.share
         self._listed = prefilled.kept_tokens[0] if runner.recipe.tokens.policy != "dense" else None
         self.ladder = list(LADDER)
@@ -89,23 +90,23 @@ class _Draft:
             self.ladder.remove("more neurons")
         if self._listed is None or len(self._listed) == prefilled.request.tokens:
             self.ladder.remove("tokens back")
-        self.row = self._made()
 
-    def _made(self) -> Row:
-        bundle, neurons = self._runner.bundle, self._runner.recipe.neurons
-        core = choose(self._prefilled.measured, neurons, bundle.shape, bundle.calibration, self._share)
-        return self._prefilled.row(core, listed=self._listed)
+    def row(self) -> Row:
+        """The request as it is drafted now."""
+        if self._core is None:
+            self._core = self._prefilled.core_of(self._share)
+        return self._prefilled.row(self._core, graph="decode", listed=self._listed)
 
     def widen(self) -> str:
         """Take the next step of the ladder, and say which."""
         action = self.ladder.pop(0)
         if action == "more neurons":
             self._share = min(1.0, self._share * _WIDER)
+            self._core = None
             if self._share < 1:
                 self.ladder.insert(0, action)
         elif action == "tokens back":
             self._listed = np.arange(self._prefilled.request.tokens, dtype=np.int32)
-        self.row = self._made()
         return action
 
 
@@ -113,12 +114,13 @@ def guarded(runner: Runner, prefilled: Prefilled, limit: int, stop: frozenset[in
     """Token ids of the dense model's greedy answer, until a stop id (not yielded) or `limit`; a draft at a time."""
     reader, draft, size = Reader(runner.backend), _Draft(runner, prefilled), report.every
     dense = prefilled.row(graph="decode_dense", few_rows=True, kept=None, listed=None)
-    runner.backend.ready("decode")  # made before anything is timed
+    runner.backend.ready("decode")  # both made before anything is timed
+    runner.backend.ready("decode_dense", few_rows=True)
     ids: list[int] = []
     while len(ids) < limit:
         wanted = min(size if draft.ladder else 1, limit - len(ids))
         started = time.perf_counter()
-        drafted = _drafted(reader, draft.row, dense, wanted, stop)
+        drafted = _drafted(reader, draft.row(), dense, wanted, stop)
         if drafted[0] in stop:  # chosen from dense logits: it needs no check
             report.free += bool(ids)
             return
@@ -126,9 +128,10 @@ def guarded(runner: Runner, prefilled: Prefilled, limit: int, stop: frozenset[in
         report.draft_s += checked_at - started
         # Nobody reads on after the last token of an answer.
         ends = drafted[-1] in stop or len(ids) + len(drafted) == limit
-        right, read = _checked(reader, dense, drafted, drafted[:-1] if ends else drafted, len(ids))
+        read = drafted[:-1] if ends else drafted
+        right = _checked(reader, dense, drafted, read)
         report.check_s += time.perf_counter() - checked_at
-        report.add(drafted=len(drafted) - 1, kept=right - 1, read=read, is_first=not ids)
+        report.add(drafted=len(drafted) - 1, kept=right - 1, read=len(read), is_first=not ids)
         for token in drafted[:right]:
             if token in stop:
                 return
@@ -151,16 +154,16 @@ def _drafted(reader: Reader, sparse: Row, dense: Row, wanted: int, stop: frozens
     return out
 
 
-def _checked(reader: Reader, dense: Row, drafted: list[int], read: list[int], before: int) -> tuple[int, int]:
-    """How many of the drafted tokens the dense model chooses, too, and how many it read; its row stands after them."""
-    right = 1
+def _checked(reader: Reader, dense: Row, drafted: list[int], read: list[int]) -> int:
+    """How many of the drafted tokens the dense model chooses, too; it has read those of them that are in `read`."""
+    right, before = 1, dense.read
     if read:
         reader.read([dense], [read])
-        rows = np.atleast_2d(dense.logits)
-        chosen = rows.argmax(-1)
+        logits = np.atleast_2d(dense.logits)
+        chosen = logits.argmax(-1)
         while right < len(drafted) and drafted[right] == chosen[right - 1]:
             right += 1
         if right < len(read):
             dense.back_to(before + right)
-        dense.logits = rows[min(right, len(read)) - 1]
-    return right, len(read)
+        dense.logits = logits[min(right, len(read)) - 1]
+    return right

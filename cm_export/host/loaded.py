@@ -11,7 +11,7 @@ from typing import Any
 
 from ..bundle.bundle import Bundle
 from .conversation import Answer, Conversation
-from .runner import Budget, Runner
+from .runner import Budget, Runner, check_converses
 
 
 class LoadedBundle(Runner):
@@ -27,7 +27,7 @@ class LoadedBundle(Runner):
         seed: int | None = None,
     ) -> Conversation:
         """Questions about the same PIL pictures, one after the other (see conversation.py). Raises InputError."""
-        self.check_converses(dense)
+        check_converses(self.recipe, dense)
         self.check_reads_several("a second question")
         return Conversation(self, images, system, Budget(dense, neuron_share, token_share, seed))
 

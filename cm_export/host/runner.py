@@ -53,14 +53,13 @@ class Prefilled:
         self.kept_tokens = np.arange(request.tokens, dtype=np.int32)[None] if kept is None else kept
         self._kept_mask = mask[0] if mask is not None and tokens.cache == "cut" else None
         self._listed = kept[0] if kept is not None and tokens.cache == "index" else None
+        # Chosen here, so that whoever times a prefill times the choice with it.
+        self.core_set = CoreSet.whole(runner.bundle.shape) if budget.dense else self.core_of(budget.neuron_share)
 
-    @cached_property
-    def core_set(self) -> CoreSet:
-        """The neurons that decode computes, under the recipe and the budget; all of them where nothing was scored."""
+    def core_of(self, share: float | None) -> CoreSet:
+        """The neurons that decode computes under the recipe, or at another share; all of them where nothing was scored."""
         bundle, neurons = self._runner.bundle, self._runner.recipe.neurons
-        if self.budget.dense:
-            return CoreSet.whole(bundle.shape)
-        return choose(self.measured, neurons, bundle.shape, bundle.calibration, self.budget.neuron_share)
+        return choose(self.measured, neurons, bundle.shape, bundle.calibration, share)
 
     @property
     def neurons(self) -> int:
@@ -86,7 +85,7 @@ class Prefilled:
         last `question` of them (None: all) judge the image tokens. Raises InputError for a bundle without such a graph.
         """
         runner, recipe, request = self._runner, self._runner.recipe, self.request.extended(ids)
-        runner.check_converses(self.budget.dense)
+        check_converses(recipe, self.budget.dense)
         if self.budget.dense:
             row = self.row()
             runner.read([row], [ids])
@@ -106,6 +105,19 @@ class Prefilled:
             found["kept_tokens"] = np.concatenate([self.kept_tokens, new], 1)
         found |= combined(self.measured, found, self.request, self.kept_tokens, len(ids), recipe.neurons)
         return Prefilled(runner, request, self.budget, found, cache)
+
+
+def check_converses(recipe: Recipe, dense: bool) -> None:
+    """Raises InputError for a bundle that cannot answer a second question; its dense graphs always can."""
+    if dense or recipe.has_turn:
+        return
+    what, fix = "this bundle drops the cache of cut tokens", "build it with --token-cache index (or --tokens dense)"
+    if recipe.tokens.whole_cache:
+        what = f"tokens.policy = {recipe.tokens.policy!r} judges by what is not kept after the first question"
+        fix = "build it with --tokens attention (or value, diverse, spread, random, dense) and no first cut"
+    raise InputError(
+        f"{what}, so a second question cannot be asked", where="conversation", fix=f"{fix}, or use --dense"
+    )
 
 
 class Runner:
@@ -185,19 +197,6 @@ class Runner:
         if tokens > limit:
             fix = "use smaller or fewer pictures, or a shorter text"
             raise InputError(f"{tokens} tokens, the model holds {limit}", where="prompt", fix=fix)
-
-    def check_converses(self, dense: bool) -> None:
-        """Raises InputError for a bundle that cannot answer a second question; its dense graphs always can."""
-        tokens = self.recipe.tokens
-        if dense or self.recipe.has_turn:
-            return
-        what, fix = "this bundle drops the cache of cut tokens", "build it with --token-cache index (or --tokens dense)"
-        if tokens.whole_cache:
-            what = f"tokens.policy = {tokens.policy!r} judges by what is not kept after the first question"
-            fix = "build it with --tokens attention (or value, diverse, spread, random, dense) and no first cut"
-        raise InputError(
-            f"{what}, so a second question cannot be asked", where="conversation", fix=f"{fix}, or use --dense"
-        )
 
     def prefill(self, request: Request, budget: Budget) -> Prefilled:
         """Raises InputError for a budget that the bundle's policies do not know."""

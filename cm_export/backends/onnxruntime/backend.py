@@ -68,9 +68,9 @@ class Backend:
             raise BundleError("nothing says which weights are rows of neurons", where=self.weights.path)
         return CoreRows(self.weights, self._row_names, self.threads)
 
-    def ready(self, graph: str) -> None:
+    def ready(self, graph: str, few_rows: bool = False) -> None:
         """Make the session of `graph` now. Raises BundleError."""
-        self.session(graph)
+        self.session(graph, True, few_rows)
 
     def session(self, name: str, rows_as_inputs: bool = True, few_rows: bool = False) -> ort.InferenceSession:
         """The session of graph `name`. `few_rows`: one that reads 2 to 16 tokens at the price of one.

@@ -107,7 +107,7 @@ class Backend:
         names = core_row_names(self._bundle.family, self._bundle.shape.layers)
         return CoreRows(self.weights, names, self.threads)
 
-    def ready(self, graph: str) -> None:
+    def ready(self, graph: str, few_rows: bool = False) -> None:
         """Load the engine of `graph` now. Raises BundleError."""
         self.session(graph)
 
