@@ -217,7 +217,7 @@ def test_a_mistyped_model_is_told_before_torch_is_imported():
 
 @pytest.mark.parametrize("args", [("--debug", "inspect", "x.plan"), ("inspect", "x.plan", "--debug")])
 def test_debug_shows_the_traceback_before_and_after_the_verb(args, bundle, stub, monkeypatch, capsys):
-    stub("inspect_bundle", describe=_raise(BundleError("no manifest", where="x.plan")))
+    stub("bundle.inspect", describe=_raise(BundleError("no manifest", where="x.plan")))
     monkeypatch.chdir(bundle.parent)
     assert main(args) == 1
     err = capsys.readouterr().err
@@ -246,7 +246,7 @@ def _raise(error: BaseException):
     ],
 )
 def test_every_failure_has_its_exit_code_and_one_line(error, code, line, bundle, stub, capsys):
-    stub("inspect_bundle", describe=_raise(error))
+    stub("bundle.inspect", describe=_raise(error))
     assert main(["inspect", str(bundle)]) == code
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(line) and err.count("\n") == 1
@@ -292,7 +292,7 @@ NAMED = ("model", "out", "recipe")  # of build, in their order
 def test_build_hands_over_the_recipe_that_the_options_describe(stub, capsys):
     calls = []
     stub(
-        "build", build=lambda *args, **given: calls.append(dict(zip(NAMED, args, strict=True)) | given) or {"ok": True}
+        "build.build", build=lambda *args, **given: calls.append(dict(zip(NAMED, args, strict=True)) | given) or {"ok": True}
     )
     options = "--neurons griffin --neuron-share 0.4 --tokens random --token-count 7 --prune-layer 3 --voters last"
     more = "--token-cache index --seed 5 --threads 2 --force --json --revision abc"
@@ -310,7 +310,7 @@ def test_build_hands_over_the_recipe_that_the_options_describe(stub, capsys):
 
 def test_build_takes_the_model_of_the_recipe_and_drops_its_revision_for_another_model(stub, tmp_path, capsys):
     calls = []
-    stub("build", build=lambda model, out, recipe, **given: calls.append(recipe) or {})
+    stub("build.build", build=lambda model, out, recipe, **given: calls.append(recipe) or {})
     (tmp_path / "r.toml").write_text('model = "a/b"\nrevision = "abc"\n[neurons]\nshare = 0.3\n')
     base = ["build", "--recipe", str(tmp_path / "r.toml"), "--out", "o", "--json"]
     assert main(base) == main([*base, "--model", "demo"]) == 0
@@ -339,7 +339,7 @@ def engine(stub):
         progress("load the graphs")
         return SimpleNamespace(generate=generate, image_rule=SimpleNamespace(patch=14, merge=2))
 
-    stub("generate", load=load)
+    stub("host.runner", load=load)
     return calls
 
 
@@ -379,8 +379,8 @@ def test_run_draws_one_overlay_per_picture(engine, bundle, picture, tmp_path, ca
 def test_eval_hands_over_what_to_compare_and_writes_its_report(stub, bundle, tmp_path, capsys):
     calls, table = [], [{"answered by": "dense", "accuracy": 0.98}, {"answered by": "random", "accuracy": float("nan")}]
     report = {"task": "easy-vqa", "table": table, "notes": []}
-    stub("evals._compare", compare=lambda *given: calls.append(given) or report, Sweep=lambda *given: given)
-    stub("evals._task", load=lambda *given: given)
+    stub("evals.compare", compare=lambda *given: calls.append(given) or report, Sweep=lambda *given: given)
+    stub("evals.task", load=lambda *given: given)
     out = tmp_path / "r.json"
     policies = ["--neurons", "griffin,coreinfer", "--neuron-share", "0.6, 0.4", "--tokens", "dense"]
     asked = ["--task", "easy-vqa", "--kinds", "word", "--limit", "7", "--seed", "3", *policies]
@@ -400,7 +400,7 @@ def test_eval_hands_over_what_to_compare_and_writes_its_report(stub, bundle, tmp
 
 def test_bench_hands_over_its_options_and_prints_the_rows(stub, bundle, capsys):
     calls = []
-    stub("bench", measure=lambda bundle, **given: calls.append(given) or {"rows": [{"kind": "dense", "ms": 12.5}]})
+    stub("evals.bench", measure=lambda bundle, **given: calls.append(given) or {"rows": [{"kind": "dense", "ms": 12.5}]})
     assert main(["bench", str(bundle), "--repeats", "2", "--image-tokens", "0", "--token-share", "1"]) == 0
     assert (calls[0]["repeats"], calls[0]["image_tokens"], calls[0]["token_share"]) == (2, 0, 1.0)
     assert re.search(r"dense\s+12\.5", capsys.readouterr().out)
@@ -434,7 +434,7 @@ DESCRIBED = {
 
 
 def test_inspect_renders_everything_that_describe_returns(stub, bundle, capsys):
-    stub("inspect_bundle", describe=lambda path: DESCRIBED)
+    stub("bundle.inspect", describe=lambda path: DESCRIBED)
     assert main(["inspect", str(bundle)]) == 0
     out = capsys.readouterr().out
     for word in ("griffin", "past.*.key x8", "8 local::CoreFFN, 50 Add", "1.2 MB", "36.0 MB", "passed", "1.2e-06"):
@@ -446,13 +446,13 @@ def test_inspect_renders_everything_that_describe_returns(stub, bundle, capsys):
 
 
 def test_inspect_shows_a_bundle_without_engines(stub, bundle, capsys):
-    stub("inspect_bundle", describe=lambda path: DESCRIBED | {"engines": None})
+    stub("bundle.inspect", describe=lambda path: DESCRIBED | {"engines": None})
     assert main(["inspect", str(bundle)]) == 0
     assert "engine" not in capsys.readouterr().out
 
 
 def test_inspect_shows_one_graph_or_names_the_nearest(stub, bundle, capsys):
-    stub("inspect_bundle", describe=lambda path: DESCRIBED)
+    stub("bundle.inspect", describe=lambda path: DESCRIBED)
     assert main(["inspect", str(bundle), "--graph", "decode"]) == 0
     assert "past.7.key" in capsys.readouterr().out
     assert main(["inspect", str(bundle), "--graph", "decod", "--json"]) == 2

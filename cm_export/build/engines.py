@@ -23,7 +23,8 @@ from ..backends.tensorrt.targets import Target, target
 from ..base.by_name import nearest
 from ..base.errors import CmExportError, InputError
 from ..bundle.bundle import file_sha256
-from ..recipe.recipe import Engine, Recipe
+from ..recipe.engine import EngineSettings
+from ..recipe.recipe import Recipe
 from . import gates_lowered
 
 FOLDER = "engines"
@@ -48,7 +49,7 @@ class Aim:
     architectures: tuple[str, ...]
     cross: bool  # for cards that are not in this machine
     library: Path | None
-    engine: Engine
+    engine: EngineSettings
 
     @property
     def key(self) -> dict[str, Any]:

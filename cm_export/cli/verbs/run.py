@@ -17,13 +17,12 @@ from ..console import (
     bundle_argument,
     emit_json,
     json_option,
-    neuron_share,
     progress,
     quiet_option,
     seed_option,
     threads_option,
-    token_share,
 )
+from ..recipe_options import recipe_option
 
 
 @click.command(
@@ -45,8 +44,8 @@ from ..console import (
 @click.option("--system", help="System message.  [default: the chat template's]")
 @click.option("--max-new-tokens", type=Count(1), default=128, show_default=True, help="Longest answer.")
 @click.option("--dense", is_flag=True, help="All neurons and all tokens, to compare with.")
-@neuron_share
-@token_share
+@recipe_option("--neuron-share")
+@recipe_option("--token-share")
 @click.option("--guard", is_flag=True, help="Check every draft against the dense model: its answer, at sparse speed.")
 @click.option("--guard-every", type=Count(2), default=16, show_default=True, help="Tokens of a draft, with --guard.")
 @click.option("--overlay", help="Write a picture of the image tokens that were kept (.png, .jpg, .webp).")

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from ...base.by_name import nearest
 from ...base.errors import InputError
 
+PRECISIONS = ("fp16", "int8", "int4")  # that `pack` offers, from the largest engines to the smallest
+
 
 @dataclass(frozen=True)
 class JetPack:

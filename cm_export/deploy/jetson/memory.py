@@ -15,9 +15,9 @@ import numpy as np
 import onnx
 
 from ...host.request import core_row_names
-from ...recipe.recipe import Engine
+from ...recipe.engine import EngineSettings
+from .devices import PRECISIONS
 
-PRECISIONS = ("fp16", "int8", "int4")
 FACTORS = {
     "builder": (3.0, "builders are reported to need 2 to 3 times the weights of the engine; the worse one"),
     "runtime": (600_000_000, "CUDA context and TensorRT's libraries, resident; an estimate, bytes"),
@@ -56,7 +56,7 @@ class Prediction:
         }
 
 
-def predict(weights: Weights, bundle: Any, engine: Engine, kv: str, fused: bool, limit: int) -> Prediction:
+def predict(weights: Weights, bundle: Any, engine: EngineSettings, kv: str, fused: bool, limit: int) -> Prediction:
     """`engine`: capacity, longest prompt and largest picture. `kv`: "in_place" or "copy". `fused`: native attention."""
     parts = {f"weights of {name}": size for name, size in weights.items()}
     s = bundle.shape
@@ -95,7 +95,7 @@ def estimated_weights(bundle: Any, graphs: Iterable[str], precision: str) -> Wei
 
 
 def smaller(
-    bundle: Any, graphs: Iterable[str], precision: str, engine: Engine, kv: str, fused: bool, limit: int
+    bundle: Any, graphs: Iterable[str], precision: str, engine: EngineSettings, kv: str, fused: bool, limit: int
 ) -> str:
     """What would fit, as options of `pack`: one change alone where that suffices, else the least; "" where nothing does."""
     names = tuple(graphs)
@@ -124,7 +124,7 @@ def smaller(
     return " or ".join(alone) or "".join(first(itertools.product(precisions, capacities, patches)))
 
 
-def at(engine: Engine, capacity: int, max_patches: int) -> Engine:
+def at(engine: EngineSettings, capacity: int, max_patches: int) -> EngineSettings:
     """The same settings with a cache of another length, which also bounds the prompt, and another largest picture."""
     return replace(engine, capacity=capacity, max_prompt=min(engine.max_prompt, capacity - 1), max_patches=max_patches)
 
@@ -135,7 +135,7 @@ def _halves(size: int) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------- activations
-def _prefill(bundle: Any, e: Engine, fused: bool) -> int:
+def _prefill(bundle: Any, e: EngineSettings, fused: bool) -> int:
     s, n = bundle.shape, e.max_prompt
     stream = 4 * 4 * n * s.hidden  # residual, norm, branch and sum in float32
     ffn = (2 + 2 + 2 + 4) * n * s.ffn  # gate, up and z in 16 bit, z again in float32 to be scored
@@ -144,12 +144,12 @@ def _prefill(bundle: Any, e: Engine, fused: bool) -> int:
     return e.max_batch * (stream + ffn + attention + cache + 4 * s.vocab) + 4 * s.layers * s.ffn
 
 
-def _decode(bundle: Any, e: Engine, fused: bool) -> int:
+def _decode(bundle: Any, e: EngineSettings, fused: bool) -> int:
     s = bundle.shape
     return e.max_batch * (16 * s.hidden + 10 * s.ffn + 4 * (s.heads + 1) * e.capacity + 4 * s.vocab) + (4 << 20)
 
 
-def _vision(bundle: Any, e: Engine, fused: bool) -> int:
+def _vision(bundle: Any, e: EngineSettings, fused: bool) -> int:
     v, n = bundle.config["vision_config"], e.max_patches
     width, heads = v.get("embed_dim") or v["hidden_size"], v["num_heads"]
     attention = 4 * n * n + (0 if fused else 2 * 2 * heads * n * n)
