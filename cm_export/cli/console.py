@@ -113,7 +113,7 @@ def _check_bundle(_ctx: click.Context, _param: click.Parameter, value: Path) -> 
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path), callback=_check_bundle)
 seed_option = click.option(
-    "--seed", type=Count(0, 2**31 - 1), help="Seed of chance.  [default: the recipe's; where questions are asked, 0]"
+    "--seed", type=Count(0, 2**31 - 1), help="Seed of random choices.  [default: the recipe's; 0 for drawing questions]"
 )
 threads_option = click.option("--threads", type=Count(0), default=0, help="CPU threads; 0 takes all cores.")
 _BACKENDS = ByName("cm_export.backends", "backend")

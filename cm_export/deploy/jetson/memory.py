@@ -1,4 +1,4 @@
-"""What building and running will take on a device, from sizes alone: a prediction that no device has confirmed yet.
+"""The memory that building and running take on a device, predicted from sizes; no device has confirmed it yet.
 
     run    weights of every engine + cache + activations of every engine + embedding table + CUDA and TensorRT themselves
     build  3 x the weights of the largest engine + CUDA and TensorRT themselves       (engines are built one at a time)
@@ -29,7 +29,7 @@ Weights = dict[str, int]  # bytes by graph
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes by purpose; `fits` when the worse of building and running stays within the limit."""
+    """Bytes by purpose; it fits if both building and running stay within the limit."""
 
     parts: dict[str, int]  # of running
     build_bytes: int
@@ -97,7 +97,7 @@ def estimated_weights(bundle: Any, graphs: Iterable[str], precision: str) -> Wei
 def smaller(
     bundle: Any, graphs: Iterable[str], precision: str, engine: EngineSettings, kv: str, fused: bool, limit: int
 ) -> str:
-    """What would fit, as options of `pack`: one change alone where that suffices, else the least; "" where nothing does."""
+    """Options of `pack` that would fit: single changes where one suffices, else the least combination; "" if nothing fits."""
     names = tuple(graphs)
     precisions = PRECISIONS[PRECISIONS.index(precision) :]
     weights = {p: estimated_weights(bundle, names, p) for p in precisions}
