@@ -26,7 +26,7 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
-# Every accuracy figure of README.md: all official test questions, dense and random controls beside (about 40 minutes).
+# The table of docs/accuracy.md: all official test questions, dense and random controls beside (about 40 minutes).
 accuracy: $(STAMP)
 	$(BIN)/cm-export build --recipe demo --out $(DEMO)
 	$(BIN)/cm-export eval $(DEMO) --task easy-vqa --threads 1 --out artifacts/easy-vqa.json

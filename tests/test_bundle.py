@@ -1,4 +1,4 @@
-"""The engine directory: every kind of damage is refused in one line that names the file; writing is all or nothing."""
+"""A bundle: every kind of damage is refused in one line that names the file; writing is all or nothing."""
 
 import json
 import os

@@ -36,7 +36,7 @@ from cm_export.families import Pictures
 from cm_export.host.decode import teacher_forced
 from cm_export.host.loaded import load as load_bundle
 from cm_export.host.runner import Budget
-from cm_export.recipe.recipe import Engine
+from cm_export.recipe.engine import EngineSettings
 from cm_export.source.probe import probe as synthetic
 
 DEVICES = {"6.2": "jetson-orin-nano", "7.1": "jetson-thor", "7.2": "jetson-orin"}
@@ -392,12 +392,15 @@ def test_a_2_b_model_fits_an_orin_nano_in_int4_only():
     found = {}
     for precision, (prefill, decode) in both.items():
         weights = {"vision": 200_000, "prefill": round(prefill), "decode": round(decode)}
-        found[precision] = memory.predict(weights, bundle, Engine(), "copy", False, 5_200_000_000)
+        found[precision] = memory.predict(weights, bundle, EngineSettings(), "copy", False, 5_200_000_000)
     assert [p for p, prediction in found.items() if prediction.fits] == ["int4"]
     int4 = found["int4"]
     assert int4.run_bytes == sum(int4.parts.values()) and int4.build_bytes == 3 * weights["decode"] + 600_000_000
     assert int4.parts["cache"] == 2 * 28 * 2 * 2 * 128 * 2 * 4096
-    assert memory.predict(weights, bundle, Engine(), "in_place", True, 1).parts["cache"] == int4.parts["cache"] // 2
+    assert (
+        memory.predict(weights, bundle, EngineSettings(), "in_place", True, 1).parts["cache"]
+        == int4.parts["cache"] // 2
+    )
 
 
 def test_qwen2_vl_2b_with_its_own_vision_fits_an_orin_nano_with_smaller_pictures_and_a_shorter_cache(monkeypatch):
@@ -411,13 +414,13 @@ def test_qwen2_vl_2b_with_its_own_vision_fits_an_orin_nano_with_smaller_pictures
         for p, d in (("fp16", 3.09e9), ("int8", 2e9), ("int4", 1.163e9))
     }
     monkeypatch.setattr(memory, "estimated_weights", lambda _bundle, _graphs, precision: by[precision])
-    ask = (bundle, pack.GRAPHS, "fp16", Engine(), "copy", False, 5_200_000_000)
+    ask = (bundle, pack.GRAPHS, "fp16", EngineSettings(), "copy", False, 5_200_000_000)
     told = memory.smaller(*ask)
     assert told == "--precision int4 --capacity 1024 --max-patches 1024"
-    fitting = memory.at(Engine(), 1024, 1024)
+    fitting = memory.at(EngineSettings(), 1024, 1024)
     assert memory.predict(by["int4"], bundle, fitting, "copy", False, 5_200_000_000).fits
     for capacity, patches in ((2048, 256), (1024, 2048)):
-        engine = memory.at(Engine(), capacity, patches)
+        engine = memory.at(EngineSettings(), capacity, patches)
         assert not memory.predict(by["int4"], bundle, engine, "copy", False, 5_200_000_000).fits
 
 
@@ -433,7 +436,7 @@ def small_device(monkeypatch):
 
 
 def test_what_does_not_fit_is_refused_and_what_is_named_instead_fits(bare_bundle, small_device, tmp_path, capsys):
-    bundle, engine = Bundle(bare_bundle), Engine(capacity=4096)
+    bundle, engine = Bundle(bare_bundle), EngineSettings(capacity=4096)
     weights = memory.estimated_weights(bundle, pack.GRAPHS, "fp16")
     sizes = {
         c: memory.predict(weights, bundle, memory.at(engine, c, engine.max_patches), "copy", False, 0).run_bytes

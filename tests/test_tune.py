@@ -29,7 +29,7 @@ from cm_export.recipe import text as recipe_text
 from cm_export.recipe.recipe import Recipe
 from cm_export.source import checkpoint
 from cm_export.tune import search, space, study, verdict, written
-from cm_export.tune.held_out import Wish
+from cm_export.tune.held_out import Goal
 from cm_export.tune.measure import Answered, Times, latency, memory
 from cm_export.tune.verdict import HeldOut, Point
 
@@ -60,10 +60,10 @@ class Fake:
         return Answered(chance < self.keeps(r), round(1000 * (0.7 * n + 0.3 * t)), 1000, n, 100, round(100 * t))
 
 
-def searched(place: Path, wish: Wish, judge: Fake | None = None, n: int = 400, of: space.Space = SPACE) -> dict:
-    opened = study.open_study(str(place), "x", SETTINGS, wish.seed, wish.floor)
+def searched(place: Path, goal: Goal, judge: Fake | None = None, n: int = 400, of: space.Space = SPACE) -> dict:
+    opened = study.open_study(str(place), "x", SETTINGS, goal.seed, goal.floor)
     numbers = list(range(n))
-    return search.run(opened, of, judge or Fake(), numbers[::2], numbers[1::2], wish, lambda *a, **k: None)
+    return search.run(opened, of, judge or Fake(), numbers[::2], numbers[1::2], goal, lambda *a, **k: None)
 
 
 # ---------------------------------------------------------------- halves, fronts, finalists
@@ -156,7 +156,7 @@ def test_the_questions_that_are_still_needed_are_estimated():
 
 
 def test_the_search_recommends_the_cheapest_recipe_that_holds(tmp_path):
-    report = searched(tmp_path / "s", Wish(0.97, "memory", 30, seed=1), n=800)
+    report = searched(tmp_path / "s", Goal(0.97, "memory", 30, seed=1), n=800)
     won = report["recommended"]
     assert report["refusal"] is None and won["held_out"]["of_dense_ci"][0] >= 0.97
     assert Fake._by_shares(recipe.from_dict(report["recipe"])) > 0.97 and won["cost"] <= 0.57
@@ -169,7 +169,7 @@ def test_the_search_recommends_the_cheapest_recipe_that_holds(tmp_path):
 
 def test_bad_trials_are_stopped_after_a_quarter_of_the_questions_and_good_ones_are_not(tmp_path):
     judge = Fake()
-    report = searched(tmp_path / "s", Wish(0.97, "memory", 20), judge)
+    report = searched(tmp_path / "s", Goal(0.97, "memory", 20), judge)
     asked = {r["trial"]: r["n"] for r in report["trials"]}
     for r in report["trials"]:
         truth = judge.keeps(recipe.from_dict(r["recipe"]))
@@ -179,10 +179,10 @@ def test_bad_trials_are_stopped_after_a_quarter_of_the_questions_and_good_ones_a
 
 
 def test_nothing_is_recommended_when_nothing_is_good_enough(tmp_path):
-    report = searched(tmp_path / "s", Wish(0.97, "memory", 6), Fake(lambda r: 0.85))
+    report = searched(tmp_path / "s", Goal(0.97, "memory", 6), Fake(lambda r: 0.85))
     assert report["recommended"] is None and report["recipe"] is None and report["random"] is None
     assert "no point cheaper than dense kept 0.97" in report["refusal"][0]
-    report = searched(tmp_path / "t", Wish(0.97, "memory", 8), Fake(lambda r: 0.98), n=240)
+    report = searched(tmp_path / "t", Goal(0.97, "memory", 8), Fake(lambda r: 0.98), n=240)
     assert report["recommended"] is None
     assert "no interval stays above the floor 0.97" in report["refusal"][0], report["refusal"]
     assert "more questions (half of them held out) could decide it" in report["refusal"][1]
@@ -192,17 +192,17 @@ def test_the_same_seed_tries_the_same_recipes_also_when_the_search_was_interrupt
     def tried(report):
         return [r["recipe"] for r in report["trials"]]
 
-    one = tried(searched(tmp_path / "a", Wish(0.9, "memory", 16, 5), n=80))
-    assert one == tried(searched(tmp_path / "b", Wish(0.9, "memory", 16, 5), n=80))
-    searched(tmp_path / "c.db", Wish(0.9, "memory", 9, 5), n=80)
-    assert one == tried(searched(tmp_path / "c.db", Wish(0.9, "memory", 16, 5), n=80))
-    assert one != tried(searched(tmp_path / "d", Wish(0.9, "memory", 16, 6), n=80))
+    one = tried(searched(tmp_path / "a", Goal(0.9, "memory", 16, 5), n=80))
+    assert one == tried(searched(tmp_path / "b", Goal(0.9, "memory", 16, 5), n=80))
+    searched(tmp_path / "c.db", Goal(0.9, "memory", 9, 5), n=80)
+    assert one == tried(searched(tmp_path / "c.db", Goal(0.9, "memory", 16, 5), n=80))
+    assert one != tried(searched(tmp_path / "d", Goal(0.9, "memory", 16, 6), n=80))
 
 
 def test_finished_trials_and_held_out_answers_are_not_asked_again(tmp_path):
-    wish, again = Wish(0.9, "memory", 10), Fake()
-    first = searched(tmp_path / "s", wish)
-    second = searched(tmp_path / "s", wish, again)
+    goal, again = Goal(0.9, "memory", 10), Fake()
+    first = searched(tmp_path / "s", goal)
+    second = searched(tmp_path / "s", goal, again)
     assert second["recommended"] == first["recommended"] is not None
     assert set(again.asked.values()) == {200}, "only the random control, which is not a trial, is asked once more"
     assert len(again.asked) == 1
@@ -210,10 +210,10 @@ def test_finished_trials_and_held_out_answers_are_not_asked_again(tmp_path):
 
 def test_a_lower_floor_takes_up_what_a_higher_one_had_dropped(tmp_path):
     judge = Fake(lambda r: 0.85)
-    high = searched(tmp_path / "s", Wish(0.99, "memory", 7), judge)
+    high = searched(tmp_path / "s", Goal(0.99, "memory", 7), judge)
     dropped = [r["recipe"] for r in high["trials"] if not r["whole"]]
     assert len(dropped) >= 5 and high["refusal"]
-    low = searched(tmp_path / "s", Wish(0.7, "memory", 7), judge)
+    low = searched(tmp_path / "s", Goal(0.7, "memory", 7), judge)
     assert len(low["trials"]) == 7 and all(r["whole"] for r in low["trials"]) and low["recommended"]
     assert [r["recipe"] for r in low["trials"] if r["recipe"] in dropped] == dropped
 
@@ -225,7 +225,7 @@ def test_a_recipe_that_cannot_run_is_reported_and_counted_and_not_tried_again(tm
                 raise CmExportError("cannot be rewritten")
             return super().ask(r, number, timed)
 
-    report = searched(tmp_path / "s", Wish(0.9, "memory", 10), Broken())
+    report = searched(tmp_path / "s", Goal(0.9, "memory", 10), Broken())
     broken = len(report["failed"])
     assert broken and report["failed"][0]["error"] == "cannot be rewritten" and len(report["trials"]) == 10 - broken
 
@@ -237,11 +237,11 @@ def test_an_error_in_a_trial_leaves_it_to_be_run_again(tmp_path):
                 raise KeyboardInterrupt
             return super().ask(r, number, timed)
 
-    wish = Wish(0.9, "memory", 8)
+    goal = Goal(0.9, "memory", 8)
     with pytest.raises(search.Interrupted, match=r"interrupted, \d of 8 trials are kept: the same command goes on"):
-        searched(tmp_path / "s", wish, Breaking())
-    report = searched(tmp_path / "s", wish)
-    plain = searched(tmp_path / "t", wish)
+        searched(tmp_path / "s", goal, Breaking())
+    report = searched(tmp_path / "s", goal)
+    plain = searched(tmp_path / "t", goal)
     assert {key_of(r=r["recipe"]) for r in report["trials"]} >= {key_of(r=r["recipe"]) for r in plain["trials"][:6]}
     assert len(report["trials"]) == 8
 
@@ -296,7 +296,7 @@ def test_a_policy_that_prunes_nothing_has_no_share_and_what_is_not_searched_stay
 
 def test_the_own_recipe_is_tried_as_it_is_even_where_the_grid_cannot_say_it(tmp_path):
     own = OWN.replace(neurons__share=0.617, tokens__budget="knee", tokens__max_share=0.8)
-    report = searched(tmp_path / "s", Wish(0.9, "memory", 3), of=dataclasses.replace(SPACE, base=own))
+    report = searched(tmp_path / "s", Goal(0.9, "memory", 3), of=dataclasses.replace(SPACE, base=own))
     assert report["trials"][0]["recipe"] == own.to_dict()
 
 

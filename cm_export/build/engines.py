@@ -24,7 +24,8 @@ from ..base.by_name import nearest
 from ..base.errors import CmExportError, InputError
 from ..base.hashes import file_sha256
 from ..families import Family
-from ..recipe.recipe import Engine, Recipe
+from ..recipe.engine import EngineSettings
+from ..recipe.recipe import Recipe
 from ..source.probe import Probe
 from . import gates_lowered
 
@@ -50,7 +51,7 @@ class Aim:
     architectures: tuple[str, ...]
     cross: bool  # for cards that are not in this machine
     library: Path | None
-    engine: Engine
+    engine: EngineSettings
 
     @property
     def key(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The engine directory: graphs, one weight file, manifest, tokenizer. The only reader and writer of it; writing is atomic.
+"""The bundle, a directory: graphs, one weight file, manifest, tokenizer. The only reader and writer of it; writing is atomic.
 
 engine.plan/
   manifest.json            recipe, checkpoint, hashes, graphs with axes, passes, gates, links

@@ -33,12 +33,25 @@ debug_option = click.option(
 
 
 class Verb(click.Command):
-    """A command with an Examples block below its options, and --debug, which every verb takes."""
+    """A command with --debug, which every verb takes, and with Examples below its options.
+
+    Options that have a `heading` are listed below it, the others below "Options".
+    """
 
     def __init__(self, *args: Any, examples: tuple[str, ...] = (), **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.examples = examples
         debug_option(self)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record and isinstance(param, click.Option):
+                sections.setdefault(getattr(param, "heading", "Options"), []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Examples"):
@@ -99,10 +112,8 @@ def _check_bundle(_ctx: click.Context, _param: click.Parameter, value: Path) -> 
 
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path), callback=_check_bundle)
-neuron_share = click.option("--neuron-share", type=Share(), help="Share of FFN neurons that decode computes, (0, 1].")
-token_share = click.option("--token-share", type=Share(), help="Share of image tokens kept after the cut, (0, 1].")
 seed_option = click.option(
-    "--seed", type=Count(0, 2**31 - 1), help="Seed of chance.  [default: the recipe's; where questions are asked, 0]"
+    "--seed", type=Count(0, 2**31 - 1), help="Seed of random choices.  [default: the recipe's; 0 for drawing questions]"
 )
 threads_option = click.option("--threads", type=Count(0), default=0, help="CPU threads; 0 takes all cores.")
 _BACKENDS = ByName("cm_export.backends", "backend")

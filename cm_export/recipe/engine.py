@@ -2,44 +2,57 @@
 
 from dataclasses import dataclass
 
-from ..base.by_name import nearest
 from ..base.errors import InputError
 from ..quant.precision import PRECISIONS
+from .option import check_fields, option
 
 
 @dataclass(frozen=True)
-class Engine:
-    """What TensorRT engines are built for: the type of what is large, and the largest request they take."""
+class EngineSettings:
+    """The settings of [engine]; an engine is a TensorRT plan, and a bundle that runs on ONNX Runtime has none."""
 
-    # Of products, FFN, attention and cache; the rest is float32. int8: FFN rows of decode; int4: those, and all weights
-    # of the decoder besides the logits', the cache in fp16.
-    precision: str = "fp16"
-    capacity: int = 4096  # rows of the cache: prompt and answer together
-    max_prompt: int = 2048  # tokens that a prefill reads
-    max_patches: int = 4096  # of one picture
-    max_batch: int = 1
-    optimization_level: int = 3  # of the builder, 0 to 5
-    workspace_mb: int = 0  # of the builder; 0: as much as it wants
-    weight_streaming: bool = False  # weights may stay in host memory
-    strip_weights: bool = False  # plans without weights, refitted when loaded
-    plugins: str = ""  # path of libcm_plugins.so; "": where `make plugins` puts it
-    architecture: str = ""  # of cards that are not here, such as "sm_86,sm_89" (tensorrt-rtx); "": of the one that is
-    dense: bool = True  # engines of the dense graphs as well: --dense, and the controls of eval and bench
+    # fp32, fp16, bf16: of products, FFN, attention and cache; what is small is float32 in all of them.
+    precision: str = option(
+        "fp16",
+        "--precision",
+        "Type of weights, products and cache; int8: FFN weights of decode only; int4: all decoder weights but the logits'",
+        choices=tuple(PRECISIONS),
+    )
+    capacity: int = option(4096, "--capacity", "Rows of the cache: prompt and answer together", low=96, high=2**20)
+    # Every build proves its engines on a prompt of 34 tokens and a picture of 48 patches.
+    max_prompt: int = option(2048, "--max-prompt", "Longest prompt, in tokens", low=48, high=2**19)
+    max_patches: int = option(4096, "--max-patches", "Patches of the largest picture", low=64, high=2**20)
+    max_batch: int = option(1, "--max-batch", "Requests that decode together", low=1, high=4096)
+    optimization_level: int = option(
+        3,
+        "--optimization-level",
+        "How long the builder searches for fast kernels: 0 shortest, 5 longest",
+        low=0,
+        high=5,
+    )
+    workspace_mb: int = option(
+        0, "--workspace-mb", "Scratch memory that the builder may use, in MB; 0: no limit", low=0, high=2**20
+    )
+    weight_streaming: bool = option(
+        False, "--weight-streaming/--no-weight-streaming", "Let weights stay in host memory while an engine runs"
+    )
+    strip_weights: bool = option(
+        False, "--strip-weights/--no-strip-weights", "Plans without weights, for runtimes that refit them; `run` cannot"
+    )
+    plugins: str = option("", "--plugins", "File libcm_plugins.so.  [default: where `make plugins` puts it]", path=True)
+    architecture: str = option(
+        "", "--architecture", "Cards that are not in this machine, such as sm_86,sm_89; for tensorrt-rtx"
+    )
+    dense: bool = option(
+        True,
+        "--dense-engines/--no-dense-engines",
+        "Engines of the dense graphs as well, for `run --dense`, eval and bench",
+    )
 
 
-def check_engine(e: Engine, where: str) -> None:
+def check_engine(e: EngineSettings, where: str) -> None:
     """Raises InputError naming the first field that cannot hold."""
-    if e.precision not in PRECISIONS:
-        fix = nearest(e.precision, list(PRECISIONS))
-        raise InputError(f"engine.precision = {e.precision!r}", where=where, fix=fix)
-    for label, value, low, high in (
-        ("engine.max_batch", e.max_batch, 1, 4096),
-        ("engine.max_prompt", e.max_prompt, 48, 2**20),  # every build proves its engines on a prompt of 34 tokens
-        ("engine.capacity", e.capacity, max(64, e.max_prompt + 1), 2**20),
-        ("engine.max_patches", e.max_patches, 4, 2**20),
-        ("engine.optimization_level", e.optimization_level, 0, 5),
-        ("engine.workspace_mb", e.workspace_mb, 0, 2**20),
-    ):
-        if not low <= value <= high:
-            fix = f"give {low} to {high}" + (": a prompt and an answer share it" if label.endswith("capacity") else "")
-            raise InputError(f"{label} = {value}", where=where, fix=fix)
+    check_fields(e, "engine.", where)
+    if e.capacity <= e.max_prompt:
+        fix = f"give more than max_prompt, {e.max_prompt}: a prompt and its answer share the cache"
+        raise InputError(f"engine.capacity = {e.capacity}", where=where, fix=fix)

@@ -17,35 +17,54 @@ from ..base import by_name
 from ..base.errors import InputError
 from ..families import Shape
 from . import facts
-from .engine import Engine, check_engine
+from .engine import EngineSettings, check_engine
+from .option import check_fields, kind, option
 
+BACKENDS = "cm_export.backends"
 VOTERS = ("all", "text", "last")
-BUDGETS = ("share", "count", "knee")
-CACHES = ("cut", "index")
-QUOTAS = ("shared", "each")
-SCORED = ("last", "all")
-COUNTED = ("kept", "all")
-BEFORE_LAYERS = {"embeds", "image_mask", "vote", "seed"}  # what a token policy can read before the first layer
-FILLS = ("none", "prompt", "calibrated")
-LAYERS = ("uniform", "calibrated")
 BLOCKS = (1, 8, 16, 32)
+BEFORE_LAYERS = {"embeds", "image_mask", "vote", "seed"}  # what a token policy can read before the first layer
 
 
 @dataclass(frozen=True)
 class Neurons:
     """Which FFN neurons decode computes (METHOD: core neurons; CoreInfer arXiv 2410.18311)."""
 
-    policy: str = "griffin"
-    share: float = 0.6  # K / F, at run time changeable
-    voters: str = "all"  # whose activations are counted
-    counted: str = "kept"  # over which tokens: those that the token cut keeps, or all that a layer has seen
-    rho: float = 0.2  # token-wise share of positive activations (coreinfer)
-    row_norm: bool = False  # griffin: energies times the squared norm of the down row, so of what is really added
-    image_weight: float = 1.0  # of an image token's vote, text tokens have 1 (griffin, glass)
-    mix: float = 0.5  # weight of the calibration's prior against the prompt (glass)
-    fill: str = "none"  # what stands in for dropped neurons: nothing, their mean in the prompt, or in the calibration
-    layers: str = "uniform"  # the same K in every layer, or as the calibration's sensitivities say
-    block: int = 1  # neighbours chosen together; above 1, a calibration's order is put into the weights first
+    policy: str = option("griffin", "--neurons", "Neuron policy", registry=facts.NEURONS, what="neuron policy")
+    share: float = option(0.6, "--neuron-share", "Share of FFN neurons that decode computes", share=True)
+    voters: str = option("all", "", "Whose activations choose the neurons", choices=VOTERS)
+    counted: str = option(
+        "kept",
+        "",
+        "Over which tokens: those that the token cut keeps, or all that a layer has seen",
+        choices=("kept", "all"),
+    )
+    rho: float = option(
+        0.2, "", "Share of neurons that each token votes for: its strongest positive ones (coreinfer)", share=True
+    )
+    row_norm: bool = option(
+        False,
+        "",
+        "Multiply energies by the squared norm of the down row, so that what is really added counts (griffin)",
+    )
+    image_weight: float = option(
+        1.0, "", "Weight of an image token's vote; a text token has 1 (griffin, glass)", low=0, high=1
+    )
+    mix: float = option(0.5, "", "Weight of the calibration against the prompt (glass)", low=0, high=1)
+    fill: str = option(
+        "none",
+        "--fill",
+        "What stands in for dropped neurons: nothing, or their mean in the prompt or in the calibration",
+        choices=("none", "prompt", "calibrated"),
+    )
+    layers: str = option(
+        "uniform",
+        "--neuron-layers",
+        "The same number of neurons in every layer, or as the calibration's sensitivities say",
+        choices=("uniform", "calibrated"),
+    )
+    # Above 1, the calibration's order of neurons is put into the weights first.
+    block: int = option(1, "--neuron-block", "Neighbouring neurons that are chosen together", choices=BLOCKS)
 
     @property
     def in_decode(self) -> bool:
@@ -57,22 +76,51 @@ class Neurons:
 class Tokens:
     """Which image tokens run from `prune_layer` on (METHOD: core tokens; CoreMatching arXiv 2505.19235, section 4)."""
 
-    policy: str = "spread_keys"
-    budget: str = "share"  # share | count | knee
-    share: float = 0.5  # of the image tokens; the fallback of `knee`
-    count: int = 0  # image tokens kept, when budget = "count"
-    min_share: float = 0.1  # clamp of `knee`
-    max_share: float = 0.9
-    knee_confidence: float = 0.3  # a knee less deep than this share of the scores' range is none: noise reaches .29
-    quota: str = "shared"  # shared: one budget for all pictures of a prompt; each: every picture keeps its own
-    prune_layer: int = 2  # layers that run with every token before the cut; 0: as the calibration found best
-    first: str = "none"  # token policy of a cut before the first layer, after which the policy above chooses
-    first_share: float = 0.5  # of the image tokens, left by that first cut
-    layers: str = "last"  # whose scores count: the layer before the cut, or the sum over all layers before it
-    voters: str = "all"  # whose attention or activations judge the image tokens
-    rho: float = 0.2
-    beta: float = 0.4  # share of neurons in that core set
-    cache: str = "cut"  # cut: dropped tokens leave the computation and the KV; index: decode reads listed rows
+    policy: str = option("spread_keys", "--tokens", "Token policy", registry=facts.TOKENS, what="token policy")
+    budget: str = option(
+        "share",
+        "--token-budget",
+        "What says how many image tokens are kept: a share, a count, or the knee of their scores",
+        choices=("share", "count", "knee"),
+    )
+    share: float = option(0.5, "--token-share", "Share of image tokens kept after the cut", share=True)
+    count: int = option(0, "--token-count", "Image tokens kept; implies --token-budget count", low=1)
+    min_share: float = option(0.1, "", "Least share that budget = knee keeps", share=True)
+    max_share: float = option(0.9, "", "Largest share that budget = knee keeps", share=True)
+    # Noise has knees of depth .29.
+    knee_confidence: float = option(
+        0.3, "", "A knee less deep than this part of the scores' range counts as none: the share is kept", low=0, high=1
+    )
+    quota: str = option(
+        "shared",
+        "--token-quota",
+        "One budget shared by all pictures of a prompt, or one for each",
+        choices=("shared", "each"),
+    )
+    prune_layer: int = option(
+        2, "--prune-layer", "Layers that run with every token before the cut; 0: the calibration's best", low=0
+    )
+    first: str = option(
+        "none", "--first-cut", "Token policy of a further cut before the first layer, such as spread, or none"
+    )
+    first_share: float = option(0.5, "--first-share", "Share of image tokens that the first cut leaves", share=True)
+    layers: str = option(
+        "last",
+        "--token-layers",
+        "Score in the last layer before the cut, or add the scores of all layers before it",
+        choices=("last", "all"),
+    )
+    voters: str = option("all", "--voters", "Whose attention or activations judge the image tokens", choices=VOTERS)
+    rho: float = option(
+        0.2, "", "Share of neurons that each token votes for: its strongest positive ones (overlap)", share=True
+    )
+    beta: float = option(0.4, "", "Share of neurons that those votes choose as the core set (overlap)", share=True)
+    cache: str = option(
+        "cut",
+        "--token-cache",
+        "Cut: dropped tokens leave computation and cache; index: the cache stays whole, decode reads the listed rows",
+        choices=("cut", "index"),
+    )
 
     @property
     def whole_cache(self) -> bool:
@@ -97,15 +145,19 @@ class Tokens:
 class Recipe:
     """Everything that decides what a bundle is, besides the checkpoint itself."""
 
-    model: str | None = None
-    revision: str | None = None
+    model: str | None = option(
+        None, "--model", "demo, scenes, qwen2-vl, qwen2-vl-7b, a directory, or a hub id owner/name[@revision]"
+    )
+    revision: str | None = option(None, "--revision", "Commit, branch or tag of a hub id")
     neurons: Neurons = field(default_factory=Neurons)
     tokens: Tokens = field(default_factory=Tokens)
-    engine: Engine = field(default_factory=Engine)
-    dtype: str = "float32"
-    backend: str = "onnxruntime"
-    seed: int = 0
-    calibration: str | None = None  # file written by `cm-export calibrate`; the bundle keeps a copy
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    dtype: str = option("float32", "", "Type of the graphs' weights", choices=("float32",))
+    backend: str = option("onnxruntime", "--backend", "What the bundle runs on", registry=BACKENDS, what="backend")
+    seed: int = option(0, "--seed", "Seed of the random policies", low=0, high=2**31 - 1)
+    calibration: str | None = option(
+        None, "--calibration", "File of `cm-export calibrate`; the bundle keeps a copy", path=True
+    )
     # Keys such as tokens__policy that somebody set: a default may give way to the model, a choice may not.
     chosen: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
@@ -183,42 +235,8 @@ def check(recipe: Recipe, where: str = "recipe") -> Recipe:
     n, t = recipe.neurons, recipe.tokens
     policy = facts.neuron_policy(n.policy)
     facts.token_policy(t.policy)
-    by_name.check("cm_export.backends", recipe.backend.replace("-", "_"), "backend")
-    for label, value, allowed in (
-        ("neurons.voters", n.voters, VOTERS),
-        ("neurons.fill", n.fill, FILLS),
-        ("neurons.layers", n.layers, LAYERS),
-        ("tokens.voters", t.voters, VOTERS),
-        ("tokens.budget", t.budget, BUDGETS),
-        ("tokens.cache", t.cache, CACHES),
-        ("tokens.quota", t.quota, QUOTAS),
-        ("tokens.layers", t.layers, SCORED),
-        ("neurons.counted", n.counted, COUNTED),
-        ("dtype", recipe.dtype, ("float32",)),
-    ):
-        if value not in allowed:
-            raise InputError(f"{label} = {value!r}", where=where, fix=by_name.nearest(str(value), list(allowed)))
-    for label, share in (
-        ("neurons.share", n.share),
-        ("neurons.rho", n.rho),
-        ("tokens.share", t.share),
-        ("tokens.min_share", t.min_share),
-        ("tokens.max_share", t.max_share),
-        ("tokens.first_share", t.first_share),
-        ("tokens.rho", t.rho),
-        ("tokens.beta", t.beta),
-    ):
-        if not 0 < share <= 1:  # also refuses nan
-            raise InputError(f"{label} = {share} is not a share", where=where, fix="give a number above 0 and up to 1")
-    for label, share in (
-        ("neurons.image_weight", n.image_weight),
-        ("neurons.mix", n.mix),
-        ("tokens.knee_confidence", t.knee_confidence),
-    ):
-        if not 0 <= share <= 1:
-            raise InputError(f"{label} = {share}", where=where, fix="give a number from 0 to 1")
-    if n.block not in BLOCKS:
-        raise InputError(f"neurons.block = {n.block}", where=where, fix=f"known: {', '.join(map(str, BLOCKS))}")
+    for table, prefix in ((recipe, ""), (n, "neurons."), (t, "tokens.")):
+        check_fields(table, prefix, where)
     if n.image_weight != 1 and n.policy == "coreinfer":
         fix = "use neurons.voters, or another policy"
         raise InputError("neurons.image_weight with coreinfer, which counts whole tokens", where=where, fix=fix)
@@ -235,14 +253,9 @@ def check(recipe: Recipe, where: str = "recipe") -> Recipe:
     if t.min_share > t.max_share:
         raise InputError("tokens.min_share is above tokens.max_share", where=where, fix="swap them")
     if t.budget == "count" and t.count < 1:
-        raise InputError("tokens.budget is 'count' without a count", where=where, fix="set tokens.count to 1 or more")
-    if t.prune_layer < 0:
-        fix = "give 1 or more: at least one layer must run to score; 0 takes the calibration's"
-        raise InputError(f"tokens.prune_layer = {t.prune_layer}", where=where, fix=fix)
+        raise InputError("tokens.budget is 'count' without a count", where=where, fix="give tokens.count, 1 or more")
     _check_first(t, where)
     check_engine(recipe.engine, where)
-    if not 0 <= recipe.seed < 2**31:
-        raise InputError(f"seed = {recipe.seed}", where=where, fix="give an integer from 0 to 2147483647")
     return recipe
 
 
@@ -276,7 +289,7 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
                 raise InputError(f"{key} must be a table", where=where, fix=f"write [{key}] and its keys below it")
             out[key] = _build(type(default), value, f"{where} [{key}]")
             continue
-        wanted = str if default is None else type(default)
+        wanted = kind(fields[key])
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if value is not None and (not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool)):

@@ -1,10 +1,10 @@
-"""Layer by layer, from the dense model itself: where it looks, how few neurons carry it, how alike questions are.
+"""What each layer of the dense model does: where its attention goes, how few neurons matter, how alike core sets are.
 
 dense prefill, rewritten in memory to report q, k, z  ->  per layer and question
     image      share of the asking tokens' attention that goes to image tokens
     top_tokens share of that which the top quarter of the image tokens receives
     own        share of ||z||^2 in the 20 % strongest neurons of each token, mean over tokens
-    fixed      the same for the one set of 20 % that is best for the whole question: what a set per request can hold
+    fixed      the same for the one set of 20 % that is best for the whole question, the most that a set per request can hold
     overlap    Jaccard of the core sets of two questions, as the chosen policy names them
 """
 
@@ -67,7 +67,7 @@ def measure(
 
 
 def attention(q: np.ndarray, k: np.ndarray, request: Request) -> tuple[float, float]:
-    """(to image tokens, of that to their top quarter) from q [H,S,d], k [Hk,S,d]; those who ask stand after the picture."""
+    """(to image tokens, of that to their top quarter) from q [H,S,d], k [Hk,S,d]; asking tokens are those after the picture."""
     image = np.flatnonzero(request.is_image[0])
     if not image.size:
         return math.nan, math.nan

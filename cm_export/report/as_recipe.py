@@ -20,7 +20,7 @@ def recipe_toml(recipe: Recipe, bundle: Path, manifest: dict[str, Any]) -> str:
 
 
 def build_command(recipe: Recipe, manifest: dict[str, Any]) -> str:
-    """How the recipe becomes a bundle; where the checkpoint lies, only the reader knows if it came from a directory."""
+    """The command that builds the recipe; a checkpoint that came from a directory is left for the reader to name."""
     known = recipe.model or findable(manifest["model"]["source"])
     return f"cm-export build --recipe best.toml{'' if known else ' --model CHECKPOINT_DIRECTORY'} --out best.plan"
 

@@ -82,7 +82,7 @@ class Chart:
 
 
 def colours(points: Sequence[Point]) -> dict[str, str]:
-    """Policies to colour classes, in the order of the rows; dense and random have their own."""
+    """Colour class of each pair of policies, in the order of the rows; dense and random have colours of their own."""
     names = dict.fromkeys(p.policies for p in points if p.deployable)
     return {name: f"s{i % COLOURS + 1}" for i, name in enumerate(names)}
 
@@ -146,7 +146,7 @@ def against_cost(
 
 
 def _without_collisions(marks: list[Mark]) -> list[Mark]:
-    """Labels that would lie on another one are left out, the chosen point's last: hovering and the table have them all."""
+    """Drops labels that would overlap another one, the chosen point's last; hovering and the table show all of them."""
     placed: list[Mark] = []
     out = []
     for m in sorted(marks, key=lambda m: (not m.best, m.y)):

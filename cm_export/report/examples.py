@@ -1,6 +1,6 @@
 """A few of the task's own questions, answered dense and sparse, with the image tokens that were kept drawn as PNG data.
 
-More are asked than shown: where one of them goes wrong it is shown, because a page of successes decides nothing.
+More questions are asked than shown, and up to half of those shown are failures: a page of successes decides nothing.
 """
 
 import base64
@@ -24,6 +24,8 @@ _SIDE = 512  # pixels: enough to see the patches, small enough for a page
 
 @dataclass(frozen=True)
 class Said:
+    """An answer, and whether it is right."""
+
     text: str
     right: bool
 
@@ -78,7 +80,7 @@ def ask(
             both.append((answer, Said(answer.text.strip(), any(task.same(answer.text.strip(), w) for w in q.answers))))
         answered.append((q, pictures, both))
     failed = [a for a in answered if not a[2][1][1].right]
-    # At most half of them failures: the others show what is lost against what is not.
+    # At most half of them are failures, so that the page also shows what still works.
     some = failed[: max(1, count // 2)]
     shown = some + [a for a in answered if not any(a is b for b in some)][: count - len(some)]
     return Examples(

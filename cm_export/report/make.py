@@ -1,4 +1,4 @@
-"""From a bundle and its reports to everything that a page is made of; runs the evaluation itself where none is given."""
+"""Collects everything that a page is made of from a bundle and its reports; runs an evaluation where none is given."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -44,7 +44,7 @@ def make(
     reports = [read_eval(p, bundle.seal) for p in evals]
     speed = read_bench(bench, bundle.seal) if bench else None
     for p, report in zip(evals, reports, strict=True):
-        points_of(report, bundle.shape, str(p))  # all that is wrong is said before the long work
+        points_of(report, bundle.shape, str(p))  # a bad report is refused before the long work
     if not reports:
         if task is None:
             raise InputError("no figures to report", where=path, fix="give --eval FILE, or questions: --task or --data")

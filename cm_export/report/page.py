@@ -1,7 +1,7 @@
 """One HTML file out of checked values: no network, no dates of its own, the same input gives the same bytes.
 
-Style and script are inlined and named by their hash in a content security policy, so a browser runs nothing else, not even
-what an answer or a path might smuggle in; the template escapes every value besides.
+Style and script are inlined. The page's content security policy names them by their hash, so a browser runs nothing else, even
+if an answer or a path contained a script; and the template escapes every value.
 """
 
 import base64

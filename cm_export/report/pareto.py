@@ -1,4 +1,4 @@
-"""Which point to deploy: the cheapest whose lower bound stays at or above the floor. And the front of what is not beaten.
+"""Which point to deploy: the cheapest whose lower bound is at or above the floor. And the Pareto front.
 
 share of dense |    ,-o      front: no other point is both cheaper and better
                |  o'  |
@@ -32,7 +32,7 @@ class Choice:
 
 
 def choose(points: Sequence[Point], floor: float) -> Choice:
-    """Dense and random points are never chosen. Asked in several reports, a way to answer counts by its worst one."""
+    """Dense and random points are never chosen. A point that several reports measured counts with its worst figures."""
     worst: dict[str, Point] = {}
     for p in points:
         if p.deployable and p.figures.of_dense_ci is not None and (p.key not in worst or _low(p) < _low(worst[p.key])):
@@ -43,7 +43,7 @@ def choose(points: Sequence[Point], floor: float) -> Choice:
         nearest = max(candidates, key=lambda p: (_low(p), [-c for c in _costs(p)]), default=None)
         return Choice(nearest, False, None, 0, len(candidates))
     first, *rest = sorted(holding, key=_costs)
-    # Alone, it was chosen by the floor; otherwise by the first cost in which the runner-up differs.
+    # A single candidate was chosen by the floor; otherwise the first cost in which the runner-up differs decided.
     differs = (n for (n, _), a, b in zip(COSTS, _costs(first), _costs(rest[0]), strict=True) if a != b) if rest else ()
     return Choice(first, True, next(iter(differs), None), len(holding), len(candidates))
 

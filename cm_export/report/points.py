@@ -1,6 +1,6 @@
-"""Reports of `eval` and `bench` as values, checked at the border: a page must not be built of another bundle's figures.
+"""Reports of `eval` and `bench`, read and checked: a page must not show another bundle's figures.
 
-eval JSON {task, seal, rows: [...]}  ->  [Point]      one way to answer, what it cost and how often it was right
+eval JSON {task, seal, rows: [...]}  ->  [Point]      policies at one budget: their cost and how often they were right
 """
 
 import json
@@ -74,7 +74,7 @@ class Point:
 
 
 def points_of(report: dict[str, Any], shape: Shape, where: str = "rows") -> list[Point]:
-    """Rows of the eval schema, whoever measured them. Raises InputError for one that lacks what a page needs."""
+    """The rows of an eval report. Raises InputError for a row that lacks what a page needs."""
     try:
         rows = report["rows"]
         others = {r["tokens"] for r in rows if not r["is_random"]} - {"attention", "dense"}
@@ -142,7 +142,7 @@ def _spread(value: Any) -> Spread | None:
 
 
 def distinct(points: Iterable[Point]) -> list[Point]:
-    """Without rows that two sweeps over the same questions share, such as dense; the first one stays."""
+    """Drops repeated rows, such as dense, that two sweeps over the same questions share."""
     seen: dict[Any, Point] = {}
     for p in points:
         seen.setdefault((p.task, p.key, p.figures), p)

@@ -20,8 +20,8 @@ _TIMED = 48  # questions timed beside dense
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is asked for: the least share of dense accuracy, what to save, and with how many trials."""
+class Goal:
+    """What a search is for: the least share of dense accuracy to keep, what to save, and how many trials may be spent."""
 
     floor: float
     objective: str
@@ -30,30 +30,32 @@ class Wish:
 
 
 def second_look(
-    study: Any, judge: Judge, search: list[int], held: list[int], wish: Wish, progress: Progress
+    study: Any, judge: Judge, search: list[int], held: list[int], goal: Goal, progress: Progress
 ) -> dict[str, Any]:
-    """The verdict as part of the report: finalists are asked the held-out half, which decides."""
+    """Asks the finalists the held-out half, which decides, and returns the report with the verdict."""
     told = studies.finished(study)
     points = [point(t) for t in told if studies.facts_of(t)["whole"]]
     stored = {int(k.partition(".")[2]): v for k, v in study.user_attrs.items() if k.startswith("held_out.")}
-    fresh = affordable(len(held), wish.floor, len(stored))
-    chosen = finalists(points, wish.floor, fresh) if fresh else []
-    chosen += [p for p in finalists(points, wish.floor, FINALISTS) if p.number in stored and p not in chosen]
+    fresh = affordable(len(held), goal.floor, len(stored))
+    chosen = finalists(points, goal.floor, fresh) if fresh else []
+    chosen += [p for p in finalists(points, goal.floor, FINALISTS) if p.number in stored and p not in chosen]
     recipes = {t.number: from_dict(studies.facts_of(t)["recipe"]) for t in told}
     for i, p in enumerate(chosen):
-        if p.number not in stored:  # asked once: another process may have done it, or this one before it was killed
+        if (
+            p.number not in stored
+        ):  # asked only once, also when another process asked it, or this one before it was killed
             what = f"finalist {i + 1} of {len(chosen)}, held-out questions"
-            stored[p.number] = _ask_held_out(judge, recipes[p.number], held, wish, what, progress)
+            stored[p.number] = _ask_held_out(judge, recipes[p.number], held, goal, what, progress)
             study.set_user_attr(f"held_out.{p.number}", stored[p.number])
     looks = max(1, len(stored))
-    asked = [_held_out(p.number, stored[p.number], wish.objective) for p in chosen]
-    best = decide(asked, wish.floor, looks)
+    asked = [_held_out(p.number, stored[p.number], goal.objective) for p in chosen]
+    best = decide(asked, goal.floor, looks)
     control = None
     if best:
         facts = stored[best.number]
         progress("random control of the same size")
         random_recipe = at_random(recipes[best.number], facts["neuron_share"], facts["token_share"])
-        control = _row(_ask_held_out(judge, random_recipe, held, wish, "random control", progress), 1)
+        control = _row(_ask_held_out(judge, random_recipe, held, goal, "random control", progress), 1)
     dense = {}
     for half, numbers in (("search", search), ("held_out", held)):
         right = sum(judge.dense(n) for n in numbers)
@@ -67,9 +69,9 @@ def second_look(
             rows[-1]["held_out"] = _row(stored[t.number], looks)
     winner = next((r for r in rows if best and r["trial"] == best.number), None)
     return {
-        "floor": wish.floor,
-        "objective": wish.objective,
-        "trials_wanted": wish.trials,
+        "floor": goal.floor,
+        "objective": goal.objective,
+        "trials_wanted": goal.trials,
         "n_search": len(search),
         "n_held_out": len(held),
         "looks": looks,
@@ -84,7 +86,7 @@ def second_look(
         "finalists": [h.number for h in asked],
         "recommended": winner,
         "random": control,
-        "refusal": None if best else refusal(points, asked, fresh, looks, wish.floor, len(held)),
+        "refusal": None if best else refusal(points, asked, fresh, looks, goal.floor, len(held)),
         "recipe": recipes[best.number].to_dict() if best else None,
     }
 
@@ -99,7 +101,7 @@ def refusal(
         what = f"no point cheaper than dense kept {floor:g} of its accuracy on the search half{best}"
         return what, "more --trials, or lower --floor"
     if not asked:
-        what = f"{looks} points were already looked at on the {held} held-out questions, which can bear no more"
+        what = f"{looks} points were already looked at on the {held} held-out questions; no interval could hold for one more"
         return what, "ask new questions: another --seed or --limit and a new --study"
     best = max(asked, key=lambda h: h.kept(looks)[1][0] if h.kept(looks)[1] else 0.0)
     kept, interval = best.kept(looks)
@@ -118,12 +120,12 @@ def refusal(
 
 
 def point(trial: Any) -> Point:
-    """A told trial as the verdict sees it."""
+    """A finished trial as the verdict sees it."""
     return Point(trial.number, trial.values[0], tuple(studies.facts_of(trial)["of_dense_ci"]), trial.values[1])
 
 
 def _ask_held_out(
-    judge: Judge, recipe: Recipe, held: list[int], wish: Wish, what: str, progress: Progress
+    judge: Judge, recipe: Recipe, held: list[int], goal: Goal, what: str, progress: Progress
 ) -> dict[str, Any]:
     def beat(done: int) -> None:
         progress(what, done, len(held))

@@ -1,8 +1,8 @@
-"""One question under one recipe: is the answer right, what was kept, how long did it take beside dense.
+"""One question under one recipe: whether the answer is right, what was kept, and the time beside dense.
 
 latency  (prefill + gather + ms per token * tokens) / the same of dense      medians over the timed questions, dense and
                                                                              sparse in turn; the vision tower is left out
-memory   (kept FFN rows + kept KV rows) / all of them                        bytes, counted, so without noise
+memory   (kept FFN rows + kept KV rows) / all of them                        bytes; counted, so there is no noise
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from ..host.runner import Budget, Runner
 from ..recipe.recipe import Recipe
 from .space import shares
 
-_RUNNERS = 3  # policies whose sessions are kept ready; a share is not a policy, so most trials of a pair share one
+_RUNNERS = 3  # pairs of policies whose sessions are kept ready; trials that differ only in shares use the same ones
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Answered:
-    """What came of one question. Bytes: FFN rows and KV rows that decode holds."""
+    """The outcome of one question. Bytes: FFN rows and KV rows that decode holds."""
 
     right: bool
     bytes: int
@@ -48,7 +48,7 @@ class Answered:
 
 
 class Judge(Protocol):
-    """Who asks: the bundle (`BundleJudge`), or in tests a formula."""
+    """Answers questions under a recipe: a bundle does (`BundleJudge`), or in tests a formula."""
 
     def dense(self, number: int) -> bool: ...
 
@@ -123,7 +123,7 @@ class BundleJudge:
             while len(self._runners) >= _RUNNERS:
                 del self._runners[next(iter(self._runners))]
             made = with_policies(self.runner, recipe)
-            # The first run loads the sessions and touches the pages: not what a trial should be charged for.
+            # The first run also loads sessions and pages, which must not count as time of a trial.
             self._answer(made, 0, Budget(False, neurons, tokens))
             self._answer(self.runner, 0, Budget(dense=True))
             self._runners[key] = made
@@ -132,7 +132,7 @@ class BundleJudge:
 
 
 def memory(answers: list[Answered]) -> dict[str, Any]:
-    """Bytes kept, of how many, medians over questions; `ratio`."""
+    """Bytes that decode holds, and dense ones, medians over questions; `ratio` of the two."""
     kept, whole = (float(np.median([getattr(a, k) for a in answers])) for k in ("bytes", "dense_bytes"))
     return {"ratio": kept / whole, "bytes": kept, "dense_bytes": whole, "n": len(answers)}
 
@@ -148,9 +148,8 @@ def latency(answers: list[Answered]) -> dict[str, Any] | None:
         parts = {k: [v for t in times if (v := getattr(t, k)) is not None] for k in ("prefill", "gather", "step")}
         out[who] = {f"{k}_ms": spread(v) for k, v in parts.items() if v}
         middle = {k: float(np.median(v)) if v else 0.0 for k, v in parts.items()}
-        gather = (
-            middle["gather"] if who == "sparse" else 0.0
-        )  # dense gathers nothing, its decoder takes the file's rows
+        # Dense gathers nothing: its decoder reads the rows in the file.
+        gather = middle["gather"] if who == "sparse" else 0.0
         totals.append(middle["prefill"] + gather + middle["step"] * max(0.0, out["tokens"] - 1))
     return out | {"ratio": totals[1] / totals[0]}
 
@@ -164,7 +163,7 @@ def examine(
     timed: int,
     beat: Callable[[int], None],
 ) -> tuple[float, dict[str, Any]]:
-    """Share of dense kept, and the figures, after the last step or the first at which the floor is out of reach."""
+    """(share of dense accuracy kept, figures), after the last step or the first one at which the floor is out of reach."""
     answers: list[Answered] = []
     for step in steps:
         for number in numbers[len(answers) : step]:

@@ -1,4 +1,4 @@
-"""The search: trials on one half of the questions until `trials` are done by all processes together, finalists on the other.
+"""The search: all processes run trials on one half of the questions until there are enough; finalists get the other half.
 
 claim a trial -> a quarter of the search half -> a half -> all of it -> told       stops where the interval is below the floor
 no trial left -> finalists -> the held-out half -> a recipe, or a refusal in one line
@@ -26,14 +26,14 @@ from ..host.runner import Runner
 from ..recipe.recipe import from_dict
 from . import space as spaces
 from . import study as studies
-from .held_out import Wish, point, second_look
+from .held_out import Goal, point, second_look
 from .measure import BundleJudge, Judge, examine
 from .space import Space
 from .verdict import affordable, halves, questions_needed, rungs
 
 Progress = Callable[..., None]
 _TIMED = 24  # questions timed beside dense in each trial
-_BEAT, _POLL = 20.0, 1.0  # seconds: sign of life; look at what other processes do
+_BEAT, _POLL = 20.0, 1.0  # seconds between signs of life; between looks at other processes' trials
 
 
 class Interrupted(KeyboardInterrupt):
@@ -41,18 +41,18 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _GivenUp(Exception):
-    """Another process took this trial for dead."""
+    """Another process has given this trial up for dead."""
 
 
 def tune(
-    path: Path, task: Task, wish: Wish, place: str, name: str, threads: int, progress: Progress = lambda *_, **__: None
+    path: Path, task: Task, goal: Goal, place: str, name: str, threads: int, progress: Progress = lambda *_, **__: None
 ) -> dict[str, Any]:
     """Search a bundle's recipes and return the report; `recommended` in it is None when `refusal` says why.
 
     Raises InputError, BundleError; GateFailed when these questions cannot show this floor whatever the recipe.
     """
-    search, held = halves(task.questions, wish.seed)
-    check_questions(len(task.questions), len(search), len(held), wish.floor)
+    search, held = halves(task.questions, goal.seed)
+    check_questions(len(task.questions), len(search), len(held), goal.floor)
     bundle = Bundle(path)
     runner = Runner(bundle, threads, backend=DEFAULT)  # every trial runs on graphs made in memory
     space = spaces.of_bundle(bundle, runner.recipe)
@@ -61,15 +61,15 @@ def tune(
         "task": task.name,
         "questions": questions_key(task),
         "n": len(task.questions),
-        "seed": wish.seed,
-        "objective": wish.objective,
+        "seed": goal.seed,
+        "objective": goal.objective,
         "space": key_of(space=space.to_dict()),
     }
     progress("open the study")
-    opened = studies.open_study(place, name, settings, wish.seed, wish.floor)
+    opened = studies.open_study(place, name, settings, goal.seed, goal.floor)
     bundle.wait_verified()
-    judge = BundleJudge(runner, task, wish.seed, progress)
-    report = run(opened, space, judge, search, held, wish, progress)
+    judge = BundleJudge(runner, task, goal.seed, progress)
+    report = run(opened, space, judge, search, held, goal, progress)
     running = {n: version(n) for n in ("cm-export", "onnxruntime", "numpy", "optuna")}
     return {
         "task": task.name,
@@ -100,7 +100,7 @@ def check_questions(n: int, search: int, held: int, floor: float) -> None:
 
 
 def questions_key(task: Task) -> str:
-    """A short name for the questions and the pixels of their pictures, wherever on which machine the files lie."""
+    """A key of the questions and the pixels of their pictures, wherever their files lie."""
     seen: dict[str, str] = {}
     for name in {p for q in task.questions for p in q.pictures}:
         picture = task.open_picture(name)
@@ -115,41 +115,41 @@ def run(
     judge: Judge,
     search: list[int],
     held: list[int],
-    wish: Wish,
+    goal: Goal,
     progress: Progress,
 ) -> dict[str, Any]:
     """Every trial that is left, then the verdict."""
     study, is_new = opened
     if is_new:
         studies.start_with(study, spaces.first(space))
-    swept, again = studies.sweep(study), studies.reopen(study, wish.floor)
+    swept, again = studies.sweep(study), studies.reopen(study, goal.floor)
     if not is_new:
         done = len(studies.finished(study))
         progress(f"go on after {done} trials, {swept} of them half run, {again} dropped by a higher floor")
     try:
         with _stopped_between_steps(progress) as step:
             while True:
-                step("next trial", studies.counted(study), wish.trials)
-                trial = studies.claim(study, wish.trials)
+                step("next trial", studies.counted(study), goal.trials)
+                trial = studies.claim(study, goal.trials)
                 if trial is not None:
-                    _trial(study, trial, space, judge, search, wish, step)
+                    _trial(study, trial, space, judge, search, goal, step)
                 elif studies.running(study):
-                    step("wait for the trials of other processes", studies.counted(study), wish.trials)
+                    step("wait for the trials of other processes", studies.counted(study), goal.trials)
                     time.sleep(_POLL)
                 else:
                     break
                 studies.sweep(study)
-            return second_look(study, judge, search, held, wish, step)
+            return second_look(study, judge, search, held, goal, step)
     except KeyboardInterrupt as stop:
         done = len(studies.finished(study))
-        raise Interrupted(f"interrupted, {done} of {wish.trials} trials are kept: the same command goes on") from stop
+        raise Interrupted(f"interrupted, {done} of {goal.trials} trials are kept: the same command goes on") from stop
 
 
 @contextlib.contextmanager
 def _stopped_between_steps(progress: Progress) -> Iterator[Progress]:
-    """Ctrl-C is taken where the next step is announced, never within a write to the study, which would stay locked.
+    """Ctrl-C takes effect when the next step is announced, never during a write to the study, which would stay locked.
 
-    A second one is taken at once.
+    A second Ctrl-C takes effect at once.
     """
     asked = threading.Event()
 
@@ -173,10 +173,10 @@ def _stopped_between_steps(progress: Progress) -> Iterator[Progress]:
 
 
 def _trial(
-    study: Any, trial: Any, space: Space, judge: Judge, search: list[int], wish: Wish, progress: Progress
+    study: Any, trial: Any, space: Space, judge: Judge, search: list[int], goal: Goal, progress: Progress
 ) -> None:
     told = studies.finished(study)
-    number = f"trial {min(studies.counted(study), wish.trials)} of {wish.trials}{_best(told, wish.floor)}"
+    number = f"trial {min(studies.counted(study), goal.trials)} of {goal.trials}{_best(told, goal.floor)}"
     steps, last = rungs(len(search)), time.monotonic()
 
     def beat(done: int) -> None:
@@ -189,7 +189,7 @@ def _trial(
 
     try:
         given = trial.user_attrs.get("recipe")
-        chosen = spaces.recipe_of(trial, space)  # also where a recipe is given: the model of what is good reads these
+        chosen = spaces.recipe_of(trial, space)  # also where a recipe is given: TPE's model needs the parameters
         recipe = from_dict(given) if given else chosen
         twin = next((t for t in told if from_dict(studies.facts_of(t)["recipe"]) == recipe), None)
         if twin:
@@ -200,9 +200,9 @@ def _trial(
             facts |= {"token_share": 1.0, "memory": {"ratio": 1.0}, "latency": None}
             kept = cost = 1.0
         else:
-            timed = _TIMED if wish.objective == "latency" else 0
-            kept, facts = examine(judge, recipe, search, steps, wish.floor, timed, beat)
-            cost = facts[wish.objective]["ratio"]
+            timed = _TIMED if goal.objective == "latency" else 0
+            kept, facts = examine(judge, recipe, search, steps, goal.floor, timed, beat)
+            cost = facts[goal.objective]["ratio"]
         told_of = {k: v for k, v in facts.items() if k not in ("of_dense", "cost", "recipe")}
         studies.finish(study, trial, kept, cost, recipe=recipe.to_dict(), **told_of)
     except CmExportError as e:
@@ -218,7 +218,7 @@ def _trial(
 
 
 def _best(told: list[Any], floor: float) -> str:
-    """The cheapest so far that looks good enough."""
+    """The cheapest trial so far that holds the floor on the search half, in words."""
     good = [point(t) for t in told if studies.facts_of(t)["whole"] and t.values[0] >= floor and t.values[1] < 1]
     if not good:
         return ""

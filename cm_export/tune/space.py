@@ -15,13 +15,11 @@ from ..recipe.recipe import BLOCKS, VOTERS, Recipe
 from ..recipe.vary import varied
 from ..surgery import pipeline
 
-PERCENT = (
-    5,
-    95,
-    5,
-)  # lowest, highest, step of both shares: finer steps are below what a few hundred questions can tell
-DEEPEST = 6  # the keys and values of cut tokens leave every layer, so a late cut takes back what early layers had read
-# (neurons, tokens) in percent of the bundle's own policies; None: that part dense. The search starts from these.
+# Lowest, highest and step of both shares: a few hundred questions cannot tell finer steps apart.
+PERCENT = (5, 95, 5)
+# The latest cut that is tried: a cut takes tokens out of every layer's cache, also where layers before it have read them.
+DEEPEST = 6
+# Where a search starts: percent of (neurons, image tokens) under the bundle's own policies; None: all of them.
 CORNERS = ((90, 75), (70, 50), (50, 35), (60, None), (None, 50))
 
 
@@ -41,7 +39,7 @@ class Space:
 
 
 def of_bundle(bundle: Bundle, base: Recipe) -> Space:
-    """Every policy that the recipe's and the graphs' own checks allow here; no random ones. Raises InputError."""
+    """What may be tried on this bundle: policies that pass the checks of recipe and graphs, no random ones. Raises InputError."""
     neurons = tuple(
         n for n in by_name.names_in(facts.NEURONS) if n != "random" and _runs(base, bundle, neurons__policy=n)
     )
@@ -53,8 +51,8 @@ def of_bundle(bundle: Bundle, base: Recipe) -> Space:
         and (last or not _prunes(t))
         and _runs(base, bundle, tokens__policy=t, tokens__budget="share", tokens__prune_layer=1)
     )
-    # Blocks want neurons that fire together side by side: a build puts them in that order, and graphs rewritten in memory
-    # cannot. So only a bundle that was built in blocks is asked for them; its single neurons are those of any bundle.
+    # In a bundle that was built in blocks, neurons that are active together lie side by side in the weight file. Graphs
+    # that are rewritten in memory cannot reorder weights, so blocks are only tried in such a bundle.
     blocks = tuple(b for b in BLOCKS if bundle.shape.ffn % b == 0) if base.neurons.block > 1 else (1,)
     return Space(base, neurons, tokens, blocks, last)
 
@@ -93,7 +91,7 @@ def params_of(recipe: Recipe, space: Space) -> dict[str, Any] | None:
 
 
 def first(space: Space) -> list[tuple[dict[str, Any], Recipe | None]]:
-    """Where a search starts: the bundle's own recipe, as it is, and a few corners (their recipe follows from the params)."""
+    """Where a search starts: the bundle's own recipe as it is, and the corners (None: the recipe follows from the params)."""
     own = params_of(space.base, space)
     out: list[tuple[dict[str, Any], Recipe | None]] = [(own, space.base)] if own else []
     neurons = _own_or_first(space.base.neurons.policy, space.neurons)
@@ -117,7 +115,7 @@ def is_dense(recipe: Recipe) -> bool:
 
 
 def shares(recipe: Recipe) -> tuple[float | None, float | None]:
-    """What to ask of an engine for this recipe: None where its policy prunes nothing or counts by another rule."""
+    """(neurons, image tokens) to ask for under this recipe; None where its policy prunes nothing or has no share."""
     n = recipe.neurons.share if _prunes(recipe.neurons.policy) else None
     t = recipe.tokens.share if _prunes(recipe.tokens.policy) and recipe.tokens.budget == "share" else None
     return n, t

@@ -1,10 +1,10 @@
-"""The trials of a search, in a storage that many processes and machines may share; what a killed one left is done again.
+"""The trials of a search, in a storage that many processes and machines may share; a killed process's trials are run again.
 
 WAITING -> RUNNING -> COMPLETE      told: share of dense kept, cost beside dense
               |-----> FAIL          its process died: the same parameters wait again
               |-----> FAIL, "error" the recipe cannot be run here: counted, not tried again
 
-An answer is told once: a trial that another process has given up for dead is not told.
+A result is recorded once: if another process has given a trial up for dead, its late result is dropped.
 """
 
 import hashlib
@@ -28,14 +28,15 @@ except ImportError as e:
     raise InputError("the package optuna is not installed", where="tune", fix="pip install 'cm-export[tune]'") from e
 
 optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-SILENCE, RETRIES = 900, 2  # seconds after which a trial of another machine counts as dead; deaths that are forgiven
-_NAMELESS = 60  # the same for a trial that had no time to say whose it is
+SILENCE = 900  # seconds without a sign of life after which a trial of another machine counts as dead
+_NAMELESS = 60  # the same for a trial that has not yet recorded which process runs it
+RETRIES = 2  # how often a trial is run again after its process died
 _SQLITE = (".db", ".sqlite", ".sqlite3")
-_STARTUP = 12  # trials at random, the first ones included, before the model of what is good is trusted
+_STARTUP = 12  # random trials, counting the given first ones, before TPE's model is used
 
 
 class Sampler(optuna.samplers.BaseSampler):
-    """TPE whose chance depends on the trial's number: a search that was interrupted draws what it would have drawn."""
+    """TPE that is seeded with the trial's number: after an interruption it draws what it would have drawn."""
 
     def __init__(self, seed: int, floor: float):
         self.seed, self.floor, self._inner = seed, floor, None
@@ -69,14 +70,14 @@ class Sampler(optuna.samplers.BaseSampler):
 
 
 def open_study(place: str, name: str, settings: dict[str, Any], seed: int, floor: float) -> tuple[optuna.Study, bool]:
-    """The study of these settings in a file or a database, and whether it is new. Raises InputError for another's."""
+    """The study of these settings in a file or a database, and whether it is new. Raises InputError for other settings."""
     try:
         study = _created(place, name, Sampler(seed, floor))
         found = study.user_attrs.get("settings")
         trials = study.get_trials(deepcopy=False)
     except InputError:
         raise
-    except Exception as e:  # a database has many ways to refuse, all of them the user's to mend
+    except Exception as e:  # a database can refuse in many ways; all of them are for the user to solve
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise InputError(f"cannot be opened ({shown(why, place)})", where=shown(place), fix="check --study") from e
     if found is None and trials:
@@ -93,7 +94,7 @@ def open_study(place: str, name: str, settings: dict[str, Any], seed: int, floor
 
 
 def shown(text: str, place: str | None = None) -> str:
-    """Without the password of a storage URL."""
+    """The text without the password of a storage URL."""
     for url in {place or text}:
         head, at, tail = url.rpartition("@")
         scheme, mark, login = head.partition("://")
@@ -109,7 +110,7 @@ def claim(study: optuna.Study, total: int) -> optuna.Trial | None:
         return None
     trial = study.ask()
     trial.set_user_attr("owner", _me() | {"seen": time.time()})
-    # Two processes may both have seen room for one: the later of the two gives way.
+    # Two processes may both have seen room for one more trial: the later one gives way.
     if [t.number for t in _counted(study)].index(trial.number) >= total:
         trial.set_user_attr("surplus", True)
         study.tell(trial, state=TrialState.FAIL)
@@ -118,7 +119,7 @@ def claim(study: optuna.Study, total: int) -> optuna.Trial | None:
 
 
 def beat(trial: optuna.Trial) -> bool:
-    """Say that this trial is being worked on; False when another process has given it up."""
+    """Record that this trial is still running; False when another process has given it up for dead."""
     try:
         trial.set_user_attr("seen", time.time())
     except (optuna.exceptions.UpdateFinishedTrialError, KeyError):
@@ -127,7 +128,7 @@ def beat(trial: optuna.Trial) -> bool:
 
 
 def finish(study: optuna.Study, trial: optuna.Trial, kept: float, cost: float, **facts: Any) -> None:
-    """Tell what came of a trial; dropped without a word when it had been given up."""
+    """Record the result of a trial; it is dropped if another process has given the trial up for dead."""
     try:
         # One attribute, not one each: every write to a shared storage waits for its turn and for the disk.
         trial.set_user_attr("facts", {"of_dense": kept, "cost": cost, **facts})
@@ -137,7 +138,7 @@ def finish(study: optuna.Study, trial: optuna.Trial, kept: float, cost: float, *
 
 
 def fail(study: optuna.Study, trial: optuna.Trial, error: str) -> None:
-    """The recipe cannot be run here: not to be tried again."""
+    """Record that the recipe of a trial cannot be run here, so that it is not tried again."""
     try:
         trial.set_user_attr("error", error)
         study.tell(trial, state=TrialState.FAIL)
@@ -146,7 +147,7 @@ def fail(study: optuna.Study, trial: optuna.Trial, error: str) -> None:
 
 
 def give_back(study: optuna.Study, number: int) -> bool:
-    """Mark a running trial failed and let its parameters wait again; False when somebody else already did."""
+    """Mark a running trial failed and queue its parameters again; False when another process already did."""
     trial = next(t for t in study.get_trials(deepcopy=False) if t.number == number)
     try:
         study.tell(number, state=TrialState.FAIL)
@@ -160,18 +161,18 @@ def give_back(study: optuna.Study, number: int) -> bool:
 
 
 def sweep(study: optuna.Study) -> int:
-    """Give back the trials whose process is dead; their number."""
+    """Give back the trials whose process is dead; returns how many."""
     return sum(give_back(study, t.number) for t in _in(study, TrialState.RUNNING) if _is_dead(t))
 
 
 def start_with(study: optuna.Study, first: list[tuple[dict[str, Any], Any]]) -> None:
-    """Let these (params, recipe or None) wait as the first trials."""
+    """Queue these (params, recipe or None) as the first trials."""
     for params, recipe in first:
         _wait(study, params, recipe.to_dict() if recipe else None)
 
 
 def reopen(study: optuna.Study, floor: float) -> int:
-    """Let trials wait again that an earlier, higher floor dropped and this one would not; their number."""
+    """Queue trials again that a higher floor stopped and this one would not; returns how many."""
     again = 0
     for t in _counted(study):
         if t.state == TrialState.COMPLETE and not facts_of(t)["whole"] and facts_of(t)["of_dense_ci"][1] >= floor:
@@ -201,7 +202,7 @@ def counted(study: optuna.Study) -> int:
 
 
 def _counted(study: optuna.Study) -> list[FrozenTrial]:
-    """By number: complete and running ones and those that cannot be run; not those that were given back or done again."""
+    """Trials that count, by number: finished, running, and those that cannot be run; not those given back or run again."""
     trials = study.get_trials(deepcopy=False)
     again = {t.user_attrs.get("again_of") for t in trials if t.state != TrialState.FAIL}
     here = (TrialState.COMPLETE, TrialState.RUNNING)
@@ -217,7 +218,7 @@ def _wait(study: optuna.Study, params: dict[str, Any], recipe: dict[str, Any] | 
 
 
 def _me() -> dict[str, Any]:
-    """Which process this is, among all machines: a pid alone may be another's by now, or inside another container."""
+    """Which process this is, among all machines: a pid alone may be used again, or belong to another container."""
     try:
         inside = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -247,7 +248,7 @@ def _created(place: str, name: str, sampler: Sampler, attempts: int = 4) -> optu
                 storage=storage, study_name=name, sampler=sampler, directions=goals, load_if_exists=True
             )
         except Exception as e:
-            # Processes started together make the tables at the same time; the slower one finds them made, a moment later.
+            # Processes that start at the same time both create the tables; the slower one fails, and finds them a moment later.
             raced = any(word in f"{type(e).__name__} {e}" for word in ("Integrity", "exists", "locked"))
             if attempt + 1 == attempts or not raced:
                 raise

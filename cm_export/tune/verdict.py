@@ -5,7 +5,7 @@ questions   | search half: what the search saw        | held-out half: asked onc
             | are, because they are the best of many  | reach the floor
 
 Of m points ever looked at on the held-out half, each gets an interval of 1 - 0.05 / m (Bonferroni): all of them hold
-together with 95 %, so whichever is chosen was not chosen for its luck.
+together with 95 %, so the interval of the chosen point is valid, whichever it is.
 """
 
 import random

@@ -12,12 +12,11 @@ from ..console import (
     command_line,
     emit_json,
     json_option,
-    neuron_share,
     progress,
     quiet_option,
     threads_option,
-    token_share,
 )
+from ..recipe_options import recipe_option
 
 
 @click.command(
@@ -33,8 +32,8 @@ from ..console import (
 @click.option("--image-tokens", type=Count(0), help="Image tokens.  [default: 256; 0 if the model takes no pictures]")
 @click.option("--new-tokens", type=Count(1), default=32, show_default=True, help="Tokens decoded.")
 @click.option("--repeats", type=Count(1), default=5, show_default=True, help="Timed runs of each kind.")
-@neuron_share
-@token_share
+@recipe_option("--neuron-share")
+@recipe_option("--token-share")
 @click.option("--vision", is_flag=True, help="Time the vision graph as well; it is the same for both.")
 @backend_option
 @threads_option

@@ -31,7 +31,7 @@ from ..console import Count, Verb, emit_json, json_option, progress, quiet_optio
 @click.option(
     "--sensitivity-prompts", type=Count(1), default=16, show_default=True, help="Answers decoded layer by layer."
 )
-@click.option("--seed", type=Count(0, 2**31 - 1), default=0, show_default=True, help="Seed of chance.")
+@click.option("--seed", type=Count(0, 2**31 - 1), default=0, show_default=True, help="Seed of random choices.")
 @threads_option
 @quiet_option
 @json_option

@@ -66,7 +66,7 @@ class Several(click.ParamType):
     "--token-share", type=Several(Share()), help="Shares of image tokens, by commas.  [default: the recipe's]"
 )
 @click.option("--max-new-tokens", type=Count(1), default=64, show_default=True, help="Longest answer, with --data.")
-@click.option("--out", help="Write the report here (.json); killed half way, the same command goes on.")
+@click.option("--out", help="Write the report here (.json); after a kill, the same command goes on.")
 @seed_option
 @backend_option
 @threads_option

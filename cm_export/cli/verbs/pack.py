@@ -5,7 +5,12 @@ from typing import Any
 
 import click
 
-from ..console import Count, Verb, bundle_argument, emit_json, json_option, progress, quiet_option
+from ...deploy.jetson.devices import DEVICES, JETPACKS, PRECISIONS, find
+from ..console import Verb, bundle_argument, emit_json, json_option, progress, quiet_option
+from ..recipe_options import OneOf, recipe_option
+
+JETPACK_NAMES = ", ".join(j.name for j in JETPACKS)
+RECIPES = "  [default: the recipe's]"
 
 
 @click.command(
@@ -18,16 +23,11 @@ from ..console import Count, Verb, bundle_argument, emit_json, json_option, prog
     ),
 )
 @bundle_argument
-@click.option("--target", required=True, help="jetson-orin, jetson-orin-nano or jetson-thor.")
-@click.option("--jetpack", help="6.2, 7.1 or 7.2.  [default: 6.2 on Orin, 7.1 on Thor]")
-@click.option(
-    "--precision", type=click.Choice(("fp16", "int8", "int4")), default="fp16", show_default=True,
-    help="int8: FFN weights of decode; int4: every layer of the decoder.",
-)  # fmt: skip
-@click.option(
-    "--capacity", type=Count(256, 2**20), help="Rows of the cache, prompt and answer.  [default: the recipe's]"
-)
-@click.option("--max-patches", type=Count(256, 2**20), help="Patches of the largest picture.  [default: the recipe's]")
+@click.option("--target", required=True, help=f"Device: {', '.join(d.name for d in DEVICES)}.")
+@click.option("--jetpack", help=f"Release on the device: {JETPACK_NAMES}.  [default: 6.2 on Orin, 7.1 on Thor]")
+@recipe_option("--precision", type=OneOf(PRECISIONS), default=PRECISIONS[0], show_default=True)
+@recipe_option("--capacity", RECIPES)
+@recipe_option("--max-patches", RECIPES)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The archive to write (.tar.gz).")
 @click.option("--force", is_flag=True, help="Write it although the predicted memory does not fit.")
 @quiet_option
@@ -40,8 +40,6 @@ def command(
 
     There, `bash build_on_device.sh` needs JetPack only. The same bundle and options give the same bytes.
     """
-    from ...deploy.jetson.devices import find
-
     device, release = find(target, jetpack)
     from ...deploy.jetson import pack
 

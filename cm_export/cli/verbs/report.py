@@ -21,7 +21,7 @@ from ..console import (
 )
 from .eval import TASKS, Several, load_questions
 
-LIMIT = 50  # questions of each kind, where nobody says
+LIMIT = 50  # questions of each kind, where no option says
 
 
 @click.command(
@@ -63,7 +63,7 @@ def command(
 ) -> None:  # fmt: skip
     """Write one self-contained HTML file: the recommended operating point, its cost, controls, layers and examples.
 
-    The cheapest measured point is recommended whose lower 95 % bound stays at or above --floor. Without --eval, the
+    The page recommends the cheapest measured point whose lower 95 % bound is at or above --floor. Without --eval, the
     recipe and two lower budgets are measured first, and the figures are written beside the page.
     """
     from ...host.overlay import check_output

@@ -17,13 +17,12 @@ from ..console import (
     bundle_argument,
     emit_json,
     json_option,
-    neuron_share,
     progress,
     quiet_option,
     seed_option,
     threads_option,
-    token_share,
 )
+from ..recipe_options import recipe_option
 
 
 @click.command(
@@ -41,13 +40,13 @@ from ..console import (
 @bundle_argument
 @click.option("--image", "-i", "paths", multiple=True, help="A picture; repeat the option for several.")
 @click.option("--prompt", "-p", "prompts", multiple=True, help="The question; repeat it to ask another one afterwards.")
-@click.option("--chat", is_flag=True, help="Go on with the questions on stdin, one a line, until it ends.")
+@click.option("--chat", is_flag=True, help="Then ask the questions on stdin, one a line, until it ends.")
 @click.option("--system", help="System message.  [default: the chat template's]")
 @click.option("--max-new-tokens", type=Count(1), default=128, show_default=True, help="Longest answer.")
-@click.option("--dense", is_flag=True, help="All neurons and all tokens, to compare with.")
-@neuron_share
-@token_share
-@click.option("--guard", is_flag=True, help="Check every draft against the dense model: its answer, at sparse speed.")
+@click.option("--dense", is_flag=True, help="Compute all neurons and all tokens, to compare with.")
+@recipe_option("--neuron-share")
+@recipe_option("--token-share")
+@click.option("--guard", is_flag=True, help="Draft sparsely, check each draft with the dense model, give its answer.")
 @click.option("--guard-every", type=Count(2), default=16, show_default=True, help="Tokens of a draft, with --guard.")
 @click.option("--overlay", help="Write a picture of the image tokens that were kept (.png, .jpg, .webp).")
 @seed_option
@@ -117,7 +116,7 @@ def command(
 
 
 def _questions() -> Iterator[str]:
-    """Lines of stdin that hold something, until it ends; a terminal shows where to write."""
+    """Lines of stdin that are not empty, until it ends; a terminal shows a prompt."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)

@@ -27,7 +27,7 @@ OBJECTIVES = ("latency", "memory")
 
 
 class Objective(click.ParamType):
-    """What is saved."""
+    """What to save, with a suggestion for a misspelt one."""
 
     name = "objective"
 
@@ -56,7 +56,7 @@ class Objective(click.ParamType):
 @click.option(
     "--objective", type=Objective(), default="latency", show_default=True, help="What to save: latency or memory."
 )
-@click.option("--trials", type=Count(1), default=40, show_default=True, help="Trials of all processes together.")
+@click.option("--trials", type=Count(1), default=40, show_default=True, help="Trials in total, of all processes.")
 @click.option("--out", required=True, help="The recipe to write (.toml); not written when none can be recommended.")
 @click.option(
     "--study",
@@ -75,23 +75,23 @@ def command(
 ) -> None:  # fmt: skip
     """Search policies, shares, cut layer and voters for the cheapest recipe whose accuracy is shown to stay above a floor.
 
-    Half of the questions are searched on. The best points are asked the other half, and only what holds there, with its
-    whole confidence interval, is recommended: otherwise the exit code is 1 and no recipe is written. Killed or
-    interrupted, the same command goes on.
+    The search uses half of the questions. The best recipes then answer the other half, and one is recommended only if its
+    whole confidence interval lies above the floor there; otherwise the exit code is 1 and no recipe is written. After a
+    kill or an interrupt, the same command goes on.
     """
     from ...host.overlay import check_output
 
     path = check_output(out, (".toml",))
     place = study or str(path.with_name(f"{path.stem}.study.db"))
     chosen = load_questions(task, data, kinds or (), limit, seed, max_new_tokens)
-    from ...tune.held_out import Wish
+    from ...tune.held_out import Goal
     from ...tune.search import Interrupted, tune
     from ...tune.study import shown
     from ...tune.written import write
 
     with progress(quiet or as_json) as step:
         try:
-            report = tune(bundle, chosen, Wish(floor, objective, trials, seed or 0), place, study_name, threads, step)
+            report = tune(bundle, chosen, Goal(floor, objective, trials, seed or 0), place, study_name, threads, step)
         except Interrupted as stop:
             print(f"cm-export: {stop} (study: {shown(place)})", file=sys.stderr)
             raise click.exceptions.Exit(130) from stop

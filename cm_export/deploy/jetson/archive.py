@@ -1,4 +1,4 @@
-"""A directory as one .tar.gz whose bytes depend on its contents and its name alone; written whole or not at all.
+"""A directory as one .tar.gz whose bytes depend only on its contents and its name; written whole or not at all.
 
     folder/b, folder/a.sh  ->  name/SHA256SUMS, name/a.sh (0755), name/b (0644)      sorted, owner 0, one fixed time
 
@@ -18,13 +18,13 @@ from ...base.hashes import file_sha256
 SUMS = "SHA256SUMS"
 SUFFIX = ".tar.gz"
 _TIME = 315532800  # 1980-01-01, the oldest that no unpacker complains about
-_STORED = ".safetensors"  # weights shrink by some 8 %, which for 3 GB takes minutes: they are stored as they are
+_STORED = ".safetensors"  # not compressed: weights would shrink by some 8 %, and 3 GB of them would take minutes
 
 
 def check_out(out: Path) -> str:
     """The name within the archive. Raises InputError unless `out` can become one."""
     if not out.name.endswith(SUFFIX) or out.name == SUFFIX:
-        raise InputError("is no name of an archive", where=out, fix=f"let --out end in {SUFFIX}")
+        raise InputError("is not the name of an archive", where=out, fix=f"let --out end in {SUFFIX}")
     if out.is_dir():
         raise InputError("is a directory", where=out, fix="give another --out")
     if out.exists() and not out.is_file():
@@ -80,7 +80,7 @@ def write(folder: Path, out: Path, progress: Callable[..., None] = lambda *_: No
 
 
 class _Members:
-    """gzip members one after the other, each of its own level, which every unpacker reads as one stream."""
+    """gzip members one after the other, each with its own level; every unpacker reads them as one stream."""
 
     def __init__(self, raw: BinaryIO):
         self._raw, self._level, self._size = raw, 6, 0

@@ -7,18 +7,23 @@
 
 Engines are bound to the GPU, the TensorRT version and the platform: what is carried is ONNX, plugin sources and a script.
 The plugin is a C++ library on every one of them, the only form that TensorRT 10.3 takes. Usable memory: 5.2 GB is reported
-for the Orin Nano, the others are what is sold less a guess at the system's own. None of it was measured here.
+for the Orin Nano, the others are the memory of the device minus a guess for the system. None of it was measured here.
 """
 
 from dataclasses import dataclass
 
 from ...base.by_name import nearest
 from ...base.errors import InputError
+from ...quant.precision import HALF
+from ...quant.precision import PRECISIONS as KNOWN
+
+# That `pack` offers, from the largest engines to the smallest.
+PRECISIONS = tuple(name for name, known in KNOWN.items() if known.products == HALF)
 
 
 @dataclass(frozen=True)
 class JetPack:
-    """One release. `l4t`: its Jetson Linux versions, by how they begin; later fixes of a release begin alike."""
+    """One release. `l4t`: how its Jetson Linux versions begin, so that later fixes of a release match."""
 
     name: str
     l4t: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What building and running will take on a device, from sizes alone: a prediction that no device has confirmed yet.
+"""The memory that building and running take on a device, predicted from sizes; no device has confirmed it yet.
 
     run    weights of every engine + cache + activations of every engine + embedding table + CUDA and TensorRT themselves
     build  3 x the weights of the largest engine + CUDA and TensorRT themselves       (engines are built one at a time)
@@ -15,11 +15,10 @@ import numpy as np
 import onnx
 
 from ...bundle.names import core_row_names
-from ...quant.precision import HALF
-from ...quant.precision import PRECISIONS as KNOWN
-from ...recipe.recipe import Engine
+from ...quant import precision as precision_facts
+from ...recipe.engine import EngineSettings
+from .devices import PRECISIONS
 
-PRECISIONS = tuple(name for name, known in KNOWN.items() if known.products == HALF)  # from many bytes to few
 FACTORS = {
     "builder": (3.0, "builders are reported to need 2 to 3 times the weights of the engine; the worse one"),
     "runtime": (600_000_000, "CUDA context and TensorRT's libraries, resident; an estimate, bytes"),
@@ -30,7 +29,7 @@ Weights = dict[str, int]  # bytes by graph
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes by purpose; `fits` when the worse of building and running stays within the limit."""
+    """Bytes by purpose; it fits if both building and running stay within the limit."""
 
     parts: dict[str, int]  # of running
     build_bytes: int
@@ -57,7 +56,7 @@ class Prediction:
         }
 
 
-def predict(weights: Weights, bundle: Any, engine: Engine, kv: str, fused: bool, limit: int) -> Prediction:
+def predict(weights: Weights, bundle: Any, engine: EngineSettings, kv: str, fused: bool, limit: int) -> Prediction:
     """`engine`: capacity, longest prompt and largest picture. `kv`: "in_place" or "copy". `fused`: native attention."""
     parts = {f"weights of {name}": size for name, size in weights.items()}
     s = bundle.shape
@@ -78,7 +77,7 @@ def estimated_weights(bundle: Any, graphs: Iterable[str], precision: str) -> Wei
     """
     ffn = {name for layer in core_row_names(bundle.family, bundle.shape.layers) for name in layer}
     layers = bundle.family.layer.partition("{")[0]
-    kind, out = KNOWN[precision], {}
+    kind, out = precision_facts.PRECISIONS[precision], {}
     for graph in graphs:
         total = 0.0
         for tensor in onnx.load(bundle.graph(graph), load_external_data=False).graph.initializer:
@@ -99,9 +98,9 @@ def estimated_weights(bundle: Any, graphs: Iterable[str], precision: str) -> Wei
 
 
 def smaller(
-    bundle: Any, graphs: Iterable[str], precision: str, engine: Engine, kv: str, fused: bool, limit: int
+    bundle: Any, graphs: Iterable[str], precision: str, engine: EngineSettings, kv: str, fused: bool, limit: int
 ) -> str:
-    """What would fit, as options of `pack`: one change alone where that suffices, else the least; "" where nothing does."""
+    """Options of `pack` that would fit: single changes where one suffices, else the least combination; "" if nothing fits."""
     names = tuple(graphs)
     precisions = PRECISIONS[PRECISIONS.index(precision) :]
     weights = {p: estimated_weights(bundle, names, p) for p in precisions}
@@ -128,7 +127,7 @@ def smaller(
     return " or ".join(alone) or "".join(first(itertools.product(precisions, capacities, patches)))
 
 
-def at(engine: Engine, capacity: int, max_patches: int) -> Engine:
+def at(engine: EngineSettings, capacity: int, max_patches: int) -> EngineSettings:
     """The same settings with a cache of another length, which also bounds the prompt, and another largest picture."""
     return replace(engine, capacity=capacity, max_prompt=min(engine.max_prompt, capacity - 1), max_patches=max_patches)
 
@@ -139,7 +138,7 @@ def _halves(size: int) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------- activations
-def _prefill(bundle: Any, e: Engine, fused: bool) -> int:
+def _prefill(bundle: Any, e: EngineSettings, fused: bool) -> int:
     s, n = bundle.shape, e.max_prompt
     stream = 4 * 4 * n * s.hidden  # residual, norm, branch and sum in float32
     ffn = (2 + 2 + 2 + 4) * n * s.ffn  # gate, up and z in 16 bit, z again in float32 to be scored
@@ -148,12 +147,12 @@ def _prefill(bundle: Any, e: Engine, fused: bool) -> int:
     return e.max_batch * (stream + ffn + attention + cache + 4 * s.vocab) + 4 * s.layers * s.ffn
 
 
-def _decode(bundle: Any, e: Engine, fused: bool) -> int:
+def _decode(bundle: Any, e: EngineSettings, fused: bool) -> int:
     s = bundle.shape
     return e.max_batch * (16 * s.hidden + 10 * s.ffn + 4 * (s.heads + 1) * e.capacity + 4 * s.vocab) + (4 << 20)
 
 
-def _vision(bundle: Any, e: Engine, fused: bool) -> int:
+def _vision(bundle: Any, e: EngineSettings, fused: bool) -> int:
     return bundle.tower.engine_memory(e.max_patches, fused)
 
 

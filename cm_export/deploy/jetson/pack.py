@@ -38,7 +38,7 @@ Step = Callable[..., None]
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """What is packed for what. `capacity` and `max_patches` None: the recipe's."""
+    """What to pack, and for which device. `capacity` and `max_patches`: None for the recipe's."""
 
     device: Device
     jetpack: JetPack
@@ -57,7 +57,7 @@ def pack(path: Path, out: Path, order: Order, progress: Step = lambda *_: None) 
     engine = source.recipe.engine
     names = [g for g in GRAPHS if g in bundle.manifest["graphs"]]
     _check_memory(bundle, memory.estimated_weights(bundle, names, order.precision), order, engine, target)
-    plugin_sources(plugins_folder())  # told before the long part
+    plugin_sources(plugins_folder())  # raises before the long part
     with _folder(out) as folder:
         progress(f"lower the graphs for TensorRT {order.jetpack.tensorrt}")
         (folder / "onnx").mkdir()
@@ -100,7 +100,7 @@ def plugins_folder() -> Path:
 
 
 def plugin_sources(folder: Path) -> list[Path]:
-    """Every file of the plugins that is no Python. Raises CmExportError where this installation has none."""
+    """Every file of the plugins but Python ones. Raises CmExportError if this installation has none."""
     found = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc"))
     if folder / "CMakeLists.txt" not in found:
         fix = "install cm-export with its plugin sources (pip install --force-reinstall cm-export)"
@@ -123,7 +123,7 @@ def _source(bundle: Bundle, order: Order) -> Source:
 def _check_memory(
     bundle: Bundle, sizes: memory.Weights, order: Order, engine: Any, target: Target
 ) -> memory.Prediction:
-    """The prediction for weights of these sizes. Raises InputError where it does not fit, unless that is forced."""
+    """The prediction for weights of these sizes. Raises InputError if it does not fit, unless the order forces it."""
     rest = (target.kv, target.native_attention, order.device.usable_bytes)
     p = memory.predict(sizes, bundle, engine, *rest)
     if p.fits or order.force:

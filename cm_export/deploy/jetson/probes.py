@@ -1,4 +1,4 @@
-"""Inputs with the answers of ONNX Runtime to the same graphs and weights: what an engine on the device must repeat.
+"""Probes: inputs, and what ONNX Runtime answers with the archive's graphs and weights. Engines on the device must agree.
 
     probe          graph     asks                                        compared
     vision         vision    one smooth picture                          embeddings
@@ -7,7 +7,7 @@
     decode-core    decode    one step with the recipe's neurons          logits, cache with its new row
     decode-full    decode    the same with every neuron                  the same
 
-Rows of the cache that nothing may read hold its largest number, so that a kernel that reads them shows.
+Rows of the cache that must not be read hold its largest number, so that a kernel that reads one gives a wrong answer.
 """
 
 import hashlib
@@ -33,9 +33,9 @@ from ...source.probe import probe as synthetic
 from .trtexec import shapes
 
 Arrays = dict[str, np.ndarray]
-SCORE_LIMIT = 0.1  # of core_scores, some of which are counts of tokens and jump
-SAME_IDS = 0.9  # least share of the kept tokens: nearly equal scores may fall otherwise in another order of additions
-_MOST = 1 << 16  # numbers kept of an output; of a larger one every n-th, n odd so that it meets every column
+SCORE_LIMIT = 0.1  # of core_scores; some policies count tokens, and a count changes by whole numbers
+SAME_IDS = 0.9  # least share of the kept tokens: nearly equal scores may swap when sums are added in another order
+_MOST = 1 << 16  # numbers kept of an output; of a larger one every n-th, with an odd n, so that every column is sampled
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Probe:
 def make(bundle: Any, source: Source, target: Target, folder: Path) -> Iterator[tuple[str, Probe]]:
     """Name and Probe of each, in the order of running. `folder`: what `write_graphs` wrote.
 
-    Raises CmExportError where memory does not suffice for the answers.
+    Raises CmExportError if there is too little memory for the answers.
     """
     shape, recipe, weights, family, tower = source.shape, source.recipe, source.weights, bundle.family, source.tower
     # One thread: with several, sums may fall in another order, and the archive would differ in its last bits.
@@ -122,7 +122,7 @@ def write(probe: Probe, dynamic: set[str], folder: Path) -> dict[str, Any]:
 
 
 def _file(value: np.ndarray, folder: Path) -> str:
-    """Raw numbers in a file that is named after them."""
+    """Writes raw numbers into a file that is named by their hash."""
     content = np.ascontiguousarray(value).tobytes()
     file = folder / "probe" / f"{hashlib.sha256(content).hexdigest()[:16]}.bin"
     file.parent.mkdir(exist_ok=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...backends.tensorrt.targets import Target
 
-# Each holds from 10.3 on. detailed: without it the list of layers has names only, and no types to find plugins by.
+# All exist from 10.3 on. Without `detailed` the list of layers has names only, not the types by which plugins are found.
 BUILD = ("--skipInference", "--profilingVerbosity=detailed", "--dumpLayerInfo")
 ONCE = ("--iterations=1", "--warmUp=0", "--duration=0", "--avgRuns=1")
 # With transfers: without them (--noDataTransfers) the ids that a plugin reads might never reach the device.

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from check_engine import check_engine  # cm_export/backends/tensorrt/check_engine.py, put beside this file by `pack`
+from check_engine import check_engine  # cm_export/backends/tensorrt/check_engine.py, which `pack` puts beside this file
 
 HERE = Path(__file__).resolve().parent.parent
 

@@ -1,4 +1,4 @@
-"""Answers of manifest.json to build_on_device.sh, in words that a shell can read: one a line. Standard library only.
+"""What build_on_device.sh asks of manifest.json, answered in words that a shell can read, one a line. Standard library only.
 
 python3 device/facts.py system | graphs | flags | build GRAPH | key GRAPH LIBRARY WORD.. | probes | probe NAME | ...
 """

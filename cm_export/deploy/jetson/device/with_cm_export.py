@@ -1,4 +1,4 @@
-"""Build one engine with cm-export's own builder, which looks at the network before and after; its last word is passed on.
+"""Build one engine with cm-export's own builder, which checks the network and the engine; passes its result on.
 
 python3 device/with_cm_export.py JOB.json        exit code 1 and one line when it refuses
 """
