@@ -41,20 +41,23 @@ def kept_interval(cells: np.ndarray, level: float = 0.95) -> list[float]:
     """The interval of (a + c) / (a + b) for counts [a, b, c, d] of the square above; they need not be whole."""
     both, lost, won, _ = np.random.default_rng(0).dirichlet(cells + 0.5, _DRAWS).T
     tail = (1 - level) / 2
-    return np.quantile((both + won) / (both + lost), [tail, 1 - tail]).tolist()
+    low, high = np.quantile((both + won) / (both + lost), [tail, 1 - tail])
+    return [float(low), float(high)]
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """[..,V] float64."""
     x = logits.astype(np.float64)
     x -= x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+    found: np.ndarray = x - np.log(np.exp(x).sum(-1, keepdims=True))
+    return found
 
 
 def divergences(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
     """[..]: KL(reference || other) in nats of two logits [..,V]."""
     p, q = log_softmax(reference), log_softmax(logits)
-    return (np.exp(p) * (p - q)).sum(-1)
+    found: np.ndarray = (np.exp(p) * (p - q)).sum(-1)
+    return found
 
 
 def divergence(reference: np.ndarray, logits: np.ndarray) -> tuple[float, float]:

@@ -76,8 +76,8 @@ def model_of(function: onnx.FunctionProto, inputs: str, outputs: str, **attribut
     from onnx import checker, helper, parser
 
     graph = parser.parse_graph(f"{function.name} ({inputs}) => ({outputs}) {{ }}")
-    names = [value.name for value in graph.input], [value.name for value in graph.output]
-    graph.node.append(call(function, *names, **attributes))
+    read, written = [value.name for value in graph.input], [value.name for value in graph.output]
+    graph.node.append(call(function, read, written, **attributes))
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=IR_VERSION)
     checker.check_model(model, full_check=True)

@@ -163,7 +163,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError("not a bundle (no manifest.json)", where=path, fix="give a directory made by cm-export build")
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest: dict[str, Any] = json.loads(file.read_bytes())
         seal = manifest.pop("seal")
         if manifest["format"] != FORMAT:
             raise BundleError(

@@ -6,8 +6,9 @@ from typing import Any
 from ..base.core_index import neuron_count
 from ..families import Shape
 from ..recipe.recipe import Recipe, from_dict
-from .bundle import WEIGHTS, Bundle
+from .bundle import Bundle
 from .predictor import predictor_share
+from .weights import FILE as WEIGHTS
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -15,5 +15,8 @@ def stored_name(name: str, family: Family) -> str:
 
 def core_row_names(family: Family, layers: int) -> list[tuple[str, str, str]]:
     """Names in the weight file of every layer's gate, up and (transposed) down matrix."""
-    parts = (family.gate, family.up, family.down)
-    return [tuple(stored_name(family.layer.format(layer=i) + part, family) for part in parts) for i in range(layers)]
+    begins = [family.layer.format(layer=i) for i in range(layers)]
+    gates, ups, downs = (
+        [stored_name(b + part, family) for b in begins] for part in (family.gate, family.up, family.down)
+    )
+    return list(zip(gates, ups, downs, strict=True))

@@ -8,8 +8,10 @@ Fitted at export time: each group of g weights of a neuron takes the scale with 
 predictor of the same size chose worse on a real language model (docs/quality.md).
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,7 +77,7 @@ def names(layer: int) -> dict[str, str]:
 def tensors(file: WeightFile, family: Family, shape: Shape) -> list[Planned]:
     """The predictor of every layer, made when it is read, from the rows of the weight file. Raises InputError."""
     stored, size, out = scheme(shape.hidden), (shape.ffn, shape.hidden), []
-    kinds = {
+    kinds: dict[str, tuple[str, np.dtype[Any], tuple[int, ...]]] = {
         "codes": ("", np.dtype("u1"), (shape.ffn, shape.hidden * stored.bits // 8)),
         "scale": ("_scale", np.dtype("<f4"), stored.scale_shape(size)),
     }
@@ -84,9 +86,14 @@ def tensors(file: WeightFile, family: Family, shape: Shape) -> list[Planned]:
         for name, source in (("gate", gate), ("up", up)):
             made = parts(partial(least_squares, file[source], stored, source), _packed)
             for part, (ending, dtype, dims) in kinds.items():
-                out.append(Planned(own[name + ending], dtype, dims, lambda read=made[part]: [read()]))
-        out.append(Planned(own["norm"], np.dtype("<f4"), (shape.ffn,), lambda d=down: [row_norms(file[d])]))
+                out.append(Planned(own[name + ending], dtype, dims, partial(_alone, made[part])))
+        norms = partial(row_norms, file[down])  # a view of the file until it is called
+        out.append(Planned(own["norm"], np.dtype("<f4"), (shape.ffn,), partial(_alone, norms)))
     return out
+
+
+def _alone(make: Callable[[], np.ndarray]) -> list[np.ndarray]:
+    return [make()]
 
 
 def _packed(copy: Quantised) -> np.ndarray:
@@ -100,4 +107,4 @@ def write(path: Path, file: WeightFile, family: Family, shape: Shape) -> str:
 
 def row_norms(down: np.ndarray) -> np.ndarray:
     """[F] float32: ||W_down[n]||, W_down [F,D]: what a unit of z is worth to the hidden state."""
-    return np.sqrt(np.square(down.astype(np.float64)).sum(1)).astype(np.float32)
+    return np.asarray(np.sqrt(np.square(down.astype(np.float64)).sum(1)), np.float32)

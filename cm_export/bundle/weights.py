@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -54,7 +55,8 @@ class Planned:
 
 def write(path: Path, tensors: list[Planned]) -> str:
     """Write the file tensor by tensor and return its sha256. The caller renames it into place."""
-    header, at = {}, 0
+    header: dict[str, Any] = {}
+    at = 0
     for t in tensors:
         size = int(np.prod(t.shape, dtype=np.int64)) * t.dtype.itemsize
         header[t.name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + size]}
@@ -119,7 +121,7 @@ class WeightFile:
 
     def release(self) -> None:
         """Take the pages read so far out of this process; they come back from the page cache when read again."""
-        self._map._mmap.madvise(mmap.MADV_DONTNEED)
+        self._map._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]  # numpy gives no other way to it
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors

@@ -96,9 +96,9 @@ class Qwen2VLTower(Tower):
             vision["spatial_merge_size"],
             vision["temporal_patch_size"],
         )
-        self.heads, self.hidden = vision["num_heads"], vision["hidden_size"]
-        self.width = vision.get("embed_dim") or self.hidden
-        self.patch_dim = vision["in_channels"] * self.temporal * self.patch**2
+        self.heads, self.hidden = int(vision["num_heads"]), int(vision["hidden_size"])
+        self.width = int(vision.get("embed_dim") or self.hidden)
+        self.patch_dim: int = vision["in_channels"] * self.temporal * self.patch**2
         self.min_side = self.patch * self.merge
         self.inputs = (
             Port("pixel_values", np.float32, (dims.PATCHES, self.patch_dim)),

@@ -105,5 +105,5 @@ class Opener(Protocol):
 
 def find(name: str) -> Opener:
     """The module of a backend, `tensorrt-rtx` or `tensorrt_rtx`. Raises InputError that names the nearest."""
-    module: Any = by_name.load("cm_export.backends", name.replace("-", "_"), "backend")
+    module: Opener = by_name.load("cm_export.backends", name.replace("-", "_"), "backend")
     return module

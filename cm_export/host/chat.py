@@ -6,7 +6,7 @@ system, pictures, prompt -> chat template (sandboxed Jinja) -> one image token p
 import json
 from collections.abc import Iterator
 from datetime import datetime
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -33,7 +33,9 @@ class Chat:
         self._bundle, self._config = bundle, _json(bundle, "tokenizer_config.json")
         source = _template(bundle, self._config)
         self._template = None if source is None else self._compile(source)
-        self.image_token = self._tokenizer.id_to_token(bundle.shape.image_token) if bundle.shape.sees else None
+        self.image_token: str | None = None
+        if bundle.shape.sees:
+            self.image_token = self._tokenizer.id_to_token(bundle.shape.image_token)
         stop = _json(bundle, "generation_config.json").get("eos_token_id")
         stop = list(bundle.shape.stop_ids) if stop is None else stop
         self.stop_ids = frozenset(stop if isinstance(stop, list) else [stop])
@@ -73,13 +75,14 @@ class Chat:
             messages.append({"role": "user", "content": self._blocks(prompt, pictures)})
             if i < len(answers):
                 messages.append({"role": "assistant", "content": self._blocks(answers[i], 0)})
-        text = self._render(messages, len(answers) < len(prompts))
-        parts = text.split(self.image_token) if image_tokens else [text]
+        text = self._render(self._template, messages, len(answers) < len(prompts))
+        mark = self.image_token or ""
+        parts = text.split(mark) if image_tokens else [text]
         if len(parts) != len(image_tokens) + 1:
             raise BundleError(
                 f"the chat template places {len(parts) - 1} of {len(image_tokens)} pictures", where=self._bundle.path
             )
-        filled = parts[0] + "".join(self.image_token * n + p for n, p in zip(image_tokens, parts[1:], strict=True))
+        filled = parts[0] + "".join(mark * n + p for n, p in zip(image_tokens, parts[1:], strict=True))
         # As transformers does: the template has written every special token, a second <s> would be one too many.
         return np.array(self._tokenizer.encode(filled, add_special_tokens=False).ids, np.int64)
 
@@ -119,7 +122,7 @@ class Chat:
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        def fail(message: str):
+        def fail(message: str) -> NoReturn:
             raise TemplateError(message)
 
         # The same settings as transformers' apply_chat_template, so that templates mean what they mean there.
@@ -130,12 +133,12 @@ class Chat:
         except TemplateError as e:
             raise BundleError(f"the chat template is not valid ({e})", where=self._bundle.path) from e
 
-    def _render(self, messages: list[dict[str, Any]], is_open: bool) -> str:
+    def _render(self, template: Any, messages: list[dict[str, Any]], is_open: bool) -> str:
         from jinja2 import TemplateError
 
         special = {k: _content(v) for k, v in self._config.items() if k.endswith("_token") and v}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=is_open, **special)
+            return str(template.render(messages=messages, add_generation_prompt=is_open, **special))
         except TemplateError as e:
             raise BundleError(f"the chat template fails ({e})", where=self._bundle.path) from e
 

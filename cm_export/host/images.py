@@ -32,8 +32,8 @@ def open_image(path: str | Path) -> Image.Image:
                 image.load()  # of an animation: the first frame
                 return _to_rgb(ImageOps.exif_transpose(image), path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        limit = f"more than {Image.MAX_IMAGE_PIXELS // 1_000_000} million pixels"
-        raise InputError(limit, where=path, fix="scale the picture down first") from e
+        limit = (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
+        raise InputError(f"more than {limit} million pixels", where=path, fix="scale the picture down first") from e
     except UnidentifiedImageError as e:
         raise InputError("is not a picture that can be read", where=path, fix="give a PNG, JPEG, WebP, BMP...") from e
     except PermissionError as e:
@@ -72,8 +72,8 @@ def _check_file(path: Path) -> None:
 def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
     """8-bit RGB of any Pillow mode; Pillow's own convert() clips 16-bit grey instead of scaling it."""
     if image.mode.startswith("I;16") or image.mode == "I":
-        high = image.getextrema()[1]
-        if high > 65535:
+        _, high = image.getextrema()
+        if isinstance(high, (int, float)) and high > 65535:  # one band, so its extrema are two numbers
             raise InputError("has 32 bits per pixel", where=path, fix="save it with 8 or 16 bits")
         return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L").convert("RGB")
     if image.mode == "F":

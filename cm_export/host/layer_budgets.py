@@ -26,6 +26,7 @@ def layer_counts(neurons: Neurons, share: float, layers: int, ffn: int, calibrat
     total = max(1, round(neuron_count(share, ffn) / block)) * layers
     if neurons.layers == "uniform" or total == layers * ffn // block:
         return np.full(layers, total // layers * block, np.int64)
+    assert calibration is not None  # a recipe with calibrated budgets is refused without one
     return allot(calibration.sensitivity, calibration.shares, total, ffn // block) * block
 
 

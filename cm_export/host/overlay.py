@@ -90,7 +90,8 @@ def _outline(mask: Image.Image, thickness: int) -> Image.Image:
     grown = Image.new("L", (mask.width + 2 * thickness, mask.height + 2 * thickness), 0)
     grown.paste(mask.convert("L"), (thickness, thickness))
     inner = grown.filter(ImageFilter.MinFilter(2 * thickness + 1))
-    return ImageChops.subtract(grown, inner).crop((thickness, thickness, *(n + thickness for n in mask.size)))
+    right, lower = mask.width + thickness, mask.height + thickness
+    return ImageChops.subtract(grown, inner).crop((thickness, thickness, right, lower))
 
 
 def _with_caption(picture: Image.Image, caption: str) -> Image.Image:

@@ -61,7 +61,7 @@ class Request:
     @property
     def tokens(self) -> int:
         """Prompt tokens S, image tokens included."""
-        return self.picture.shape[1]
+        return int(self.picture.shape[1])
 
     @property
     def image_tokens(self) -> int:
@@ -71,7 +71,8 @@ class Request:
     def picture_sizes(self, before: int | None = None) -> list[int]:
         """Image tokens of each picture among the first `before` tokens (None: all); [0] without pictures."""
         numbers = self.picture[0, :before]
-        return np.bincount(numbers[numbers >= 0], minlength=max(1, int(self.picture.max()) + 1)).tolist()
+        counts = np.bincount(numbers[numbers >= 0], minlength=max(1, int(self.picture.max()) + 1))
+        return [int(count) for count in counts]
 
     def embedded(self, ids: Sequence[int]) -> np.ndarray:
         """[N,D] float32: embeddings of text tokens."""

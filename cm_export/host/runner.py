@@ -73,9 +73,9 @@ class Prefilled:
 
     def row(self, core: CoreSet | None = None, **how: Any) -> Row:
         """The request at the beginning of its answer. `core`: another core set; `how`: further fields of Row."""
-        graph = "decode_dense" if self.budget.dense else "decode"
-        listed = None if self.budget.dense else self._listed
-        fields = {"graph": graph, "kept": self._kept_mask, "listed": listed} | how
+        dense = self.budget.dense
+        fields: dict[str, Any] = {"kept": self._kept_mask, "listed": None if dense else self._listed} | how
+        fields.setdefault("graph", "decode_dense" if dense else "decode")
         return Row(self.request, core or self.core_set, self.cache, self.logits[0], **fields)
 
     def then(self, ids: list[int], question: int | None = None) -> Prefilled:

@@ -77,7 +77,8 @@ def _value(name: str, node: ast.Assign | ast.AnnAssign | ast.AugAssign, where: o
     except ValueError as e:  # a call, another name, an operator
         fix = "write the value itself: facts are read without running the file"
         raise InputError(f"{name} is not a literal", where=where, fix=fix) from e
-    if type(value) is not wanted or (wanted is tuple and not all(isinstance(word, str) for word in value)):
+    words = value if isinstance(value, tuple) else ()
+    if type(value) is not wanted or not all(isinstance(word, str) for word in words):
         fix = 'give ("z", "vote"), a tuple of names' if wanted is tuple else "give True or False"
         raise InputError(f"{name} = {value!r}", where=where, fix=fix)
     return value

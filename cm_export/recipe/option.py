@@ -40,7 +40,7 @@ def options_of(table: Any) -> dict[str, Option]:
     return {f.name: f.metadata["option"] for f in dataclasses.fields(table) if "option" in f.metadata}
 
 
-def kind(field: dataclasses.Field) -> type:
+def kind(field: dataclasses.Field[Any]) -> type:
     """The type of a field's values, from its default; None is the default of texts only."""
     return str if field.default is None else type(field.default)
 

@@ -283,7 +283,8 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
     for key, value in values.items():
         if key not in fields:
             raise InputError(f"unknown key {key!r}", where=where, fix=by_name.nearest(key, sorted(fields)))
-        default = fields[key].default_factory() if callable(fields[key].default_factory) else fields[key].default
+        make = fields[key].default_factory
+        default = fields[key].default if make is dataclasses.MISSING else make()
         if dataclasses.is_dataclass(default):
             if not isinstance(value, dict):
                 raise InputError(f"{key} must be a table", where=where, fix=f"write [{key}] and its keys below it")
