@@ -18,8 +18,8 @@ def exercise(cuda: Cuda) -> None:
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((2, 3, 5, 4)).astype(np.float32)  # [B,Hk,T,d] into [B,Hk,C,d], C = 8
     source, target = Buffer(cuda, rows.nbytes), Buffer(cuda, 2 * 3 * 8 * 16)
-    cuda.upload(source, rows)
-    cuda.clear(target)
+    cuda.upload(source.address, rows)
+    cuda.clear(target.address, target.size)
     cuda.copy_rows(target.address, 8 * 16, source.address, 5 * 16, 5 * 16, 6)
     found, expected = np.empty((2, 3, 8, 4), np.float32), np.zeros((2, 3, 8, 4), np.float32)
     expected[:, :, :5] = rows
