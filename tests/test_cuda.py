@@ -9,7 +9,7 @@ import pytest
 from fake_cuda import FakeCuda
 from test_tensorrt_api import CUDA, installed
 
-from cm_export.backends.tensorrt.cuda import Buffer, Buffers, Cuda, Pinned, open_cuda
+from cm_export.backends.tensorrt.cuda import Buffer, Buffers, Cuda, Pinned, Pool, laid_out, open_cuda
 from cm_export.base.errors import CmExportError
 
 
@@ -48,6 +48,16 @@ def exercise(cuda: Cuda) -> None:
     with pytest.raises(CmExportError, match="CUDA: cudaMalloc"):
         Buffer(cuda, 1 << 50)
     cuda.wait()
+
+    pool = Pool(cuda)
+    one, other = pool.take(1000), pool.take(4000)
+    addresses = one.address, other.address
+    del one, other
+    again = pool.take(3000)
+    assert (again.address, again.size) == (addresses[1], 4000) and pool.take(1000).address == addresses[0]
+    larger = pool.take(5000)
+    assert larger.size == 5000 and not pool._spare, "what was spare is freed first"
+    assert laid_out({"a": 1, "b": 257, "c": 256}) == ({"a": 0, "b": 256, "c": 768}, 1024)
 
 
 def test_on_the_fake():

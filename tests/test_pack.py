@@ -404,6 +404,17 @@ def test_a_2_b_model_fits_an_orin_nano_in_int4_only():
     assert memory.predict(weights, bundle, Engine(), "in_place", True, 1).parts["cache"] == int4.parts["cache"] // 2
 
 
+def test_requests_that_decode_together_count_each_and_prompts_count_once():
+    weights, bundle = {"vision": 1, "prefill": 1, "decode": 1}, qwen2_vl_2b(embed_dim=64, num_heads=4)
+    one, four = (memory.predict(weights, bundle, Engine(max_batch=n), "copy", False, 1).parts for n in (1, 4))
+    assert four["cache"] == 4 * one["cache"] and "cache, regrouped" not in one
+    assert four["cache, regrouped"] == 7 * one["cache"] // 2  # a group of four, and three that join, in one set each
+    for name in ("vision", "prefill"):
+        assert four[f"activations of {name}"] == one[f"activations of {name}"]
+    fixed = 4 << 20
+    assert four["activations of decode"] - fixed == 4 * (one["activations of decode"] - fixed)
+
+
 def test_qwen2_vl_2b_with_its_own_vision_fits_an_orin_nano_with_smaller_pictures_and_a_shorter_cache(monkeypatch):
     """Vision of 665 M parameters: together with it nothing alone suffices, and what is named does."""
     bundle = qwen2_vl_2b(embed_dim=1280, num_heads=16)
