@@ -14,6 +14,7 @@ from cm_export.backends.tensorrt import decode as decoding
 from cm_export.base.errors import BundleError, InputError
 from cm_export.deploy.jetson import memory
 from cm_export.host.decode import Batch, decode, greedy, recorded
+from cm_export.host.images import open_image
 
 MOST = 4
 FOUR = {"engine__max_batch": MOST, "engine__precision": "fp32"}
@@ -279,6 +280,19 @@ def test_engines_may_be_dropped_while_a_request_is_answered(sit, version):
     model.backend.drop("vision", "prefill", "prefill_dense", "decode", "decode_dense")
     assert held(at) <= before
     assert alone(model, names)[0] == expected
+
+
+@pytest.mark.parametrize("version", SOME)
+def test_a_dropped_engine_keeps_its_scratch_when_a_larger_one_is_loaded(sit, version):
+    at = sit(version, **FOUR)
+    expected, model = alone(engines_of(at), ["no picture"])[0]["no picture"], engines_of(at)
+    rows, _ = rows_of(model, ["no picture"])
+    answer = decode(model.backend, list(rows.values()))
+    found = [token for _, (_, token) in zip(range(3), answer, strict=False)]
+    model.backend.drop("decode")
+    model.see([open_image(IMAGES[0])])  # the tower's engine needs more scratch memory than those before it
+    assert model.backend._scratch_size > 4096
+    assert found + [token for _, token in answer] == expected
 
 
 @pytest.mark.parametrize("version", SOME)
