@@ -104,3 +104,9 @@ def on_machine(demo_bundle, whole_bundle, tmp_path_factory):
         return made[key]
 
     return build
+
+
+@pytest.fixture
+def sit(monkeypatch, on_machine):
+    """(version, ...) -> the machine of `on_machine`, whose libraries are now imported."""
+    return lambda *args, **kwargs: on_machine(*args, **kwargs).sit_at(monkeypatch)

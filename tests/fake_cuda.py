@@ -76,6 +76,7 @@ class FakeCuda(Recorded):
     def __init__(self, gpu: tuple[str, int, int] = ("Fake GPU", 8, 7), memory: int = 1 << 32):
         self._calls = set()
         self._gpu, self._left, self._fail = gpu, memory, {}
+        self._allocated = 0  # bytes of all allocations ever, freed or not
         self._device: dict[int, Any] = {}
         self._pinned: dict[int, Any] = {}
         self._queues: dict[int, list] = {}
@@ -95,6 +96,7 @@ class FakeCuda(Recorded):
         memory = (ctypes.c_ubyte * size)()
         ctypes.memset(memory, 0xFF, size)
         self._left -= size
+        self._allocated += size
         self._device[ctypes.addressof(memory)] = memory
         return (OK, ctypes.addressof(memory))
 

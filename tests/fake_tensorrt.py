@@ -110,7 +110,7 @@ class ICudaEngine(Api):
 
     num_io_tensors = property(lambda self: len(self._io))
     num_layers = property(lambda self: len(self._model.graph.node))
-    device_memory_size_v2 = property(lambda self: 4096)
+    device_memory_size_v2 = property(lambda self: 4096 * (1 + ("pixel_values" in self._io)))  # a tower needs the most
 
     def get_tensor_name(self, index: int) -> str:
         return list(self._io)[index]
@@ -157,7 +157,8 @@ class IExecutionContext(Api):
         return False
 
     def set_device_memory(self, memory: int, size: int) -> None:
-        if size < 4096 or not self._lib._cuda._holds(self._lib._cuda._device, memory, size):
+        need = 4096 * (1 + ("pixel_values" in self._engine._io))
+        if size < need or not self._lib._cuda._holds(self._lib._cuda._device, memory, size):
             raise ValueError("the memory is too small or not on the device")
         self._needs_memory, self._scratch = False, memory
 

@@ -9,7 +9,7 @@ import pytest
 from fake_cuda import FakeCuda
 from test_tensorrt_api import CUDA, installed
 
-from cm_export.backends.tensorrt.cuda import Buffer, Buffers, Cuda, Pinned, open_cuda
+from cm_export.backends.tensorrt.cuda import Buffer, Buffers, Cuda, Pinned, Pool, laid_out, open_cuda
 from cm_export.base.errors import CmExportError
 
 
@@ -18,8 +18,8 @@ def exercise(cuda: Cuda) -> None:
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((2, 3, 5, 4)).astype(np.float32)  # [B,Hk,T,d] into [B,Hk,C,d], C = 8
     source, target = Buffer(cuda, rows.nbytes), Buffer(cuda, 2 * 3 * 8 * 16)
-    cuda.upload(source, rows)
-    cuda.clear(target)
+    cuda.upload(source.address, rows)
+    cuda.clear(target.address, target.size)
     cuda.copy_rows(target.address, 8 * 16, source.address, 5 * 16, 5 * 16, 6)
     found, expected = np.empty((2, 3, 8, 4), np.float32), np.zeros((2, 3, 8, 4), np.float32)
     expected[:, :, :5] = rows
@@ -48,6 +48,16 @@ def exercise(cuda: Cuda) -> None:
     with pytest.raises(CmExportError, match="CUDA: cudaMalloc"):
         Buffer(cuda, 1 << 50)
     cuda.wait()
+
+    pool = Pool(cuda)
+    one, other = pool.take(1000), pool.take(4000)
+    addresses = one.address, other.address
+    del one, other
+    again = pool.take(3000)
+    assert (again.address, again.size) == (addresses[1], 4000) and pool.take(1000).address == addresses[0]
+    larger = pool.take(5000)
+    assert larger.size == 5000 and not pool._spare, "what was spare is freed first"
+    assert laid_out({"a": 1, "b": 257, "c": 256}) == ({"a": 0, "b": 256, "c": 768}, 1024)
 
 
 def test_on_the_fake():

@@ -32,7 +32,7 @@ from cm_export.cli import main
 from cm_export.cli.verbs.pack import memory_table
 from cm_export.deploy.jetson import archive, memory, pack, trtexec
 from cm_export.deploy.jetson import devices as jetson
-from cm_export.families import Pictures
+from cm_export.families import Pictures, qwen2_vl
 from cm_export.host.decode import teacher_forced
 from cm_export.host.loaded import load as load_bundle
 from cm_export.host.runner import Budget
@@ -376,12 +376,16 @@ def test_int8_packs_the_ffn_of_decode_and_int4_the_matrices_of_every_layer(bare_
         assert saved == pytest.approx((ffn + attention) * (2 - 0.5 - 2 / 64), abs=2)
 
 
+def qwen2_vl_2b(**vision):
+    """What the prediction asks of a bundle: Qwen2-VL-2B's decoder, behind a tower of these widths."""
+    shape = SimpleNamespace(layers=28, hidden=1536, ffn=8960, heads=12, kv_heads=2, head_dim=128, vocab=151936)
+    sizes = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3, "hidden_size": 1536}
+    return SimpleNamespace(shape=shape, tower=qwen2_vl.FAMILY.tower({"vision_config": sizes | vision}))
+
+
 def test_a_2_b_model_fits_an_orin_nano_in_int4_only():
     """Weights of Qwen2-VL-2B's decoder, counted by hand; vision as small as benchmarks/random_bundle.py makes it."""
-    shape = SimpleNamespace(
-        layers=28, hidden=1536, ffn=8960, heads=12, kv_heads=2, head_dim=128, vocab=151936, patch_dim=1176
-    )
-    bundle = SimpleNamespace(shape=shape, config={"vision_config": {"embed_dim": 64, "num_heads": 4}})
+    bundle = qwen2_vl_2b(embed_dim=64, num_heads=4)
     ffn, attention, head = 28 * 3 * 1536 * 8960, 28 * 2 * (1536 * 1536 + 1536 * 256), 2 * 151936 * 1536
     low = {"int8": 1 + 2 / 128, "int4": 0.5 + 2 / 64}
     both = {
@@ -403,12 +407,20 @@ def test_a_2_b_model_fits_an_orin_nano_in_int4_only():
     )
 
 
+def test_requests_that_decode_together_count_each_and_prompts_count_once():
+    weights, bundle = {"vision": 1, "prefill": 1, "decode": 1}, qwen2_vl_2b(embed_dim=64, num_heads=4)
+    one, four = (memory.predict(weights, bundle, Engine(max_batch=n), "copy", False, 1).parts for n in (1, 4))
+    assert four["cache"] == 4 * one["cache"] and "cache, regrouped" not in one
+    assert four["cache, regrouped"] == 7 * one["cache"] // 2  # a group of four, and three that join, in one set each
+    for name in ("vision", "prefill"):
+        assert four[f"activations of {name}"] == one[f"activations of {name}"]
+    fixed = 4 << 20
+    assert four["activations of decode"] - fixed == 4 * (one["activations of decode"] - fixed)
+
+
 def test_qwen2_vl_2b_with_its_own_vision_fits_an_orin_nano_with_smaller_pictures_and_a_shorter_cache(monkeypatch):
     """Vision of 665 M parameters: together with it nothing alone suffices, and what is named does."""
-    shape = SimpleNamespace(
-        layers=28, hidden=1536, ffn=8960, heads=12, kv_heads=2, head_dim=128, vocab=151936, patch_dim=1176
-    )
-    bundle = SimpleNamespace(shape=shape, config={"vision_config": {"embed_dim": 1280, "num_heads": 16}})
+    bundle = qwen2_vl_2b(embed_dim=1280, num_heads=16)
     by = {
         p: {"vision": 1_330_000_000, "prefill": d, "decode": d}
         for p, d in (("fp16", 3.09e9), ("int8", 2e9), ("int4", 1.163e9))

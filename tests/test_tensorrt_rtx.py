@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -117,6 +118,19 @@ def test_two_layers_of_qwen2_vl_2b_build(tmp_path):
     decode = {v["name"]: v["shape"] for v in told["graphs"]["decode"]["inputs"]}
     assert decode["ffn.1.down"] == ["batch", "core_neurons", 1536] and decode["past.1.value"][1:] == [2, 512, 128]
     assert all(g["passed"] for g in told["gates"])
+
+
+def test_decode_for_several_requests_builds_and_prefill_stays_for_one(demo_bundle, tmp_path):
+    bundle = Bundle(demo_bundle)
+    recipe = bundle.recipe.replace(backend="tensorrt-rtx", engine__max_batch=4, engine__dense=False, **CARD)
+    aim = engines.aim(recipe)
+    source = replace(Source.of(bundle), recipe=recipe)
+    asked = probe(bundle.shape, bundle.tower, bundle.config)
+    told = engines.build_engines(source, bundle.family, asked, tmp_path, aim, lambda *_: None)["graphs"]
+    heads, width = bundle.shape.kv_heads, bundle.shape.head_dim
+    assert told["decode"]["profile"]["past.0.key"] == [[n, heads, 512, width] for n in (1, 4, 4)]
+    assert told["prefill"]["profile"]["attention_mask"] == [[1, n] for n in (2, 128, 256)]
+    assert (tmp_path / "decode.plan").stat().st_size == told["decode"]["bytes"]
 
 
 # ------------------------------------------------------------------------------------------ what must not pass

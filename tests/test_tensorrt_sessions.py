@@ -37,12 +37,6 @@ VERSIONS = ("10.3.0", "10.14.1", "10.16.1.11", "11.4.0.106", "rtx-1.7.1")
 SOME = ("10.3.0", "10.16.1.11", "rtx-1.7.1")  # copied cache, cache in place, gathered rows
 
 
-@pytest.fixture
-def sit(monkeypatch, on_machine):
-    """(version, ...) -> the machine, whose libraries are now imported."""
-    return lambda *args, **kwargs: on_machine(*args, **kwargs).sit_at(monkeypatch)
-
-
 def engines_of(at) -> LoadedBundle:
     return load(at.bundle, threads=1)
 

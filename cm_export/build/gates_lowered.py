@@ -115,7 +115,7 @@ class _Portable:
     def decode(self, request: Request, cache: Feeds, words: np.ndarray) -> list[np.ndarray]:
         whole, every = CoreSet.whole(self.source.shape), np.arange(request.tokens, dtype=np.int32)
         row = Row(request, whole, Rows.of(cache), np.zeros(self.source.shape.vocab, np.float32), listed=every)
-        return [step[None] for step in teacher_forced(self.backend, row, words.tolist())[1:]]
+        return [step[None, None] for step in teacher_forced(self.backend, row, words.tolist())[1:]]
 
 
 class _Exact:

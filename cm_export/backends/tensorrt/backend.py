@@ -19,7 +19,7 @@ from ...host.core_rows import CoreRows
 from ...host.core_set import CoreSet
 from ...recipe.recipe import Recipe
 from .cache import CacheMemory, StaticCache
-from .cuda import Buffers, Cuda, Pinned, open_cuda
+from .cuda import Buffers, Cuda, Pinned, Pool, open_cuda
 from .decode import Decoder
 from .session import ELSEWHERE, Library, Session, read
 
@@ -74,8 +74,8 @@ class Backend:
         self._buffers = Buffers(cuda)
         self._pinned: dict[str, Pinned] = {}
         self._sessions: dict[str, Session] = {}
-        self.in_place = self._engines["kv"] == "in_place"
-        self.memory = CacheMemory(cuda, self._engines)
+        self._scratch_size = 0
+        self.memory, self.for_answers = CacheMemory(cuda, self._engines), Pool(cuda)
         self.hardware = {"gpu": cuda.gpu.name, "architecture": cuda.gpu.architecture, name: trt.__version__}
 
     def _check(self, trt: Any) -> None:
@@ -122,17 +122,28 @@ class Backend:
             self._bundle.wait_verified()  # a plan is code that runs
             streams = self._bundle.recipe.engine.weight_streaming
             self._sessions[graph] = Session(self._library, file, self._buffers, streams)
-            scratch = self._buffers.get("scratch", max(s.scratch_size for s in self._sessions.values()))
-            for session in self._sessions.values():
-                session.use_scratch(scratch)
+            self._share_scratch()
         return self._sessions[graph]
 
+    def _share_scratch(self) -> None:
+        """Engines run one after the other, so the memory of the one that needs most serves them all."""
+        sessions, need = self._sessions.values(), max(s.scratch_size for s in self._sessions.values())
+        if need > self._scratch_size:
+            for session in sessions:
+                session.use_scratch(None)  # so that it is freed before the larger one is asked for
+            self._scratch_size = need
+        scratch = self._buffers.get("scratch", need)
+        for session in sessions:
+            session.use_scratch(scratch)
+
     def drop(self, *graphs: str) -> None:
-        """Free the engines of these graphs and their buffers."""
+        """Free the engines of these graphs and their buffers; a decoder that is still held keeps its own."""
         for graph in graphs:
             if graph in self._sessions:
                 self._sessions.pop(graph).forget()
                 self._buffers.drop(f"{graph}/")
+                for name in [n for n in self._pinned if n.startswith(f"{graph}/")]:
+                    del self._pinned[name]
 
     def vision(self, feeds: Feeds) -> Arrays:
         """Every output of the vision engine."""

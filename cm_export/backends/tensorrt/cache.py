@@ -3,7 +3,8 @@
     prefill present [1,Hk,T,d] --copied--> past [1,Hk,C,d]        regroup: rows of several such caches side by side [B,Hk,C,d]
     in_place: one set, present is past                            copy: two sets that change places at each step
 
-Rows up to a request's length never change, so an older cache of the same request stays what it was.
+A cache is a value. Those that come one after the other share their memory; one that reads on from a place where another
+has already gone on, and that other is still held, gets memory of its own first.
 """
 
 from __future__ import annotations
@@ -12,71 +13,67 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import ml_dtypes
 import numpy as np
 
 from ...base.errors import CmExportError
 from ...host.backend import Cache
-from .cuda import Buffer, Cuda
+from .cuda import Cuda, Loan, Pool, laid_out
 from .session import Held
 
 _DTYPES = {"float": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-Set = dict[str, Buffer]  # by name of the past input
 
 
 class CacheMemory:
-    """Sets of buffers for caches of B requests; one that nobody uses any more is given to the next of its size."""
+    """Where caches get their memory; what one leaves is given to the next."""
 
     def __init__(self, cuda: Cuda, engines: Mapping[str, Any]):
         """`engines`: the manifest's, which says names, shapes and types of the decode engine's inputs."""
-        self.cuda, self.in_place = cuda, engines["kv"] == "in_place"
+        self.cuda, self._pool, self.sets = cuda, Pool(cuda), 1 if engines["kv"] == "in_place" else 2
         inputs = [v for v in engines["graphs"]["decode"]["inputs"] if v["name"].startswith("past.")]
         self.shapes = {v["name"]: tuple(v["shape"][1:]) for v in inputs}  # [Hk,C,d]
         self.dtypes = {v["name"]: np.dtype(_DTYPES[v["dtype"]]) for v in inputs}
-        self._spare: dict[int, list[list[Set]]] = {}
+        self.bytes = {n: math.prod(s) * self.dtypes[n].itemsize for n, s in self.shapes.items()}  # of one request
 
-    def take(self, batch: int) -> Owned:
-        """Sets for a cache of `batch` requests. New memory is zero: rows that no mask lets through must not be NaN."""
-        spare = self._spare.get(batch)
-        return Owned(self, batch, spare.pop() if spare else [self._new(batch) for _ in range(2 - self.in_place)])
-
-    def _new(self, batch: int) -> Set:
-        out = {}
-        for name, shape in self.shapes.items():
-            out[name] = Buffer(self.cuda, batch * math.prod(shape) * self.dtypes[name].itemsize)
-            self.cuda.clear(out[name])
-        return out
-
-    def give_back(self, batch: int, sets: list[Set]) -> None:
-        """Keep one group of sets of each size; more is freed."""
-        self._spare[batch] = [sets]
+    def take(self, places: int) -> Loan:
+        """A set for so many requests. New memory is zero: rows that no mask lets through must not be NaN."""
+        return self._pool.take(laid_out({n: places * size for n, size in self.bytes.items()})[1], cleared=True)
 
 
 class Owned:
-    """The sets of buffers of a cache and of all that come after it; given back when none of them is left."""
+    """The memory of caches that come one after the other, given back when none of them is held any more."""
 
-    def __init__(self, memory: CacheMemory, batch: int, sets: list[Set]):
-        self._memory, self._batch, self.sets = memory, batch, sets
+    def __init__(self, memory: CacheMemory, places: int):
+        self._memory, self._places, self._sets = memory, places, [memory.take(places)]
+        self._at, _ = laid_out({n: places * size for n, size in memory.bytes.items()})
+        self.caches: WeakSet[StaticCache] = WeakSet()
 
-    def __del__(self) -> None:
-        self._memory.give_back(self._batch, self.sets)
+    def address(self, which: int, past: str, place: int) -> int:
+        """Of the rows of one request in set `which`; the second set is taken when first asked for."""
+        if which == len(self._sets):
+            self._sets.append(self._memory.take(self._places))
+        return self._sets[which].address + self._at[past] + place * self._memory.bytes[past]
 
 
 @dataclass(frozen=True, eq=False)
 class StaticCache:
-    """Rows of B requests: the first lengths[b] of request b are its own, in the set that is current."""
+    """Rows of B requests at places `first`, `first` + 1, ..: of request b the first lengths[b], in the set `current`."""
 
     memory: CacheMemory
     owned: Owned
     lengths: tuple[int, ...]
+    first: int = 0
     current: int = 0
+
+    def __post_init__(self) -> None:
+        self.owned.caches.add(self)
 
     @classmethod
     def filled(cls, memory: CacheMemory, present: Mapping[str, Held]) -> StaticCache:
         """The rows that a prefill put on the device, copied: the next prefill writes to the same place."""
-        owned = memory.take(1)
-        rows = 0
+        owned, rows = Owned(memory, 1), 0
         for past, shape in memory.shapes.items():
             given = present[past.replace("past", "present", 1)].checked()
             batch, heads, rows, width = given.shape
@@ -84,44 +81,67 @@ class StaticCache:
                 what = f"{given.dtype}{list(given.shape)} does not fit into {memory.dtypes[past]}{[1, *shape]}"
                 raise CmExportError(what, where=f"decode engine: {past}", fix="build the engines again")
             size = given.dtype.itemsize * width
-            args = owned.sets[0][past].address, size * shape[1], given.address, size * rows, size * rows, heads
+            args = owned.address(0, past, 0), size * shape[1], given.address, size * rows, size * rows, heads
             memory.cuda.copy_rows(*args)
         memory.cuda.wait()
         return cls(memory, owned, (rows,))
 
     @classmethod
     def regrouped(cls, memory: CacheMemory, rows: Sequence[tuple[Cache, int]]) -> StaticCache:
-        """The requests at these places of other caches, together."""
-        parts = [(cache, place) for cache, place in rows if isinstance(cache, StaticCache)]
-        if len(parts) != len(rows):
-            raise TypeError("a cache of another backend")
-        first = parts[0][0]
-        if len(parts) == 1 and len(first.lengths) == 1:
-            return first
-        owned = memory.take(len(parts))
+        """The requests at these places of other caches, together; neighbours that stay neighbours are not copied."""
+        parts = [(own(cache), place) for cache, place in rows]
+        one, place = parts[0]
+        here = [(c.owned, c.current, c.first + i) for c, i in parts]
+        if here == [(one.owned, one.current, one.first + place + b) for b in range(len(parts))]:
+            lengths = tuple(c.lengths[i] for c, i in parts)
+            return cls(memory, one.owned, lengths, one.first + place, one.current)
+        return cls._copied(memory, parts)
+
+    @classmethod
+    def _copied(cls, memory: CacheMemory, parts: Sequence[tuple[StaticCache, int]]) -> StaticCache:
+        owned = Owned(memory, len(parts))
         for past, (heads, capacity, width) in memory.shapes.items():
             size = memory.dtypes[past].itemsize * width
-            for b, (cache, place) in enumerate(parts):
-                source = cache.buffer(past).address + place * heads * capacity * size
-                to = owned.sets[0][past].address + b * heads * capacity * size
-                length = size * cache.lengths[place]
-                memory.cuda.copy_rows(to, size * capacity, source, size * capacity, length, heads)
+            for b, (cache, i) in enumerate(parts):
+                to, source = owned.address(0, past, b), cache.address(past, i)
+                memory.cuda.copy_rows(to, size * capacity, source, size * capacity, size * cache.lengths[i], heads)
         memory.cuda.wait()
-        return cls(memory, owned, tuple(cache.lengths[place] for cache, place in parts))
+        return cls(memory, owned, tuple(cache.lengths[i] for cache, i in parts))
 
-    def buffer(self, past: str) -> Buffer:
-        """Where the rows of an input lie."""
-        return self.owned.sets[self.current][past]
+    def address(self, past: str, place: int = 0) -> int:
+        """Where the rows of an input begin, of all requests from `place` on."""
+        return self.owned.address(self.current, past, self.first + place)
+
+    def address_after(self, past: str) -> int:
+        """Where the next step writes them."""
+        return self.owned.address(self._following, past, self.first)
 
     @property
-    def following(self) -> int:
-        """The set that the next step writes."""
-        return (self.current + 1) % len(self.owned.sets)
+    def _following(self) -> int:
+        return (self.current + 1) % self.memory.sets
+
+    def writable(self) -> StaticCache:
+        """This cache, or a copy of it where its next row would be written over a row of another that is still held."""
+        if any(other is not self and other.goes_beyond(self) for other in self.owned.caches):
+            return self._copied(self.memory, [(self, place) for place in range(len(self.lengths))])
+        return self
+
+    def goes_beyond(self, other: StaticCache) -> bool:
+        """Whether this cache has more rows of a request than `other`, in the same memory."""
+        ours = {self.first + i: n for i, n in enumerate(self.lengths)}
+        return any(ours.get(other.first + i, 0) > n for i, n in enumerate(other.lengths))
 
     def stepped(self) -> StaticCache:
         """After a step, which has written one more row of every request."""
-        return replace(self, lengths=tuple(n + 1 for n in self.lengths), current=self.following)
+        return replace(self, lengths=tuple(n + 1 for n in self.lengths), current=self._following)
 
     def truncated(self, lengths: Sequence[int]) -> StaticCache:
-        """The same without the rows after the first `lengths` of each request; they are written over."""
+        """The same without the rows after the first `lengths` of each request."""
         return replace(self, lengths=tuple(lengths))
+
+
+def own(cache: Cache) -> StaticCache:
+    """A cache that this backend made."""
+    if not isinstance(cache, StaticCache):
+        raise TypeError(f"a cache of {type(cache).__name__}")
+    return cache

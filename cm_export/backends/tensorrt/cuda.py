@@ -7,6 +7,7 @@ import ctypes
 import importlib
 import math
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from ...base.errors import CmExportError, InputError
 
 _BINDINGS = "cuda.bindings.runtime"
 _LEAST = 256  # bytes of a buffer: an empty tensor needs an address, too
+_ALIGNED = 256  # bytes
+_ROOMY = 1.5  # times what was asked for that a loan may have
 
 
 def open_cuda() -> "Cuda":
@@ -64,9 +67,9 @@ class Cuda:
             raise CmExportError(f"{text} (code {int(code)})", where=f"CUDA: {name}", fix=fix)
         return values[0] if values else None
 
-    def upload(self, buffer: "Buffer", array: np.ndarray) -> None:
+    def upload(self, address: int, array: np.ndarray) -> None:
         """A contiguous array into device memory; returns when the array may be changed again."""
-        self.call("cudaMemcpyAsync", buffer.address, array.ctypes.data, array.nbytes, self._up, self.stream)
+        self.call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, self._up, self.stream)
         self.wait()
 
     def upload_pinned(self, address: int, pinned: "Pinned", size: int) -> None:
@@ -82,9 +85,9 @@ class Cuda:
         args = to, pitch, source, source_pitch, width, height
         self.call("cudaMemcpy2DAsync", *args, self._across, self.stream)
 
-    def clear(self, buffer: "Buffer") -> None:
-        """All bytes zero."""
-        self.call("cudaMemsetAsync", buffer.address, 0, buffer.size, self.stream)
+    def clear(self, address: int, size: int) -> None:
+        """`size` bytes zero."""
+        self.call("cudaMemsetAsync", address, 0, size, self.stream)
 
     def wait(self) -> None:
         """Return when everything that was enqueued is done."""
@@ -145,18 +148,60 @@ class Buffers:
     def __init__(self, cuda: Cuda):
         self._cuda, self._by_name = cuda, {}
 
-    def get(self, name: str, size: int, cleared: bool = False) -> Buffer:
-        """At least `size` bytes; `cleared`: zero when they are new."""
+    def get(self, name: str, size: int) -> Buffer:
+        """At least `size` bytes."""
         found = self._by_name.get(name)
         if found is None or found.size < size:
             self._by_name.pop(name, None)  # freed before the larger one is asked for
             del found
             found = self._by_name[name] = Buffer(self._cuda, size)
-            if cleared:
-                self._cuda.clear(found)
         return found
 
     def drop(self, prefix: str) -> None:
         """Free what is named so."""
         for name in [n for n in self._by_name if n.startswith(prefix)]:
             del self._by_name[name]
+
+
+class Pool:
+    """Device memory on loan: it comes back with the object that stands for it, and is lent again."""
+
+    def __init__(self, cuda: Cuda):
+        self._cuda, self._spare = cuda, []
+
+    def take(self, size: int, cleared: bool = False) -> "Loan":
+        """At least `size` bytes; `cleared`: zero when they are new.
+
+        What is much larger is not lent, and before the device is asked for more, everything that is spare is freed: so
+        nothing is held beyond what was once in use at the same time.
+        """
+        size = max(_LEAST, size)
+        fitting = [b for b in self._spare if size <= b.size <= _ROOMY * size]
+        if fitting:
+            found = min(fitting, key=lambda b: b.size)
+            self._spare.remove(found)
+        else:
+            self._spare.clear()
+            found = Buffer(self._cuda, size)
+            if cleared:
+                self._cuda.clear(found.address, found.size)
+        return Loan(found, self._spare)
+
+
+class Loan:
+    """Device memory of `size` bytes at `address`, given back with this object."""
+
+    def __init__(self, buffer: Buffer, spare: list[Buffer]):
+        self.address, self.size, self._buffer, self._spare = buffer.address, buffer.size, buffer, spare
+
+    def __del__(self) -> None:
+        self._spare.append(self._buffer)
+
+
+def laid_out(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """Parts in one piece of memory, by name: where each begins, and how large the whole is."""
+    places, end = {}, 0
+    for name, size in sizes.items():
+        places[name] = end
+        end += -(-size // _ALIGNED) * _ALIGNED
+    return places, end

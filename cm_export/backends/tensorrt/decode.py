@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,15 +16,11 @@ from ...base.errors import CmExportError, InputError
 from ...families import Arrays
 from ...host.backend import Cache, Tokens
 from ...host.core_set import CoreSet
-from .cache import StaticCache
-from .cuda import Buffer
+from .cache import StaticCache, own
+from .cuda import laid_out
 from .session import ELSEWHERE, Session
 
-if TYPE_CHECKING:
-    from .cuda import Pinned
-
 BUCKET = 128  # core_tokens is padded to a multiple of this, so that few shapes occur
-_ALIGNED = 256  # bytes
 _STEP = ("inputs_embeds", "position_ids", "attention_mask", "write_index", "core_tokens")
 
 
@@ -35,61 +31,65 @@ class Decoder:
         """`backend`: backend.Backend."""
         self._backend, self._session, self._cuda, self._batch = backend, session, session.cuda, len(cores)
         self._past = [n for n in session.inputs if n.startswith("past.")]
-        self._own: dict[str, tuple[Buffer, tuple[int, ...]]] = {}
-        for name, value in core_inputs(backend, session, cores).items():
-            array = np.ascontiguousarray(value, session.dtypes[name])
-            buffer = Buffer(self._cuda, array.nbytes)
-            self._cuda.upload(buffer, array)
-            self._own[name] = buffer, array.shape
-        absent = [n for n in session.inputs if n not in (*_STEP, *self._past, *self._own)]
+        given = core_inputs(backend, session, cores)
+        absent = [n for n in session.inputs if n not in (*_STEP, *self._past, *given)]
         if absent:
             raise CmExportError(f"nothing is known for its input {absent[0]}", where=f"{session.graph} engine")
+        self._give(given)
         self._stage()
-        self._cuda.wait()
+
+    def _give(self, given: Arrays) -> None:
+        """What stays the same for all steps, in one piece of memory that is this decoder's alone."""
+        types = self._session.dtypes
+        places, size = laid_out({n: v.size * types[n].itemsize for n, v in given.items()})
+        self._loan = self._backend.for_answers.take(size) if given else None
+        self._given: dict[str, tuple[int, tuple[int, ...]]] = {}
+        for name, value in given.items():
+            address = self._loan.address + places[name]
+            self._cuda.upload(address, np.ascontiguousarray(value, types[name]))
+            self._given[name] = address, value.shape
 
     def _stage(self) -> None:
-        """Pinned memory on the host and its like on the device, a part for each input that changes with every step."""
-        session, self._at, size = self._session, {}, 0
-        for name in _STEP:
-            if session.has(name):
-                most = session.limits(name)[1]
-                self._at[name] = size
-                size += -(-math.prod(most) * session.dtypes[name].itemsize // _ALIGNED) * _ALIGNED
-        self._size = size
-        self._pinned: Pinned = self._backend.pinned("step", size)
-        self._device = session.buffers.get("step", size).address
-        logits = (self._batch, *session.static_shape("logits")[1:])
-        size = math.prod(logits) * session.dtypes["logits"].itemsize
-        self._logits = self._backend.pinned("logits", size).array(0, logits, session.dtypes["logits"])
-        self._logits_at = session.buffers.get("logits", size).address
+        """Pinned memory on the host and its like on the device, a part for each input that changes with every step.
+
+        Of the largest batch, so that decoders of any share them: each reads to the end before another does.
+        """
+        session = self._session
+        most = {n: session.limits(n)[1] for n in _STEP if session.has(n)}
+        self._at, self._size = laid_out({n: math.prod(s) * session.dtypes[n].itemsize for n, s in most.items()})
+        step, logits = f"{session.graph}/step", f"{session.graph}/logits"
+        self._up, self._step = self._backend.pinned(step, self._size), session.buffers.get(step, self._size)
+        row = session.static_shape("logits")[1:]
+        size = most["inputs_embeds"][0] * math.prod(row) * session.dtypes["logits"].itemsize
+        self._down, self._out = self._backend.pinned(logits, size), session.buffers.get(logits, size)
+        self._logits = self._down.array(0, (self._batch, *row), session.dtypes["logits"])
 
     def read(self, tokens: Tokens, cache: Cache) -> tuple[np.ndarray, StaticCache]:
         """Logits [B,1,V], and the cache. Raises InputError for several tokens, and when the cache is full."""
-        if not isinstance(cache, StaticCache):
-            raise TypeError("a cache of another backend")
         session = self._session
         if tokens.embeds.shape[1] != 1:
             what = f"{tokens.embeds.shape[1]} tokens at once"
             raise InputError(what, where=f"{session.graph} engine reads one at a time", fix=ELSEWHERE)
-        for name, value in self._changing(tokens, cache).items():
+        changing = self._changing(tokens, own(cache))
+        static = own(cache).writable()
+        for name, value in changing.items():
             session.shape(name, value.shape)
-            self._pinned.array(self._at[name], value.shape, session.dtypes[name])[...] = value
-            session.bind(name, self._device + self._at[name])
-        self._cuda.upload_pinned(self._device, self._pinned, self._size)
-        for name, (buffer, shape) in self._own.items():
+            self._up.array(self._at[name], value.shape, session.dtypes[name])[...] = value
+            session.bind(name, self._step.address + self._at[name])
+        self._cuda.upload_pinned(self._step.address, self._up, self._size)
+        for name, (address, shape) in self._given.items():
             session.shape(name, shape)
-            session.bind(name, buffer.address)
+            session.bind(name, address)
         for past in self._past:
-            session.shape(past, (self._batch, *cache.memory.shapes[past]))
-            session.bind(past, cache.buffer(past).address)
-            there = cache.owned.sets[cache.following][past]
-            session.bind(past.replace("past", "present", 1), there.address)
-        session.bind("logits", self._logits_at)
+            session.shape(past, (self._batch, *static.memory.shapes[past]))
+            session.bind(past, static.address(past))
+            session.bind(past.replace("past", "present", 1), static.address_after(past))
+        session.bind("logits", self._out.address)
         session.infer()
         session.replay(self._backend.note)
-        self._cuda.download(self._logits_at, self._logits)
+        self._cuda.download(self._out.address, self._logits)
         self._cuda.wait()
-        return self._logits.astype(np.float32), cache.stepped()  # a copy: the memory is the next step's
+        return self._logits.astype(np.float32), static.stepped()  # a copy: the memory is the next step's
 
     def _changing(self, tokens: Tokens, cache: StaticCache) -> Arrays:
         """The inputs of this step as the engine takes them."""

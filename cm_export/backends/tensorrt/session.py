@@ -110,7 +110,7 @@ class Session:
         self._context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._context is None:
             raise library.failed("no execution context can be made", file, f"free GPU memory, or {ELSEWHERE}")
-        self._scratch = 0
+        self._scratch: Buffer | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._host: dict[str, np.ndarray] = {}
@@ -139,11 +139,11 @@ class Session:
         """The shape that the engine was built with, -1 where a size may change."""
         return tuple(self._engine.get_tensor_shape(name))
 
-    def use_scratch(self, buffer: Buffer) -> None:
-        """The memory for what happens inside the engine."""
-        if self._scratch != buffer.address:
+    def use_scratch(self, buffer: Buffer | None) -> None:
+        """The memory for what happens inside the engine, held as long as it is used; None: let it go."""
+        if buffer is not None and self._scratch is not buffer:
             self._context.set_device_memory(buffer.address, buffer.size)
-            self._scratch = buffer.address
+        self._scratch = buffer
 
     def shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Set the shape of an input. Raises InputError when it is outside what the engine was built for."""
@@ -177,7 +177,7 @@ class Session:
             self.bind(name, array.ctypes.data)
             return
         buffer = self.buffers.get(f"{self.graph}/{name}", array.nbytes)
-        self.cuda.upload(buffer, array)
+        self.cuda.upload(buffer.address, array)
         self.bind(name, buffer.address)
 
     def output_shape(self, name: str) -> tuple[int, ...]:
@@ -227,7 +227,7 @@ class Session:
         """
         if self._graphs is None or self._on_host:  # what is read on the host would be frozen into the graph
             return self.enqueue()
-        key = (self._scratch, *sorted(self._shapes.items()), *sorted(self._addresses.items()))
+        key = (self._scratch and self._scratch.address, *sorted(self._shapes.items()), *sorted(self._addresses.items()))
         graph = self._graphs.get(key)
         if graph is None and key in self._graphs:  # the first run with new shapes may allocate, so only now
             try:

@@ -1,9 +1,10 @@
 """The memory that building and running take on a device, predicted from sizes; no device has confirmed it yet.
 
-    run    weights of every engine + cache + activations of every engine + embedding table + CUDA and TensorRT themselves
+    run    weights of every engine + caches + activations of every engine + embedding table + CUDA and TensorRT themselves
     build  3 x the weights of the largest engine + CUDA and TensorRT themselves       (engines are built one at a time)
 
-Jetson's CPU and GPU share one memory, so everything counts against the same limit. Factors: `FACTORS`, with sources.
+Caches and decode's activations count max_batch times; prompts and pictures are read one at a time. Jetson's CPU and GPU share
+one memory, so everything counts against the same limit. Factors: `FACTORS`, with sources.
 """
 
 import itertools
@@ -60,8 +61,10 @@ def predict(weights: Weights, bundle: Any, engine: EngineSettings, kv: str, fuse
     """`engine`: capacity, longest prompt and largest picture. `kv`: "in_place" or "copy". `fused`: native attention."""
     parts = {f"weights of {name}": size for name, size in weights.items()}
     s = bundle.shape
-    rows = s.layers * 2 * s.kv_heads * s.head_dim * 2 * engine.max_batch  # bytes of one token's keys and values
-    parts["cache"] = rows * engine.capacity * (1 if kv == "in_place" else 2)
+    cache = s.layers * 2 * s.kv_heads * s.head_dim * 2 * engine.capacity  # bytes of one request's keys and values
+    parts["cache"] = cache * engine.max_batch * (1 if kv == "in_place" else 2)
+    if engine.max_batch > 1:  # rows that join and the group that they join are still there while they are put together
+        parts["cache, regrouped"] = cache * (2 * engine.max_batch - 1)
     for name in weights:
         parts[f"activations of {name}"] = _ACTIVATIONS[name](bundle, engine, fused)
     parts["embedding table"] = s.vocab * s.hidden * 2
@@ -144,7 +147,7 @@ def _prefill(bundle: Any, e: EngineSettings, fused: bool) -> int:
     ffn = (2 + 2 + 2 + 4) * n * s.ffn  # gate, up and z in 16 bit, z again in float32 to be scored
     attention = 4 * n * n + (0 if fused else 2 * 2 * s.heads * n * n + 2 * 2 * s.heads * n * s.head_dim)
     cache = s.layers * 2 * s.kv_heads * s.head_dim * 2 * n  # handed to decode
-    return e.max_batch * (stream + ffn + attention + cache + 4 * s.vocab) + 4 * s.layers * s.ffn
+    return stream + ffn + attention + cache + 4 * s.vocab + 4 * s.layers * s.ffn
 
 
 def _decode(bundle: Any, e: EngineSettings, fused: bool) -> int:
