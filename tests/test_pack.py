@@ -409,7 +409,7 @@ def test_a_2_b_model_fits_an_orin_nano_in_int4_only():
 
 def test_requests_that_decode_together_count_each_and_prompts_count_once():
     weights, bundle = {"vision": 1, "prefill": 1, "decode": 1}, qwen2_vl_2b(embed_dim=64, num_heads=4)
-    one, four = (memory.predict(weights, bundle, Engine(max_batch=n), "copy", False, 1).parts for n in (1, 4))
+    one, four = (memory.predict(weights, bundle, EngineSettings(max_batch=n), "copy", False, 1).parts for n in (1, 4))
     assert four["cache"] == 4 * one["cache"] and "cache, regrouped" not in one
     assert four["cache, regrouped"] == 7 * one["cache"] // 2  # a group of four, and three that join, in one set each
     for name in ("vision", "prefill"):
