@@ -34,6 +34,7 @@ from cm_export.deploy.jetson import archive, memory, pack, trtexec
 from cm_export.deploy.jetson import devices as jetson
 from cm_export.host import runner as generate
 from cm_export.recipe.engine import EngineSettings
+from cm_export.recipe.option import options_of
 from cm_export.source.probe import probe as synthetic
 
 DEVICES = {"6.2": "jetson-orin-nano", "7.1": "jetson-thor", "7.2": "jetson-orin"}
@@ -271,6 +272,19 @@ def test_the_expected_answers_are_the_dense_models_where_nothing_is_left_out(unp
 
 def test_probes_are_within_the_profiles(unpacked):
     manifest = json.loads((unpacked("6.2") / "manifest.json").read_text())
+    for probe in manifest["probes"].values():
+        for word in probe["shapes"].split(","):
+            tensor, _, shape = word.partition(":")
+            least, _, most = manifest["graphs"][probe["graph"]]["profile"][tensor]
+            assert all(a <= int(n) <= b for a, n, b in zip(least, shape.split("x"), most, strict=True)), word
+
+
+def test_probes_are_within_the_profiles_of_the_smallest_sizes_that_pack_takes(bare_bundle, tmp_path):
+    out, low = tmp_path / "small.tar.gz", {name: o.low for name, o in options_of(EngineSettings).items()}
+    sizes = ["--capacity", str(low["capacity"]), "--max-patches", str(low["max_patches"])]
+    assert main(["pack", str(bare_bundle), "--target", "jetson-orin", *sizes, "--out", str(out), "-q"]) == 0
+    with tarfile.open(out) as tar:
+        manifest = json.loads(tar.extractfile("small/manifest.json").read())
     for probe in manifest["probes"].values():
         for word in probe["shapes"].split(","):
             tensor, _, shape = word.partition(":")
@@ -760,10 +774,11 @@ def test_cm_export_of_the_same_version_builds_where_it_is_installed(version, unp
     folder = unpacked("6.2")
     tool = json.loads((folder / "manifest.json").read_text())["tool"]["version"]
     place = tmp_path / "site" / "cm_export"
-    (place / "backends").mkdir(parents=True)
+    (place / "backends" / "tensorrt").mkdir(parents=True)
     (place / "__init__.py").write_text(f"__version__ = {tool if version == 'same' else '0'!r}\n")
     (place / "backends" / "__init__.py").touch()
-    (place / "backends" / "_build_tensorrt.py").write_text(
+    (place / "backends" / "tensorrt" / "__init__.py").touch()
+    (place / "backends" / "tensorrt" / "builder.py").write_text(
         "import json, pathlib, sys\njob = json.load(open(sys.argv[1]))\n"
         "assert pathlib.Path(job['onnx']).is_file() and pathlib.Path(job['plugin_library']).is_file()\n"
         "assert job['expected']['inputs'] and job['typed_flag'] is True\n"

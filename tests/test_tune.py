@@ -27,13 +27,12 @@ from cm_export.evals.task import Question
 from cm_export.recipe import recipe
 from cm_export.recipe import text as recipe_text
 from cm_export.recipe.recipe import Recipe
-from cm_export.source import checkpoint
 from cm_export.tune import search, space, study, verdict, written
 from cm_export.tune.held_out import Goal
 from cm_export.tune.measure import Answered, Times, latency, memory
 from cm_export.tune.verdict import HeldOut, Point
 
-PICTURE = Path(checkpoint.__file__).parent / "demo" / "images" / "teal-circle.png"
+PICTURE = Path(__file__).parent.parent / "cm_export" / "demo" / "images" / "teal-circle.png"
 OWN = Recipe().replace(tokens__policy="attention")
 SPACE = space.Space(OWN, ("dense", "griffin"), ("attention", "dense"), (1,), 6)
 SETTINGS = {"bundle": "b", "task": "t"}
