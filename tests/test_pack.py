@@ -37,6 +37,7 @@ from cm_export.host.decode import teacher_forced
 from cm_export.host.loaded import load as load_bundle
 from cm_export.host.runner import Budget
 from cm_export.recipe.engine import EngineSettings
+from cm_export.recipe.option import options_of
 from cm_export.source.probe import probe as synthetic
 
 DEVICES = {"6.2": "jetson-orin-nano", "7.1": "jetson-thor", "7.2": "jetson-orin"}
@@ -274,6 +275,19 @@ def test_the_expected_answers_are_the_dense_models_where_nothing_is_left_out(unp
 
 def test_probes_are_within_the_profiles(unpacked):
     manifest = json.loads((unpacked("6.2") / "manifest.json").read_text())
+    for probe in manifest["probes"].values():
+        for word in probe["shapes"].split(","):
+            tensor, _, shape = word.partition(":")
+            least, _, most = manifest["graphs"][probe["graph"]]["profile"][tensor]
+            assert all(a <= int(n) <= b for a, n, b in zip(least, shape.split("x"), most, strict=True)), word
+
+
+def test_probes_are_within_the_profiles_of_the_smallest_sizes_that_pack_takes(bare_bundle, tmp_path):
+    out, low = tmp_path / "small.tar.gz", {name: o.low for name, o in options_of(EngineSettings).items()}
+    sizes = ["--capacity", str(low["capacity"]), "--max-patches", str(low["max_patches"])]
+    assert main(["pack", str(bare_bundle), "--target", "jetson-orin", *sizes, "--out", str(out), "-q"]) == 0
+    with tarfile.open(out) as tar:
+        manifest = json.loads(tar.extractfile("small/manifest.json").read())
     for probe in manifest["probes"].values():
         for word in probe["shapes"].split(","):
             tensor, _, shape = word.partition(":")

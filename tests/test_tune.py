@@ -27,7 +27,6 @@ from cm_export.evals.task import Question
 from cm_export.recipe import recipe
 from cm_export.recipe import text as recipe_text
 from cm_export.recipe.recipe import Recipe
-from cm_export.source import checkpoint
 from cm_export.tune import search, space, study, verdict, written
 from cm_export.tune.held_out import Goal
 from cm_export.tune.measure import Answered, Times, latency, memory

@@ -19,9 +19,9 @@ class EngineSettings:
         choices=tuple(PRECISIONS),
     )
     capacity: int = option(4096, "--capacity", "Rows of the cache: prompt and answer together", low=96, high=2**20)
-    # Every build proves its engines on a prompt of 34 tokens and a picture of 48 patches.
+    # Proofs of engines use a prompt of 34 tokens and a picture of 12 x (patches merged per side)^2 patches, 48 or 108.
     max_prompt: int = option(2048, "--max-prompt", "Longest prompt, in tokens", low=48, high=2**19)
-    max_patches: int = option(4096, "--max-patches", "Patches of the largest picture", low=64, high=2**20)
+    max_patches: int = option(4096, "--max-patches", "Patches of the largest picture", low=128, high=2**20)
     max_batch: int = option(1, "--max-batch", "Requests that decode together", low=1, high=4096)
     optimization_level: int = option(
         3,
