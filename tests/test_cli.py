@@ -292,7 +292,8 @@ NAMED = ("model", "out", "recipe")  # of build, in their order
 def test_build_hands_over_the_recipe_that_the_options_describe(stub, capsys):
     calls = []
     stub(
-        "build.build", build=lambda *args, **given: calls.append(dict(zip(NAMED, args, strict=True)) | given) or {"ok": True}
+        "build.build",
+        build=lambda *args, **given: calls.append(dict(zip(NAMED, args, strict=True)) | given) or {"ok": True},
     )
     options = "--neurons griffin --neuron-share 0.4 --tokens random --token-count 7 --prune-layer 3 --voters last"
     more = "--token-cache index --seed 5 --threads 2 --force --json --revision abc"
@@ -400,7 +401,9 @@ def test_eval_hands_over_what_to_compare_and_writes_its_report(stub, bundle, tmp
 
 def test_bench_hands_over_its_options_and_prints_the_rows(stub, bundle, capsys):
     calls = []
-    stub("evals.bench", measure=lambda bundle, **given: calls.append(given) or {"rows": [{"kind": "dense", "ms": 12.5}]})
+    stub(
+        "evals.bench", measure=lambda bundle, **given: calls.append(given) or {"rows": [{"kind": "dense", "ms": 12.5}]}
+    )
     assert main(["bench", str(bundle), "--repeats", "2", "--image-tokens", "0", "--token-share", "1"]) == 0
     assert (calls[0]["repeats"], calls[0]["image_tokens"], calls[0]["token_share"]) == (2, 0, 1.0)
     assert re.search(r"dense\s+12\.5", capsys.readouterr().out)
