@@ -19,42 +19,48 @@ import numpy as np
 
 from cm_export.base import environment
 from cm_export.bundle.bundle import Bundle
-from cm_export.evals.bench import _request
+from cm_export.evals.bench import made_up_request
 from cm_export.evals.tasks import easy_vqa
 from cm_export.host import guard
 from cm_export.host.images import open_image
-from cm_export.host.runner import Budget, Engine
+from cm_export.host.runner import Budget, Runner
 
 NEVER = frozenset({-1})
 
 
 class Forced:
-    """A decoder that works as it should and then says the id that the dense model says."""
+    """A backend whose sparse decoders work as they should and then say the id that the dense model says."""
+
+    def __init__(self, backend, ids, prompt):
+        self._backend, self._ids, self._prompt = backend, ids, prompt
+
+    def __getattr__(self, name):
+        return getattr(self._backend, name)
+
+    def decoder(self, graph, cores, few_rows=False):
+        made = self._backend.decoder(graph, cores, few_rows)
+        return Says(made, self._ids, self._prompt) if graph == "decode" else made
+
+
+class Says:
+    """A decoder of one request that reads and then says ids of its own."""
 
     def __init__(self, decoder, ids, prompt):
         self._decoder, self._ids, self._prompt = decoder, ids, prompt
 
-    @property
-    def cache(self):
-        return self._decoder.cache
-
-    @cache.setter
-    def cache(self, value):
-        self._decoder.cache = value
-
-    def step(self, feeds):
-        logits = self._decoder.step(feeds)
+    def read(self, tokens, cache):
+        logits, cache = self._decoder.read(tokens, cache)
         out = np.zeros_like(logits)
-        out[0, self._ids[min(feeds["attention_mask"].shape[1] - self._prompt, len(self._ids) - 1)]] = 1
-        return out
+        out[0, -1, self._ids[min(len(tokens.masks[0]) - self._prompt, len(self._ids) - 1)]] = 1
+        return out, cache
 
 
-def both(engine, prefilled, limit, stop, every):
+def both(runner, prefilled, limit, stop, every):
     """Seconds of sparse and of guarded decode, (processor, wall) each, and whether both gave the same ids."""
     report = guard.Report(every)
     runs = (
-        lambda: list(engine.tokens(prefilled, limit, stop)),
-        lambda: list(guard.guarded(engine, prefilled, limit, stop, report)),
+        lambda: list(runner.tokens(prefilled, limit, stop)),
+        lambda: list(guard.guarded(runner, prefilled, limit, stop, report)),
     )
     spent, said = [], []
     for run in runs:
@@ -82,37 +88,34 @@ def row(case, every, rows):
 
 def demo(path, every, limit):
     """Sentences of easy-VQA whose sparse answer, at the recipe's budget, is the dense one."""
-    engine, rows = Engine(Bundle(path), 1), []
-    merge, family, stop = engine.bundle.shape.merge, engine.bundle.family, engine.chat.stop_ids
-    asked = easy_vqa.questions("sentence")
+    runner, rows = Runner(Bundle(path), 1), []
+    stop, asked = runner.chat.stop_ids, easy_vqa.questions("sentence")
     for question in asked[:: max(1, len(asked) // limit)][:limit]:
-        embeds, grid = engine.embed([open_image(question.pictures[0])])
-        ids = engine.chat.encode(question.text, None, family.image_tokens(grid, merge))
-        prefilled = engine.prefill(engine.request(ids, grid, embeds), Budget())
+        request = runner.ask(question.text, runner.see([open_image(question.pictures[0])]))
+        prefilled = runner.prefill(request, Budget())
         if not rows:  # the sessions are made once
-            both(engine, prefilled, 30, stop, every)
-        found = both(engine, prefilled, 30, stop, every)
+            both(runner, prefilled, 30, stop, every)
+        found = both(runner, prefilled, 30, stop, every)
         if found[1]:
             rows.append(found)
-    n = engine.recipe.neurons
-    return row(f"{engine.bundle.manifest['model']['source']}, {n.share:.0%} neurons, natural drafts", every, rows)
+    n = runner.recipe.neurons
+    return row(f"{runner.bundle.manifest['model']['source']}, {n.share:.0%} neurons, natural drafts", every, rows)
 
 
 def random(path, every, tokens, repeats, share):
     """An answer of `tokens` ids; dense ids put in the place of drafted ones."""
-    engine = Engine(Bundle(path), 1)
-    request, _ = _request(engine, 32, 256)
-    dense = list(engine.tokens(engine.prefill(request, Budget(dense=True)), tokens, NEVER))
-    prefilled = engine.prefill(request, Budget(neuron_share=share))
-    plain = prefilled.decoder_of
-    prefilled.decoder_of = lambda constants: Forced(plain(constants), dense, request.tokens)
+    runner = Runner(Bundle(path), 1)
+    request = made_up_request(runner, 32, runner.tower.sized(256, np.random.default_rng(0)))
+    dense = list(runner.tokens(runner.prefill(request, Budget(dense=True)), tokens, NEVER))
+    prefilled = runner.prefill(request, Budget(neuron_share=share))
+    runner.backend = Forced(runner.backend, dense, request.tokens)
     rows = []
     for _ in range(repeats + 1):
-        found = both(engine, prefilled, tokens, NEVER, every)
+        found = both(runner, prefilled, tokens, NEVER, every)
         if not found[1]:
             raise SystemExit("forced drafts were not all kept: this measures nothing")
         rows.append(found)
-    shape = engine.bundle.shape
+    shape = runner.bundle.shape
     sizes = f"random weights, hidden {shape.hidden}, FFN {shape.ffn}, {shape.layers} layers, vocabulary {shape.vocab}"
     return row(f"{sizes}, {share:.0%} neurons, forced drafts", every, rows[1:])
 

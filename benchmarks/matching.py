@@ -24,10 +24,12 @@ from _page import between, write_report
 from cm_export.base import by_name
 from cm_export.base.hashes import key_of
 from cm_export.bundle.bundle import Bundle
-from cm_export.evals.compare import Row, _Desk, with_policies
+from cm_export.evals.compare import Comparison, Row
+from cm_export.evals.exam import Exam
 from cm_export.evals.journal import Journal
+from cm_export.evals.other_policies import with_policies
 from cm_export.evals.task import Task, load
-from cm_export.host.runner import Budget, Engine
+from cm_export.host.runner import Budget, Runner
 from cm_export.recipe.recipe import Recipe
 
 # name -> the [tokens] that differ from the bundle's
@@ -70,7 +72,7 @@ def paired(one: list[bool], other: list[bool]) -> dict[str, int]:
     return {"only_matched": sum(a and not b for a, b in pairs), "only_independent": sum(b and not a for a, b in pairs)}
 
 
-def run(engine: Engine, task: Task, args: argparse.Namespace) -> dict[str, Any]:
+def run(runner: Runner, task: Task, args: argparse.Namespace) -> dict[str, Any]:
     """The report; written to args.out after every arm."""
     started = time.perf_counter()
     base = Recipe().replace(
@@ -80,22 +82,22 @@ def run(engine: Engine, task: Task, args: argparse.Namespace) -> dict[str, Any]:
         tokens__cache=args.cache,
         seed=args.seed,
     )
-    desk = _Desk(engine, task, lambda *_: None)
+    comparison = Comparison(Exam(runner, task, lambda *_: None))
     report: dict[str, Any] = {
-        "bundle": engine.bundle.manifest["model"]["source"],
+        "bundle": runner.bundle.manifest["model"]["source"],
         "task": task.name,
         "command": " ".join(["python", *sys.argv]),
-        "versions": engine.bundle.manifest["versions"],
+        "versions": runner.bundle.manifest["versions"],
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} thread(s)",
         "rows": [],
     }
     with Journal(None, key_of(matching=report["command"])) as journal:
-        dense = desk.ask(Row(engine.recipe, Budget(dense=True)), engine, journal)
+        dense = comparison.ask(Row(runner.recipe, Budget(dense=True)), runner, journal)
         rows = report["rows"]
         rows.append({"arm": "dense", "neurons": "dense", "tokens": "dense"} | {k: dense[k] for k in FIGURES})
         show(rows[-1])
         for names, recipe in arms(base, args.neurons, args.tokens):
-            result = desk.ask(Row(recipe, Budget(seed=args.seed)), with_policies(engine, recipe), journal, dense)
+            result = comparison.ask(Row(recipe, Budget(seed=args.seed)), with_policies(runner, recipe), journal, dense)
             rows.append(names | {k: result[k] for k in FIGURES})
             if names["arm"] == "matched":
                 rows[-1] |= paired(rows[-1]["right"], rows[-2]["right"])
@@ -158,7 +160,7 @@ def main() -> None:
     bundle = Bundle(args.bundle)
     bundle.wait_verified()
     task = load(args.task.replace("-", "_"), tuple(args.kinds), args.limit, args.seed)
-    report = run(Engine(bundle, args.threads), task, args)
+    report = run(Runner(bundle, args.threads), task, args)
     if args.docs:
         args.docs.write_text(into(args.docs.read_text(encoding="utf-8"), report), encoding="utf-8")
 

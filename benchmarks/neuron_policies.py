@@ -32,11 +32,14 @@ from cm_export.base.metrics import divergences, wilson
 from cm_export.bundle.bundle import Bundle
 from cm_export.calibrating.calibrate import SENSITIVITY_TOKENS, read_prompts
 from cm_export.evals import task as _task
-from cm_export.evals.compare import with_policies
+from cm_export.evals.exam import write
+from cm_export.evals.other_policies import with_policies
 from cm_export.evals.task import Question
 from cm_export.host.core_set import CoreSet, choose
+from cm_export.host.decode import teacher_forced
 from cm_export.host.images import open_image
-from cm_export.host.runner import Budget, Engine
+from cm_export.host.request import Request
+from cm_export.host.runner import Budget, Runner
 from cm_export.recipe.recipe import Neurons, Recipe
 
 # name -> the [neurons] that differ from the defaults
@@ -63,9 +66,7 @@ USUAL = ("random", "coreinfer", "griffin", "griffin+row", "glass", "glass_rank",
 class Asked:
     """A question with the dense answer: token ids, logits [T,V] after each of them but the last, and whether it is true."""
 
-    ids: np.ndarray
-    grid: np.ndarray
-    embeds: np.ndarray | None
+    request: Request
     answer: np.ndarray
     logits: np.ndarray
     right: bool
@@ -96,28 +97,21 @@ def questions(name: str, data: Path | None, limit: int, seed: int) -> tuple[list
     return task.questions, task.open_picture
 
 
-def ask_dense(engine: Engine, asked: list[Question], opened: Callable[[str], Any], limit: int) -> list[Asked]:
+def ask_dense(runner: Runner, asked: list[Question], opened: Callable[[str], Any], limit: int) -> list[Asked]:
     out = []
     for question in asked:
-        embeds, grid = engine.embed([opened(p) for p in question.pictures])
-        ids = engine.chat.encode(
-            question.text, None, engine.bundle.family.image_tokens(grid, engine.bundle.shape.merge)
-        )
-        prefilled = engine.prefill(engine.request(ids, grid, embeds), Budget(dense=True))
-        answer, logits, decoder = [int(prefilled.logits[0].argmax())], [], prefilled.decoder()
-        while answer[-1] not in engine.chat.stop_ids and len(answer) < limit:
-            logits.append(decoder.step(prefilled.step_feeds(answer[-1], len(answer) - 1))[0])
-            answer.append(int(logits[-1].argmax()))
-        stopped = answer[-1] in engine.chat.stop_ids
-        said = engine.chat.decode(answer[:-1] if stopped else answer).strip()
+        request = runner.ask(question.text, runner.see([opened(p) for p in question.pictures]))
+        written = write(runner, runner.prefill(request, Budget(dense=True)), limit)
+        said = runner.chat.decode(written.ids).strip()
         right = not question.answers or said in question.answers
-        out.append(Asked(ids, grid, embeds, np.array(answer), np.array(logits, np.float32), right))
+        # Greedy: every id, the stop among them, is the most likely one.
+        out.append(Asked(request, written.logits.argmax(-1), written.logits[1:], right))
     return out
 
 
-def core_of(cell: Cell, measured: dict, engine: Engine) -> CoreSet:
+def core_of(cell: Cell, measured: dict, runner: Runner) -> CoreSet:
     """The cell's core set; clustered blocks are chosen in the calibration's order and named by stored ids again."""
-    shape, calibration = engine.bundle.shape, engine.bundle.calibration
+    shape, calibration = runner.bundle.shape, runner.bundle.calibration
     if cell.neurons.block == 1 or not cell.clustered:
         return choose(measured, cell.neurons, shape, calibration, cell.share)
     order = calibration.order.astype(np.int64)[:, None]
@@ -130,7 +124,7 @@ def core_of(cell: Cell, measured: dict, engine: Engine) -> CoreSet:
     return replace(core, neurons=ids.astype(np.int32), mean_z=stored[cell.neurons.fill])
 
 
-def run(engine: Engine, policy: str, asked: list[Asked], cells: list[Cell], seed: int) -> list[dict]:
+def run(runner: Runner, policy: str, asked: list[Asked], cells: list[Cell], seed: int) -> list[dict]:
     """One row per cell."""
     recipe = Recipe().replace(
         tokens__policy="dense",
@@ -138,16 +132,15 @@ def run(engine: Engine, policy: str, asked: list[Asked], cells: list[Cell], seed
         neurons__fill="prompt",
         **{f"neurons__{k}": v for k, v in POLICIES[policy].items()},
     )
-    sparse = with_policies(engine, recipe)
+    sparse = with_policies(runner, recipe)
     same, kl, tokens, agree = (np.zeros((len(cells), len(asked))) for _ in range(4))
     for i, q in enumerate(asked):
-        prefilled = sparse.prefill(sparse.request(q.ids, q.grid, q.embeds), Budget(seed=seed + i))
+        prefilled = sparse.prefill(q.request, Budget(seed=seed + i))
         for c, cell in enumerate(cells):
-            decoder = prefilled.decoder_of(core_of(cell, prefilled.measured, engine).constants(sparse.backend.rows))
-            for t in range(len(q.logits)):
-                got = decoder.step(prefilled.step_feeds(int(q.answer[t]), t))[0]
-                kl[c, i] += divergences(q.logits[t], got)
-                agree[c, i] += got.argmax() == q.answer[t + 1]
+            row = prefilled.row(core_of(cell, prefilled.measured, runner))
+            found = teacher_forced(sparse.backend, row, q.answer[:-1].tolist())[1:]
+            kl[c, i] = divergences(q.logits, found).sum()
+            agree[c, i] = (found.argmax(-1) == q.answer[1:]).sum()
             tokens[c, i] = len(q.logits)
             same[c, i] = agree[c, i] == tokens[c, i]
     rows, true = [], np.array([q.right for q in asked])
@@ -191,11 +184,11 @@ def main() -> None:
     bundle = Bundle(args.bundle)
     if bundle.calibration is None:
         sys.exit(f"{args.bundle} has no calibration: build it with `cm-export build --calibration FILE`")
-    engine = Engine(bundle, args.threads)
+    runner = Runner(bundle, args.threads)
     bundle.wait_verified()
     started = time.perf_counter()
     chosen = questions(args.task.replace("-", "_"), args.data, args.limit, args.seed)
-    asked = ask_dense(engine, *chosen, args.max_new_tokens)
+    asked = ask_dense(runner, *chosen, args.max_new_tokens)
     right = sum(q.right for q in asked)
     low, high = wilson(right, len(asked))
     rows = [{"policy": "dense", "share": 1.0, "right": right / len(asked), "low": low, "high": high, "n": len(asked)}]
@@ -218,7 +211,7 @@ def main() -> None:
         for block in args.blocks if policy in BLOCKED else ():
             blocks = Neurons(block=block)
             cells += [Cell(blocks, share, clustered) for share in args.shares for clustered in (True, False)]
-        rows += run(engine, policy, asked, cells, args.seed)
+        rows += run(runner, policy, asked, cells, args.seed)
         for row in rows[-len(cells) :]:
             what = f"{row['policy']:22} {row['share']:.0%} fill {row['fill']:10} {row['layers']:10} block {row['block']:12}"
             print(

@@ -14,6 +14,7 @@ import pytest
 from conftest import cm_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_models import numbered
 
 from cm_export.base.errors import InputError
 from cm_export.bundle.bundle import Bundle
@@ -206,7 +207,7 @@ def test_a_rebuild_is_only_spared_where_nothing_but_shares_differs():
 
 
 def test_attention_and_activation_figures_on_made_up_layers():
-    request = Request(np.array([[False, *[True] * 8, False, False]]), *[None] * 4)
+    request = Request(numbered(np.array([[False, *[True] * 8, False, False]])), *[None] * 4)
     q, k = np.zeros((4, 11, 8)), np.zeros((2, 11, 8))
     image, top = analysis.attention(q, k, request)  # all alike: every visible token gets the same
     assert image == pytest.approx((8 / 10 + 8 / 11) / 2) and top == pytest.approx(0.25)

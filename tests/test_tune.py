@@ -32,7 +32,7 @@ from cm_export.tune.held_out import Goal
 from cm_export.tune.measure import Answered, Times, latency, memory
 from cm_export.tune.verdict import HeldOut, Point
 
-PICTURE = Path(checkpoint.__file__).parent.parent / "demo" / "images" / "teal-circle.png"
+PICTURE = Path(__file__).parent.parent / "cm_export" / "demo" / "images" / "teal-circle.png"
 OWN = Recipe().replace(tokens__policy="attention")
 SPACE = space.Space(OWN, ("dense", "griffin"), ("attention", "dense"), (1,), 6)
 SETTINGS = {"bundle": "b", "task": "t"}

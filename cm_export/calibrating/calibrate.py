@@ -201,7 +201,8 @@ def _sensitivity(runner: Runner, answers: list, energy: np.ndarray, progress: Ca
         prefilled = judge.prefill(request, Budget())
         expected = teacher_forced(judge.backend, prefilled.row(whole), answer.tolist())[1:]
         tokens += len(answer)
-        of_prompt = prefilled.scores[:, 0] / prefilled.scores[:, 0].sum(-1, keepdims=True)
+        measured = prefilled.measured["core_scores"][:, 0]
+        of_prompt = measured / measured.sum(-1, keepdims=True)
         scores = ((of_prompt + energy) * down)[:, None].astype(np.float32)
         for p, share in enumerate(SHARES):
             chosen = select_core_neurons(scores, neuron_count(share, shape.ffn))

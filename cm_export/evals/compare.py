@@ -97,7 +97,7 @@ def compare(
     for row in rows:  # before anything is asked
         pipeline.check_recipe(row.recipe, bundle.shape)
     bundle.wait_verified()
-    comparison = _Comparison(Exam(runner, task, progress))
+    comparison = Comparison(Exam(runner, task, progress))
     run = key_of(
         bundle=bundle.manifest,
         questions=[asdict(q) for q in task.questions],
@@ -205,7 +205,7 @@ def _random_like(row: Row, result: dict[str, Any]) -> Row:
     return Row(recipe, budget)
 
 
-class _Comparison:
+class Comparison:
     """An exam in several rows, and the dense model's own answers to compare with."""
 
     def __init__(self, exam: Exam):

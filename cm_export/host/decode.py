@@ -117,6 +117,11 @@ class Spent:
     step: float = 0.0
 
 
+_Group = tuple[list[Row], list[Sequence[int]]]
+# What a decoder is made for: graph, few_rows, whether every row is read, and the core sets in the order of the rows.
+_Key = tuple[Graph, bool, bool, tuple[CoreSet, ...]]
+
+
 class Reader:
     """Reads tokens for rows. A decoder is kept as long as the same core sets read together, in the same order."""
 
@@ -165,12 +170,7 @@ class Reader:
             row.logits = logits[place, -1] if len(ids[place]) == 1 else logits[place]
 
 
-_Group = tuple[list[Row], list[Sequence[int]]]
-_Key = tuple[Graph, bool, bool, tuple[CoreSet, ...]]  # graph, few_rows, whether every row is read; core sets in order
-
-
 def _key(rows: list[Row]) -> _Key:
-    """What a decoder is made for."""
     return rows[0].graph, rows[0].few_rows, rows[0].listed is None, tuple(row.core for row in rows)
 
 

@@ -47,7 +47,6 @@ class Prefilled:
         tokens, kept, mask = runner.recipe.tokens, found.get("kept_tokens"), found.get("kept_mask")
         self.logits = found["logits"]
         self.measured = {n: found[n] for n in MEASURED if n in found}
-        self.scores = self.measured.get("core_scores")
         if kept is not None and mask is not None and not mask.all():  # a graph whose T is given pads up to it
             kept = kept[:, mask[0] > 0]
         self.kept_tokens = np.arange(request.tokens, dtype=np.int32)[None] if kept is None else kept
@@ -73,9 +72,9 @@ class Prefilled:
 
     def row(self, core: CoreSet | None = None, **how: Any) -> Row:
         """The request at the beginning of its answer. `core`: another core set; `how`: further fields of Row."""
-        dense = self.budget.dense
-        fields: dict[str, Any] = {"kept": self._kept_mask, "listed": None if dense else self._listed} | how
-        fields.setdefault("graph", "decode_dense" if dense else "decode")
+        graph = "decode_dense" if self.budget.dense else "decode"
+        listed = None if self.budget.dense else self._listed
+        fields: dict[str, Any] = {"graph": graph, "kept": self._kept_mask, "listed": listed} | how
         return Row(self.request, core or self.core_set, self.cache, self.logits[0], **fields)
 
     def then(self, ids: list[int], question: int | None = None) -> Prefilled:
