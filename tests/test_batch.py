@@ -131,7 +131,9 @@ PLANTED = {
     "positions of the first request for all": lambda m: m.setattr(
         decoding, "_tokens", lambda rows, ids, own=decoding._tokens: _swapped(own(rows, ids), "positions")
     ),
-    "core sets change places": lambda m: m.setattr(decoding.Reader, "_read", _turned_cores),
+    "core sets change places": lambda m: m.setattr(
+        decoding, "_key", lambda rows, own=decoding._key: (*own(rows)[:-1], own(rows)[-1][::-1])
+    ),
 }
 
 
@@ -143,15 +145,6 @@ def _swapped(tokens, what):
         return dataclasses.replace(tokens, positions=np.repeat(value[:, :1], value.shape[1], 1))
     rows = [m[: len(n)] if len(m) >= len(n) else np.pad(m, (len(n) - len(m), 0)) for m, n in zip(value[::-1], value)]  # noqa: B905
     return dataclasses.replace(tokens, masks=tuple(rows))
-
-
-def _turned_cores(self, key, rows, ids, spent, own=decoding.Reader._read):
-    cores = [row.core for row in rows]
-    for row, core in zip(rows, cores[::-1], strict=True):
-        row.core = core
-    own(self, key, rows, ids, spent)
-    for row, core in zip(rows, cores, strict=True):
-        row.core = core
 
 
 @pytest.mark.parametrize("bug", PLANTED)
