@@ -201,6 +201,7 @@ def _sensitivity(runner: Runner, answers: list, energy: np.ndarray, progress: Ca
         prefilled = judge.prefill(request, Budget())
         expected = teacher_forced(judge.backend, prefilled.row(whole), answer.tolist())[1:]
         tokens += len(answer)
+        assert prefilled.scores is not None  # griffin scores every neuron
         of_prompt = prefilled.scores[:, 0] / prefilled.scores[:, 0].sum(-1, keepdims=True)
         scores = ((of_prompt + energy) * down)[:, None].astype(np.float32)
         for p, share in enumerate(SHARES):
