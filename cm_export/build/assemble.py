@@ -82,6 +82,7 @@ def _files(folder: Path, job: Job, stages: Stages) -> dict[str, str]:
         _link(stages.file("engines", name), folder / engines.FOLDER / name)
         known[f"{engines.FOLDER}/{name}"] = digest
     if job.calibration:
+        assert job.recipe.calibration is not None and job.measured is not None  # it was read from there
         shutil.copyfile(job.recipe.calibration, folder / CALIBRATION)
         known[CALIBRATION] = job.measured
     return known

@@ -148,6 +148,7 @@ def run_builder(job: dict[str, Any], progress: Step) -> dict[str, Any]:
     with open(file.with_suffix(".log"), "w+", encoding="utf-8", errors="replace") as log:
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
+            assert child.stdout is not None  # a pipe, as asked above
             for line in child.stdout:
                 last = json.loads(line)
                 if "done" in last:

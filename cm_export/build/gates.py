@@ -92,7 +92,8 @@ class _Proofs:
     """The gates so far, and what later ones compare with."""
 
     def __init__(self, subject: Subject):
-        self.of, self.gates = subject, []
+        self.of = subject
+        self.gates: list[Gate] = []
 
     def equal(self, name: str, graph: str, pairs: dict[str, tuple[np.ndarray, np.ndarray]], detail: str) -> None:
         fix = "no bundle was written; please report this checkpoint's config.json"
@@ -154,6 +155,7 @@ class _Proofs:
 
     def _predictor(self) -> None:
         of = self.of
+        assert of.backend.predictor is not None  # a recipe that chooses in decode brings the copies
         error, worst = copy_error(of.backend.predictor, of.backend.weights, of.family, of.shape)
         self.gates.append(Gate("predictor", error, COPY_LIMIT, error <= COPY_LIMIT, "low-bit copies and the weights"))
         if not self.gates[-1].passed:

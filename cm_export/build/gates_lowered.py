@@ -68,7 +68,7 @@ def run_gates(
         return [*gates, Gate("half precision", 0.0, None, True, detail)]
     found = _answers(_Half(source, target, family, folder, threads), source, family, tower, probe)
     ours, theirs = (a["prefill"].pop("core_scores", None) for a in (found, expected))  # may be counts, which jump
-    if precision.packs:
+    if precision.weights:
         gates.append(_packing(source, target, folder, precision.weights.bits))
     # What low bits cost is for the evaluation of answers to say; the vision tower has none.
     limits = {g: None if precision.packs and g != "vision" else HALF_LIMIT for g in expected}
@@ -150,7 +150,10 @@ class _Half(_Exact):
 
     def __init__(self, source: Source, target: Target, family: Family, folder: Path, threads: int):
         self.source, self.row_names = source, core_row_names(family, source.shape.layers)
-        self.run = LoweredGraphs(source, target, folder, threads).run
+        self._graphs = LoweredGraphs(source, target, folder, threads)
+
+    def run(self, name: str, feeds: Feeds) -> Feeds:
+        return self._graphs.run(name, feeds)
 
 
 def _past(cache: Feeds) -> Feeds:
@@ -158,7 +161,9 @@ def _past(cache: Feeds) -> Feeds:
 
 
 def _choice(ours: np.ndarray | None, theirs: np.ndarray | None) -> Gate:
-    same = 1.0 if theirs is None else float(np.isin(ours, theirs).mean())
+    same = 1.0
+    if theirs is not None:
+        same = 0.0 if ours is None else float(np.isin(ours, theirs).mean())
     return Gate("lowered choice", same, None, True, "share of the kept tokens that the portable graph keeps, too")
 
 
@@ -185,6 +190,7 @@ def _packing(source: Source, target: Target, folder: Path, bits: int) -> Gate:
 def _same_neurons(ours: np.ndarray | None, theirs: np.ndarray | None, share: float) -> Gate:
     same = 1.0
     if theirs is not None:
+        assert ours is not None  # the same output of the same graph
         a, b = (select_core_neurons(s, neuron_count(share, s.shape[-1])) for s in (ours, theirs))
         same = float(np.mean([np.isin(x, y).mean() for x, y in zip(a[:, 0], b[:, 0], strict=True)]))
     return Gate("half choice", same, None, True, "share of the core neurons that float32 chooses, too")

@@ -64,7 +64,7 @@ def prepare(source: Checkpoint, recipe: Recipe, threads: int, progress: Step) ->
     calibration, order = _calibration(recipe, source)
     recipe = prune_layers.resolve(recipe, calibration)
     pipeline.check_recipe(recipe, shape)
-    measured = file_sha256(Path(recipe.calibration)) if calibration else None
+    measured = file_sha256(Path(recipe.calibration)) if recipe.calibration is not None else None
     inputs = probe(shape, tower, config)  # not the recipe's seed: the weights stage keeps PyTorch's answers to it
     return Job(
         source, family, config, shape, tower, recipe, inputs, calibration, order, measured, aim, threads, progress

@@ -65,7 +65,7 @@ def digest(module: str) -> str:
     """A hash of the source files behind `module`, so that a changed program redoes what it would now do differently."""
     found = hashlib.sha256()
     for name in behind(module):
-        found.update(f"{name}\n".encode() + content(file_of(name)) + b"\n")
+        found.update(f"{name}\n".encode() + content(_source(name)) + b"\n")
     return found.hexdigest()
 
 
@@ -97,6 +97,12 @@ def file_of(module: str) -> Path | None:
     return next((f for f in (place / "__init__.py", place.with_name(f"{place.name}.py")) if f.is_file()), None)
 
 
+def _source(module: str) -> Path:
+    file = file_of(module)
+    assert file is not None, module  # only modules that exist stand behind another one
+    return file
+
+
 def _next(module: str) -> Iterator[str]:
     """What stands directly behind a module: the packages that it lies in, what it imports, what its strings name."""
     yield from (".".join(module.split(".")[:n]) for n in range(1, module.count(".") + 1))
@@ -107,15 +113,15 @@ def _next(module: str) -> Iterator[str]:
             yield inner if one.name and file_of(inner) else one.module
     for name in named:
         yield name
-        if file_of(name).name == "__init__.py":  # a registry: whatever lies in it may be asked for
-            inside = (f"{name}.{p.stem}" for p in sorted(file_of(name).parent.iterdir()))
+        if _source(name).name == "__init__.py":  # a registry: whatever lies in it may be asked for
+            inside = (f"{name}.{p.stem}" for p in sorted(_source(name).parent.iterdir()))
             yield from (inner for inner in inside if file_of(inner) and not inner.endswith("__init__"))
 
 
 @cache
 def _read(module: str) -> tuple[tuple[Import, ...], tuple[str, ...]]:
     """The imports that a module executes, and the modules of ours that its strings name."""
-    file = file_of(module)
+    file = _source(module)
     tree = ast.parse(content(file))
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}

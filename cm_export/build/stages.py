@@ -25,7 +25,8 @@ class Stages:
 
     def __init__(self, folder: Path, force: bool = False, bundle: Path | None = None):
         """`bundle`: where large files of a stage may have moved (see `file`). Raises InputError."""
-        self.folder, self.force, self.bundle, self.reused = folder, force, bundle, []
+        self.folder, self.force, self.bundle = folder, force, bundle
+        self.reused: list[str] = []
         self.keys: dict[str, str] = {}  # of stages that ran, now or before
         self._states: dict[str, dict[str, Any]] = {}
         self._made = not folder.exists()

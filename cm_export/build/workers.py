@@ -43,7 +43,9 @@ def workers(count: int, folder: Path) -> Iterator[Callable[..., Future]]:
 
 def _end_with_parent() -> None:
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        parent = multiprocessing.parent_process()
+        assert parent is not None  # this is a worker
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -29,7 +29,9 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         return load(VERBS, name, "verb").command if name in names_in(VERBS) else None
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str, click.Command, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         verb = args[0]
         if verb not in names_in(VERBS) and not verb.startswith("-"):
             raise click.UsageError(f"unknown verb {verb!r}; {nearest(verb, names_in(VERBS))}", ctx)

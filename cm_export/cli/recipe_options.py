@@ -57,8 +57,16 @@ def recipe_options(command: Any) -> Any:
     for table, key, field in reversed([*fields()]):
         o = field.metadata["option"]
         if o.flag:
-            kwargs = {"cls": RecipeOption, "heading": HEADINGS[table], "help": help_of(field)}
-            command = click.option(o.flag, key, type=value_type(field), default=None, **kwargs)(command)
+            add = click.option(
+                o.flag,
+                key,
+                type=value_type(field),
+                default=None,
+                cls=RecipeOption,
+                heading=HEADINGS[table],
+                help=help_of(field),
+            )
+            command = add(command)
     return command
 
 
@@ -68,7 +76,7 @@ def recipe_option(flag: str, note: str = "", **changes: Any) -> Decorator:
     `note` follows the help.
     """
     field = next(f for _, _, f in fields() if f.metadata["option"].flag == flag)
-    return click.option(flag, **{"type": value_type(field), "help": help_of(field) + note} | changes)
+    return click.option(flag, **{"type": value_type(field), "help": help_of(field) + note, **changes})
 
 
 def value_type(field: dataclasses.Field) -> click.ParamType | None:
@@ -81,7 +89,9 @@ def value_type(field: dataclasses.Field) -> click.ParamType | None:
     if o.registry:
         return ByName(o.registry, o.what)
     if o.low is not None:
-        return Count(o.low, o.high) if kind(field) is int else click.FloatRange(o.low, o.high)
+        if kind(field) is int:
+            return Count(int(o.low), None if o.high is None else int(o.high))
+        return click.FloatRange(o.low, o.high)
     return click.Path() if o.path else None if kind(field) is bool else click.STRING
 
 

@@ -14,20 +14,24 @@ def requirements(
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """(required libraries, extras): each library as {name, needs, version, ok}; `enables` says what an extra is for."""
     required: list[dict[str, Any]] = []
-    extras = {name: {"enables": what, "libraries": []} for name, what in enables.items()}
+    optional: dict[str, list[dict[str, Any]]] = {name: [] for name in enables}
     for line in metadata.requires(distribution) or ():
         needed, _, marker = line.partition(";")
-        name, limits = re.fullmatch(r"([A-Za-z0-9._-]+)(?:\[.*?\])?\s*(.*?)\s*", needed).groups()
-        extra = (re.search(r"extra == [\"']([\w-]+)[\"']", marker) or [None, None])[1]
+        parts = re.fullmatch(r"([A-Za-z0-9._-]+)(?:\[.*?\])?\s*(.*?)\s*", needed)
+        assert parts is not None  # the form in which every installer writes it
+        name, limits = parts.groups()
+        extra = re.search(r"extra == [\"']([\w-]+)[\"']", marker)
         older = re.search(r"python_version < [\"']([\d.]+)[\"']", marker)
         if older and sys.version_info[:2] >= _numbers(older[1])[:2]:
             continue
         if name == distribution:  # dev includes the extra `eval`
             continue
-        target = extras[extra]["libraries"] if extra else required
+        target = optional[extra[1]] if extra else required
         target.append(_library(name, limits))
-    for extra in extras.values():
-        extra["ok"] = all(library["ok"] for library in extra["libraries"])
+    extras = {
+        name: {"enables": what, "libraries": optional[name], "ok": all(library["ok"] for library in optional[name])}
+        for name, what in enables.items()
+    }
     return required, extras
 
 
@@ -46,12 +50,16 @@ def fits(version: str, limits: str) -> bool:
     """Whether `2.13.0+cpu` is within `>=2.11,<3`; only the two signs that pyproject.toml uses are known."""
     have = _numbers(version)
     for limit in filter(None, limits.split(",")):
-        sign, bound = re.fullmatch(r"\s*(>=|<)\s*([\d.]+)\s*", limit).groups()
+        parts = re.fullmatch(r"\s*(>=|<)\s*([\d.]+)\s*", limit)
+        assert parts is not None, limit  # pyproject.toml uses no other sign
+        sign, bound = parts.groups()
         if (sign == ">=" and have < _numbers(bound)) or (sign == "<" and have >= _numbers(bound)):
             return False
     return True
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    numbers = [int(part) for part in re.match(r"\d+(?:\.\d+)*", version)[0].split(".")]
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    assert found is not None, version  # a version begins with a number
+    numbers = [int(part) for part in found[0].split(".")]
     return tuple([*numbers, 0, 0, 0][:3])

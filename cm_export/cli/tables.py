@@ -92,11 +92,12 @@ def print_pairs(title: str, pairs: Iterable[tuple[str, Any]]) -> None:
 
 def size(count: int) -> str:
     """Bytes for people: 18.2 MB."""
+    left: float = count
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count} B"
-        count /= 1000
-    return f"{count:.1f} TB"
+        if left < 1000:
+            return f"{left:.1f} {unit}" if unit != "B" else f"{count} B"
+        left /= 1000
+    return f"{left:.1f} TB"
 
 
 def _console() -> Console:

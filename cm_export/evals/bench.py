@@ -123,8 +123,7 @@ def made_up_request(runner: Runner, prompt_tokens: int, pictures: Sequence[Pictu
     head, outputs = prompt_tokens // 2, {}
     ids = np.concatenate([words[:head], np.full(image_tokens, shape.image_token), words[head:]])
     for port in runner.tower.outputs if pictures else ():
-        sizes = [int(length) for length in port.axes[1:]]
-        outputs[port.name] = (0.02 * rng.standard_normal((image_tokens, *sizes))).astype(np.float32)
+        outputs[port.name] = (0.02 * rng.standard_normal((image_tokens, *port.row))).astype(np.float32)
     return runner.request(ids, Pictures(outputs, tuple(p.grid for p in pictures)))
 
 

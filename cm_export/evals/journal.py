@@ -18,12 +18,12 @@ class Journal:
 
     def __init__(self, report: Path | None, run: str):
         """`run`: key of everything that an answer depends on besides its row. An older journal of another run goes."""
-        self.path = place(report) if report else None
+        path = self.path = place(report) if report else None
         self._answers: dict[tuple[str, int], dict[str, Any]] = {}
         self.resumed, self.discarded, self._file = 0, False, None
-        if self.path is None:
+        if path is None:
             return
-        lines = self._read()
+        lines = self._read(path)
         if lines and lines[0] == {"run": run}:
             for line in lines[1:]:
                 self._answers[line["row"], line["question"]] = line
@@ -31,18 +31,19 @@ class Journal:
         else:
             self.discarded, lines = bool(lines), [{"run": run}]
         # Written anew: a line that was cut short by a kill must not have another line glued to it.
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
         try:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            temporary.replace(self.path)
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the journal
+            temporary.replace(path)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the journal
         except OSError as e:
-            raise InputError(f"cannot be written ({e.strerror})", where=self.path, fix="check the path of --out") from e
+            raise InputError(f"cannot be written ({e.strerror})", where=path, fix="check the path of --out") from e
 
-    def _read(self) -> list[dict[str, Any]]:
+    @staticmethod
+    def _read(path: Path) -> list[dict[str, Any]]:
         lines: list[dict[str, Any]] = []
         try:
-            text = self.path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             return lines
         for line in text.splitlines():

@@ -46,7 +46,8 @@ def load(name: str, kinds: tuple[str, ...] = (), limit: int | None = None, seed:
         if kind not in module.KINDS:
             fix = by_name.nearest(kind, [*module.KINDS])
             raise InputError(f"unknown kind of question {kind!r}", where=f"task {name.replace('_', '-')}", fix=fix)
-    rng, chosen = random.Random(seed or 0), []
+    rng = random.Random(seed or 0)
+    chosen: list[Question] = []
     for kind in dict.fromkeys(kinds or module.KINDS):
         pool = module.questions(kind)
         chosen += rng.sample(pool, min(limit, len(pool))) if limit else pool

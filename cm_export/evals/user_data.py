@@ -32,7 +32,8 @@ def load(path: Path, max_new_tokens: int = MAX_NEW_TOKENS) -> Task:
     except (OSError, UnicodeDecodeError) as e:
         why = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
         raise InputError(f"cannot be read ({why})", where=path, fix="give a JSON Lines file") from e
-    questions, seen = [], set()
+    questions: list[Question] = []
+    seen: set[str] = set()
     for number, line in enumerate(lines, 1):
         if line.strip():
             where = f"{path}, line {number}"

@@ -68,6 +68,11 @@ class Port:
     dtype: type[np.generic]
     axes: tuple[int | str, ...]
 
+    @property
+    def row(self) -> tuple[int, ...]:
+        """Lengths of the axes after the first, where none of these may change."""
+        return tuple(int(length) for length in self.axes[1:])
+
 
 @dataclass(frozen=True)
 class Picture:

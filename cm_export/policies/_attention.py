@@ -17,11 +17,11 @@ def received(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, vote: torch.T
     For a later question q, the rows of mask, and vote are those of its own tokens.
     """
     heads = q.shape[1]
-    scale = torch.tensor(scale, dtype=torch.float32).double()
+    factor = torch.tensor(scale, dtype=torch.float32).double()  # as the graph reads it
     rows = vote.amax(0).nonzero()[:, 0]
     votes = vote[:, None, rows, None].double()
     shared_k = k.double().repeat_interleave(heads // k.shape[1], dim=1)
-    logits = q[:, :, rows].double() * scale @ shared_k.mT + torch.where(votes > 0, mask[:, :, rows].double(), 0.0)
+    logits = q[:, :, rows].double() * factor @ shared_k.mT + torch.where(votes > 0, mask[:, :, rows].double(), 0.0)
     return (votes * logits.softmax(-1)).sum(2) / vote.double().sum(1).clamp_min(1.0)[:, None, None]
 
 

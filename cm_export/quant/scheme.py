@@ -49,7 +49,8 @@ class Scheme:
             name = ("columns", "rows")[self.axis]
             what, fix = f"{name} of {length} in groups of {self.group}", f"{name} must be whole groups"
             raise InputError(what, where="quantised weight", fix=fix)
-        return tuple(n // self.group if axis == self.axis else n for axis, n in enumerate(shape))
+        rows, columns = (n // self.group if axis == self.axis else n for axis, n in enumerate(shape))
+        return rows, columns
 
 
 @dataclass(frozen=True)

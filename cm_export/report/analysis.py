@@ -61,9 +61,10 @@ def measure(
         core = chosen.prefill(request, Budget()).core_set
         sets.append((core.neurons, core.counts))
     watch.backend.drop("prefill")
-    columns = {k: np.array(v).T if v else None for k, v in found.items()}
+    image, top_tokens = (np.array(found[k]).T if found[k] else None for k in ("image", "top_tokens"))
     overlap, chance = _overlap(sets, runner.bundle.shape.ffn)
-    return Layers(len(requests), **columns, overlap=overlap, by_chance=chance)
+    own, fixed = np.array(found["own"]).T, np.array(found["fixed"]).T
+    return Layers(len(requests), image, top_tokens, own, fixed, overlap, chance)
 
 
 def attention(q: np.ndarray, k: np.ndarray, request: Request) -> tuple[float, float]:
@@ -101,10 +102,11 @@ def _count(n: int, share: float) -> int:
 def _overlap(sets: list[tuple[np.ndarray | None, np.ndarray]], ffn: int) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Jaccard [L,pairs] of core sets [L,1,K] (the first counts[l] count), and what chance gives [L]."""
     counts = sets[0][1] if sets else np.array([])
-    if len(sets) < 2 or any(ids is None for ids, _ in sets) or (counts == ffn).all():
+    fixed = [(ids, own) for ids, own in sets if ids is not None]
+    if len(sets) < 2 or len(fixed) < len(sets) or (counts == ffn).all():
         return None, None  # one question, sets that change with every token, or no choice at all
     masks = np.zeros((len(sets), len(counts), ffn), bool)
-    for mask, (ids, own) in zip(masks, sets, strict=True):
+    for mask, (ids, own) in zip(masks, fixed, strict=True):
         for layer, count in enumerate(own.tolist()):
             mask[layer, ids[layer, 0, :count]] = True
     pairs = [(a & b).sum(1) / (a | b).sum(1) for a, b in itertools.combinations(masks, 2)]

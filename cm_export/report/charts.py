@@ -98,42 +98,47 @@ def against_cost(
     spread: Sequence[Point] | None = None,
 ) -> Chart | None:
     """Share of dense over a cost, or None where fewer than two points know it. `spread`: points that span the y axis."""
-    shown = [p for p in points if cost(p) is not None and p.figures.of_dense is not None]
-    if len({cost(p) for p in shown}) < 2:
+    known = [(p, c) for p in points if (c := cost(p)) is not None and p.figures.of_dense is not None]
+    shown = [p for p, _ in known]
+    if len({c for _, c in known}) < 2:
         return None
-    x = Scale(0, max(cost(p) for p in shown) * 1.06, LEFT, RIGHT)
+    x = Scale(0, max(c for _, c in known) * 1.06, LEFT, RIGHT)
     ends = [floor, *(e for p in spread or shown if p.figures.of_dense_ci for e in p.figures.of_dense_ci)]
     margin = 0.04 * (max(ends) - min(ends)) or 0.01
     y = Scale(max(0.0, min(ends) - margin), max(ends) + margin, BOTTOM, TOP)
     edge = front(shown, cost)
     palette = colours(points)
     marks = []
-    for p in shown:
-        low, high = (y(e) for e in p.figures.of_dense_ci) if p.role != "dense" else (y(p.figures.of_dense),) * 2
+    for p, c in known:
+        low, kept, high = p.figures.kept
+        if p.role == "dense":
+            low = high = kept
         labelled = p.deployable and (p in edge or p is best)
         marks.append(
             Mark(
-                x(cost(p)),
-                y(p.figures.of_dense),
-                low,
-                high,
+                x(c),
+                y(kept),
+                y(low),
+                y(high),
                 p.role,
                 palette.get(p.policies, ""),
                 tip(p),
                 f"{round(100 * p.neuron_share)} / {round(100 * p.token_share)}" if labelled else "",
-                x(cost(p)) > RIGHT - 70,
+                x(c) > RIGHT - 70,
                 p is best,
             )
         )
     marks = _without_collisions(marks)
     # Controls first, so that what is to be chosen lies on top.
     marks.sort(key=lambda m: (m.best, {"random": 0, "dense": 1, "attention": 2, "policy": 3}[m.role]))
-    stairs, last = [], None
+    stairs: list[tuple[float, float]] = []
     for p in edge:
-        at = x(cost(p)), y(p.figures.of_dense)
-        stairs += [(at[0], last), at] if last is not None else [at]
-        last = at[1]
-    stairs.append((RIGHT, last))
+        spent = cost(p)
+        assert spent is not None  # the front is made of points that know it
+        at = x(spent), y(p.figures.kept[1])
+        stairs += [(at[0], stairs[-1][1]), at] if stairs else [at]
+    if stairs:  # there is none where only random points know the cost
+        stairs.append((RIGHT, stairs[-1][1]))
     return Chart(
         title,
         x_title,

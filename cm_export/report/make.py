@@ -48,8 +48,9 @@ def make(
     if not reports:
         if task is None:
             raise InputError("no figures to report", where=path, fix="give --eval FILE, or questions: --task or --data")
-        asked = {"seed": seed, "threads": threads, "report": measured, "progress": progress, "backend": DEFAULT}
-        report = _compare.compare(path, task, **asked)
+        report = _compare.compare(
+            path, task, seed=seed, threads=threads, report=measured, progress=progress, backend=DEFAULT
+        )
         report["command"] = command
         if measured and keep:
             keep(report, measured)
@@ -113,7 +114,7 @@ def summary(inputs: Inputs) -> dict[str, Any]:
     return {
         "floor": inputs.floor,
         "holds": best.holds,
-        "recommended": _flat(best.point) if best.holds else None,
+        "recommended": _flat(best.point) if best.holds and best.point else None,
         "nearest": None if best.holds or best.point is None else _flat(best.point),
         "decided_by": best.decided_by,
         "points_that_hold": best.holding,
@@ -137,9 +138,9 @@ def sentence(best: Choice, floor: float) -> str:
     p = best.point
     if p is None:
         return "no point to recommend: nothing was pruned, or the dense model got nothing right"
-    low, high = p.figures.of_dense_ci
+    low, share, high = p.figures.kept
     what = f"{p.policies}, {100 * p.neuron_share:.3g} % neurons, {100 * p.token_share:.3g} % image tokens"
-    kept = f"{p.figures.of_dense:.4f} [{low:.4f}, {high:.4f}] of dense"
+    kept = f"{share:.4f} [{low:.4f}, {high:.4f}] of dense"
     return (
         f"{what}: {kept}" if best.holds else f"no measured point holds the floor {floor:g}; the nearest, {what}: {kept}"
     )

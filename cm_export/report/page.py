@@ -113,8 +113,8 @@ def _faster(point: Point | None, dense: Point | None) -> dict[str, float]:
 def _line(best: Choice, floor: float) -> dict[str, Any] | None:
     if best.point is None:
         return None
-    low, high = best.point.figures.of_dense_ci
-    return charts.interval(low, best.point.figures.of_dense, high, floor)
+    low, kept, high = best.point.figures.kept
+    return charts.interval(low, kept, high, floor)
 
 
 def _low_kinds(point: Point | None, floor: float) -> list[str]:
@@ -172,7 +172,7 @@ def _layers(found: Layers | None, recipe: Recipe) -> list[tuple[charts.Chart, st
 
     out = []
     cut = recipe.tokens.prune_layer if recipe.tokens.policy != "dense" else None
-    if found.image is not None:
+    if found.image is not None and found.top_tokens is not None:
         series = [
             charts.Series("attention that goes to the picture", found.image, count),
             charts.Series(f"of that, to its top {TOKENS:.0%} tokens".replace("%", " %"), found.top_tokens, count),
@@ -195,7 +195,7 @@ def _layers(found: Layers | None, recipe: Recipe) -> list[tuple[charts.Chart, st
         "request gives away against a new set for every token."
     )
     out.append((charts.over_layers("Activation concentration", series), text))
-    if found.overlap is not None:
+    if found.overlap is not None and found.by_chance is not None:
         pairs = found.overlap.shape[1]
         series = [
             charts.Series("core sets of two questions", found.overlap, f"over {pairs} pairs"),

@@ -49,7 +49,7 @@ def choose(points: Sequence[Point], floor: float) -> Choice:
 
 
 def _low(p: Point) -> float:
-    return p.figures.of_dense_ci[0]
+    return p.figures.kept[0]
 
 
 def _costs(p: Point) -> list[float]:
@@ -58,9 +58,15 @@ def _costs(p: Point) -> list[float]:
 
 def front(points: Sequence[Point], cost: Callable[[Point], float | None]) -> list[Point]:
     """Points that nothing beats in cost and share of dense, cheapest first; random controls beat nobody."""
-    known = [p for p in points if p.role != "random" and cost(p) is not None and p.figures.of_dense is not None]
+    known: list[tuple[float, float, Point]] = []  # cost, share of dense
+    for p in points:
+        spent, kept = cost(p), p.figures.of_dense
+        if p.role != "random" and spent is not None and kept is not None:
+            known.append((spent, kept, p))
     out: list[Point] = []
-    for p in sorted(known, key=lambda p: (cost(p), -p.figures.of_dense)):
-        if not out or p.figures.of_dense > out[-1].figures.of_dense:
+    best = -math.inf
+    for _, kept, p in sorted(known, key=lambda k: (k[0], -k[1])):
+        if kept > best:
             out.append(p)
+            best = kept
     return out

@@ -26,8 +26,14 @@ class Figures:
     accuracy: float
     ci: tuple[float, float]
     of_dense: float | None  # None: dense itself got nothing right
-    of_dense_ci: tuple[float, float] | None
+    of_dense_ci: tuple[float, float] | None  # there if `of_dense` is
     n: int
+
+    @property
+    def kept(self) -> tuple[float, float, float]:
+        """Of dense: low end, share, high end. Only where dense got something right."""
+        assert self.of_dense is not None and self.of_dense_ci is not None  # callers look at them first
+        return self.of_dense_ci[0], self.of_dense, self.of_dense_ci[1]
 
 
 @dataclass(frozen=True)
@@ -123,12 +129,14 @@ def _figures(row: dict[str, Any]) -> Figures:
     n = row["n"]
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"n = {n!r}")
-    return Figures(float(row["accuracy"]), _pair(row["ci"]), _number(row["of_dense"]), _pair(row["of_dense_ci"]), n)
+    of_dense, of_dense_ci = row["of_dense"], row["of_dense_ci"]
+    if (of_dense is None) != (of_dense_ci is None):
+        raise ValueError(f"of_dense = {of_dense!r}, of_dense_ci = {of_dense_ci!r}")
+    kept = None if of_dense_ci is None else _pair(of_dense_ci)
+    return Figures(float(row["accuracy"]), _pair(row["ci"]), _number(of_dense), kept, n)
 
 
-def _pair(value: Any) -> tuple[float, float] | None:
-    if value is None:
-        return None
+def _pair(value: Any) -> tuple[float, float]:
     low, high = value
     return float(low), float(high)
 
@@ -138,7 +146,9 @@ def _number(value: Any) -> float | None:
 
 
 def _spread(value: Any) -> Spread | None:
-    return value and Spread(*(float(value[k]) for k in ("median", "q1", "q3")), int(value["n"]))
+    if not value:
+        return None
+    return Spread(float(value["median"]), float(value["q1"]), float(value["q3"]), int(value["n"]))
 
 
 def distinct(points: Iterable[Point]) -> list[Point]:

@@ -65,6 +65,7 @@ def locate(model: str, revision: str | None = None) -> tuple[Path | str, str | N
             raise InputError(f"{name!r} is a directory here, it has no revision {wanted!r}", fix="leave it out")
         return local, None
     if alias:
+        assert alias.hub_id is not None  # an alias has this or a path
         return alias.hub_id, wanted or alias.revision
     if HUB_ID.fullmatch(name):
         return name, wanted
@@ -160,7 +161,7 @@ def _check_weights(folder: Path) -> None:
         raise InputError(f"not in the shard it names: {_some(lost)}", where=index, fix="download the checkpoint again")
 
 
-def _from_hub(hub_id: str, revision: str | None) -> tuple[Path, str]:
+def _from_hub(hub_id: str, revision: str | None) -> tuple[Path, str | None]:
     """Local snapshot and commit of a hub model; a pinned commit that is in the cache needs no network."""
     import huggingface_hub as hub
     from huggingface_hub import errors

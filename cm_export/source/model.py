@@ -71,7 +71,7 @@ def head_differs(path: Path) -> bool:
     from safetensors import safe_open
 
     with contextlib.ExitStack() as stack:
-        where = {}
+        where: dict[str, safe_open] = {}
         for file in path.glob("*.safetensors"):
             f = stack.enter_context(safe_open(file, "pt"))
             where |= {n: f for n in f.keys() if n.endswith(("lm_head.weight", "embed_tokens.weight"))}  # noqa: SIM118
@@ -141,7 +141,10 @@ def write_weights(
     digest = _write_and_compare(path, family, folder / weights.FILE, progress, order)
     gc.collect()  # models hold cycles; the mapped files leave memory only now
     progress("ask PyTorch for the reference answers")
-    np.savez(folder / REFERENCE, **reference(reading(path, folder / weights.FILE, family), probe, tower))
+    np.savez(
+        folder / REFERENCE,
+        **reference(reading(path, folder / weights.FILE, family), probe, tower),  # type: ignore[arg-type]  # the stub takes one for allow_pickle
+    )
     gc.collect()
     copy_processor(path, folder / "processor")
     return {"sha256": {weights.FILE: digest}}
@@ -203,7 +206,7 @@ def neuron_order(name: str, family: Family, order: np.ndarray | None) -> np.ndar
     parts = (family.gate, family.up, family.down)
     owner = (i for i in layers for part in parts if name == family.layer.format(layer=i) + part)
     layer = next(owner, None)
-    return None if layer is None else order[layer]
+    return None if order is None or layer is None else order[layer]
 
 
 def _compare(

@@ -82,14 +82,17 @@ def specs(model: nn.Module, family: Family, config: Config) -> list[GraphSpec]:
     def present(rows: str) -> dict[str, Axes]:
         return {name: [*cache[:2], rows, cache[3]] for name in cache_names(shape.layers, "present")}
 
-    more = {port.name: _prompt_rows(port) for port in (tower.outputs[1:] if tower else ())}
-    rows = {name: torch.zeros([b, s, *axes[2:]]) for name, axes in more.items()}
+    further = tower.outputs[1:] if tower else ()
+    more = {port.name: _prompt_rows(port) for port in further}
+    rows = {port.name: torch.zeros(b, s, *port.row) for port in further}
+    last_logits: dict[str, Axes] = {"logits": [dims.BATCH, shape.vocab]}
+    logits: dict[str, Axes] = {"logits": [dims.BATCH, dims.NEW, shape.vocab]}
     prefill = GraphSpec(
         "prefill",
         wrappers.Prefill(model, family),
         samples(s, s) | ({"rows": rows} if rows else {}),
         border(dims.PROMPT, dims.PROMPT) | more,
-        {"logits": [dims.BATCH, shape.vocab]} | present(dims.PROMPT),
+        last_logits | present(dims.PROMPT),
         ("",),
         seen,
     )
@@ -97,9 +100,9 @@ def specs(model: nn.Module, family: Family, config: Config) -> list[GraphSpec]:
     decode = GraphSpec(
         "decode",
         wrappers.Decode(model, family),
-        samples(n, p + n) | {"past": {name: torch.zeros(b, cache[1], p, cache[3]) for name in past}},
+        samples(n, p + n) | {"past": {name: torch.zeros(b, shape.kv_heads, p, shape.head_dim) for name in past}},
         border(dims.NEW, dims.CONTEXT) | dict.fromkeys(past, cache),
-        {"logits": [dims.BATCH, dims.NEW, shape.vocab]} | present(dims.CONTEXT),
+        logits | present(dims.CONTEXT),
         ("",),
         seen,
     )
@@ -141,6 +144,7 @@ def trace(spec: GraphSpec) -> onnx.ModelProto:
             opset_version=OPSET,
             verbose=False,
         )
+    assert program is not None  # dynamo=True returns one
     proto = program.model_proto
     _strip(proto)
     for value, axes in zip(proto.graph.output, spec.outputs.values(), strict=True):

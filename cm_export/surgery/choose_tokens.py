@@ -23,10 +23,10 @@ from .find_sites import FFN
 def whole_prompt(edit: Edit, recipe: Tokens) -> Prompt:
     """The prompt before any choice: the graph's inputs, image_mask added to them."""
     image_mask = edit.add_input("image_mask", bool, [dims.BATCH, dims.PROMPT])
-    inputs = (edit.input(n) for n in ("inputs_embeds", "position_ids", "attention_mask"))
+    embeds, positions, mask = (edit.input(n) for n in ("inputs_embeds", "position_ids", "attention_mask"))
     # Which picture a token belongs to is known to the host alone: two of them may stand side by side.
     picture = edit.add_input("picture", np.int64, image_mask.shape) if recipe.quota == "each" else None
-    return Prompt(*inputs, image_mask, picture)
+    return Prompt(embeds, positions, mask, image_mask, picture)
 
 
 def choose_tokens(

@@ -22,12 +22,13 @@ def neuron_constants(
 ) -> dict[str, np.ndarray]:
     """{wire: [L,F] float32} of what the recipe's policy reads; `calibration` in the order of `weights`."""
     policy = facts.neuron_policy(recipe.neurons.policy)
-    out = {}
+    out: dict[str, np.ndarray] = {}
     wires = {"down_energy"} | ({"row"} if recipe.neurons.row_norm else set())
     if asked := wires & set(policy.wires):
         norms = np.stack([_energy(weights[down]) for *_, down in core_row_names(family, shape.layers)])
         out |= dict.fromkeys(asked, norms)
     if "prior" in policy.wires:
+        assert calibration is not None  # a recipe without one is refused where the policy reads it
         out["prior"] = calibration.energy
     return out
 

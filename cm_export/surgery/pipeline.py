@@ -109,6 +109,7 @@ def sparse_prefill(
     prompt = whole_prompt(edit, tokens) if borders else None
     seen = [prompt] * shape.layers  # by each layer
     for policy, layer in borders:
+        assert prompt is not None  # it is there wherever there are borders
         keep, kept_mask = choose_tokens(edit, policy, tokens, prompt, layer, ffns, attentions)
         log.append(Pass("prefill", "choose_tokens", 1))
         if tokens.cache == "cut":
@@ -118,7 +119,7 @@ def sparse_prefill(
             log.append(Pass("prefill", "cut_tokens", 2 * layer + 1))
         else:
             prompt = leave_out(edit, prompt, keep, kept_mask)
-    if borders:
+    if prompt is not None:
         report_tokens(edit, prompt.rows if tokens.cache == "cut" else keep, kept_mask)
     if facts.neuron_policy(recipe.neurons.policy).scores:
         weights = token_weights(edit, recipe.neurons, seen, prompt)

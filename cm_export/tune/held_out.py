@@ -103,8 +103,8 @@ def refusal(
     if not asked:
         what = f"{looks} points were already looked at on the {held} held-out questions; no interval could hold for one more"
         return what, "ask new questions: another --seed or --limit and a new --study"
-    best = max(asked, key=lambda h: h.kept(looks)[1][0] if h.kept(looks)[1] else 0.0)
-    kept, interval = best.kept(looks)
+    nearest = max(asked, key=lambda h: (h.kept(looks)[1] or [0.0])[0])
+    kept, interval = nearest.kept(looks)
     if interval and interval[0] >= floor:
         return (
             f"the points that keep {floor:g} of the dense accuracy do not cost less than dense",
@@ -113,7 +113,7 @@ def refusal(
     level = f"{100 * (1 - 0.05 / looks):.1f} % interval, {looks} point(s) looked at"
     span = f"{kept:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "nothing"
     what = f"no interval stays above the floor {floor:g}: the best keeps {span} of dense on {held} held-out questions ({level})"
-    more = more_questions(best, floor, looks)
+    more = more_questions(nearest, floor, looks)
     if more is None:
         return what, "more questions would not help: lower --floor, or search with more --trials"
     return what, f"about {2 * more} more questions (half of them held out) could decide it, with a new --study"

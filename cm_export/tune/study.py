@@ -38,8 +38,10 @@ _STARTUP = 12  # random trials, counting the given first ones, before TPE's mode
 class Sampler(optuna.samplers.BaseSampler):
     """TPE that is seeded with the trial's number: after an interruption it draws what it would have drawn."""
 
+    _inner: optuna.samplers.TPESampler  # of the trial at hand: `before_trial` is what Optuna calls first
+
     def __init__(self, seed: int, floor: float):
-        self.seed, self.floor, self._inner = seed, floor, None
+        self.seed, self.floor = seed, floor
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         digest = hashlib.sha256(f"{self.seed} {trial.number}".encode()).digest()
@@ -230,6 +232,7 @@ def _me() -> dict[str, Any]:
 def _is_dead(trial: FrozenTrial) -> bool:
     owner = trial.user_attrs.get("owner")
     if owner is None:
+        assert trial.datetime_start is not None  # it is running
         return abs(time.time() - trial.datetime_start.timestamp()) > _NAMELESS
     if owner["host"] != _me()["host"]:
         return abs(time.time() - trial.user_attrs.get("seen", owner["seen"])) > SILENCE
@@ -243,9 +246,12 @@ def _created(place: str, name: str, sampler: Sampler, attempts: int = 4) -> optu
     for attempt in range(attempts):
         try:
             storage = _storage(place)
-            goals = ["maximize", "minimize"]
             return optuna.create_study(
-                storage=storage, study_name=name, sampler=sampler, directions=goals, load_if_exists=True
+                storage=storage,
+                study_name=name,
+                sampler=sampler,
+                directions=["maximize", "minimize"],
+                load_if_exists=True,
             )
         except Exception as e:
             # Processes that start at the same time both create the tables; the slower one fails, and finds them a moment later.

@@ -51,7 +51,8 @@ def halves(questions: Sequence[Question], seed: int) -> tuple[list[int], list[in
 
     Each is in an order whose every beginning has the kinds in proportion, so that a part of it stands for the whole.
     """
-    rng, placed = random.Random(seed), ([], [])
+    rng = random.Random(seed)
+    placed: tuple[list[tuple[float, int]], list[tuple[float, int]]] = ([], [])  # (place within its kind, number)
     kinds: dict[str, list[int]] = {}
     for number, question in enumerate(questions):
         kinds.setdefault(question.kind, []).append(number)

@@ -139,6 +139,7 @@ class Backend:
         """What an initializer reads: the mapped file as it is, or int4 pairs turned into what ONNX Runtime multiplies."""
         if tensor.name in self.weights:
             return self.weights[tensor.name]
+        assert self.predictor is not None  # a tensor in neither file was refused before
         stored = self.predictor[tensor.name]
         is_packed = tensor.data_type == onnx.TensorProto.UINT8
         return blocks(stored, 4, 2 * tensor.dims[-1]) if is_packed else stored

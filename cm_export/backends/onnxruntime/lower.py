@@ -60,6 +60,7 @@ def lower(model: onnx.ModelProto, rows_as_inputs: bool, few_rows: bool = False) 
     if activation is not None:
         model.functions.append(_core_rows(activation))
     if chosen:
+        assert activation is not None  # the loop has met the CoreFFN that reads what is chosen
         model.functions.append(_core_masked(activation))
         _multiply_low_bits(model, activation)
     _keep(graph, _fuse_transposes(nodes, set(shapes), few_rows))

@@ -64,7 +64,8 @@ class Backend:
     reads_several = False
 
     def __init__(self, name: str, bundle: Bundle, recipe: Recipe, threads: int, trt: Any, cuda: Cuda):
-        self.name, self.weights, self.threads, self.notes = name, bundle.weights, threads, []
+        self.name, self.weights, self.threads = name, bundle.weights, threads
+        self.notes: list[str] = []
         self._bundle, self._recipe, self._cuda = bundle, recipe, cuda
         self._engines = bundle.manifest["engines"]
         self._check(trt)

@@ -139,14 +139,15 @@ class Pinned:
         """A view, valid as long as this object."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         memory = (ctypes.c_byte * size).from_address(self.address + offset)
-        return np.frombuffer(memory, dtype).reshape(shape)
+        return np.frombuffer(memoryview(memory), dtype).reshape(shape)
 
 
 class Buffers:
     """Device memory by name, kept between requests; one that is too small is replaced by a larger one."""
 
     def __init__(self, cuda: Cuda):
-        self._cuda, self._by_name = cuda, {}
+        self._cuda = cuda
+        self._by_name: dict[str, Buffer] = {}
 
     def get(self, name: str, size: int) -> Buffer:
         """At least `size` bytes."""

@@ -62,7 +62,8 @@ def write_graphs(source: Source, folder: Path, target: Target, graphs: Iterable[
     {"version", "kv", "capacity", "precision", "graphs": {name: {"inputs", "outputs", "profile": {input: [min, opt, max]},
     "plugins": {op: how many}, "plugin_nodes": [names], "index_inputs", "weight_bytes"}}}. Raises InputError, SurgeryError.
     """
-    engine, out, models, parts = source.recipe.engine, {}, {}, {}
+    engine, out, models = source.recipe.engine, {}, {}
+    parts: Parts = {}
     ranges = axis_ranges(source.recipe, source.shape, source.tower)
     for name in source.chosen(graphs):
         models[name], packed = lowered_with_parts(source, name, target)

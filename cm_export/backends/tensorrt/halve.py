@@ -31,7 +31,8 @@ def halve(edit: Edit, weights: Container[str], products: np.dtype) -> set[str]:
     """
     if products == np.float32:
         return set()
-    to, halves = onnx.helper.np_dtype_to_tensor_dtype(products), set()
+    to = onnx.helper.np_dtype_to_tensor_dtype(products)
+    halves: set[str] = set()
     as_half: dict[int, gs.Tensor] = {}
     for tensor in edit.graph.inputs:
         if tensor.name.startswith(("past.", "ffn.")):
@@ -43,8 +44,8 @@ def halve(edit: Edit, weights: Container[str], products: np.dtype) -> set[str]:
         if node.op not in _OWN and not (node.op in _PRODUCTS and any(weight)):
             continue
         for i in range(_FLOATS.get(node.op, len(node.inputs))):
-            if weight[i]:
-                halves.add(weight[i])
+            if stored := weight[i]:
+                halves.add(stored)
                 continue
             tensor = node.inputs[i]
             if id(tensor) not in as_half:

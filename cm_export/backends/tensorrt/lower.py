@@ -196,6 +196,7 @@ def _own_ops(edit: Edit, target: Target) -> tuple[str, ...]:
             node.attrs.clear()
         elif counted:  # an input of its own for each layer, since a length that depends on data is no shape here
             node.inputs[4] = edit.add_input(f"core_neurons.{layer}", np.int32, [batch, count])
+    assert activation is not None  # every layer of decode has a CoreFFN
     if not target.plugins:
         edit.functions["CoreRows"] = written.core_rows(activation)
     _drop_inputs(

@@ -49,6 +49,7 @@ def quantize_graph(model: onnx.ModelProto, precision: Precision, plugins: bool) 
     Raises InputError for sizes that do not pack, or where nothing would.
     """
     graph, most = model.graph, precision.weights
+    assert most is not None  # asked only of a precision that packs something
     if precision.packs == "ffn" and not plugins:
         int8_needs_the_plugin()
     stored = {t.name: t for t in graph.initializer if t.data_location == TensorProto.EXTERNAL and len(t.dims) == 2}
@@ -117,8 +118,9 @@ def _dequantize(graph: onnx.GraphProto, stored: dict[str, TensorProto], most: Sc
         new[codes] = _external(codes, TensorProto.INT4, weight.dims), of_codes
         new[scale] = _initializer(scale, of_scale), of_scale
         out = f"{weight.name}/whole.{axis}"
-        how = {"axis": axis, "block_size": scheme.group}
-        nodes[out] = helper.make_node("DequantizeLinear", [codes, scale], [out], out, **how)
+        nodes[out] = helper.make_node(
+            "DequantizeLinear", [codes, scale], [out], out, axis=axis, block_size=scheme.group
+        )
         reader.input[place] = out
     everything = [*nodes.values(), *graph.node]
     del graph.node[:]

@@ -51,7 +51,8 @@ class Library:
     """`tensorrt` or `tensorrt_rtx`, with a log whose last error goes into ours, and the plugins it was given."""
 
     def __init__(self, trt: Any, cuda: Cuda):
-        self.trt, self.cuda, self.errors = trt, cuda, []
+        self.trt, self.cuda = trt, cuda
+        self.errors: list[str] = []
         errors, severe = self.errors, (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
 
         class Log(trt.ILogger):
@@ -114,7 +115,8 @@ class Session:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._host: dict[str, np.ndarray] = {}
-        self._graphs: dict[Any, Any] = {}  # key -> recorded graph, or None after one plain run
+        # key -> recorded graph, or None after one plain run; None as a whole: nothing can be recorded here
+        self._graphs: dict[Any, Any] | None = {}
         self._inferred = False  # whether the outputs' shapes are known under the inputs' shapes
         self.stamp = 0
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def _recipe(job: "Job") -> Recipe:
     """The recipe without what no portable graph depends on: reading `engine` here fails, so that no key can miss it."""
-    return dataclasses.replace(job.recipe, model=None, revision=None, calibration=None, engine=None, backend="")
+    recipe = dataclasses.replace(job.recipe, model=None, revision=None, calibration=None, backend="")
+    return dataclasses.replace(recipe, engine=None)  # type: ignore[arg-type]  # reading it is to fail
 
 
 def _inputs(job: "Job") -> dict[str, Any]:

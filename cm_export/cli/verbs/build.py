@@ -79,6 +79,7 @@ def command(
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()  # of a download
+    assert chosen.model is not None  # `_recipe` refuses one that names none
     with progress(silent) as step:
         summary = build(
             chosen.model, out, chosen, progress=step, force=force, work_dir=work_dir, threads=threads, required=required

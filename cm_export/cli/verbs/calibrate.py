@@ -63,6 +63,7 @@ def command(
             bundle = Path(temporary) / "dense.plan"
             recipe = Recipe().replace(neurons__policy="dense", tokens__policy="dense")
             build(model=model, out=bundle, recipe=recipe, progress=step, threads=threads)
+        assert bundle is not None  # given, or built above
         engine = load(bundle, threads, step, backend="onnxruntime")
         asked, what = prompts_of(data, engine.bundle.manifest["model"]["source"], prompts, seed)
         found = measure(

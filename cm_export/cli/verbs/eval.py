@@ -121,6 +121,7 @@ def load_questions(
         from ...evals.user_data import load as load_data
 
         return load_data(data, max_new_tokens)
+    assert task is not None  # one of the two is given
     from ...evals.task import load
 
     return load(task, kinds, limit, seed)

@@ -85,23 +85,24 @@ def command(
         model = load(bundle, threads=threads, progress=step, backend=backend)
     for path, picture in zip(paths, images, strict=True):
         check_size(picture, model.tower.min_side, model.tower.max_ratio, where=path)
-    budget = {"dense": dense, "neuron_share": neuron_share, "token_share": token_share, "seed": seed}
-    asked = {"max_new_tokens": max_new_tokens, "guard": guard_every if guard else None}
-    asked["on_text"] = None if as_json else _write
     several = chat or len(prompts) > 1
     if several:
-        ask = model.conversation(images, system=system, **budget).ask
+        ask = model.conversation(images, system, dense, neuron_share, token_share, seed).ask
     else:
-        ask = partial(model.generate, images=images, system=system, **budget)
+        ask = partial(
+            model.generate, images=images, system=system, dense=dense, neuron_share=neuron_share,
+            token_share=token_share, seed=seed,
+        )  # fmt: skip
     turns, first = [], None
     for number, prompt in enumerate(chain(prompts, _questions() if chat else ())):
-        answer = ask(prompt, **asked)
+        every, on_text = guard_every if guard else None, None if as_json else _write
+        answer = ask(prompt, max_new_tokens=max_new_tokens, guard=every, on_text=on_text)
         here = drawings[number * len(images) : (number + 1) * len(images)]
         if here:
             from ...host.overlay import draw_overlay
 
-            for path, picture, kept in zip(here, images, answer.kept, strict=True):
-                draw_overlay(picture, kept, path, f"{int(kept.sum())} of {kept.size} image tokens kept\n{prompt}")
+            for drawing, picture, kept in zip(here, images, answer.kept, strict=True):
+                draw_overlay(picture, kept, drawing, f"{int(kept.sum())} of {kept.size} image tokens kept\n{prompt}")
         turn = {"text": answer.text, "token_ids": answer.token_ids, **answer.stats}
         turn |= {"notes": answer.notes, "overlays": here}
         first = first or answer.stats

@@ -145,7 +145,7 @@ def _row(name: str, dense: dict[str, Any] | None, trial: dict[str, Any] | None, 
         accuracy = dense["held_out"]
         out |= {"cost": 1.0, "n": dense["search"]["n"], "memory": 1.0, "latency": 1.0}
         out["held out: accuracy"] = f"{accuracy['accuracy']:.4f} [{accuracy['ci'][0]:.3f}, {accuracy['ci'][1]:.3f}]"
-    elif "recipe" in trial:
+    elif trial and "recipe" in trial:
         out |= {"cost": round(trial["cost"], 3), "of dense": _span(trial["of_dense"], trial["of_dense_ci"])}
         out["n"] = trial["n"]
     if held:

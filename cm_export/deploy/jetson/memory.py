@@ -8,6 +8,7 @@ one memory, so everything counts against the same limit. Factors: `FACTORS`, wit
 """
 
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -81,6 +82,7 @@ def estimated_weights(bundle: Any, graphs: Iterable[str], precision: str) -> Wei
     ffn = {name for layer in core_row_names(bundle.family, bundle.shape.layers) for name in layer}
     layers = bundle.family.layer.partition("{")[0]
     kind, out = precision_facts.PRECISIONS[precision], {}
+    packed_size = kind.weights.bits_per_weight / 8 if kind.weights else math.nan  # nan: this precision packs nothing
     for graph in graphs:
         total = 0.0
         for tensor in onnx.load(bundle.graph(graph), load_external_data=False).graph.initializer:
@@ -95,7 +97,7 @@ def estimated_weights(bundle: Any, graphs: Iterable[str], precision: str) -> Wei
             if len(tensor.dims) < 2:
                 total += 4 * size
             else:
-                total += size * (kind.weights.bits_per_weight / 8 if packed else kind.products.itemsize)
+                total += size * (packed_size if packed else kind.products.itemsize)
         out[graph] = round(total)
     return out
 

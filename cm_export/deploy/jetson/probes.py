@@ -60,6 +60,7 @@ def make(bundle: Any, source: Source, target: Target, folder: Path) -> Iterator[
     given = synthetic(shape, tower, bundle.config)
     seen = []
     for i, picture in enumerate(given.pictures):  # one picture at a time, as the engine's profile says
+        assert tower is not None  # without one there are no pictures
         feeds = tower.feeds([picture])
         found = graphs.run("vision", feeds)
         seen.append(Pictures({n: v.astype(np.float32) for n, v in found.items()}, (picture.grid,)))

@@ -34,9 +34,9 @@ def questions(kind: str) -> list[Question]:
     by_image: dict[int, list[tuple[str, str]]] = {}
     for q, a, i in asked:
         by_image.setdefault(i, []).append((q, a))
-    labels = {i: label(pairs) for i, pairs in by_image.items()}
+    labels = {i: seen for i, pairs in by_image.items() if (seen := label(pairs))}
     return [
-        Question(kind, (paths[i],), f"describe : {q}", (sentence(q, a, labels[i]),)) for q, a, i in asked if labels[i]
+        Question(kind, (paths[i],), f"describe : {q}", (sentence(q, a, labels[i]),)) for q, a, i in asked if i in labels
     ]
 
 

@@ -26,7 +26,8 @@ def questions(kind: str) -> list[Question]:
 
 def calibration_prompts(count: int, seed: int) -> list[tuple[str, str]]:
     """(text, picture) of `count` questions about pictures of the split `train`, every kind in turn."""
-    rng, out = random.Random(seed), []
+    rng = random.Random(seed)
+    out: list[tuple[str, str]] = []
     while len(out) < count:
         number, kind = rng.randrange(10**6), _scene.KINDS[len(out) % len(_scene.KINDS)]
         if pair := _scene.ask(_scene.scene("train", number), kind):
