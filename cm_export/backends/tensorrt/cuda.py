@@ -168,7 +168,8 @@ class Pool:
     """Device memory on loan: it comes back with the object that stands for it, and is lent again."""
 
     def __init__(self, cuda: Cuda):
-        self._cuda, self._spare = cuda, []
+        self._cuda = cuda
+        self._spare: list[Buffer] = []
 
     def take(self, size: int, cleared: bool = False) -> "Loan":
         """At least `size` bytes; `cleared`: zero when they are new.

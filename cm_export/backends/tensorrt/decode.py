@@ -45,6 +45,7 @@ class Decoder:
         self._loan = self._backend.for_answers.take(size) if given else None
         self._given: dict[str, tuple[int, tuple[int, ...]]] = {}
         for name, value in given.items():
+            assert self._loan  # given something, so there is memory for it
             address = self._loan.address + places[name]
             self._cuda.upload(address, np.ascontiguousarray(value, types[name]))
             self._given[name] = address, value.shape
