@@ -13,7 +13,7 @@ import pytest
 
 from cm_export.base.errors import BundleError, CmExportError, InputError
 from cm_export.base.hashes import file_sha256, key_of
-from cm_export.build import stages
+from cm_export.build import sources
 from cm_export.build.stages import Stages
 from cm_export.bundle import bundle as bundles
 from cm_export.bundle.bundle import MANIFEST, WEIGHTS, Bundle, assemble, check_out, sweep, write_manifest
@@ -445,12 +445,12 @@ def test_a_key_depends_on_every_value_and_not_on_their_order():
     assert len({key_of(a=1, b=2), key_of(a=1, b=3), key_of(a=1), key_of(a="1", b=2)}) == 4
 
 
-def test_a_source_key_changes_with_any_file(tmp_path):
-    a, b = tmp_path / "a.py", tmp_path / "b.py"
-    a.write_text("x"), b.write_text("y")
-    before = stages.source_key(a, b)
-    b.write_text("z")
-    assert before != stages.source_key(a, b)
+@pytest.mark.parametrize("changed", ["build.steps.trace", "source.trace", "families.llama", "base.dims"])
+def test_a_source_key_changes_with_any_file(changed, monkeypatch):
+    module, file, content = "cm_export.build.steps.trace", sources.file_of(f"cm_export.{changed}"), sources.content
+    before = sources.digest(module)
+    monkeypatch.setattr(sources, "content", lambda f: content(f) + (b"#" if f == file else b""))
+    assert before != sources.digest(module)
 
 
 def test_the_second_of_two_builds_of_one_output_is_refused(tmp_path):

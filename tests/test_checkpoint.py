@@ -294,7 +294,7 @@ def test_a_cached_blob_that_was_changed_is_refused(cache):
 
 
 def test_without_network_a_hub_id_fails_within_seconds_and_says_how_to_get_it(tmp_path):
-    code = "from cm_export.checkpoint import resolve\ntry: resolve('qwen2-vl')\nexcept Exception as e: print(repr(e))"
+    code = "from cm_export.source.checkpoint import resolve\ntry: resolve('qwen2-vl')\nexcept Exception as e: print(repr(e))"
     # A closed port stands for every missing hub; nothing leaves this machine.
     env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path), "no_proxy": "127.0.0.1"}
     env.pop("HF_HUB_OFFLINE", None)
@@ -306,6 +306,6 @@ def test_without_network_a_hub_id_fails_within_seconds_and_says_how_to_get_it(tm
 
 
 def test_checkpoints_are_read_without_torch(folder):
-    code = f"import sys, cm_export.checkpoint as c; c.resolve({str(folder)!r}); print('torch' in sys.modules)"
+    code = f"import sys, cm_export.source.checkpoint as c; c.resolve({str(folder)!r}); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "False"

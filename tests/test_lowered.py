@@ -312,9 +312,7 @@ def test_a_scale_that_is_no_number_fails_the_gate_of_its_weight(demo_bundle, tmp
     content[place.offset : place.offset + 2] = np.array(np.nan, np.float16).tobytes()
     file.write_bytes(content)
     with pytest.raises(GateFailed, match=r"packing.*layers\.0\.mlp\.gate_proj.*differs by inf"):
-        gates_lowered.run_gates(
-            s, target("10.3"), bundle.family, probe(bundle.shape, bundle.config), tmp_path, threads=1
-        )
+        prove(s, "10.3", bundle.family, bundle.config, tmp_path)
 
 
 def test_decode_and_prefill_share_the_bytes_of_a_packed_weight(demo_bundle, tmp_path):

@@ -14,6 +14,7 @@ from conftest import cm_export
 from PIL import Image
 from random_models import Exported, random_text_config
 from stepping import Decoder, every_row, gatherer, prefill, step_feeds
+from test_batch import runner_of
 from test_surgery import arrays
 from test_token_cuts import check_masked
 from tolerances import agrees
@@ -254,6 +255,17 @@ def test_further_outputs_of_a_tower_reach_the_layers_that_add_them(llava, tmp_pa
     agrees("export", full["logits"], dense["logits"])
     cut = arrays(prefill(backend, prefill_feeds(request) | sparse_feeds(request, recipe)))
     assert cut["kept_tokens"].shape[1] < request.tokens and np.isfinite(cut["logits"]).all()
+
+
+def test_a_prompt_without_pictures_gives_prefill_no_further_rows_but_zeros(llava, tmp_path):
+    (tmp_path / "out").mkdir()
+    x = Exported(llava.path, tmp_path / "out", with_echo(llava.family))
+    runner = runner_of(x, Recipe())
+    ids = np.array([7, 8, 9, 10])
+    prefilled = runner.prefill(runner.request(ids, Pictures()), Budget(dense=True))
+    with torch.no_grad():
+        expected = x.model(input_ids=torch.from_numpy(ids)[None]).logits[0, -1].numpy()
+    agrees("export", prefilled.logits[0], expected)
 
 
 def test_no_token_is_cut_before_a_layer_that_must_see_all(llava):

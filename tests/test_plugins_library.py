@@ -12,6 +12,7 @@ from cm_export.plugins.core_ffn.body import ACTIVATIONS
 from cm_export.plugins.harness.cases import OPS
 from cm_export.plugins.harness.interface import problems
 from cm_export.plugins.harness.library import Library
+from setuptools import find_packages
 
 from cm_export.base.errors import InputError
 
@@ -81,11 +82,10 @@ def test_only_the_interface_of_tensorrt_10_3_is_used():
 
 def test_a_wheel_carries_the_sources_that_a_device_compiles():
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    packed = set()
-    for package in tool["packages"]:
-        if package.startswith("cm_export.plugins"):
-            home = SOURCES.joinpath(*package.split(".")[2:])
-            for pattern in ("*.py", *tool["package-data"].get(package, ())):
-                packed |= {f for f in home.glob(pattern) if f.is_file()}
+    packed, data = set(), tool["package-data"]
+    for package in find_packages(str(ROOT), include=["plugins", "plugins.*"]):
+        home = ROOT.joinpath(*package.split("."))
+        for pattern in ("*.py", *data["*"], *data.get(f"cm_export.{package}", ())):
+            packed |= {f for f in home.glob(pattern) if f.is_file()}
     ours = {".h", ".cpp", ".cu", ".cuh", ".map", ".txt", ".py", ".md"}
     assert {f for f in SOURCES.rglob("*") if f.suffix in ours} == packed

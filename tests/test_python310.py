@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cm_export.source.checkpoint import DEMO
+from cm_export.recipe.aliases import DEMO
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ["click", "jinja2", "ml-dtypes", "numpy", "pillow", "psutil", "rich", "safetensors", "tokenizers", "tomli"]
@@ -49,15 +49,15 @@ from cm_export.host.images import open_image
 
 bundle = Bundle(sys.argv[1])
 bundle.wait_verified()
-rule = bundle.family.image_rule(json.loads(bundle.processor("preprocessor_config.json").read_bytes()))
-pixels, grid = bundle.family.patchify([open_image(sys.argv[2])], rule)
-chat, counts = Chat(bundle), bundle.family.image_tokens(grid, bundle.shape.merge)
+rule = bundle.tower.rule(json.loads(bundle.processor("preprocessor_config.json").read_bytes()))
+picture = bundle.tower.picture(open_image(sys.argv[2]), rule)
+chat, counts = Chat(bundle), [picture.tokens]
 turns = chat.encode_turns(["describe the image", "what color is it ?"], ["a circle ."], "be brief", counts)
 ids = chat.encode("describe : what shape is in the image?", None, counts)
 print(json.dumps({
     "recipe": bundle.recipe.to_dict(), "in_decode": bundle.recipe.neurons.in_decode, "later": bundle.recipe.tokens.later,
     "ids": ids.tolist(), "turns": turns.tolist(), "text": chat.decode(ids.tolist()), "stop": sorted(chat.stop_ids),
-    "grid": grid.tolist(), "pixels": pixels.tolist(),
+    "grid": picture.grid, "pixels": picture.pixels.tolist(),
 }))
 """
 

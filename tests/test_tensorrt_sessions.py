@@ -29,9 +29,9 @@ from cm_export.host.decode import teacher_forced
 from cm_export.host.images import open_image
 from cm_export.host.loaded import LoadedBundle, load
 from cm_export.host.runner import Budget, Runner
-from cm_export.source import checkpoint
+from cm_export.recipe import aliases
 
-IMAGES = sorted((checkpoint.DEMO.parent / "images").glob("*.png"))
+IMAGES = sorted((aliases.DEMO.parent / "images").glob("*.png"))
 QUESTION = "describe : what shape is in the image?"
 VERSIONS = ("10.3.0", "10.14.1", "10.16.1.11", "11.4.0.106", "rtx-1.7.1")
 SOME = ("10.3.0", "10.16.1.11", "rtx-1.7.1")  # copied cache, cache in place, gathered rows

@@ -249,7 +249,8 @@ def test_an_error_in_a_trial_leaves_it_to_be_run_again(tmp_path):
 
 
 def offered(base: Recipe, layers: int = 8, sees: bool = True) -> space.Space:
-    return space.of_bundle(SimpleNamespace(shape=SimpleNamespace(layers=layers, hidden=256, ffn=1024, sees=sees)), base)
+    shape = SimpleNamespace(layers=layers, hidden=256, ffn=1024, sees=sees, whole_layers=0)
+    return space.of_bundle(SimpleNamespace(shape=shape), base)
 
 
 def test_only_what_a_bundle_can_do_is_offered():

@@ -14,8 +14,8 @@ from conftest import ONE_THREAD, cm_export
 from cm_export.base.errors import InputError
 from cm_export.cli import main
 from cm_export.cli.verbs import doctor
+from cm_export.recipe.aliases import DEMO
 from cm_export.source import needs
-from cm_export.source.checkpoint import DEMO
 
 ROOT = Path(__file__).parent.parent
 EXPORT = ("torch", "transformers", "huggingface_hub", "onnxscript")

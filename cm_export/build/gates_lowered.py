@@ -60,7 +60,7 @@ def run_gates(
     gates.append(_choice(exact.chosen, portable.chosen))
     weight_bytes = sum(f.stat().st_size for f in folder.glob("weights.*.safetensors"))
     free = psutil.virtual_memory().available
-    if precision.products != HALF:
+    if precision.type != HALF:
         detail = "nothing is halved" if name == "fp32" else f"not run: ONNX Runtime has no {name} on a CPU"
         return [*gates, Gate("half precision", 0.0, None, True, detail)]
     if 4 * weight_bytes > free:  # ONNX Runtime computes in float32 what it holds in 16 bit: a copy of each

@@ -161,6 +161,10 @@ class Tower(ABC):
     def engine_memory(self, patches: int, fused: bool) -> int:
         """Bytes of activations on a device for a picture of so many patches; `fused`: attention keeps no scores."""
 
+    def no_pictures(self) -> Pictures:
+        """The outputs for a prompt without pictures: no row of any, yet prefill is given each further one, all zero."""
+        return Pictures({port.name: np.zeros((0, *port.row), port.dtype) for port in self.outputs})
+
     @abstractmethod
     def axis_ranges(self, patches: int) -> dict[str, Range]:
         """Lengths of the changing axes of inputs and outputs, for pictures of up to `patches` patches, one at a time."""

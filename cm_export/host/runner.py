@@ -178,6 +178,8 @@ class Runner:
     def request(self, ids: np.ndarray, pictures: Pictures) -> Request:
         """A prompt ready to run. Raises InputError, also when it is longer than the model can hold."""
         self.check_length(len(ids))
+        if self.bundle.tower and not pictures.grids:
+            pictures = self.bundle.tower.no_pictures()
         return Request.of(ids, pictures, self.bundle.family, self.bundle.shape, self.bundle.weights)
 
     def ask(self, text: str, pictures: Pictures, system: str | None = None) -> Request:

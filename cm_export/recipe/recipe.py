@@ -11,14 +11,16 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..base import by_name
 from ..base.errors import InputError
-from ..families import Shape
 from . import facts
 from .engine import EngineSettings, check_engine
 from .option import check_fields, kind, option
+
+if TYPE_CHECKING:
+    from ..families import Shape
 
 BACKENDS = "cm_export.backends"
 VOTERS = ("all", "text", "last")
@@ -174,7 +176,7 @@ class Recipe:
         """Plain values, for the manifest and for hashing."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "chosen"}
 
-    def for_model(self, shape: Shape) -> "Recipe":
+    def for_model(self, shape: "Shape") -> "Recipe":
         """The recipe as a bundle of this model records it: without pictures, tokens that nobody asked to prune stay."""
         asked = any(key.startswith("tokens__") for key in self.chosen)
         if not shape.sees and not asked:

@@ -24,7 +24,6 @@ from ...base.onnx_text import DOMAIN, OPSET
 from ...host.core_rows import ROWS
 from ...plugins.core_attention import op as core_attention
 from ...plugins.core_ffn import op as core_ffn
-from ...quant.precision import HALF
 from ...surgery.edit import Edit
 from ..onnxruntime.lower import names_read
 from . import halve as halving
@@ -43,7 +42,7 @@ def lower(
     weights: Container[str],
     capacity: int,
     longest: int,
-    products: np.dtype = HALF,
+    products: np.dtype = np.dtype(np.float16),  # noqa: B008 (a constant)
 ) -> onnx.ModelProto:
     """The graph `name` of a bundle for `target`; functions of plugin ops stay in, so that ONNX Runtime can run it.
 

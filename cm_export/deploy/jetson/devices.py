@@ -18,7 +18,7 @@ from ...quant.precision import HALF
 from ...quant.precision import PRECISIONS as KNOWN
 
 # That `pack` offers, from the largest engines to the smallest.
-PRECISIONS = tuple(name for name, known in KNOWN.items() if known.products == HALF)
+PRECISIONS = tuple(name for name, known in KNOWN.items() if known.type == HALF)
 
 
 @dataclass(frozen=True)
