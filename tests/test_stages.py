@@ -200,6 +200,23 @@ def test_another_version_of_a_library_changes_the_keys_of_the_stages_that_use_it
     assert changed(before, builds.stage_keys(prepared)) == expected
 
 
+def test_what_a_package_brings_for_itself_alone_is_no_library_of_a_stage(tmp_path, monkeypatch):
+    before = sources.libraries("cm_export.build.steps.graphs")
+    assert "tomli" not in before  # imported by recipes on Python 3.10 only
+    private, public = tmp_path / "package" / "_vendor", tmp_path / "site"
+    for place in (private, public):
+        for name in ("tomli", "tomli-9.0.dist-info"):
+            (place / name).mkdir(parents=True)
+        (place / "tomli" / "__init__.py").touch()
+        (place / "tomli-9.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: tomli\nVersion: 9.0\n")
+        (place / "tomli-9.0.dist-info" / "top_level.txt").write_text("tomli\n")
+    (private.parent / "__init__.py").touch()
+    monkeypatch.setattr(sys, "path", [*sys.path, str(private)])
+    assert sources.libraries("cm_export.build.steps.graphs") == before
+    monkeypatch.setattr(sys, "path", [*sys.path, str(public)])
+    assert sources.libraries("cm_export.build.steps.graphs") == before | {"tomli": "9.0"}
+
+
 def test_a_fingerprint_depends_on_every_value_type_and_name_and_not_on_the_order_of_names():
     @dataclasses.dataclass(frozen=True)
     class Words:

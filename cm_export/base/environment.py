@@ -2,6 +2,7 @@
 
 import os
 import platform
+import resource
 from datetime import datetime, timezone
 from typing import Any
 
@@ -23,3 +24,16 @@ def _processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held so far.
+
+    Linux hands the figure of getrusage on to a program that a large process starts, so its own one is read where there
+    is one.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as f:
+            return next(int(line.split()[1]) for line in f if line.startswith("VmHWM:")) * 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

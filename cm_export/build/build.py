@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..base import environment
 from ..base.errors import InputError
 from ..base.hashes import key_of
 from ..bundle import bundle as bundles
@@ -57,11 +58,11 @@ def build(
         _check_disk(source, out)
         job = prepare(source, recipe, threads, progress)
         manifest = _run(job, out, stages, required)
-    peak = max(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     return manifest | {
         "path": str(out),
         "seconds": time.perf_counter() - started,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": max(environment.peak_memory_bytes(), children),
         "stages_reused": stages.reused,
     }
 

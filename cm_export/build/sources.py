@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -75,10 +75,17 @@ def own_file(thing: object) -> str:
 
 
 def libraries(module: str) -> dict[str, str]:
-    """Versions of the distributions that the modules behind `module` import, by name."""
+    """Versions of the distributions that the modules behind `module` import, by name.
+
+    A folder of sys.path inside a package holds what that package brought for itself alone: setuptools puts its own there
+    once it is imported, so the key of a stage would depend on what else this process has done.
+    """
+    places = [place for place in sys.path if not (Path(place).parent / "__init__.py").is_file()]
     tops = {one.module.split(".")[0] for name in behind(module) for one in _read(name)[0]}
     tops -= {PACKAGE, *sys.stdlib_module_names}
-    return {d: metadata.version(d) for top in sorted(tops) for d in _distributions().get(top, ())}
+    names = {name for top in tops for name in _distributions(tuple(sys.path)).get(top, ())}
+    found = {name: next(iter(metadata.distributions(name=name, path=places)), None) for name in sorted(names)}
+    return {name: one.version for name, one in found.items() if one is not None}
 
 
 def content(file: Path) -> bytes:
@@ -130,5 +137,6 @@ def _read(module: str) -> tuple[tuple[Import, ...], tuple[str, ...]]:
 
 
 @cache
-def _distributions() -> dict[str, list[str]]:
-    return dict(metadata.packages_distributions())
+def _distributions(path: tuple[str, ...]) -> Mapping[str, list[str]]:
+    """The distributions that bring each top-level package; `path` is sys.path, so that a longer one is read anew."""
+    return metadata.packages_distributions()

@@ -3,7 +3,6 @@
 random token ids and image embeddings -> prefill, row gather, decode steps, each timed, dense and sparse in turn
 """
 
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -77,7 +76,7 @@ def measure(
         "kept": kept,
         "speedup": {p["phase"]: p["speedup"] for p in phases if p["speedup"]},
         "rows": rows,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": environment.peak_memory_bytes(),
         "backend": runner.backend.name,
         "environment": environment.describe(threads, bundle.manifest["versions"]) | runner.backend.hardware,
         "notes": [

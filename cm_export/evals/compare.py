@@ -9,7 +9,6 @@ The report is one JSON object: `task`, `rule`, `bundle`, its `seal`, `n`, `envir
 `_result` gives them), the three that everybody wants as `dense`, `sparse`, `random`, and `table`, the same rows for people.
 """
 
-import resource
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -133,7 +132,7 @@ def compare(
             "random": next((r for r in results[1:] if r["is_random"]), None),  # none where nothing is pruned
             "rows": results,
             "table": [_flat(r) for r in results],
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": environment.peak_memory_bytes(),
             "notes": [
                 f"accuracy: {task.rule}, greedy, free-running; in brackets: 95 % Wilson interval",
                 "of dense: 95 % interval over paired questions; KL and top-1 along the dense model's own answers",

@@ -11,7 +11,6 @@ new text judges; rows of text are always kept. Positions go on where the answer 
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ..base import environment
 from ..base.errors import BundleError
 from ..families import Pictures
 from .guard import Report, check_bundle, guarded
@@ -157,7 +157,7 @@ def _stats(
         "decode_s": decode,
         "tokens_per_s": (len(ids) - 1) / decode if len(ids) > 1 else None,
         "stopped": "stop token" if len(ids) < limit else "max-new-tokens",
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": environment.peak_memory_bytes(),
     }
 
 
