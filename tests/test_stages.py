@@ -192,11 +192,10 @@ def test_a_head_that_differs_from_the_embedding_is_traced_anew_under_the_same_co
 def test_another_version_of_a_library_changes_the_keys_of_the_stages_that_use_it(
     prepared, monkeypatch, library, expected
 ):
-    before, real = builds.stage_keys(prepared), sources.metadata.version
+    before, real = builds.stage_keys(prepared), sources.version
     same = library.replace("-", "_")
     other = lambda name: "99" if name.replace("-", "_") == same else real(name)  # noqa: E731
-    monkeypatch.setattr(sources.metadata, "version", other)
-    monkeypatch.setattr(builds, "version", other)
+    monkeypatch.setattr(sources, "version", other)
     assert changed(before, builds.stage_keys(prepared)) == expected
 
 

@@ -14,7 +14,6 @@ import resource
 import shutil
 import time
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ def stage_keys(job: Job) -> dict[str, str]:
         keys[stage.name] = key_of(
             reads={name: keys[name] for name in stage.reads},
             inputs=stage.inputs(job),
-            versions=sources.libraries(code) | {name: version(name) for name in stage.libraries},
+            versions=sources.libraries(code) | {name: sources.version(name) for name in stage.libraries},
             program=sources.digest(code),
             family=sources.own_file(job.family),
         )

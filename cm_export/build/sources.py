@@ -75,17 +75,22 @@ def own_file(thing: object) -> str:
 
 
 def libraries(module: str) -> dict[str, str]:
-    """Versions of the distributions that the modules behind `module` import, by name.
+    """Versions of the distributions that the modules behind `module` import, by name."""
+    tops = {one.module.split(".")[0] for name in behind(module) for one in _read(name)[0]}
+    tops -= {PACKAGE, *sys.stdlib_module_names}
+    names = {name for top in tops for name in _distributions(tuple(sys.path)).get(top, ())}
+    return {name: found for name in sorted(names) if (found := version(name)) is not None}
+
+
+def version(name: str) -> str | None:
+    """Of an installed distribution; None where there is none.
 
     A folder of sys.path inside a package holds what that package brought for itself alone: setuptools puts its own there
     once it is imported, so the key of a stage would depend on what else this process has done.
     """
     places = [place for place in sys.path if not (Path(place).parent / "__init__.py").is_file()]
-    tops = {one.module.split(".")[0] for name in behind(module) for one in _read(name)[0]}
-    tops -= {PACKAGE, *sys.stdlib_module_names}
-    names = {name for top in tops for name in _distributions(tuple(sys.path)).get(top, ())}
-    found = {name: next(iter(metadata.distributions(name=name, path=places)), None) for name in sorted(names)}
-    return {name: one.version for name, one in found.items() if one is not None}
+    found = next(iter(metadata.distributions(name=name, path=places)), None)
+    return found.version if found else None
 
 
 def content(file: Path) -> bytes:
