@@ -5,7 +5,7 @@ DEMO := artifacts/demo.plan
 PICTURE := cm_export/demo/images/teal-circle.png
 STAMP := .venv/.installed
 
-.PHONY: demo test lint clean accuracy bench-quality bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels
+.PHONY: demo test lint clean accuracy bench-quality bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("the versions of constraints.txt need Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
@@ -72,6 +72,16 @@ plugins: $(STAMP)
 # The kernels beside dense products: artifacts/kernels.json. Needs a CUDA device and a torch that uses it.
 bench-kernels: plugins
 	$(BIN)/python benchmarks/kernels.py --library artifacts/plugins/libcm_plugins.so --out artifacts/kernels.json
+
+# Everything of docs/gpu.md on a CUDA machine: artifacts/gpu-proof/proof.json. Its python needs torch, numpy, onnx and onnxruntime,
+# and nothing is installed; without a network give TENSORRT_INCLUDE=.
+gpu-proof:
+	$(PYTHON) benchmarks/gpu_proof.py --out artifacts/gpu-proof $(if $(TENSORRT_INCLUDE),--tensorrt-include $(TENSORRT_INCLUDE))
+
+# The same without a GPU (5 minutes): the emulator runs what the GPU would, nvcc compiles it.
+gpu-rehearsal: $(STAMP)
+	$(BIN)/python benchmarks/gpu_proof.py --rehearse --out artifacts/gpu-rehearsal \
+		$(if $(TENSORRT_INCLUDE),--tensorrt-include $(TENSORRT_INCLUDE))
 
 lint: $(STAMP)
 	$(BIN)/ruff check . --fix

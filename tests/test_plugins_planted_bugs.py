@@ -17,6 +17,13 @@ ASCENDING = """if (ids == nullptr) return place;
             if (smaller == place) return ids[group * listed + i];
         }
         return -1;"""
+WAIT_AND_READ = """        if (start == begin) wait_for_previous();  // z is being written while the first rows come
+        float my_z[kRows];
+        CM_UNROLL
+        for (int r = 0; r < kRows; ++r) my_z[r] = lane < count ? to_float(a.z[tile.row(r) * neurons + mine]) : 0.0f;
+"""
+WAIT, *READ = WAIT_AND_READ.splitlines(keepends=True)
+READ_AND_WAIT = "".join([*READ, WAIT])
 KERNELS, ROWS = "core_ffn/kernels.h", "core_ffn/rows.h"
 FFN = {  # what is wrong: (file, right, wrong)
     "stride of a row": (ROWS, "+ row * m.columns) + chunk)", "+ row * (m.columns - kColumns)) + chunk)"),
@@ -27,39 +34,52 @@ FFN = {  # what is wrong: (file, right, wrong)
     "ids not read": (KERNELS, LISTED, "return place;"),
     "list of the first request": (KERNELS, LISTED, "return ids == nullptr ? place : ids[place];"),
     "order within a block": (KERNELS, "* block + n % block;", "* block + block - 1 - n % block;"),
-    "ids read ahead": (KERNELS, "next = n + kNeurons + i, here", "next = n + i, here"),
-    "last part of the sum": (KERNELS, "part[s] = start + s < splits", "part[s] = start + s + 1 < splits"),
+    "rows read ahead": (KERNELS, "read_rows(first + kNeurons, next)", "read_rows(first, next)"),
+    "a row asked of the wrong lane": (KERNELS, "my_row, (first + i) % kWarp", "my_row, (first + i + 1) % kWarp"),
+    "last part of the sum": (KERNELS, "part[k] = s < splits", "part[k] = s + 1 < splits"),
+    "z read before it is there": (KERNELS, WAIT_AND_READ, READ_AND_WAIT),
+    "no wait for z": (KERNELS, "        if (start == begin) wait_for_previous();", ""),
+    "no wait for the parts": (KERNELS, "    wait_for_previous();\n    const int lane", "    const int lane"),
     "last warp of the sum": (KERNELS, "w < kDownWarps; ++w) total", "w < kDownWarps - 1; ++w) total"),
-    "z of another row": (KERNELS, "a.z[tile.row(r) * neurons + here]", "a.z[tile.first * neurons + here]"),
+    "z of another row": (KERNELS, "a.z[tile.row(r) * neurons + mine]", "a.z[tile.first * neurons + mine]"),
     "a row of x twice": (KERNELS, "load_numbers<T, kColumns, W::kVector>(a.x + tile.row(r)",
                          "load_numbers<T, kColumns, W::kVector>(a.x + tile.row(r & ~1)"),
     "no barrier before the sum": (KERNELS, "= sum[r][c];\n        __syncthreads();", "= sum[r][c];"),
     "no barrier after the sum": (KERNELS, "        __syncthreads();\n    }\n}", "    }\n}"),
     "group of a scale": (ROWS, "m.group_of(chunk)]", "m.group_of(chunk) / 2]"),
     "group of a scale, one by one": (ROWS, "to_float(scales[column / m.group])", "to_float(scales[0])"),
-    "zero of int4": (ROWS, "8.0f, out + i, out + i + 4", "7.0f, out + i, out + i + 4"),
-    "order of int8": (ROWS, "out + i, out + i + 2)", "out + i + 2, out + i)"),
+    "scale of a row left out": (KERNELS, "of_chunk[1] * W::factor(up_raw[i])", "of_chunk[1]"),
+    "zero of int4": (ROWS, "half_pair<1, 8>", "half_pair<1, 16>"),
+    "order of int8": (ROWS, "(word >> (8 * i))", "(word >> (8 * (1 - i)))"),
     "workspace of fewer rows": ("core_ffn/run.cuh", "const int64_t size = s.rows() * s.columns;",
                                 "const int64_t size = (s.rows() * s.columns + 1) / 2;"),
 }  # fmt: skip
 ATTEND = "core_attention/kernels.h"
 ATTENTION = {
-    "head of the cache": (ATTEND, "row = kv * s.cached +", "row = (kv - kv % s.kv_heads) * s.cached +"),
-    "stride of a row": (ATTEND, "a.v + row * s.columns, where", "a.v + (row / 2) * s.columns, where"),
+    "head of the cache": (ATTEND, "<int64_t>(kv) * s.cached +", "<int64_t>(kv - kv % s.kv_heads) * s.cached +"),
+    "stride of a row": (ATTEND, "fetch(a.v + row * s.columns", "fetch(a.v + row / 2 * s.columns"),
     "list of the first request": (ATTEND, "a.ids[static_cast<int64_t>(b) * s.listed + n]", "a.ids[n]"),
     "ids not read": (ATTEND, "a.ids[static_cast<int64_t>(b) * s.listed + n]", "n"),
-    "last row of a split": (ATTEND, "if (n < end) position[u] =", "if (n + 1 < end) position[u] ="),
-    "mask by place": (ATTEND, "to_float(mask[j][position[u]])", "to_float(mask[j][round + u * teams + team])"),
-    "mask of the first query": (ATTEND, "+ i % s.queries;", "+ 0;"),
+    "last row of a split": (ATTEND, "a.rows ? end - start : a.rows;", "a.rows ? end - start - 1 : a.rows;"),
+    "mask by place": (ATTEND, "position_of(start + i / kQueries)]", "start + i / kQueries]"),
+    "mask of the first query": (ATTEND, "query(i % kQueries) % s.queries;", "0;"),
     "mask of the first request": (ATTEND, "(a.mask_batch == 1 ? 0 : b)", "(0)"),
     "scale": (ATTEND, "a.scale * dot", "rsqrtf(s.columns) * dot"),
-    "hidden rows": (ATTEND, "if (score == -INFINITY) return;", ""),
-    "teams that saw nothing": (ATTEND, "if (other_m == -INFINITY) return;", ""),
-    "sums of unlike maxima": (ATTEND, "l = l * mine + other_l * others;", "l = l + other_l;"),
-    "last split": (ATTEND, "sum += weight * part[s * step + columns + 1];",
-                   "sum += s + 1 < splits ? weight * part[s * step + columns + 1] : 0.0f;"),
-    "no barrier before the warps meet": (ATTEND, "= softmax[j].l;\n        __syncthreads();", "= softmax[j].l;"),
-    "no barrier after the warps met": (ATTEND, "        __syncthreads();\n    }\n}", "    }\n}"),
+    "hidden rows": (ATTEND, "score == -INFINITY ? 0.0f : expf(score", "expf(score"),
+    "rows before which none was seen": (ATTEND, "m == -INFINITY ? 0.0f : expf(m", "expf(m"),
+    "sums of unlike maxima": (ATTEND, "l = l * factor + warp_sum(sum);", "l = l + warp_sum(sum);"),
+    "rows of unlike maxima": (ATTEND, "o[j] *= factors[j];", "o[j] *= 1.0f;"),
+    "columns past the last": (ATTEND, "eights = (s.columns + 7) / 8;", "eights = s.columns / 8;"),
+    "last split": (ATTEND, "sum += weight * l[u];",
+                   "sum += start + u * groups + 1 < splits ? weight * l[u] : 0.0f;"),
+    "no barrier before the scores": (ATTEND, "i / kQueries)]);\n        }\n        __syncthreads();",
+                                     "i / kQueries)]);\n        }"),
+    "no barrier before the softmax": (ATTEND, "a.scale * dot;\n        }\n        __syncthreads();", "a.scale * dot;\n        }"),
+    "no barrier after the softmax": (ATTEND, "factors[warp] = factor;\n        }\n        __syncthreads();",
+                                     "factors[warp] = factor;\n        }"),
+    "no barrier before the next rows": (ATTEND, "        __syncthreads();  // before the next rows", "  //"),
+    "no barrier before the sums": (ATTEND, "sums[warp] = l;\n    }\n    __syncthreads();", "sums[warp] = l;\n    }"),
+    "no wait for the parts": (ATTEND, "    wait_for_previous();\n", ""),
 }  # fmt: skip
 PLANTED = [(op, file, what, bug) for op, bugs in zip(OPS, (FFN, ATTENTION), strict=True) for what, bug in bugs.items()
            for file in [{"CoreFFN": "core_ffn", "CoreAttention": "core_attention"}[op.name]]]  # fmt: skip

@@ -1,10 +1,13 @@
-// The kernels of CoreAttention: softmax over the listed rows in one pass, in splits that are combined in their order.
+// The kernels of CoreAttention: softmax over the listed rows, in splits that are combined in their order.
 //
-//   attend    a row of the cache lies in L lanes, 8 numbers each (L = 16 for d = 128): 32/L rows per warp at once. Each
-//             such team keeps, per query, the maximum m, the sum l of exp(score - m) and the weighted rows o
+//   attend    a block copies the K and V of up to 64 rows into shared memory, all loads under way at once. Then a few
+//             threads per row make its scores, one warp per query a softmax step for all these rows, and one thread per
+//             column (several, for narrow heads) adds up the weighted rows. Loops, not unrolled code: a kernel this
+//             short spends its time on fetching what it executes
 //   combine   (m, l, o) of all splits -> y = sum exp(m_i - m) o_i / sum exp(m_i - m) l_i
 //
-// A score of -inf adds nothing; a team or split that has seen no row has m = -inf and weighs nothing.
+// m is the largest score so far, l the sum of exp(score - m), o the sum of exp(score - m) v. A score of -inf adds
+// nothing; a split that has seen no row has m = -inf and weighs nothing.
 #pragma once
 
 #include "../native/numbers.h"
@@ -20,184 +23,234 @@ struct Attend {
     int32_t mask_batch;  // 1 or B
     int32_t splits;
     int32_t query_tiles;
-    int32_t lanes_per_row;
+    int32_t rows;    // held in shared memory
+    int32_t stride;  // of a row there
     float scale;
     float* parts;  // [splits, rows] of (o[d], m, l), if there is more than one split
     T* y;
 };
 
-// Softmax so far: a maximum, a sum and this lane's part of the weighted rows.
-struct Softmax {
-    float m = -INFINITY;
-    float l = 0.0f;
-    float o[kLaneColumns] = {};
+// Eight numbers of a row from column `first` on, between memory and shared memory; zeros past the end of the row.
+template <class T, bool kAligned>
+struct Eight {
+    static constexpr int kWords = 8 * sizeof(T) / sizeof(uint4);
+    uint4 words[kWords];
 
-    __device__ void add(float score, const float* row) {
-        if (score == -INFINITY) return;
-        const float most = fmaxf(m, score);
-        const float before = expf(m - most);  // exp(-inf) = 0 for the first row
-        const float weight = expf(score - most);
-        m = most;
-        l = l * before + weight;
+    __device__ void fetch(const T* row, int first, int) {
         CM_UNROLL
-        for (int c = 0; c < kLaneColumns; ++c) o[c] = o[c] * before + weight * row[c];
+        for (int i = 0; i < kWords; ++i) words[i] = load(reinterpret_cast<const uint4*>(row + first) + i);
     }
-    __device__ void merge(float other_m, float other_l, const float* other_o) {
-        if (other_m == -INFINITY) return;
-        const float most = fmaxf(m, other_m);
-        const float mine = expf(m - most), others = expf(other_m - most);
-        m = most;
-        l = l * mine + other_l * others;
+    __device__ void store(T* to) const {
         CM_UNROLL
-        for (int c = 0; c < kLaneColumns; ++c) o[c] = o[c] * mine + other_o[c] * others;
+        for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(to)[i] = words[i];
     }
 };
 
-// Columns `first`.. of a row of d numbers, zeros past its end.
-template <class T, bool kAligned>
-__device__ inline void lane_columns(const T* row, int first, int columns, float* out) {
-    if (first < columns) {
-        load_numbers<T, kLaneColumns, kAligned>(row, first, columns, out);
-    } else {
+template <class T>
+struct Eight<T, false> {
+    T numbers[8];
+
+    __device__ void fetch(const T* row, int first, int columns) {
         CM_UNROLL
-        for (int c = 0; c < kLaneColumns; ++c) out[c] = 0.0f;
+        for (int i = 0; i < 8; ++i) numbers[i] = first + i < columns ? row[first + i] : from_float<T>(0.0f);
     }
-}
+    __device__ void store(T* to) const {
+        CM_UNROLL
+        for (int i = 0; i < 8; ++i) to[i] = numbers[i];
+    }
+};
 
 template <class T, int kQueries, bool kAligned>
-__global__ void CM_THREADS(kAttendWarps* kWarp) attend(Attend<T> a) {
-    constexpr int kBatch = kQueries > 1 ? 2 : 4;  // rows of a team under way
+__global__ void CM_THREADS(kAttendThreads) attend(Attend<T> a) {
+    let_next_start();
     const AttentionSizes& s = a.sizes;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const int teams_per_warp = kWarp / a.lanes_per_row, teams = kAttendWarps * teams_per_warp;
-    const int team = warp * teams_per_warp + lane / a.lanes_per_row;
-    const int first = lane % a.lanes_per_row * kLaneColumns;
+    const int eights = (s.columns + 7) / 8;
+
+    float* q = reinterpret_cast<float*>(shared_memory());  // [kQueries][eights * 8]
+    float* factors = q + kQueries * eights * 8;            // [kMostQueries]
+    float* largests = factors + kMostQueries;              // [kMostQueries], m
+    float* sums = largests + kMostQueries;                 // [kMostQueries], l
+    float* outputs = sums + kMostQueries;                  // [parts][kQueries][columns], at the end; until then:
+    T* k = reinterpret_cast<T*>(outputs);                  // [rows][stride]
+    T* v = k + a.rows * a.stride;                          // [rows][stride]
+    float* scores = reinterpret_cast<float*>(v + a.rows * a.stride);  // [rows][kQueries]
 
     const int query_start = static_cast<int>(blockIdx.x % a.query_tiles) * kQueries;
-    const int64_t place = blockIdx.x / a.query_tiles;
+    const uint32_t place = blockIdx.x / a.query_tiles;
     const int split = static_cast<int>(place % a.splits);
-    const int64_t kv = place / a.splits;  // b * Hk + g
-    const int b = static_cast<int>(kv / s.kv_heads);
+    const int kv = static_cast<int>(place / a.splits);  // b * Hk + g
+    const int b = kv / s.kv_heads;
     const int all_queries = s.queries_per_kv_head();
 
     // Query i of a key/value head: head i / S of its group, position i % S; as a row of [B,H,S] that is consecutive.
-    float q[kQueries][kLaneColumns];
-    const T* mask[kQueries];
-    Softmax softmax[kQueries];
-    CM_UNROLL
-    for (int j = 0; j < kQueries; ++j) {
-        const int i = query_start + j < all_queries ? query_start + j : all_queries - 1;
-        lane_columns<T, kAligned>(a.q + (kv * all_queries + i) * s.columns, first, s.columns, q[j]);
-        const int64_t mask_row = static_cast<int64_t>(a.mask_batch == 1 ? 0 : b) * s.queries + i % s.queries;
-        mask[j] = a.mask + mask_row * s.cached;
+    // A tile that is not full repeats its last query and stores it once.
+    const auto query = [&](int j) { return query_start + j < all_queries ? query_start + j : all_queries - 1; };
+    for (int i = threadIdx.x; i < kQueries * eights * 8; i += kAttendThreads) {
+        const int column = i % (eights * 8);
+        const int64_t row = static_cast<int64_t>(kv) * all_queries + query(i / (eights * 8));
+        q[i] = column < s.columns ? to_float(a.q[row * s.columns + column]) : 0.0f;
     }
+    const auto position_of = [&](int32_t n) {
+        const int64_t position = a.ids == nullptr ? n : a.ids[static_cast<int64_t>(b) * s.listed + n];
+        require(position >= 0 && position < s.cached, "a core token is not a row of the cache");
+        return within(position, s.cached);
+    };
 
-    const int32_t per_split = static_cast<int32_t>(ceil_div(s.listed, a.splits));
+    const int32_t per_split = (s.listed + a.splits - 1) / a.splits;
     const int32_t begin = split * per_split;
     const int32_t end = begin + per_split < s.listed ? begin + per_split : s.listed;
-    // The same number of rounds for every team: shuffles need whole warps.
-    for (int32_t round = begin; round < end; round += kBatch * teams) {
-        float k[kBatch][kLaneColumns], v[kBatch][kLaneColumns];
-        int64_t position[kBatch];
-        CM_UNROLL
-        for (int u = 0; u < kBatch; ++u) {
-            const int32_t n = round + u * teams + team;
-            position[u] = -1;
-            if (n < end) position[u] = a.ids == nullptr ? n : a.ids[static_cast<int64_t>(b) * s.listed + n];
-            require(n >= end || (position[u] >= 0 && position[u] < s.cached), "a core token is not a row of the cache");
-            position[u] = n < end ? within(position[u], s.cached) : -1;
-        }
-        CM_UNROLL
-        for (int u = 0; u < kBatch; ++u) {
-            const int64_t row = kv * s.cached + (position[u] < 0 ? 0 : position[u]);
-            const int where = position[u] < 0 ? s.columns : first;  // nothing is read for a row that is not there
-            lane_columns<T, kAligned>(a.k + row * s.columns, where, s.columns, k[u]);
-            lane_columns<T, kAligned>(a.v + row * s.columns, where, s.columns, v[u]);
-        }
-        CM_UNROLL
-        for (int u = 0; u < kBatch; ++u) {
+    // One column of o for each thread, and where heads are narrow, a part of the rows.
+    const int parts = kAttendThreads / s.columns, part = threadIdx.x / s.columns, column = threadIdx.x % s.columns;
+    float o[kQueries] = {};
+    float m = -INFINITY, l = 0.0f;  // of query `warp`
+    for (int32_t start = begin; start < end; start += a.rows) {
+        const int32_t rows = end - start < a.rows ? end - start : a.rows;
+        constexpr int kAtOnce = 4;
+        const int pieces = rows * eights;
+        for (int from = threadIdx.x; from < pieces; from += kAtOnce * kAttendThreads) {
+            Eight<T, kAligned> of_k[kAtOnce], of_v[kAtOnce];
             CM_UNROLL
-            for (int j = 0; j < kQueries; ++j) {
-                float dot = 0.0f;
-                CM_UNROLL
-                for (int c = 0; c < kLaneColumns; ++c) dot += q[j][c] * k[u][c];
-                for (int apart = a.lanes_per_row / 2; apart > 0; apart /= 2) {
-                    dot += __shfl_xor_sync(kAllLanes, dot, apart);
-                }
-                const bool there = position[u] >= 0;
-                softmax[j].add(there ? a.scale * dot + to_float(mask[j][position[u]]) : -INFINITY, v[u]);
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int piece = from + i * kAttendThreads, first = piece % eights * 8;
+                if (piece >= pieces) continue;
+                const int64_t row = static_cast<int64_t>(kv) * s.cached + position_of(start + piece / eights);
+                of_k[i].fetch(a.k + row * s.columns, first, s.columns);
+                of_v[i].fetch(a.v + row * s.columns, first, s.columns);
+            }
+            CM_UNROLL
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int piece = from + i * kAttendThreads, first = piece % eights * 8;
+                if (piece >= pieces) continue;
+                of_k[i].store(k + piece / eights * a.stride + first);
+                of_v[i].store(v + piece / eights * a.stride + first);
             }
         }
+        for (int i = threadIdx.x; i < rows * kQueries; i += kAttendThreads) {
+            const int64_t mask_row = static_cast<int64_t>(a.mask_batch == 1 ? 0 : b) * s.queries +
+                                     query(i % kQueries) % s.queries;
+            scores[i] = to_float(a.mask[mask_row * s.cached + position_of(start + i / kQueries)]);
+        }
+        __syncthreads();
+
+        // Threads next to each other take different rows: the padding is for them.
+        for (int i = threadIdx.x; i < rows * kQueries; i += kAttendThreads) {
+            const int row = i % rows, j = i / rows;
+            float dot = 0.0f;
+            for (int first = 0; first < eights * 8; first += 8) {
+                float numbers[8];
+                constexpr int kPer = sizeof(uint4) / sizeof(T);
+                CM_UNROLL
+                for (int c = 0; c < 8; c += kPer) {
+                    spread<T>(*reinterpret_cast<const uint4*>(k + row * a.stride + first + c), numbers + c);
+                }
+                CM_UNROLL
+                for (int c = 0; c < 8; ++c) dot += q[j * eights * 8 + first + c] * numbers[c];
+            }
+            scores[row * kQueries + j] += a.scale * dot;
+        }
+        __syncthreads();
+
+        if (warp < kQueries) {
+            float largest = m;
+            for (int row = lane; row < rows; row += kWarp) largest = larger(largest, scores[row * kQueries + warp]);
+            largest = warp_largest(largest);
+            float sum = 0.0f;
+            for (int row = lane; row < rows; row += kWarp) {
+                const float score = scores[row * kQueries + warp];
+                const float weight = score == -INFINITY ? 0.0f : expf(score - largest);
+                scores[row * kQueries + warp] = weight;
+                sum += weight;
+            }
+            const float factor = m == -INFINITY ? 0.0f : expf(m - largest);
+            l = l * factor + warp_sum(sum);
+            m = largest;
+            if (lane == 0) factors[warp] = factor;
+        }
+        __syncthreads();
+
+        CM_UNROLL
+        for (int j = 0; j < kQueries; ++j) o[j] *= factors[j];
+        for (int row = part; part < parts && row < rows; row += parts) {
+            const float number = to_float(v[row * a.stride + column]);
+            CM_UNROLL
+            for (int j = 0; j < kQueries; ++j) o[j] += scores[row * kQueries + j] * number;
+        }
+        __syncthreads();  // before the next rows, and before o takes the place of K and V
     }
 
-    // Teams of a warp, then warps, each in a fixed order.
-    float* shared = reinterpret_cast<float*>(shared_memory());  // [warps][kLaneColumns + 2][lanes]
-    constexpr int kPart = (kLaneColumns + 2) * kWarp;
-    CM_UNROLL
-    for (int j = 0; j < kQueries; ++j) {
-        for (int apart = a.lanes_per_row; apart < kWarp; apart *= 2) {
-            float o[kLaneColumns];
-            CM_UNROLL
-            for (int c = 0; c < kLaneColumns; ++c) o[c] = __shfl_xor_sync(kAllLanes, softmax[j].o[c], apart);
-            const float m = __shfl_xor_sync(kAllLanes, softmax[j].m, apart);
-            const float l = __shfl_xor_sync(kAllLanes, softmax[j].l, apart);
-            softmax[j].merge(m, l, o);
-        }
-        float* mine = shared + warp * kPart + lane;
+    if (part < parts) {
         CM_UNROLL
-        for (int c = 0; c < kLaneColumns; ++c) mine[c * kWarp] = softmax[j].o[c];
-        mine[kLaneColumns * kWarp] = softmax[j].m;
-        mine[(kLaneColumns + 1) * kWarp] = softmax[j].l;
-        __syncthreads();
-        if (warp == 0 && lane < a.lanes_per_row) {
-            Softmax total;
-            for (int w = 0; w < kAttendWarps; ++w) {
-                const float* part = shared + w * kPart + lane;
-                float o[kLaneColumns];
-                CM_UNROLL
-                for (int c = 0; c < kLaneColumns; ++c) o[c] = part[c * kWarp];
-                total.merge(part[kLaneColumns * kWarp], part[(kLaneColumns + 1) * kWarp], o);
-            }
-            if (query_start + j < all_queries) {
-                const int64_t row = kv * all_queries + query_start + j;
-                if (a.splits == 1) {
-                    for (int c = 0; c < kLaneColumns && first + c < s.columns; ++c) {
-                        a.y[row * s.columns + first + c] = from_float<T>(total.o[c] / total.l);
-                    }
-                } else {
-                    float* out = a.parts + (split * s.rows() + row) * (s.columns + 2);
-                    for (int c = 0; c < kLaneColumns && first + c < s.columns; ++c) out[first + c] = total.o[c];
-                    if (lane == 0) {
-                        out[s.columns] = total.m;
-                        out[s.columns + 1] = total.l;
-                    }
-                }
+        for (int j = 0; j < kQueries; ++j) outputs[(part * kQueries + j) * s.columns + column] = o[j];
+    }
+    if (warp < kQueries && lane == 0) {
+        largests[warp] = m;
+        sums[warp] = l;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < kQueries * s.columns; i += kAttendThreads) {
+        const int j = i / s.columns, here = i % s.columns;
+        if (query_start + j >= all_queries) break;
+        float total = 0.0f;
+        for (int p = 0; p < parts; ++p) total += outputs[p * kQueries * s.columns + i];
+        const int64_t row = static_cast<int64_t>(kv) * all_queries + query_start + j;
+        if (a.splits == 1) {
+            a.y[row * s.columns + here] = from_float<T>(total / sums[j]);
+        } else {
+            float* out = a.parts + (split * s.rows() + row) * (s.columns + 2);
+            out[here] = total;
+            if (here == 0) {
+                out[s.columns] = largests[j];
+                out[s.columns + 1] = sums[j];
             }
         }
-        __syncthreads();
     }
 }
 
-constexpr int kCombineThreads = 128;
+constexpr int kCombineThreads = 512;
 
-// One thread per number of y; m and l of a row come from the cache for all but one of its threads.
+// One block per row of y. A thread adds up one column of some of the splits; then come the sums of these, in order.
 template <class T>
 __global__ void CM_THREADS(kCombineThreads)
     combine(const float* parts, int32_t splits, int64_t rows, int32_t columns, T* y) {
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * kCombineThreads + threadIdx.x;
-    if (i >= rows * columns) return;
-    const int64_t row = i / columns, column = i % columns, step = rows * (columns + 2);
-    const float* part = parts + row * (columns + 2);
-    float most = -INFINITY;
-    for (int s = 0; s < splits; ++s) most = fmaxf(most, part[s * step + columns]);
+    wait_for_previous();
+    const int lane = threadIdx.x % kWarp;
+    const int64_t row = blockIdx.x, step = rows * (columns + 2);
+    const float* mine = parts + row * (columns + 2);
+    float largest = -INFINITY;
+    for (int i = lane; i < splits; i += kWarp) largest = larger(largest, mine[i * step + columns]);
+    largest = warp_largest(largest);
+
+    const int groups = kCombineThreads / columns, group = threadIdx.x / columns, column = threadIdx.x % columns;
+    constexpr int kAtOnce = 8;
     float sum = 0.0f, total = 0.0f;
-    for (int s = 0; s < splits; ++s) {
-        const float m = part[s * step + columns];
-        const float weight = m == -INFINITY ? 0.0f : expf(m - most);
-        sum += weight * part[s * step + columns + 1];
-        total += weight * part[s * step + column];
+    for (int start = group; group < groups && start < splits; start += kAtOnce * groups) {
+        float m[kAtOnce], l[kAtOnce], number[kAtOnce];
+        CM_UNROLL
+        for (int u = 0; u < kAtOnce; ++u) {
+            const int i = start + u * groups;
+            m[u] = i < splits ? mine[i * step + columns] : -INFINITY;
+            l[u] = i < splits ? mine[i * step + columns + 1] : 0.0f;
+            number[u] = i < splits ? mine[i * step + column] : 0.0f;
+        }
+        CM_UNROLL
+        for (int u = 0; u < kAtOnce; ++u) {
+            const float weight = m[u] == -INFINITY ? 0.0f : expf(m[u] - largest);
+            sum += weight * l[u];
+            total += weight * number[u];
+        }
     }
-    y[i] = from_float<T>(total / sum);
+    float* totals = reinterpret_cast<float*>(shared_memory());  // [threads]
+    float* sums = totals + kCombineThreads;                     // [threads]
+    totals[threadIdx.x] = total;
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (group > 0) return;
+    for (int g = 1; g < groups; ++g) {
+        total += totals[g * columns + column];
+        sum += sums[g * columns + column];
+    }
+    y[row * columns + column] = from_float<T>(total / sum);
 }
 
 }  // namespace cm

@@ -11,11 +11,11 @@
 
 namespace cm {
 
-constexpr int kAttendWarps = 4;
-constexpr int kMostQueries = 8;
-constexpr int kLeastRows = 32;     // of the cache, per split
-constexpr int kLaneColumns = 8;    // numbers of a row that one lane holds
-constexpr int kMostColumns = 256;  // 32 lanes of them
+constexpr int kAttendThreads = 256;
+constexpr int kMostQueries = 8;    // handled together: one warp each for their softmax
+constexpr int kLeastRows = 64;     // of the cache, per split
+constexpr int kMostRows = 64;      // of the cache that a block holds at a time
+constexpr int kMostColumns = 256;  // one thread each
 
 struct AttentionSizes {
     int32_t batch, heads, kv_heads, queries;  // B, H, Hk, S
@@ -43,5 +43,25 @@ inline int64_t attention_workspace(const AttentionSizes& most, int32_t grid_bloc
     const int64_t parts = std::min<int64_t>(grid_blocks * together, splits * most.rows());
     return std::max<int64_t>(0, parts) * (most.columns + 2) * static_cast<int64_t>(sizeof(float));
 }
+
+// What a block of `attend` keeps in shared memory, in floats: its rows of K and V padded so that threads which read
+// different rows meet in no bank, the scores or weights [row][query], q [query][column] and three sums of each query.
+struct AttendShared {
+    int32_t rows;    // held at a time
+    int32_t stride;  // numbers from one row of K or V to the next
+    size_t bytes;
+
+    AttendShared(int32_t columns, int number_bytes, int queries) {
+        constexpr size_t kMost = 48 * 1024;  // what every GPU gives without being asked
+        const int whole = (columns + 7) / 8 * 8;
+        stride = whole + 16 / number_bytes;
+        const size_t fixed = sizeof(float) * (queries * whole + 3 * kMostQueries);  // whole 16 bytes
+        const size_t per_row = 2 * static_cast<size_t>(stride) * number_bytes + sizeof(float) * queries;
+        rows = kMostRows;
+        while (fixed + rows * per_row > kMost) rows /= 2;
+        // at the end the weighted rows of all threads lie where K and V were
+        bytes = std::max(fixed + rows * per_row, fixed + sizeof(float) * queries * kAttendThreads);
+    }
+};
 
 }  // namespace cm

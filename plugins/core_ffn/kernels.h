@@ -68,6 +68,7 @@ __global__ void CM_THREADS(kGateUpWarps* kWarp) gate_up(GateUp<W> a) {
     using T = typename W::Number;
     constexpr int kColumns = W::kColumns;
     constexpr int kBatch = W::kVector ? 4 : 1;
+    let_next_start();
     const int lane = threadIdx.x % kWarp;
     const int32_t n = static_cast<int32_t>(blockIdx.x / a.row_tiles) * kGateUpWarps + threadIdx.x / kWarp;
     if (n >= a.lists.neurons) return;
@@ -98,10 +99,18 @@ __global__ void CM_THREADS(kGateUpWarps* kWarp) gate_up(GateUp<W> a) {
             for (int r = 0; r < kRows; ++r) {
                 float x[kColumns];
                 load_numbers<T, kColumns, W::kVector>(a.x + tile.row(r) * columns, chunk * kColumns, columns, x);
+                float of_chunk[2] = {W::kScaled ? 0.0f : gate[r], W::kScaled ? 0.0f : up[r]};
                 CM_UNROLL
                 for (int c = 0; c < kColumns; ++c) {
-                    gate[r] += x[c] * of_gate[c];
-                    up[r] += x[c] * of_up[c];
+                    of_chunk[0] += x[c] * of_gate[c];
+                    of_chunk[1] += x[c] * of_up[c];
+                }
+                if constexpr (W::kScaled) {
+                    gate[r] += of_chunk[0] * W::factor(gate_raw[i]);
+                    up[r] += of_chunk[1] * W::factor(up_raw[i]);
+                } else {
+                    gate[r] = of_chunk[0];
+                    up[r] = of_chunk[1];
                 }
             }
         }
@@ -134,7 +143,8 @@ template <class W, int kRows>
 __global__ void CM_THREADS(kDownWarps* kWarp) down(Down<W> a) {
     using T = typename W::Number;
     constexpr int kColumns = W::kColumns;
-    constexpr int kNeurons = !W::kVector ? 1 : kRows == 1 ? 8 : 4;
+    constexpr int kNeurons = W::kVector ? 4 : 1;
+    let_next_start();
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int64_t place = blockIdx.x / a.row_tiles;
     const int split = static_cast<int>(place / a.column_tiles);
@@ -152,38 +162,45 @@ __global__ void CM_THREADS(kDownWarps* kWarp) down(Down<W> a) {
     const int32_t end = static_cast<int32_t>(begin + per_warp < last ? begin + per_warp : last);
 
     float sum[kRows][kColumns] = {};
-    int32_t ids[kNeurons];
-    CM_UNROLL
-    for (int i = 0; i < kNeurons; ++i) {
-        if (begin < end) ids[i] = a.lists.id(tile.group, static_cast<int32_t>(begin + i < end ? begin + i : end - 1));
-    }
-    for (int32_t n = static_cast<int32_t>(begin); n < end; n += kNeurons) {
-        typename W::Raw raw[kNeurons] = {};  // zeros past the end, and no branch between the loads
-        float z[kNeurons][kRows];
-        CM_UNROLL
-        for (int i = 0; i < kNeurons; ++i) {
-            if (active && n + i < end) raw[i] = a.down.fetch(a.lists.row(ids[i], n + i), chunk);
-        }
-        CM_UNROLL
-        for (int i = 0; i < kNeurons; ++i) {  // the next ids and this z come while these rows are under way
-            const int32_t next = n + kNeurons + i, here = n + i;
-            ids[i] = a.lists.id(tile.group, next < end ? next : end - 1);
+    for (int64_t start = begin; start < end; start += kWarp) {
+        // Lane i finds out which row neuron start + i is, and what its z are; the warp then asks it.
+        const int32_t count = static_cast<int32_t>(end - start < kWarp ? end - start : kWarp);
+        const int32_t mine = static_cast<int32_t>(start) + (lane < count ? lane : count - 1);
+        const int32_t my_row = static_cast<int32_t>(a.lists.row(a.lists.id(tile.group, mine), mine));
+        typename W::Raw raw[kNeurons] = {};  // zeros where nothing is read
+        const auto read_rows = [&](int first, typename W::Raw* out) {
             CM_UNROLL
-            for (int r = 0; r < kRows; ++r) {
-                z[i][r] = here < end ? to_float(a.z[tile.row(r) * neurons + here]) : 0.0f;
+            for (int i = 0; i < kNeurons; ++i) {
+                const int32_t row = __shfl_sync(kAllLanes, my_row, (first + i) % kWarp);
+                if (active && first + i < count) out[i] = a.down.fetch(row, chunk);
             }
-        }
+        };
+        read_rows(0, raw);
+        if (start == begin) wait_for_previous();  // z is being written while the first rows come
+        float my_z[kRows];
         CM_UNROLL
-        for (int i = 0; i < kNeurons; ++i) {
-            float of_down[kColumns];
-            W::numbers(raw[i], of_down);
+        for (int r = 0; r < kRows; ++r) my_z[r] = lane < count ? to_float(a.z[tile.row(r) * neurons + mine]) : 0.0f;
+        for (int first = 0; first < count; first += kNeurons) {
+            typename W::Raw next[kNeurons] = {};
+            read_rows(first + kNeurons, next);
             CM_UNROLL
-            for (int r = 0; r < kRows; ++r) {
+            for (int i = 0; i < kNeurons; ++i) {
+                float of_down[kColumns];
+                W::numbers(raw[i], of_down);
+                float factor = 1.0f;
+                if constexpr (W::kScaled) factor = W::factor(raw[i]);
                 CM_UNROLL
-                for (int c = 0; c < kColumns; ++c) sum[r][c] += z[i][r] * of_down[c];
+                for (int r = 0; r < kRows; ++r) {
+                    const float weight = __shfl_sync(kAllLanes, my_z[r], (first + i) % kWarp) * factor;
+                    CM_UNROLL
+                    for (int c = 0; c < kColumns; ++c) sum[r][c] += weight * of_down[c];
+                }
             }
+            CM_UNROLL
+            for (int i = 0; i < kNeurons; ++i) raw[i] = next[i];
         }
     }
+    if (begin >= end) wait_for_previous();  // or this kernel could end before the one that it follows
 
     // The warps' sums, added in the order of the warps.
     float* shared = reinterpret_cast<float*>(shared_memory());  // [warps][kColumns][lanes]
@@ -210,21 +227,33 @@ __global__ void CM_THREADS(kDownWarps* kWarp) down(Down<W> a) {
     }
 }
 
-constexpr int kAddThreads = 128;
+constexpr int kAddColumns = kWarp, kAddGroups = 8;
 
+// Every eighth part is added by one warp, then the eight sums, in their order.
 template <class T>
-__global__ void CM_THREADS(kAddThreads) add_splits(const float* parts, int32_t splits, int64_t size, T* y) {
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * kAddThreads + threadIdx.x;
-    if (i >= size) return;
+__global__ void CM_THREADS(kAddGroups* kAddColumns) add_splits(const float* parts, int32_t splits, int64_t size, T* y) {
+    wait_for_previous();
+    const int lane = threadIdx.x % kAddColumns, group = threadIdx.x / kAddColumns;
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * kAddColumns + lane;
     constexpr int kAtOnce = 8;
     float total = 0.0f;
-    for (int start = 0; start < splits; start += kAtOnce) {
+    for (int start = group; i < size && start < splits; start += kAtOnce * kAddGroups) {
         float part[kAtOnce];
         CM_UNROLL
-        for (int s = 0; s < kAtOnce; ++s) part[s] = start + s < splits ? parts[(start + s) * size + i] : 0.0f;
+        for (int k = 0; k < kAtOnce; ++k) {
+            const int s = start + k * kAddGroups;
+            part[k] = s < splits ? parts[s * size + i] : 0.0f;
+        }
         CM_UNROLL
-        for (int s = 0; s < kAtOnce; ++s) total += part[s];
+        for (int k = 0; k < kAtOnce; ++k) total += part[k];
     }
+    float* shared = reinterpret_cast<float*>(shared_memory());  // [groups][columns]
+    shared[group * kAddColumns + lane] = total;
+    __syncthreads();
+    if (group > 0 || i >= size) return;
+    total = 0.0f;
+    CM_UNROLL
+    for (int g = 0; g < kAddGroups; ++g) total += shared[g * kAddColumns + lane];
     y[i] = from_float<T>(total);
 }
 

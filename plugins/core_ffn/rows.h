@@ -1,7 +1,8 @@
 // A weight matrix [F,D] as the kernels read it: kColumns numbers of one row at a time.
 //
 //   fetch(row, chunk)     starts the load of columns chunk*kColumns .. of a row; several can be under way
-//   numbers(raw, out)     kColumns floats of what was fetched, in registers
+//   numbers(raw, out)     kColumns floats of what was fetched, in registers; times factor(raw) they are the weights
+//   kScaled               whether that factor is not always 1: a product takes it once, not each number
 //
 // Aligned readers load 16 bytes (8 for int4: 16 numbers, so that rows of 1536 still fill whole warps). Others take one
 // number at a time and give zeros past the end of the row: any D and any group work, slowly.
@@ -47,7 +48,7 @@ struct Rows<T, 0, true> {
     using Number = T;
     using Raw = uint4;
     static constexpr int kColumns = sizeof(uint4) / sizeof(T);
-    static constexpr bool kVector = true;
+    static constexpr bool kVector = true, kScaled = false;
     Matrix<T> m;
 
     __device__ Raw fetch(int64_t row, int chunk) const {
@@ -60,7 +61,7 @@ template <class T>
 struct Rows<T, 0, false> {
     using Number = T;
     static constexpr int kColumns = sizeof(uint4) / sizeof(T);
-    static constexpr bool kVector = false;
+    static constexpr bool kVector = false, kScaled = false;
     using Raw = Unpacked<kColumns>;
     Matrix<T> m;
 
@@ -76,30 +77,33 @@ struct Rows<T, 0, false> {
     }
 };
 
-// 1024 + u has the bits of u as its lowest in half precision, for u < 1024: an integer becomes a number by one "or".
-constexpr uint32_t kHalf1024 = 0x64006400u;
-
-__device__ inline void half_pair(uint32_t bits, float offset, float* low, float* high) {
+// An integer becomes a number in half precision by one "or" and one fused multiplication: 1024 + u has the bits of u as
+// its lowest for u < 1024. `low` is the power of two of u's lowest bit there. What comes out is u - `zero`, divided by
+// 2 * zero (16 for int4, 256 for int8), exactly: so sums of a few products with x stay in the range of half precision.
+template <int kLow, int kZero>
+__device__ inline __half2 half_pair(uint32_t bits) {
     __half2 pair;
     memcpy(static_cast<void*>(&pair), &bits, sizeof(bits));
-    const float2 both = __half22float2(__hsub2(pair, __float2half2_rn(1024.0f + offset)));
-    *low = both.x;
-    *high = both.y;
+    constexpr float kUnit = 1.0f / (kLow * 2 * kZero);
+    return __hfma2(pair, __float2half2_rn(kUnit), __float2half2_rn(-1024.0f * kUnit - 0.5f));
 }
 
-// The eight int4 of a word. Flipping the sign bits turns -8..7 into 0..15, 8 too high; two that lie 16 bits apart go at
-// once.
-__device__ inline void int4_numbers(uint32_t word, float* out) {
-    word ^= 0x88888888u;
+constexpr uint32_t kHalf1024 = 0x64006400u;
+
+// The eight int4 of a word: pair i has numbers i and i + 4. Flipping the sign bits turns -8..7 into 0..15, 8 too high.
+__device__ inline void int4_pairs(uint32_t word, __half2* out) {
     CM_UNROLL
-    for (int i = 0; i < 4; ++i) half_pair(((word >> (4 * i)) & 0x000f000fu) | kHalf1024, 8.0f, out + i, out + i + 4);
+    for (int i = 0; i < 4; i += 2) {
+        out[i] = half_pair<1, 8>((word & 0x000f000fu) ^ (kHalf1024 | 0x00080008u));
+        out[i + 1] = half_pair<16, 8>((word & 0x00f000f0u) ^ (kHalf1024 | 0x00800080u));
+        word >>= 8;
+    }
 }
 
-// The four int8 of a word, likewise.
-__device__ inline void int8_numbers(uint32_t word, float* out) {
-    word ^= 0x80808080u;
+// The four int8 of a word, likewise: pair i has numbers i and i + 2.
+__device__ inline void int8_pairs(uint32_t word, __half2* out) {
     CM_UNROLL
-    for (int i = 0; i < 2; ++i) half_pair(((word >> (8 * i)) & 0x00ff00ffu) | kHalf1024, 128.0f, out + i, out + i + 2);
+    for (int i = 0; i < 2; ++i) out[i] = half_pair<1, 128>(((word >> (8 * i)) & 0x00ff00ffu) ^ (kHalf1024 | 0x00800080u));
 }
 
 template <class Words, class T>
@@ -113,8 +117,8 @@ template <class T, int kBits>
 struct Rows<T, kBits, true> {
     using Number = T;
     static constexpr int kColumns = 16;
-    static constexpr bool kVector = true;
-    static constexpr int kWords = kColumns * kBits / 32;
+    static constexpr bool kVector = true, kScaled = true;
+    static constexpr int kWords = kColumns * kBits / 32, kPerWord = 32 / kBits, kApart = kPerWord / 2;
     using Words = std::conditional_t<kBits == 4, uint2, uint4>;
     using Raw = Packed<Words, T>;
     Matrix<T> m;
@@ -124,21 +128,32 @@ struct Rows<T, kBits, true> {
         return Raw{stream_load(static_cast<const Words*>(m.data) + row * chunks + chunk),
                    m.scales[row * m.groups + m.group_of(chunk)]};
     }
+    __device__ static float factor(const Raw& raw) { return to_float(raw.scale) * (kBits == 4 ? 16.0f : 256.0f); }
+
     __device__ static void numbers(const Raw& raw, float* out) {
+        __half2 pair[kColumns / 2];
+        halves(raw, pair);
+        CM_UNROLL
+        for (int i = 0; i < kColumns / 2; ++i) {
+            const float2 both = __half22float2(pair[i]);
+            const int first = i / kApart * kPerWord + i % kApart;
+            out[first] = both.x;
+            out[first + kApart] = both.y;
+        }
+    }
+
+private:
+    __device__ static void halves(const Raw& raw, __half2* out) {
         uint32_t words[kWords];
         memcpy(words, &raw.words, sizeof(words));
-        const float scale = to_float(raw.scale);
         CM_UNROLL
         for (int i = 0; i < kWords; ++i) {
-            float* part = out + i * (32 / kBits);
             if constexpr (kBits == 4) {
-                int4_numbers(words[i], part);
+                int4_pairs(words[i], out + i * kApart);
             } else {
-                int8_numbers(words[i], part);
+                int8_pairs(words[i], out + i * kApart);
             }
         }
-        CM_UNROLL
-        for (int i = 0; i < kColumns; ++i) out[i] *= scale;
     }
 };
 
@@ -146,7 +161,7 @@ template <class T, int kBits>
 struct Rows<T, kBits, false> {
     using Number = T;
     static constexpr int kColumns = 16;
-    static constexpr bool kVector = false;
+    static constexpr bool kVector = false, kScaled = false;
     using Raw = Unpacked<kColumns>;
     Matrix<T> m;
 

@@ -6,9 +6,9 @@
 
 namespace cm {
 
-template <class T, int kBits, bool kAligned>
-Rows<T, kBits, kAligned> reader(const FfnCall& call, int which) {
-    using Reader = Rows<T, kBits, kAligned>;
+template <class Reader>
+Reader reader(const FfnCall& call, int which) {
+    using T = typename Reader::Number;
     return Reader{Matrix<T>(call.weights[which], static_cast<const T*>(call.scales[which]), call.sizes.columns,
                             call.group, Reader::kColumns)};
 }
@@ -33,10 +33,11 @@ cudaError_t launch_down(const FfnCall& call, const Lists& lists, const W& weight
                     s.rows_per_group, splits, call.workspace, static_cast<T*>(call.y)};
     const size_t shared = sizeof(float) * kDownWarps * kWarp * W::kColumns;
     const cudaError_t error =
-        launch(down<W, kRows>, row_tiles * a.column_tiles * splits, kDownWarps * kWarp, shared, stream, a);
+        launch_early(down<W, kRows>, row_tiles * a.column_tiles * splits, kDownWarps * kWarp, shared, stream, a);
     if (error != cudaSuccess || splits == 1) return error;
     const int64_t size = s.rows() * s.columns;
-    return launch(add_splits<T>, tiles(size, kAddThreads), kAddThreads, 0, stream,
+    return launch_early(add_splits<T>, tiles(size, kAddColumns), kAddGroups * kAddColumns,
+                        sizeof(float) * kAddGroups * kAddColumns, stream,
                   static_cast<const float*>(call.workspace), splits, size, static_cast<T*>(call.y));
 }
 
@@ -47,13 +48,12 @@ cudaError_t run_bits(const FfnCall& call, const Lists& lists, cudaStream_t strea
     const FfnSizes& s = call.sizes;
     bool fits = aligned(call.x, 16);
     for (const void* w : call.weights) fits = fits && fits_vectors(w, s.columns, kBits, call.group, sizeof(T));
-    const Aligned gate = reader<T, kBits, true>(call, 0), up = reader<T, kBits, true>(call, 1);
+    const Aligned gate = reader<Aligned>(call, 0), up = reader<Aligned>(call, 1);
     const int together = row_tile(s.rows_per_group), below = down_row_tile(s.rows_per_group, kBits);
 
     cudaError_t error;
     if (!fits) {
-        const Any any[] = {reader<T, kBits, false>(call, 0), reader<T, kBits, false>(call, 1),
-                           reader<T, kBits, false>(call, 2)};
+        const Any any[] = {reader<Any>(call, 0), reader<Any>(call, 1), reader<Any>(call, 2)};
         error = launch_gate_up<Any, 1>(call, lists, any[0], any[1], stream);
         return error != cudaSuccess ? error : launch_down<Any, 1>(call, lists, any[2], stream);
     }
@@ -63,7 +63,7 @@ cudaError_t run_bits(const FfnCall& call, const Lists& lists, cudaStream_t strea
         default: error = launch_gate_up<Aligned, 8>(call, lists, gate, up, stream); break;
     }
     if (error != cudaSuccess) return error;
-    const Aligned weights = reader<T, kBits, true>(call, 2);
+    const Aligned weights = reader<Aligned>(call, 2);
     if constexpr (kBits == 0) {
         if (below == 8) return launch_down<Aligned, 8>(call, lists, weights, stream);
     }

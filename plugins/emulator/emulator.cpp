@@ -25,6 +25,8 @@ Index thread_index, block_index, block_size, grid_size;
 
 namespace {
 
+using Work = std::function<cudaError_t()>;
+
 constexpr size_t kStack = 64 * 1024;
 constexpr int kLanes = 32;
 
@@ -54,28 +56,35 @@ struct Warp {
     unsigned turn[kLanes] = {};
 };
 
-std::vector<std::unique_ptr<Fiber>> fibers;
-std::vector<Warp> warps;
-Barrier whole_block;
-const std::function<void()>* body = nullptr;
-unsigned char* shared = nullptr;
-jmp_buf scheduler;
-void* scheduler_kept = nullptr;
-const void* scheduler_stack = nullptr;
-size_t scheduler_stack_size = 0;
-bool failed = false;
+// What belongs to the kernel that runs. A kernel that waits for the one before it has that one run in its middle.
+struct Running {
+    std::vector<std::unique_ptr<Fiber>> fibers;
+    std::vector<Warp> warps;
+    Barrier whole_block;
+    const std::function<void()>* body = nullptr;
+    unsigned char* shared = nullptr;
+    Work before;  // launched before this one and not run yet
+    jmp_buf scheduler;
+    void* scheduler_kept = nullptr;
+    const void* scheduler_stack = nullptr;
+    size_t scheduler_stack_size = 0;
+    bool failed = false;
+};
+
+std::unique_ptr<Running> running;
+thread_local Work last_launched;  // not run yet: whether another kernel starts early is not known
 bool reverse = false;
 std::mutex one_kernel;
 
-Fiber& self() { return *fibers[thread_index.x]; }
+Fiber& self() { return *running->fibers[thread_index.x]; }
 
 void yield() {
     Fiber& me = self();
     if (_setjmp(me.place) == 0) {
-        CM_LEAVE(&me.kept, scheduler_stack, scheduler_stack_size);
-        _longjmp(scheduler, 1);
+        CM_LEAVE(&me.kept, running->scheduler_stack, running->scheduler_stack_size);
+        _longjmp(running->scheduler, 1);
     }
-    CM_ARRIVE(self().kept, &scheduler_stack, &scheduler_stack_size);
+    CM_ARRIVE(self().kept, &running->scheduler_stack, &running->scheduler_stack_size);
 }
 
 void leave(Barrier& barrier) {
@@ -84,24 +93,24 @@ void leave(Barrier& barrier) {
 }
 
 void fiber_main() {
-    CM_ARRIVE(nullptr, &scheduler_stack, &scheduler_stack_size);
+    CM_ARRIVE(nullptr, &running->scheduler_stack, &running->scheduler_stack_size);
     for (;;) {
-        (*body)();
-        leave(whole_block);
-        leave(warps[thread_index.x / kLanes].barrier);
+        (*running->body)();
+        leave(running->whole_block);
+        leave(running->warps[thread_index.x / kLanes].barrier);
         self().done = true;
         yield();
     }
 }
 
 void resume(Fiber& fiber) {
-    if (_setjmp(scheduler) == 0) {
-        CM_LEAVE(&scheduler_kept, fiber.stack.get(), kStack);
+    if (_setjmp(running->scheduler) == 0) {
+        CM_LEAVE(&running->scheduler_kept, fiber.stack.get(), kStack);
         if (fiber.started) _longjmp(fiber.place, 1);
         fiber.started = true;
         setcontext(&fiber.start);
     }
-    CM_ARRIVE(scheduler_kept, nullptr, nullptr);
+    CM_ARRIVE(running->scheduler_kept, nullptr, nullptr);
 }
 
 void prepare(Fiber& fiber) {
@@ -130,9 +139,9 @@ void arrive(Barrier& barrier) {
 // Resumes each lane that need not wait; whether there was one.
 bool run_warp(int warp) {
     bool moved = false;
-    for (int i = 0; i < kLanes && !failed; ++i) {
+    for (int i = 0; i < kLanes && !running->failed; ++i) {
         const int which = warp * kLanes + (reverse ? kLanes - 1 - i : i);
-        Fiber& fiber = *fibers[which];
+        Fiber& fiber = *running->fibers[which];
         if (fiber.done || (fiber.waits != nullptr && fiber.waits->opened == fiber.since)) continue;
         moved = true;
         thread_index.x = which;
@@ -142,25 +151,25 @@ bool run_warp(int warp) {
 }
 
 void run_block(int threads) {
-    whole_block = Barrier{threads};
-    warps.assign(threads / kLanes, Warp{});
-    for (Warp& warp : warps) warp.barrier.members = kLanes;
+    running->whole_block = Barrier{threads};
+    running->warps.assign(threads / kLanes, Warp{});
+    for (Warp& warp : running->warps) warp.barrier.members = kLanes;
     for (int i = 0; i < threads; ++i) {
-        fibers[i]->done = false;
-        fibers[i]->waits = nullptr;
+        running->fibers[i]->done = false;
+        running->fibers[i]->waits = nullptr;
     }
-    for (bool running = true; running && !failed;) {
-        running = false;
+    for (bool going = true; going && !running->failed;) {
+        going = false;
         bool moved = false;
-        for (int i = 0; i < threads / kLanes && !failed; ++i) {
+        for (int i = 0; i < threads / kLanes && !running->failed; ++i) {
             const int warp = reverse ? threads / kLanes - 1 - i : i;
             // As far as it gets without the others: what only happens to be ready in time is then missing.
-            while (!failed && run_warp(warp)) moved = true;
-            for (int lane = 0; lane < kLanes; ++lane) running = running || !fibers[warp * kLanes + lane]->done;
+            while (!running->failed && run_warp(warp)) moved = true;
+            for (int lane = 0; lane < kLanes; ++lane) going = going || !running->fibers[warp * kLanes + lane]->done;
         }
-        if (running && !moved && !failed) {
+        if (going && !moved && !running->failed) {
             fprintf(stderr, "cm_export emulator: block %u: its threads wait for each other\n", block_index.x);
-            failed = true;
+            running->failed = true;
         }
     }
 }
@@ -169,18 +178,18 @@ void run_block(int threads) {
 
 void fail(const char* what) {
     fprintf(stderr, "cm_export emulator: block %u, thread %u: %s\n", block_index.x, thread_index.x, what);
-    failed = true;
-    for (;;) yield();  // never resumed: run() starts all fibers anew after a failure
+    running->failed = true;
+    for (;;) yield();  // never resumed
 }
 
-unsigned char* shared_memory() { return shared; }
+unsigned char* shared_memory() { return running->shared; }
 
-void wait_for_block() { arrive(whole_block); }
+void wait_for_block() { arrive(running->whole_block); }
 
 int lane() { return thread_index.x % kLanes; }
 
 uint32_t exchange(uint32_t mine, int source) {
-    Warp& warp = warps[thread_index.x / kLanes];
+    Warp& warp = running->warps[thread_index.x / kLanes];
     const int me = lane();
     uint32_t* slots = warp.slots[warp.turn[me]++ % 2];
     slots[me] = mine;
@@ -188,33 +197,70 @@ uint32_t exchange(uint32_t mine, int source) {
     return slots[source];
 }
 
-cudaError_t run(int64_t grid, int block, size_t shared_bytes, const std::function<void()>& thread) {
-    const std::lock_guard<std::mutex> only(one_kernel);
+namespace {
+
+cudaError_t run(int64_t grid, int block, size_t shared_bytes, const std::function<void()>& thread, Work before) {
     if (grid < 1 || grid > INT32_MAX || block < 1 || block > 1024 || shared_bytes > 48 * 1024) {
         return cudaErrorInvalidConfiguration;
     }
     if (block % kLanes != 0) return cudaErrorInvalidConfiguration;  // CUDA allows it; shuffles of whole warps do not
-    while (fibers.size() < static_cast<size_t>(block)) {
-        fibers.push_back(std::make_unique<Fiber>());
-        prepare(*fibers.back());
-    }
     void* memory = nullptr;
     if (posix_memalign(&memory, 16, shared_bytes > 0 ? shared_bytes : 1) != 0) return cudaErrorMemoryAllocation;
-    shared = static_cast<unsigned char*>(memory);
-    body = &thread;
+    std::unique_ptr<Running> outer = std::move(running);
+    const Index outer_thread = thread_index, outer_block = block_index, outer_size = block_size, outer_grid = grid_size;
+    running = std::make_unique<Running>();
+    for (int i = 0; i < block; ++i) {
+        running->fibers.push_back(std::make_unique<Fiber>());
+        prepare(*running->fibers.back());
+    }
+    running->shared = static_cast<unsigned char*>(memory);
+    running->body = &thread;
+    const bool early = static_cast<bool>(before);
+    running->before = std::move(before);
     block_size.x = block;
     grid_size.x = static_cast<unsigned>(grid);
-    failed = false;
-    for (int64_t i = 0; i < grid && !failed; ++i) {
+    for (int64_t i = 0; i < grid && !running->failed; ++i) {
         block_index.x = static_cast<unsigned>(reverse ? grid - 1 - i : i);
         memset(memory, 0xff, shared_bytes);
         run_block(block);
     }
-    if (failed) {
-        for (auto& fiber : fibers) prepare(*fiber);
+    bool wrong = running->failed;
+    if (early && running->before && !wrong) {
+        fprintf(stderr, "cm_export emulator: a kernel that was launched early does not wait for the one before it\n");
+        wrong = true;
     }
     free(memory);
-    return failed ? cudaErrorLaunchFailure : cudaSuccess;
+    running = std::move(outer);
+    thread_index = outer_thread;
+    block_index = outer_block;
+    block_size = outer_size;
+    grid_size = outer_grid;
+    return wrong ? cudaErrorLaunchFailure : cudaSuccess;
+}
+
+}  // namespace
+
+void launch(int64_t grid, int block, size_t shared_bytes, std::function<void()> thread, bool early) {
+    Work before = std::move(last_launched);
+    last_launched = [=, before = std::move(before)]() -> cudaError_t {
+        if (early || !before) return run(grid, block, shared_bytes, thread, before);
+        const cudaError_t error = before();
+        return error != cudaSuccess ? error : run(grid, block, shared_bytes, thread, nullptr);
+    };
+}
+
+void wait_for_previous() {
+    if (!running->before) return;
+    const Work before = std::move(running->before);
+    running->before = nullptr;
+    if (before() != cudaSuccess) fail("the kernel before this one failed");
+}
+
+cudaError_t finish() {
+    const std::lock_guard<std::mutex> only(one_kernel);
+    const Work last = std::move(last_launched);
+    last_launched = nullptr;
+    return last ? last() : cudaSuccess;
 }
 
 }  // namespace cm::emulator

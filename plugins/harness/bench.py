@@ -93,8 +93,10 @@ def _record(times: list[float], calls: int, read: float, copy_gb_s: float, **wha
 
 
 def _ffn(library, machine, sizes, shares, compiled, copy_gb_s) -> Iterator[dict[str, Any]]:
-    x = _half(machine, 1, 1, sizes.D)
+    """Dense products and CoreFFN; `speedup` is against torch.matmul on all neurons in half precision."""
+    x = _half(machine, 1, 1, sizes.D) * sizes.D**0.5
     functions = {"torch.matmul": dense_ffn} | ({"torch.compile": torch.compile(dense_ffn)} if compiled else {})
+    dense = 0.0
     for bits in (0, 8, 4):
         whole = 3 * sizes.F * _row_bytes(sizes, bits)
         count = _sets(machine, whole, min(shares))
@@ -104,11 +106,14 @@ def _ffn(library, machine, sizes, shares, compiled, copy_gb_s) -> Iterator[dict[
             sets = [[_half(machine, sizes.F, sizes.D) for _ in range(3)] for _ in range(count)]
             for name, function in functions.items():
                 times = machine.seconds(partial(_each, function, x, sets))
-                yield _record(times, count, whole, copy_gb_s, model=sizes.name, kernel=name, share=1.0)
+                found = _record(times, count, whole, copy_gb_s, model=sizes.name, kernel=name, share=1.0)
+                dense = dense or found["us"]["median"]
+                yield found | {"speedup": dense / found["us"]["median"]}
         for block in BLOCKS:
             for share in shares:
                 count = max(1, round(share * sizes.F / block))
-                yield _core_ffn(library, machine, sizes, x, sets, bits, block, count, copy_gb_s) | {"share": share}
+                found = _core_ffn(library, machine, sizes, x, sets, bits, block, count, copy_gb_s)
+                yield found | {"share": share, "speedup": dense / found["us"]["median"]}
 
 
 def _row_bytes(sizes: Sizes, bits: int) -> float:
@@ -124,7 +129,8 @@ def _packed(machine, sizes, bits):
     """Random words and scales: how fast they are read does not depend on what they mean."""
     words = (sizes.F, sizes.D * bits // 32)
     low = [torch.randint(-(2**31), 2**31 - 1, words, dtype=torch.int32, device=machine.device) for _ in range(3)]
-    return low + [_half(machine, sizes.F, sizes.D // GROUP) * 0.1 for _ in range(3)]
+    scale = 0.8 / 2 ** (bits - 1)  # so that sums of the products stay in the range of half precision
+    return low + [_half(machine, sizes.F, sizes.D // GROUP) * scale for _ in range(3)]
 
 
 def ffn_kernel(library, machine, sizes, bits, block, count) -> Kernel:
@@ -139,9 +145,30 @@ def ffn_kernel(library, machine, sizes, bits, block, count) -> Kernel:
 def _core_ffn(library, machine, sizes, x, sets, bits, block, count, copy_gb_s):
     kernel = ffn_kernel(library, machine, sizes, bits, block, count)
     ids = _ids(machine, sizes.F // block, count)
+    error = _error(kernel(x, *sets[0], ids), x, sets[0], ids, bits, block)
     times = machine.seconds(partial(_each, kernel, x, sets, ids))
     what = {"model": sizes.name, "kernel": "CoreFFN", "bits": bits or 16, "block": block, "neurons": count * block}
-    return _record(times, len(sets), 3 * count * block * _row_bytes(sizes, bits), copy_gb_s, **what)
+    found = _record(times, len(sets), 3 * count * block * _row_bytes(sizes, bits), copy_gb_s, **what)
+    return found | {"relative_error": error}
+
+
+def _error(y, x, weights, ids, bits, block) -> float:
+    """|y - r| / |r| with r in float32 from the same weights. Raises RuntimeError above what half precision explains."""
+    rows = (ids[0].long()[:, None] * block + torch.arange(block, device=ids.device)).flatten()
+    gate, up, down = (
+        _unpacked(weights[i][rows], weights[3 + i][rows], bits) if bits else weights[i][rows].float() for i in range(3)
+    )
+    expected = dense_ffn(x.float(), gate, up, down)
+    error = float((y.float() - expected).norm() / expected.norm())
+    if not error < 1e-3:
+        raise RuntimeError(f"CoreFFN of {len(rows)} neurons in {bits or 16} bits is off by {error:.2g} of its norm")
+    return error
+
+
+def _unpacked(words: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """Low-bit weights [N,D] in float32, lowest bits first."""
+    codes = torch.stack([words << (32 - bits - at) >> (32 - bits) for at in range(0, 32, bits)], -1)
+    return codes.flatten(1).float() * scales.float().repeat_interleave(GROUP, 1)
 
 
 # ---------------------------------------------------------------------------------------------------- attention

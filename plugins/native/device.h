@@ -1,13 +1,17 @@
 // The names that kernels use, with one meaning under nvcc and in the emulator (emulator/emulator.h).
 //
 //   launch(kernel, grid, block, shared_bytes, stream, arguments)   one kernel, its error as the result
+//   launch_early(..)     the same; it may start while the kernel before it still runs, so it calls wait_for_previous()
+//   let_next_start()     from here on the next kernel may start, if it was launched early: a hint
+//   wait_for_previous()  the kernel before has ended and what it wrote can be read
+//   finish()             after the last launch of a call; the emulator runs its kernels here
 //   shared_memory()      dynamic shared memory, the only kind that the kernels use: the emulator then knows its size
 //   load(p)              one load of 16 bytes that no kernel writes while they are read
 //   stream_load(p)       one load of 8 or 16 bytes that are read once: past the first-level cache
 //   require(ok, text)    an invariant of the arguments: stops the kernel in debug builds and in the emulator
 //
-// Kernels use threadIdx.x, blockIdx.x, __syncthreads() and __shfl_xor_sync() as CUDA defines them, all lanes of a warp
-// taking part in each shuffle.
+// Kernels use threadIdx.x, blockIdx.x, __syncthreads(), __shfl_sync() and __shfl_xor_sync() as CUDA defines them, all
+// lanes of a warp taking part in each shuffle.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -37,8 +41,20 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <class Kernel, class... Arguments>
 cudaError_t launch(Kernel kernel, int64_t grid, int block, size_t shared_bytes, cudaStream_t, Arguments... arguments) {
-    return emulator::run(grid, block, shared_bytes, [=] { kernel(arguments...); });
+    emulator::launch(grid, block, shared_bytes, [=] { kernel(arguments...); }, false);
+    return cudaSuccess;
 }
+
+template <class Kernel, class... Arguments>
+cudaError_t launch_early(Kernel kernel, int64_t grid, int block, size_t shared_bytes, cudaStream_t,
+                         Arguments... arguments) {
+    emulator::launch(grid, block, shared_bytes, [=] { kernel(arguments...); }, true);
+    return cudaSuccess;
+}
+
+inline void let_next_start() {}
+inline void wait_for_previous() { emulator::wait_for_previous(); }
+inline cudaError_t finish() { return emulator::finish(); }
 
 inline unsigned char* shared_memory() { return emulator::shared_memory(); }
 
@@ -65,6 +81,45 @@ cudaError_t launch(Kernel kernel, int64_t grid, int block, size_t shared_bytes, 
                    Arguments... arguments) {
     kernel<<<static_cast<unsigned>(grid), block, shared_bytes, stream>>>(arguments...);
     return cudaGetLastError();
+}
+
+inline cudaError_t finish() { return cudaSuccess; }
+
+// Programmatic dependent launch, from compute capability 9.0 on; before it, an ordinary launch.
+inline bool launches_early() {
+    int device = 0, major = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+}
+
+template <class Kernel, class... Arguments>
+cudaError_t launch_early(Kernel kernel, int64_t grid, int block, size_t shared_bytes, cudaStream_t stream,
+                         Arguments... arguments) {
+    if (!launches_early()) return launch(kernel, grid, block, shared_bytes, stream, arguments...);
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(grid));
+    config.blockDim = dim3(static_cast<unsigned>(block));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = 1;
+    void* addresses[] = {static_cast<void*>(&arguments)...};
+    return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), addresses);
+}
+
+__device__ inline void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ inline void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 __device__ inline unsigned char* shared_memory() {
@@ -120,6 +175,16 @@ __device__ inline int32_t within(int64_t id, int32_t count) {
 __device__ inline float warp_sum(float value) {
     CM_UNROLL
     for (int apart = kWarp / 2; apart > 0; apart /= 2) value += __shfl_xor_sync(kAllLanes, value, apart);
+    return value;
+}
+
+// The largest over a warp, in every lane. Unlike fmaxf it does not drop what is not a number.
+__device__ inline float larger(float a, float b) { return a <= b ? b : a; }
+__device__ inline float warp_largest(float value) {
+    CM_UNROLL
+    for (int apart = kWarp / 2; apart > 0; apart /= 2) {
+        value = larger(value, __shfl_xor_sync(kAllLanes, value, apart));
+    }
     return value;
 }
 

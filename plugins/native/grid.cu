@@ -18,6 +18,8 @@ bool read_grid_blocks(const Fields& fields, int32_t* out) {
 }
 
 int32_t OpPlugin::status(cudaError_t error) const {
+    const cudaError_t finished = finish();
+    if (error == cudaSuccess) error = finished;
     if (error == cudaSuccess) return 0;
     refuse(name_, std::string("CUDA: ") + error_text(error));
     return static_cast<int32_t>(error);
