@@ -19,6 +19,7 @@ from ..base.errors import GateFailed, InputError
 from ..bundle import weights
 from ..bundle.names import is_neuron_major, stored_name
 from ..families import Family, Tower
+from .directory import weight_files
 from .probe import Probe, reference
 
 PROCESSOR_FILES = (
@@ -72,7 +73,7 @@ def head_differs(path: Path) -> bool:
 
     with contextlib.ExitStack() as stack:
         where: dict[str, safe_open] = {}
-        for file in path.glob("*.safetensors"):
+        for file in weight_files(path):
             f = stack.enter_context(safe_open(file, "pt"))
             where |= {n: f for n in f.keys() if n.endswith(("lm_head.weight", "embed_tokens.weight"))}  # noqa: SIM118
         return len(where) == 2 and not torch.equal(*(f.get_tensor(n) for n, f in where.items()))
@@ -174,7 +175,7 @@ def stored_dtype(path: Path) -> str:
     from safetensors import safe_open
 
     found = set()
-    for file in path.glob("*.safetensors"):
+    for file in weight_files(path):
         with safe_open(file, "np") as f:
             found |= {f.get_slice(name).get_dtype() for name in f.keys()}  # noqa: SIM118 (not a dict)
     return {"BF16": "bfloat16", "F16": "float16"}.get(found.pop(), "float32") if len(found) == 1 else "float32"
