@@ -6,8 +6,6 @@ configuration -> skeleton without weights -> trace          checkpoint -> weight
 import contextlib
 import gc
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,28 +17,23 @@ from ..base.errors import GateFailed, InputError
 from ..bundle import weights
 from ..bundle.names import is_neuron_major, stored_name
 from ..families import Family, Tower
+from . import processor
 from .directory import weight_files
 from .probe import Probe, reference
+from .quiet import in_short, quiet
 
-PROCESSOR_FILES = (
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "tokenizer_config.json",
-)
 REFERENCE = "reference.npz"
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """transformers' normalised configuration as plain values. Raises InputError when it does not hold together."""
-    with _hf_quiet():
+    with quiet():
         from transformers import AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False).to_dict()
         except Exception as e:  # transformers validates with many exception types; all mean a bad config.json
-            raise InputError(f"transformers refuses it ({_in_short(e)})", where=path / "config.json") from e
+            raise InputError(f"transformers refuses it ({in_short(e)})", where=path / "config.json") from e
     # Where a checkpoint lies on this machine is no part of the model, of none of its towers either.
     return json.loads(
         json.dumps(config, default=str),
@@ -50,7 +43,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def skeleton(path: Path, family: Family) -> Any:
     """The model of a configuration without weights: parameters are never initialised, so no memory is touched."""
-    with _hf_quiet():
+    with quiet():
         import torch
         import transformers
         from transformers import AutoConfig, initialization
@@ -98,7 +91,7 @@ def load(path: Path, family: Family, dtype: str = "float32") -> Any:
 
     With the type that the files hold (see `stored_dtype`) they are mapped: nothing is read before it is used.
     """
-    with _hf_quiet():
+    with quiet():
         import transformers
 
         try:
@@ -112,7 +105,7 @@ def load(path: Path, family: Family, dtype: str = "float32") -> Any:
                 ignore_mismatched_sizes=True,  # named below; transformers would print a report and name none
             )
         except Exception as e:
-            raise InputError(f"transformers cannot load it ({_in_short(e)})", where=path) from e
+            raise InputError(f"transformers cannot load it ({in_short(e)})", where=path) from e
     for what in ("missing_keys", "mismatched_keys"):
         if info.get(what):
             some = sorted(map(str, info[what]))[:3]
@@ -147,7 +140,7 @@ def write_weights(
         **reference(reading(path, folder / weights.FILE, family), probe, tower),  # type: ignore[arg-type]  # the stub takes one for allow_pickle
     )
     gc.collect()
-    copy_processor(path, folder / "processor")
+    processor.copy(path, folder / "processor")
     return {"sha256": {weights.FILE: digest}}
 
 
@@ -235,54 +228,6 @@ def read_reference(folder: Path) -> dict[str, np.ndarray]:
         return dict(data)
 
 
-def check_processor(path: Path) -> None:
-    """Raises InputError for a tokenizer, template or rule file that `run` could not read; all of them may be absent."""
-    from jinja2 import Environment
-    from tokenizers import Tokenizer
-
-    readers: dict[str, Callable[[str], Any]] = {
-        n: lambda t: json.loads(t).keys() for n in PROCESSOR_FILES if ".json" in n
-    }
-    readers["tokenizer.json"] = Tokenizer.from_str
-    readers["chat_template.jinja"] = Environment(extensions=["jinja2.ext.loopcontrols"]).parse
-    for name, read in readers.items():
-        try:
-            if (path / name).is_file():
-                read((path / name).read_text(encoding="utf-8"))
-        except Exception as e:  # three libraries, each with its own
-            fix = "download it again, or remove it: a bundle without it still benches"
-            raise InputError(f"cannot be read ({_in_short(e)})", where=path / name, fix=fix) from e
-
-
-def read_picture_rule(path: Path) -> dict[str, Any]:
-    """The checkpoint's preprocessor_config.json; newer transformers keep it inside the processor's own file."""
-    if (path / "preprocessor_config.json").is_file():
-        return json.loads((path / "preprocessor_config.json").read_bytes())
-    if (path / "processor_config.json").is_file():
-        return json.loads((path / "processor_config.json").read_bytes()).get("image_processor") or {}
-    return {}
-
-
-def copy_processor(path: Path, folder: Path) -> None:
-    """Tokenizer (always as tokenizer.json), chat template and picture rules of a checkpoint, those that it has."""
-    folder.mkdir()
-    for name in PROCESSOR_FILES:
-        if (path / name).is_file():
-            shutil.copyfile(path / name, folder / name)
-    if not (folder / "preprocessor_config.json").is_file() and (path / "processor_config.json").is_file():
-        rule = json.dumps(read_picture_rule(path), indent=1, sort_keys=True)
-        (folder / "preprocessor_config.json").write_text(rule)
-    if (path / "tokenizer.json").is_file():
-        shutil.copyfile(path / "tokenizer.json", folder / "tokenizer.json")
-    elif (path / "vocab.json").is_file():
-        with _hf_quiet():
-            from transformers import AutoTokenizer
-
-            AutoTokenizer.from_pretrained(path, local_files_only=True).backend_tokenizer.save(
-                str(folder / "tokenizer.json")
-            )
-
-
 def planned(name: str, parameter: Any, family: Family, order: np.ndarray | None = None) -> weights.Planned:
     """How a parameter is read: whole, or transposed a block of neurons at a time; `order` [F]: place -> neuron."""
     import torch
@@ -311,23 +256,3 @@ def _announced(tensor: weights.Planned, number: int, announce: Callable[[int], N
         yield from tensor.read()
 
     return weights.Planned(tensor.name, tensor.dtype, tensor.shape, read)
-
-
-def _in_short(e: Exception) -> str:
-    return " ".join(f"{type(e).__name__}: {e}".split())[:300]
-
-
-@contextlib.contextmanager
-def _hf_quiet():
-    """transformers prints progress bars and advice that do not concern our users."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import transformers
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield transformers
-    finally:
-        logging.set_verbosity(before)
