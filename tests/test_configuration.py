@@ -7,8 +7,10 @@ eos_token_id in three places                         against what generate() sto
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,9 +27,10 @@ from cm_export import families
 from cm_export.base.errors import InputError
 from cm_export.build import job
 from cm_export.bundle import weights
+from cm_export.host.chat import Chat
+from cm_export.recipe.aliases import DEMO
 from cm_export.recipe.recipe import Recipe
 from cm_export.source import checkpoint, model, processor
-from cm_export.source.probe import probe
 
 transformers.logging.set_verbosity_error()
 
@@ -140,7 +143,7 @@ def test_picture_rules_are_followed_as_transformers_does_or_refused(tmp_path, va
 )
 def test_a_rule_that_is_not_followed_is_refused_by_its_key(values, words):
     with pytest.raises(InputError) as caught:
-        tower.rule({**SIZES, **values} if "size" not in values else {**SIZES, **values})
+        tower.rule({**SIZES, **values})
     assert all(word in str(caught.value) for word in words), caught.value
 
 
@@ -289,11 +292,7 @@ REFUSED = {
 
 
 def _config_of(kind: str) -> dict[str, Any]:
-    if kind == "qwen2_vl":
-        config = random_config(3)
-    else:
-        config = random_text_config(kind, 3)
-    return config
+    return random_config(3) if kind == "qwen2_vl" else random_text_config(kind, 3)
 
 
 @pytest.fixture(scope="module")
@@ -356,3 +355,69 @@ def test_a_configuration_computes_what_transformers_computes_or_is_refused(saved
             input_ids=ids, return_dict=True
         )
     torch.testing.assert_close(ours, theirs.logits, rtol=1e-5, atol=1e-5)
+
+
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+
+
+@pytest.mark.parametrize("head", ["absent", "equal", "different"])
+@pytest.mark.parametrize("inner", [None, True, False])
+@pytest.mark.parametrize("outer", [None, True, False])
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2"])
+def test_heads_are_tied_as_transformers_ties_them_or_their_absence_is_named(saved, tmp_path, kind, outer, inner, head):
+    if kind == "qwen2" and inner is not None:
+        pytest.skip("has no decoder's part")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = json.loads((saved(kind) / "config.json").read_text())
+    for part, tie in ((config, outer), (_text(config), inner if kind == "qwen2_vl" else outer)):
+        part.pop("tie_word_embeddings", None)
+        part.update({} if tie is None else {"tie_word_embeddings": tie})
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(saved(kind) / "model.safetensors")
+    tensors.pop(HEAD, None)
+    embedding = next(value for name, value in tensors.items() if name.endswith(EMBEDDING))
+    if head != "absent":
+        tensors[HEAD] = embedding.clone() if head == "equal" else embedding.flip(0).contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    ids = torch.arange(7, 27)[None]
+    try:
+        ours = _logits_of_ours(folder, kind, ids)
+    except InputError as e:
+        assert head == "absent" and HEAD in str(e) and not (outer or inner), e
+        return
+    stock = getattr(transformers, families.find(kind).model_class)
+    with torch.no_grad():
+        theirs = stock.from_pretrained(folder, dtype="float32")(input_ids=ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- stop ids
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    outer=st.sampled_from(["absent", None, 7, [7, 8]]),
+    inner=st.sampled_from(["absent", None, 9, [9]]),
+    generation=st.sampled_from(["absent", {}, {"eos_token_id": None}, {"eos_token_id": 11}, {"eos_token_id": [11, 0]}]),
+)
+def test_answers_end_at_what_generate_stops_at(tmp_path, outer, inner, generation):
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+    shutil.copyfile(DEMO / "tokenizer.json", tmp_path / "tokenizer.json")
+    config = json.loads((DEMO / "config.json").read_text())
+    for part, ids in ((config, outer), (config["text_config"], inner)):
+        part.pop("eos_token_id", None)
+        part.update({} if ids == "absent" else {"eos_token_id": ids})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if generation != "absent":
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
+    else:
+        theirs = transformers.GenerationConfig.from_model_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    expected = theirs.eos_token_id
+    expected = {expected} if isinstance(expected, int) else {*(expected or ())}
+    shape = families.find("qwen2_vl").shape(model.read_config(tmp_path))
+    files = {file.name: file for file in tmp_path.iterdir()}
+    bundle = SimpleNamespace(path=tmp_path, shape=shape, processor=files.get)
+    assert Chat(bundle).stop_ids == expected

@@ -64,6 +64,13 @@ class Qwen2VL(Family):
         check_image_token(config["image_token_id"], text)
         if vision["hidden_size"] != text["hidden_size"]:
             raise InputError("vision_config.hidden_size differs from text_config.hidden_size", where="config.json")
+        _check_heads(text)
+        for key in ("patch_size", "temporal_patch_size", "spatial_merge_size"):
+            if type(vision[key]) is not int or vision[key] < 1:
+                raise InputError(f"vision_config.{key} = {vision[key]!r} is not one whole number", where="config.json")
+        if vision["in_channels"] != 3:
+            what = f"vision_config.in_channels = {vision['in_channels']!r}, pictures have 3"
+            raise InputError(what, where="config.json")
 
     def tower(self, config: Config) -> Tower:
         """The vision tower of a checkpoint."""
@@ -86,6 +93,19 @@ class Qwen2VL(Family):
             out[:, at : at + t * h * w] = nxt + np.stack(place).reshape(3, -1)
             at, nxt = at + t * h * w, nxt + max(h, w)
         return out, int(out.max()) + 1 if len(picture) else 0
+
+
+def _check_heads(text: Config) -> None:
+    """Raises InputError unless the three sections of M-RoPE fill half a head, whose size nothing but hidden_size sets."""
+    size = text["hidden_size"] // text["num_attention_heads"]
+    if text.get("head_dim") not in (None, size):
+        what = f"head_dim {text['head_dim']!r} is not hidden_size / num_attention_heads, {size}"
+        raise InputError(what, where="config.json")
+    sections = (text.get("rope_parameters") or {}).get("mrope_section", [16, 24, 24])  # transformers' default
+    whole = isinstance(sections, list) and all(type(n) is int and n >= 0 for n in sections)
+    if not whole or sum(sections) != size // 2:
+        what = f"mrope_section {sections!r} does not add up to half of a head, {size // 2}"
+        raise InputError(what, where="config.json: rope_parameters")
 
 
 class Qwen2VLTower(Tower):
@@ -262,6 +282,8 @@ def image_rule(processor: Config) -> ImageRule:
     if not flag(processor, "do_resize", True, where):
         # Then pictures of most sizes could not be cut into merged patches at all.
         raise InputError("do_resize = false is not supported", where=where, fix="remove the key")
+    if flag(processor, "do_center_crop", False, where):
+        raise InputError("do_center_crop = true, yet pictures are not cropped", where=where, fix="remove the key")
     normalize, (least, most) = flag(processor, "do_normalize", True, where), _limits(processor)
     resample = processor.get("resample", d.resample)
     resample = d.resample if resample is None else resample

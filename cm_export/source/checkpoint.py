@@ -47,8 +47,8 @@ def resolve(model: str, revision: str | None = None) -> Checkpoint:
     """The verified checkpoint that `model` names. Raises InputError; a first use of a hub id downloads it."""
     place, wanted = locate(model, revision)
     if isinstance(place, Path):
-        return _verified(place, None, source=model, notes=_shadowed(model))
-    return _verified(*_from_hub(place, wanted), source=model, notes=_shadowed(model))
+        return _verified(place, None, source=model.strip(), notes=_shadowed(model))
+    return _verified(*_from_hub(place, wanted), source=model.strip(), notes=_shadowed(model))
 
 
 def locate(model: str, revision: str | None = None) -> tuple[Path | str, str | None]:

@@ -29,11 +29,17 @@ def read_config(path: Path) -> dict[str, Any]:
     """transformers' normalised configuration as plain values. Raises InputError when it does not hold together."""
     with quiet():
         from transformers import AutoConfig
+        from transformers.activations import ACT2FN
 
         try:
-            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False).to_dict()
+            found = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            config = found.to_dict()
         except Exception as e:  # transformers validates with many exception types; all mean a bad config.json
             raise InputError(f"transformers refuses it ({in_short(e)})", where=path / "config.json") from e
+    for part in (found, *(getattr(found, name) for name in found.sub_configs)):
+        act = getattr(part, "hidden_act", "silu")
+        if act not in ACT2FN:
+            raise InputError(f"transformers knows no hidden_act {act!r}", where=path / "config.json")
     # Where a checkpoint lies on this machine is no part of the model, of none of its towers either.
     return json.loads(
         json.dumps(config, default=str),
@@ -91,6 +97,11 @@ def load(path: Path, family: Family, dtype: str = "float32") -> Any:
 
     With the type that the files hold (see `stored_dtype`) they are mapped: nothing is read before it is used.
     """
+    return _load(path, family, dtype)[0]
+
+
+def _load(path: Path, family: Family, dtype: str) -> tuple[Any, list[str]]:
+    """The model, and the names of tensors in the files that it does not read."""
     with quiet():
         import transformers
 
@@ -114,7 +125,7 @@ def load(path: Path, family: Family, dtype: str = "float32") -> Any:
                 where=path,
                 fix="the checkpoint does not fit its config.json",
             )
-    return model.eval()
+    return model.eval(), sorted(map(str, info.get("unexpected_keys") or ()))
 
 
 def write_weights(
@@ -132,7 +143,7 @@ def write_weights(
     run of stock transformers then reads it. So the model is never in memory twice.
     order [L,F]: neurons are stored in this order (place -> id of the checkpoint), which changes no FFN's meaning.
     """
-    digest = _write_and_compare(path, family, folder / weights.FILE, progress, order)
+    digest, unread = _write_and_compare(path, family, folder / weights.FILE, progress, order)
     gc.collect()  # models hold cycles; the mapped files leave memory only now
     progress("ask PyTorch for the reference answers")
     np.savez(
@@ -141,14 +152,16 @@ def write_weights(
     )
     gc.collect()
     processor.copy(path, folder / "processor")
-    return {"sha256": {weights.FILE: digest}}
+    return {"sha256": {weights.FILE: digest}, "unread": unread}
 
 
 def _write_and_compare(
     path: Path, family: Family, file: Path, progress: Callable[..., None], order: np.ndarray | None
-) -> str:
-    """Write the weight file, prove it equal to the checkpoint; returns its sha256. Nothing outlives the call."""
-    parameters = dict(load(path, family, stored_dtype(path)).named_parameters())
+) -> tuple[str, list[str]]:
+    """Write the weight file, prove it equal to the checkpoint; (its sha256, tensors that the model does not read)."""
+    loaded, unread = _load(path, family, stored_dtype(path))
+    parameters = dict(loaded.named_parameters())
+    del loaded  # nothing of it outlives the call
     tensors, total, what = (
         [planned(n, p, family, neuron_order(n, family, order)) for n, p in parameters.items()],
         len(parameters),
@@ -160,7 +173,7 @@ def _write_and_compare(
     for i, (name, parameter) in enumerate(parameters.items()):
         progress("compare the weights with the checkpoint: tensor", i + 1, total)
         _compare(file, name, parameter, family, path, neuron_order(name, family, order))
-    return digest
+    return digest, unread
 
 
 def stored_dtype(path: Path) -> str:
