@@ -94,7 +94,7 @@ def _write(folder: Path, **files: Any) -> None:
 
 def _plain(values: dict[str, Any]) -> bool:
     """Whether nothing in it is of a type that a careful reader would refuse, whatever transformers makes of it."""
-    flags = all(isinstance(values.get(key), bool | None) for key in ("do_rescale", "do_normalize"))
+    flags = all(isinstance(values.get(key, True), bool) for key in ("do_rescale", "do_normalize"))
     size = values.get("size")
     numbers = [values.get("min_pixels"), values.get("max_pixels"), *(size.values() if isinstance(size, dict) else [])]
     right = all(n is None or (type(n) in (int, float) and 0 < n < 1e300) for n in numbers)
@@ -284,6 +284,10 @@ CHANGES: dict[str, Change] = {
 }  # fmt: skip
 # What transformers itself computes with; another of CHANGES that is refused has a reason given here.
 REFUSED = {
+    "no rope settings", "rope null",  # Qwen2-VL's default sections fit heads of 128 alone
+    "rope_scaling of type mrope",  # of a model without pictures
+    "theta 0", "half the head", "kv heads null", "head_dim null", "biases", "longest prompt null", "longest prompt 0",
+    "stale: tuples", "stale: dtype auto", "stale: flash attention",
     "dynamic", "longrope", "by kind of layer", "theta null", "theta text", "unknown rope", "sections too short",
     "sections of text", "act gelu_fast", "act relu6", "act null", "act number", "another head_dim", "sliding window on",
     "sliding layers", "odd layers", "FFN bias", "longest prompt text", "vocabulary too large", "image token outside",

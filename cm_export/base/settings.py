@@ -1,4 +1,4 @@
-"""Reads single values of a settings file of somebody else's: null counts as absent, a wrong type is refused by its key.
+"""Reads single values of a settings file of somebody else's: a wrong type, null included, is refused by its key.
 
 flag({"do_rescale": "no"}, "do_rescale", True, where)  ->  InputError("...: do_rescale = 'no' is neither true nor false")
 """
@@ -14,9 +14,7 @@ FIX = "correct it in the file"
 
 def flag(values: Mapping[str, Any], key: str, default: bool, where: object) -> bool:
     """true or false. Raises InputError."""
-    value = values.get(key)
-    if value is None:
-        return default
+    value = values.get(key, default)
     if not isinstance(value, bool):
         raise InputError(f"{key} = {value!r} is neither true nor false", where=where, fix=FIX)
     return value
@@ -24,9 +22,7 @@ def flag(values: Mapping[str, Any], key: str, default: bool, where: object) -> b
 
 def number(values: Mapping[str, Any], key: str, default: float, where: object, above: float = -math.inf) -> float:
     """A finite number above a bound. Raises InputError."""
-    value = values.get(key)
-    if value is None:
-        return default
+    value = values.get(key, default)
     if not is_number(value) or value <= above:
         bound = "" if above == -math.inf else f" above {above:g}"
         raise InputError(f"{key} = {value!r} is not a number{bound}", where=where, fix=FIX)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 GROUP = "cm_export.families"  # this package, and the entry points of families outside it
 # Rope types whose frequencies do not depend on the length seen so far: those that a static graph can hold.
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
+MOVING_ROPE = ("dynamic", "longrope")
 
 Config = Mapping[str, Any]  # transformers' normalised configuration as plain values, or a part of it
 Arrays = dict[str, np.ndarray]
@@ -261,14 +262,15 @@ def check_decoder(text: Config, head_dim: int | None = None) -> None:
     if any(isinstance(value, dict) for value in rope.values()):
         raise InputError("differs from layer to layer, which is not supported", where=f"{where}: rope_parameters")
     if kind not in STATIC_ROPE:
+        why = "changes with the length and cannot be traced" if kind in MOVING_ROPE else "is unknown here"
         raise InputError(
-            f"rope_type {kind!r} changes with the length and cannot be traced",
+            f"rope_type {kind!r} {why}",
             where=f"{where}: rope_parameters",
             fix=f"supported: {', '.join(STATIC_ROPE)}",
         )
     if not is_number(theta) or theta <= 0:
         raise InputError(f"rope_theta {theta!r} is not a number above 0", where=f"{where}: rope_parameters")
-    if rope.get("partial_rotary_factor", 1) not in (None, 1):
+    if any(part.get("partial_rotary_factor") not in (None, 1) for part in (rope, text)):
         raise InputError("only whole heads are rotated here", where=f"{where}: partial_rotary_factor")
     longest = text.get("max_position_embeddings")
     if longest is not None and (type(longest) is not int or longest < 1):

@@ -180,7 +180,7 @@ class Qwen2VLTower(Tower):
         """The rule in a preprocessor_config.json; sizes that it leaves out are the tower's own. Raises InputError."""
         sizes = {"patch_size": self.patch, "merge_size": self.merge, "temporal_patch_size": self.temporal}
         for key, own in sizes.items():
-            if processor.get(key) not in (None, own):
+            if processor.get(key, own) != own:
                 what = f"{key} = {processor[key]!r}, the vision_config of config.json says {own}"
                 raise InputError(what, where=RULE_FILE, fix="the two files belong to different models")
         return image_rule({**processor, **sizes})
@@ -273,7 +273,10 @@ class ImageRule:
 
 
 def image_rule(processor: Config) -> ImageRule:
-    """The rule in a preprocessor_config.json, read as transformers' Qwen2VLImageProcessor reads it. Raises InputError."""
+    """The rule in a preprocessor_config.json, read as transformers' Qwen2VLImageProcessor reads it. Raises InputError.
+
+    There null is no absent key, except among the limits: do_rescale = null rescales nothing, resample = null fails.
+    """
     where, d = RULE_FILE, ImageRule()
     kind = processor.get("image_processor_type") or processor.get("feature_extractor_type") or "Qwen2VL"
     if not str(kind).startswith("Qwen2VL"):
@@ -282,14 +285,13 @@ def image_rule(processor: Config) -> ImageRule:
     if not flag(processor, "do_resize", True, where):
         # Then pictures of most sizes could not be cut into merged patches at all.
         raise InputError("do_resize = false is not supported", where=where, fix="remove the key")
-    if flag(processor, "do_center_crop", False, where):
+    if processor.get("do_center_crop"):
         raise InputError("do_center_crop = true, yet pictures are not cropped", where=where, fix="remove the key")
     normalize, (least, most) = flag(processor, "do_normalize", True, where), _limits(processor)
     resample = processor.get("resample", d.resample)
-    resample = d.resample if resample is None else resample
     if type(resample) is not int or resample not in range(6):
         raise InputError(f"resample = {resample!r} is none of Pillow's filters, 0 to 5", where=where, fix=FIX)
-    factor = number(processor, "rescale_factor", d.rescale, where)
+    rescale = flag(processor, "do_rescale", True, where)
     return ImageRule(
         patch=_size(processor, "patch_size", d.patch),
         merge=_size(processor, "merge_size", d.merge),
@@ -299,7 +301,7 @@ def image_rule(processor: Config) -> ImageRule:
         mean=_of_channels(processor, "image_mean", d.mean) if normalize else (0.0, 0.0, 0.0),
         std=_of_channels(processor, "image_std", d.std) if normalize else (1.0, 1.0, 1.0),
         resample=resample,
-        rescale=factor if flag(processor, "do_rescale", True, where) else 1.0,
+        rescale=number(processor, "rescale_factor", d.rescale, where) if rescale else 1.0,
     )
 
 
@@ -329,8 +331,8 @@ def _size(processor: Config, key: str, default: int) -> int:
 
 def _of_channels(processor: Config, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
     """One number for each of the three colours, or one for all; a divisor of 0 is refused."""
-    value = processor.get(key)
-    values = default if value is None else value if isinstance(value, list | tuple) else [value] * 3
+    value = processor.get(key, default)
+    values = value if isinstance(value, list | tuple) else [value] * 3
     if len(values) != 3 or not all(is_number(v) and (v or key != "image_std") for v in values):
         raise InputError(f"{key} = {value!r} is not three numbers", where=RULE_FILE, fix=FIX)
     return tuple(map(float, values))

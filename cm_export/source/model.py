@@ -37,6 +37,8 @@ def read_config(path: Path) -> dict[str, Any]:
         except Exception as e:  # transformers validates with many exception types; all mean a bad config.json
             raise InputError(f"transformers refuses it ({in_short(e)})", where=path / "config.json") from e
     for part in (found, *(getattr(found, name) for name in found.sub_configs)):
+        if not getattr(part, "return_dict", True):
+            raise InputError("return_dict = false, with which transformers' model fails", where=path / "config.json")
         act = getattr(part, "hidden_act", "silu")
         if act not in ACT2FN:
             raise InputError(f"transformers knows no hidden_act {act!r}", where=path / "config.json")
@@ -146,10 +148,14 @@ def write_weights(
     digest, unread = _write_and_compare(path, family, folder / weights.FILE, progress, order)
     gc.collect()  # models hold cycles; the mapped files leave memory only now
     progress("ask PyTorch for the reference answers")
-    np.savez(
-        folder / REFERENCE,
-        **reference(reading(path, folder / weights.FILE, family), probe, tower),  # type: ignore[arg-type]  # the stub takes one for allow_pickle
-    )
+    stock = reading(path, folder / weights.FILE, family)
+    try:
+        found = reference(stock, probe, tower)
+    except (RuntimeError, AttributeError, TypeError, ValueError, LookupError) as e:
+        what = f"transformers' own model fails with it ({in_short(e)})"
+        raise InputError(what, where=path / "config.json", fix="correct the setting that it names") from e
+    del stock
+    np.savez(folder / REFERENCE, **found)  # type: ignore[arg-type]  # the stub takes one for allow_pickle
     gc.collect()
     processor.copy(path, folder / "processor")
     return {"sha256": {weights.FILE: digest}, "unread": unread}
