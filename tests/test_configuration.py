@@ -98,7 +98,7 @@ def _plain(values: dict[str, Any]) -> bool:
     size = values.get("size")
     numbers = [values.get("min_pixels"), values.get("max_pixels"), *(size.values() if isinstance(size, dict) else [])]
     right = all(n is None or (type(n) in (int, float) and 0 < n < 1e300) for n in numbers)
-    sound = values.get("resample") not in (6, "bicubic", True) or values.get("resample") == 1
+    sound = type(values.get("resample", 3)) is int and not isinstance(values.get("image_mean"), str)
     return flags and right and sound and values.get("image_std") != [1, 1, 0]
 
 
@@ -394,6 +394,19 @@ def test_heads_are_tied_as_transformers_ties_them_or_their_absence_is_named(save
     with torch.no_grad():
         theirs = stock.from_pretrained(folder, dtype="float32")(input_ids=ids).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_tensors_that_nothing_reads_are_named(saved, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copyfile(saved("qwen2") / "config.json", folder / "config.json")
+    tensors = load_file(saved("qwen2") / "model.safetensors") | {"score.weight": torch.ones(2, 2)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    recipe = Recipe().replace(neurons__policy="dense", tokens__policy="dense")
+    found = job.prepare(checkpoint.resolve(str(folder)), recipe, 1, lambda *_: None)
+    (tmp_path / "out").mkdir()
+    state = model.write_weights(folder, found.family, tmp_path / "out", None, found.inputs, lambda *_: None)
+    assert state["unread"] == ["score.weight"]
 
 
 # ---------------------------------------------------------------- stop ids

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any
 
-from packaging.requirements import Requirement
+from packaging.requirements import InvalidRequirement, Requirement
 
 STANDS_IN = {"onnxruntime": "onnxruntime-gpu"}  # the same module from another distribution
 
@@ -54,7 +54,10 @@ def misfits(libraries: Iterable[str]) -> list[dict[str, Any]]:
         except metadata.PackageNotFoundError:
             continue
         for line in lines:
-            need = Requirement(line)
+            try:
+                need = Requirement(line)
+            except InvalidRequirement:  # metadata older than the form that installers agreed on
+                continue
             if need.marker and not need.marker.evaluate({"extra": ""}):
                 continue
             other = _installed(need.name)
