@@ -378,6 +378,7 @@ LYING = {
     "UTF-16": (lambda f: (f / "config.json").write_text("{}", encoding="utf-16"), "config.json", "UTF-16"),
     "an empty file": (lambda f: (f / "config.json").write_text(""), "config.json", "is empty"),
     "a page for config.json": (lambda f: _write(f / "config.json", "\n<!DOCTYPE html><html>"), "web page", "/resolve/"),
+    "an error for config.json": (lambda f: _write(f / "config.json", "<?xml version='1.0'?><Error/>"), "web page"),
     "a page for the weights": (lambda f: _write(f / "model.safetensors", "<!doctype html>" * 9), "web page"),
     "a page for the tokenizer": (lambda f: _write(f / "tokenizer.json", "<html><body>"), "tokenizer.json", "web page"),
     "a pointer for config.json": (lambda f: _write(f / "config.json", LFS), "config.json", "git lfs pull"),

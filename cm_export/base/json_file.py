@@ -42,7 +42,9 @@ def check_content(path: Path) -> None:
         raise InputError("begins with a byte-order mark", where=path, fix=fix)
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise InputError("is UTF-16 text", where=path, fix="save it as UTF-8 without a byte-order mark")
-    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+    begin = start.lstrip().lower()
+    # A template may begin with a tag of its own; JSON never does.
+    if begin.startswith((b"<!doctype html", b"<html")) or (path.suffix == ".json" and begin.startswith(b"<")):
         fix = "download the file itself: `hf download`, or the address with /resolve/ in place of /blob/"
         raise InputError("is a web page, not the file", where=path, fix=fix)
 
