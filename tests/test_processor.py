@@ -3,12 +3,15 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from cm_export import families
 from cm_export.base.errors import InputError
+from cm_export.host.chat import Chat
 from cm_export.recipe.aliases import DEMO
 from cm_export.source import model, processor
 
@@ -142,3 +145,26 @@ def test_a_template_inside_the_processors_own_file_goes_before_the_others(demo, 
 def test_a_build_says_at_the_start_and_in_its_manifest_what_may_surprise(bare_bundle):
     notes = json.loads((bare_bundle / "manifest.json").read_text())["notes"]
     assert ["no preprocessor_config.json" in notes[0], "no tokenizer.json" in notes[1]] == [True, True]
+
+
+TRAINED = """{% for m in messages %}
+<|im_start|>{{ m['role'] }}
+{% if m['role'] == 'assistant' %}
+  {% generation %}
+{{ m['content'] }}<|im_end|>
+  {% endgeneration %}
+{% else %}{% if loop.index > 9 %}{% break %}{% endif %}{{ m['content'] }}<|im_end|>
+{% endif %}
+{% endfor %}"""
+
+
+def test_a_template_that_marks_answers_for_training_renders_as_in_transformers(tmp_path):
+    shutil.copyfile(DEMO / "tokenizer.json", tmp_path / "tokenizer.json")
+    (tmp_path / "chat_template.jinja").write_text(TRAINED)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    turns = [{"role": "user", "content": "what shape ?"}, {"role": "assistant", "content": "a circle ."}]
+    expected = tokenizer.apply_chat_template(turns, chat_template=TRAINED, return_dict=False)
+    shape = SimpleNamespace(sees=False, stop_ids=(IM_END,), vocab=94)
+    files = {file.name: file for file in tmp_path.iterdir()}
+    chat = Chat(SimpleNamespace(path=tmp_path, shape=shape, processor=files.get))
+    assert chat.encode_turns(["what shape ?"], ["a circle ."], None, []).tolist() == expected

@@ -126,14 +126,15 @@ class Chat:
 
     def _compile(self, source: str) -> Any:
         from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        from .template_tags import TAGS
 
         def fail(message: str) -> NoReturn:
             raise TemplateError(message)
 
         # The same settings as transformers' apply_chat_template, so that templates mean what they mean there.
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=TAGS)
         env.globals |= {"raise_exception": fail, "strftime_now": lambda f: datetime.now().strftime(f)}
         try:
             return env.from_string(source)

@@ -15,6 +15,7 @@ from ..base.errors import CmExportError, InputError
 from ..base.json_file import read_object
 from ..families import Config, Shape, Tower
 from ..host.chat import Chat
+from ..host.template_tags import TAGS
 from .quiet import in_short, quiet
 
 FILES = (
@@ -183,7 +184,7 @@ def _check_readable(path: Path) -> None:
             read_object(path / name)
     readers: dict[str, Callable[[str], Any]] = {
         "tokenizer.json": Tokenizer.from_str,
-        "chat_template.jinja": Environment(extensions=["jinja2.ext.loopcontrols"]).parse,
+        "chat_template.jinja": Environment(extensions=TAGS).parse,
     }
     for name, read in readers.items():
         try:
