@@ -147,6 +147,25 @@ def test_a_rule_that_is_not_followed_is_refused_by_its_key(values, words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+@pytest.mark.parametrize(
+    ("values", "limits"),
+    [
+        ({}, (56 * 56, 28 * 28 * 1280)),
+        ({"size": None}, (56 * 56, 28 * 28 * 1280)),
+        ({"min_pixels": 64, "max_pixels": None}, (64, 28 * 28 * 1280)),
+        ({"size": {"shortest_edge": 64, "longest_edge": 640}}, (64, 640)),
+        ({"size": {"shortest_edge": 64, "longest_edge": 640}, "max_pixels": 999}, (64, 999)),
+        ({"size": {"min_pixels": 64, "max_pixels": 640}, "min_pixels": 65, "max_pixels": 999}, (65, 999)),
+    ],
+)
+def test_limits_are_read_in_every_spelling_that_transformers_accepts(tmp_path, values, limits):
+    _write(tmp_path, **{RULES[:-5]: {**SIZES, **values}})
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil").size
+    assert (theirs["shortest_edge"], theirs["longest_edge"]) == limits
+    ours = tower.rule({**SIZES, **values})
+    assert (ours.min_pixels, ours.max_pixels) == limits
+
+
 def test_rules_inside_the_processors_own_file_go_before_the_others_and_into_the_bundle(tmp_path):
     source, target = tmp_path / "model", tmp_path / "processor"
     source.mkdir()
@@ -359,6 +378,12 @@ def test_a_configuration_computes_what_transformers_computes_or_is_refused(saved
             input_ids=ids, return_dict=True
         )
     torch.testing.assert_close(ours, theirs.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_rope_settings_by_kind_of_layer_are_called_that(saved, tmp_path):
+    folder = _changed(saved("llama"), tmp_path / "model", CHANGES["by kind of layer"])
+    with pytest.raises(InputError, match="rope_parameters: differs from layer to layer"):
+        families.find("llama").check_config(model.read_config(folder))
 
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
