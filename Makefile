@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := artifacts/demo.plan
 PICTURE := cm_export/demo/images/teal-circle.png
+QUESTION := "describe : what shape is in the image?"
 STAMP := .venv/.installed
 
-.PHONY: demo test lint clean accuracy bench-quality bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal
+.PHONY: demo test lint clean accuracy bench-quality bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal lowest
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("the versions of constraints.txt need Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
@@ -82,6 +83,21 @@ gpu-proof:
 gpu-rehearsal: $(STAMP)
 	$(BIN)/python benchmarks/gpu_proof.py --rehearse --out artifacts/gpu-rehearsal \
 		$(if $(TENSORRT_INCLUDE),--tensorrt-include $(TENSORRT_INCLUDE))
+
+# The lowest versions that pyproject.toml admits, in an environment of their own: they must answer as the newest do (a minute).
+# EXTRAS=export tries those of making bundles as well.
+lowest: $(STAMP) $(DEMO)
+	rm -rf .venv/lowest && $(PYTHON) -m venv .venv/lowest
+	$(BIN)/python tests/lowest.py $(EXTRAS) > artifacts/lowest.txt
+	.venv/lowest/bin/python -m pip install --quiet --constraint artifacts/lowest.txt '.$(if $(EXTRAS),[$(EXTRAS)])'
+	.venv/lowest/bin/cm-export doctor
+	$(if $(EXTRAS),.venv/lowest/bin/cm-export build --recipe demo --out artifacts/lowest.plan)
+	for how in --dense --token-share=0.5; do \
+		.venv/lowest/bin/cm-export run $(DEMO) --image $(PICTURE) --prompt $(QUESTION) $$how > artifacts/lowest.answer && \
+		$(BIN)/cm-export run $(DEMO) --image $(PICTURE) --prompt $(QUESTION) $$how | diff - artifacts/lowest.answer || exit 1; done
+
+$(DEMO):
+	$(BIN)/cm-export build --recipe demo --out $(DEMO)
 
 lint: $(STAMP)
 	$(BIN)/ruff check . --fix

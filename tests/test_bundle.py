@@ -508,3 +508,11 @@ def test_no_path_of_the_machine_is_in_a_bundle(bare_checkpoint, bare_bundle):
     for file in [*bare_bundle.glob("*.json"), *bare_bundle.glob("*.onnx")]:
         content = file.read_bytes()
         assert str(bare_checkpoint).encode() not in content and str(bare_bundle.parent).encode() not in content, file
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors", "prefill.onnx"])
+def test_a_file_without_read_permission_is_called_that(bare_bundle, name, monkeypatch):
+    # The superuser may read everything, so that chmod would not do.
+    monkeypatch.setattr("cm_export.bundle.bundle.os.access", lambda path, _: Path(path).name != name)
+    with pytest.raises(InputError, match=f"{name}: no permission to read it"):
+        Bundle(bare_bundle)

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from cm_export.base.errors import InputError
 from cm_export.recipe import aliases
-from cm_export.source import checkpoint
+from cm_export.source import checkpoint, directory
 from cm_export.source.checkpoint import resolve, verify_hashes
 
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)}
@@ -303,6 +303,173 @@ def test_without_network_a_hub_id_fails_within_seconds_and_says_how_to_get_it(tm
     assert time.perf_counter() - start < 15  # the hub client's own retries take more than 23 s
     assert "hf download Qwen/Qwen2-VL-2B-Instruct --revision 895c3a49" in done.stdout
     assert done.stdout.startswith("InputError") and done.stderr == ""
+
+
+def test_a_cache_that_holds_a_configuration_alone_asks_the_hub_for_the_weights(cache):
+    commit, blobs = cache
+    (blobs.parent / "snapshots" / commit / "model.safetensors").unlink()
+    _refused(f"owner/name@{commit}", "no model.safetensors")
+    assert not directory.has_weights(blobs.parent / "snapshots" / commit)
+
+
+# ---------------------------------------------------------------- what else lies in a directory
+
+
+def _adapter(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "config.json").unlink()
+    _write(folder / "adapter_config.json", {"base_model_name_or_path": "owner/base", "peft_type": "LORA"})
+
+
+def _half(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    notes = folder / ".cache" / "huggingface" / "download"
+    notes.mkdir(parents=True)
+    (notes / "abc.incomplete").write_bytes(b"half")
+
+
+def _tensors(**tensors: np.ndarray):
+    return lambda folder: save_file(tensors, folder / "model.safetensors")
+
+
+def _eight_bits(folder: Path) -> None:
+    header = {"w.weight": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}
+    (folder / "model.safetensors").write_bytes(_safetensors(header, b"00"))
+
+
+def _inside(folder: Path) -> None:
+    (folder / "checkpoint-9").mkdir()
+    (folder / "config.json").rename(folder / "checkpoint-9" / "config.json")
+
+
+def _dangling(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../../blobs/gone")
+
+
+def _renamed(to: str):
+    return lambda folder: (folder / "model.safetensors").rename(folder / to)
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+LYING = {
+    "an adapter without its base": (_adapter, "adapter of owner/base", "merge"),
+    "an adapter beside full weights": (lambda f: _write(f / "adapter_config.json", {"r": 8}), "beside", "peft"),
+    "an adapter's tensors": (_tensors(**{"layers.0.q_proj.lora_A.weight": np.ones(2, np.float32)}), "lora_A", "merge"),
+    "eight-bit floats": (_eight_bits, "quantised", "w.weight", "F8_E4M3", "original float"),
+    "whole numbers": (_tensors(**{"q_proj.weight": np.ones(2, np.int8)}), "quantised", "q_proj.weight", "I8"),
+    "packed weights": (_tensors(**{"q_proj.qweight": np.ones(2, np.int32)}), "quantised", "qweight"),
+    "scales": (_tensors(**{"q_proj.weight_scale_inv": np.ones(2, np.float32)}), "quantised", "weight_scale_inv"),
+    "a half download": (_half, "no model.safetensors", "interrupted", "hf download"),
+    "a link into nowhere": (_dangling, "model.safetensors", "link to ../../blobs/gone"),
+    "other weights only": (_renamed("consolidated.safetensors"), "only consolidated.safetensors", "rename"),
+    "a shard without an index": (_renamed("model-00001-of-00002.safetensors"), "without model.safetensors.index.json"),
+    "GGUF": (_renamed("model-Q4.gguf"), "model-Q4.gguf", "GGUF is not read"),
+    "the directory above": (_inside, "no config.json", "checkpoint-9"),
+    "weights named by config.json": (
+        lambda f: _write(f / "config.json", {"model_type": "qwen2_vl", "transformers_weights": "x.safetensors"}),
+        "transformers_weights",
+    ),
+    "a byte-order mark": (
+        lambda f: (f / "config.json").write_bytes(b'\xef\xbb\xbf{"model_type": "qwen2_vl"}'),
+        "config.json",
+        "byte-order mark",
+    ),
+    "UTF-16": (lambda f: (f / "config.json").write_text("{}", encoding="utf-16"), "config.json", "UTF-16"),
+    "an empty file": (lambda f: (f / "config.json").write_text(""), "config.json", "is empty"),
+    "a page for config.json": (lambda f: _write(f / "config.json", "\n<!DOCTYPE html><html>"), "web page", "/resolve/"),
+    "an error for config.json": (lambda f: _write(f / "config.json", "<?xml version='1.0'?><Error/>"), "web page"),
+    "a page for the weights": (lambda f: _write(f / "model.safetensors", "<!doctype html>" * 9), "web page"),
+    "a page for the tokenizer": (lambda f: _write(f / "tokenizer.json", "<html><body>"), "tokenizer.json", "web page"),
+    "a pointer for config.json": (lambda f: _write(f / "config.json", LFS), "config.json", "git lfs pull"),
+    "a pointer for the tokenizer": (lambda f: _write(f / "tokenizer.json", LFS), "tokenizer.json", "git lfs pull"),
+    "a byte-order mark in the template": (
+        lambda f: (f / "chat_template.jinja").write_bytes(b"\xef\xbb\xbf{{ x }}"),
+        "chat_template.jinja",
+        "byte-order mark",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LYING)
+def test_what_lies_in_a_directory_in_the_place_of_a_model_is_called_what_it_is(folder, name):
+    change, *words = LYING[name]
+    change(folder)
+    _refused(folder, *words)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_file_without_read_permission_is_called_that(folder, file, monkeypatch):
+    opened = Path.open
+
+    def refuse(self, *args, **kwargs):  # the superuser may read everything, so that chmod would not do
+        if self.name == file:
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    _refused(folder, file, "no permission", "owner and mode")
+
+
+def test_only_files_that_belong_to_the_model_are_read(folder):
+    for name in ("consolidated.safetensors", "training_args.json", "notes.txt", "model.fp16.safetensors", "odd.model"):
+        (folder / name).write_bytes(b"not a word of this is looked at")
+    _write(folder / "model.safetensors.index.json", "not read beside a whole file")
+    (folder / "generation_config.json").write_text("{}")
+    found = resolve(str(folder)).files
+    assert set(found) == {
+        "config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json",
+    }  # fmt: skip
+
+
+def test_a_folder_of_the_hub_cache_points_to_its_snapshot(cache):
+    commit, blobs = cache
+    for inside in (blobs.parent, blobs.parent / "snapshots"):
+        _refused(inside, "no config.json", "--model owner/name", f"snapshots/{commit}")
+    _refused("models--owner--name", "--model owner/name")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://huggingface.co/owner/name", "https://huggingface.co/owner/name/", "huggingface.co/owner/name",
+        "hf.co/owner/name", "https://hf.co/owner/name?library=transformers#usage", "hf://owner/name",
+        "https://huggingface.co/owner/name/tree/main", "https://huggingface.co/owner/name/blob/main/config.json",
+        "owner/name/", " owner/name ",
+    ],
+)  # fmt: skip
+def test_an_address_of_the_hub_is_the_model_that_it_shows(cache, address):
+    commit, _ = cache
+    assert resolve(address).revision == commit
+    wanted = "main" if "/main" in address else None
+    assert checkpoint.locate(address) == ("owner/name", wanted)
+
+
+@pytest.mark.parametrize(
+    ("address", "word"),
+    [
+        ("https://huggingface.co/datasets/owner/name", "no address of a model"),
+        ("https://huggingface.co/models", "no address of a model"),
+        ("https://example.org/owner/name", "addresses of other places"),
+        ("s3://bucket/model", "addresses of other places"),
+    ],
+)
+def test_an_address_of_anything_else_is_refused(address, word):
+    _refused(address, word)
+
+
+def test_a_revision_of_an_address_and_another_one_disagree():
+    _refused("https://huggingface.co/owner/name/tree/main", "disagree", revision="v2")
+
+
+def test_a_folder_that_shares_its_name_with_something_else_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert "the folder demo here is not read" in resolve("demo").notes[0]
+    (tmp_path / "owner").mkdir()
+    folder.rename(tmp_path / "owner" / "name")
+    assert "not the model owner/name of the hub" in resolve("owner/name").notes[0]
+    assert resolve("./owner/name").notes == ()
 
 
 def test_checkpoints_are_read_without_torch(folder):

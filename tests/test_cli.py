@@ -21,7 +21,7 @@ from cm_export.base.errors import BundleError, InputError
 from cm_export.cli import main
 from cm_export.cli import tables as _tables
 from cm_export.cli.console import emit_json, progress, write_json
-from cm_export.cli.requirements import fits, requirements
+from cm_export.cli.requirements import fits, misfits, requirements
 
 VERBS = names_in("cm_export.cli.verbs")
 COMMAND = (sys.executable, "-c", "import sys; from cm_export.cli import main; sys.exit(main())")
@@ -490,6 +490,37 @@ def test_onnxruntime_gpu_stands_in_for_onnxruntime(monkeypatch):
     monkeypatch.setattr("importlib.metadata.requires", lambda name: ["onnxruntime>=1.23"])
     monkeypatch.setattr("importlib.metadata.version", version)
     assert requirements("cm-export", {})[0][0]["ok"]
+
+
+PAIRED = {
+    "transformers": ("5.20.0", ["tokenizers<0.24,>=0.23.1", "torch>=2; extra == 'torch'", "absent; os_name == 'none'"]),
+    "tokenizers": ("0.22.0", []),
+    "onnxruntime": ("1.30", ["flatbuffers"]),
+    "onnxruntime-gpu": ("1.30", []),
+}
+
+
+def test_doctor_names_pairs_that_do_not_go_together(monkeypatch, capsys):
+    from importlib import metadata
+
+    def version(name: str) -> str:
+        if name not in PAIRED:
+            raise metadata.PackageNotFoundError(name)
+        return PAIRED[name][0]
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: PAIRED[name][1])
+    found = misfits(["transformers", "onnxruntime", "numpy"])
+    assert [(pair["library"], pair["found"]) for pair in found] == [
+        ("onnxruntime", None),  # flatbuffers
+        ("transformers", "0.22.0"),
+        ("onnxruntime", "1.30"),  # beside onnxruntime-gpu
+    ]
+    assert "tokenizers" in found[1]["needs"] and "onnxruntime-gpu" in found[2]["needs"]
+    monkeypatch.undo()
+    monkeypatch.setattr("cm_export.cli.requirements.misfits", lambda names: [{**found[0], "library": "click"}])
+    assert main(["doctor"]) == 1
+    assert "DO NOT FIT: click 1.30 needs flatbuffers; none is installed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

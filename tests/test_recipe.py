@@ -4,6 +4,7 @@ import pytest
 
 from cm_export.base.errors import InputError
 from cm_export.recipe import recipe
+from cm_export.recipe.unread import unread
 
 
 def test_the_shipped_recipes_are_valid():
@@ -62,3 +63,35 @@ def test_what_cannot_hold_is_refused_in_one_line(values, words):
     with pytest.raises(InputError, match=words) as caught:
         recipe.from_dict(values)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"neurons__rho": 0.3}, ["neurons.rho = 0.3 is not read by policy 'griffin'"]),
+        ({"neurons__rho": 0.3, "neurons__policy": "coreinfer"}, []),
+        ({"neurons__mix": 0.1}, ["neurons.mix"]),
+        ({"neurons__row_norm": True}, []),
+        ({"neurons__row_norm": True, "neurons__policy": "coreinfer"}, ["neurons.row_norm"]),
+        ({"neurons__voters": "text", "neurons__policy": "random"}, ["neurons.voters"]),
+        ({"neurons__share": 0.3, "neurons__policy": "dense"}, ["neurons.share"]),
+        ({"tokens__rho": 0.3, "tokens__beta": 0.3}, ["tokens.rho", "tokens.beta"]),
+        ({"tokens__rho": 0.3, "tokens__beta": 0.3, "tokens__policy": "overlap"}, []),
+        ({"tokens__voters": "text"}, ["tokens.voters"]),
+        ({"tokens__voters": "text", "tokens__policy": "attention"}, []),
+        ({"tokens__count": 3}, ["tokens.count = 3 is not read with tokens.budget = 'share'"]),
+        ({"tokens__count": 3, "tokens__budget": "count", "tokens__share": 0.2}, ["tokens.share"]),
+        ({"tokens__share": 0.2, "tokens__budget": "knee", "tokens__min_share": 0.2}, []),
+        ({"tokens__min_share": 0.2}, ["tokens.min_share"]),
+        ({"tokens__first_share": 0.7}, ["tokens.first_share"]),
+        ({"tokens__share": 0.2, "tokens__policy": "dense"}, ["tokens.share"]),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_named(changes, named):
+    found = unread(recipe.Recipe().replace(**changes))
+    assert len(found) == len(named) and all(n in f for n, f in zip(named, found, strict=True)), found
+
+
+@pytest.mark.parametrize("name", ["demo", "scenes"])
+def test_a_shipped_recipe_sets_nothing_that_is_not_read(name):
+    assert unread(recipe.load(name)) == []

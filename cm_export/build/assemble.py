@@ -54,6 +54,7 @@ def _manifest(job: Job, stages: Stages) -> dict[str, Any]:
             "embedding": job.family.embedding,  # the host looks token embeddings up in the weight file
         },
         "recipe": job.recipe.to_dict() | {"model": None, "calibration": CALIBRATION if job.calibration else None},
+        "notes": [*job.notes, *_unread(stages.state("weights").get("unread", []))],
         "versions": {n: version(n) for n in _LIBRARIES}
         | {"python": platform.python_version(), "platform": platform.machine()},
         "graphs": graphs["graphs"],
@@ -63,6 +64,13 @@ def _manifest(job: Job, stages: Stages) -> dict[str, Any]:
         "links": links(job.shape.layers, graphs["graphs"]),
         "stages": {name: stages.keys[name] for name in ("trace", "weights", "graphs")},
     }
+
+
+def _unread(tensors: list[str]) -> list[str]:
+    if not tensors:
+        return []
+    some = ", ".join(tensors[:3])
+    return [f"{len(tensors)} tensors of the checkpoint are read by neither transformers' class nor here, e.g. {some}"]
 
 
 def _files(folder: Path, job: Job, stages: Stages) -> dict[str, str]:

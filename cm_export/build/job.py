@@ -1,5 +1,6 @@
 """What a build knows before its first stage: everything that can be refused without work has been refused by then."""
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from ..calibrating import prune_layers
 from ..families import Family, Shape, Tower
 from ..plugins.core_ffn.op import ACTIVATIONS
 from ..recipe.recipe import Recipe
-from ..source import model
+from ..recipe.unread import unread
+from ..source import model, processor
 from ..source.checkpoint import Checkpoint
 from ..source.probe import Probe, probe
 from ..surgery import pipeline
@@ -43,6 +45,7 @@ class Job:
     aim: engines.Aim | None  # of TensorRT engines; None with other backends
     threads: int
     progress: Step
+    notes: tuple[str, ...] = ()  # what is no error and yet may surprise; the manifest keeps them
 
 
 def prepare(source: Checkpoint, recipe: Recipe, threads: int, progress: Step) -> Job:
@@ -57,9 +60,11 @@ def prepare(source: Checkpoint, recipe: Recipe, threads: int, progress: Step) ->
     if shape.activation not in ACTIVATIONS:
         fix = by_name.nearest(shape.activation, [*ACTIVATIONS])
         raise InputError(f"unknown hidden_act {shape.activation!r}", where=source.path / "config.json", fix=fix)
-    model.check_processor(source.path)
-    if tower:
-        tower.rule(model.read_picture_rule(source.path))
+    with tempfile.TemporaryDirectory(prefix="cm-export-") as work:
+        found = processor.check(source.path, source.config, shape, tower, Path(work))
+    notes = (*source.notes, *found, *unread(recipe))
+    for note in notes:
+        progress(f"note: {note}")
     aim = engines.aim(recipe) if recipe.backend in engines.MODULES else None
     calibration, order = _calibration(recipe, source)
     recipe = prune_layers.resolve(recipe, calibration)
@@ -67,7 +72,8 @@ def prepare(source: Checkpoint, recipe: Recipe, threads: int, progress: Step) ->
     measured = file_sha256(Path(recipe.calibration)) if recipe.calibration is not None else None
     inputs = probe(shape, tower, config)  # not the recipe's seed: the weights stage keeps PyTorch's answers to it
     return Job(
-        source, family, config, shape, tower, recipe, inputs, calibration, order, measured, aim, threads, progress
+        source, family, config, shape, tower, recipe, inputs, calibration, order, measured, aim, threads, progress,
+        notes,
     )  # fmt: skip
 
 

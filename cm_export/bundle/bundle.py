@@ -28,6 +28,7 @@ from typing import Any
 from .. import families
 from ..base.errors import BundleError, InputError
 from ..base.hashes import file_sha256
+from ..base.json_file import no_permission
 from ..families import Family, Shape, Tower
 from ..recipe.recipe import Recipe, from_dict
 from .calibration import FILE as CALIBRATION
@@ -68,6 +69,8 @@ class Bundle:
             file = self._inside(name)
             if not file.is_file():
                 raise BundleError("missing", where=file, fix="build the bundle again")
+            if not os.access(file, os.R_OK):
+                raise no_permission(file)
             if file.stat().st_size != entry["bytes"]:
                 raise BundleError(
                     f"{file.stat().st_size} bytes, the manifest says {entry['bytes']}", where=file, fix=_REBUILD
@@ -163,6 +166,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError("not a bundle (no manifest.json)", where=path, fix="give a directory made by cm-export build")
     try:
+        if not os.access(file, os.R_OK):
+            raise no_permission(file)
         manifest: dict[str, Any] = json.loads(file.read_bytes())
         seal = manifest.pop("seal")
         if manifest["format"] != FORMAT:

@@ -2,9 +2,11 @@
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any
+
+from packaging.requirements import InvalidRequirement, Requirement
 
 STANDS_IN = {"onnxruntime": "onnxruntime-gpu"}  # the same module from another distribution
 
@@ -36,14 +38,44 @@ def requirements(
 
 
 def _library(name: str, limits: str) -> dict[str, Any]:
-    for candidate in (name, STANDS_IN.get(name)):
-        try:
-            version = metadata.version(candidate) if candidate else None
-        except metadata.PackageNotFoundError:
-            version = None
-        if version:
-            break
+    version = _installed(name) or (_installed(STANDS_IN[name]) if name in STANDS_IN else None)
     return {"name": name, "needs": limits, "version": version, "ok": version is not None and fits(version, limits)}
+
+
+def misfits(libraries: Iterable[str]) -> list[dict[str, Any]]:
+    """Pairs that do not go together: {library, version, needs, found}, `found` being what is installed of the other.
+
+    libraries: distributions whose own requirements are looked at, those that are installed.
+    """
+    found = []
+    for name in sorted(set(libraries)):
+        try:
+            version, lines = metadata.version(name), metadata.requires(name) or ()
+        except metadata.PackageNotFoundError:
+            continue
+        for line in lines:
+            try:
+                need = Requirement(line)
+            except InvalidRequirement:  # metadata older than the form that installers agreed on
+                continue
+            if need.marker and not need.marker.evaluate({"extra": ""}):
+                continue
+            other = _installed(need.name)
+            if other is None or not need.specifier.contains(other, prereleases=True):
+                needs = f"{need.name}{need.specifier}"
+                found.append({"library": name, "version": version, "needs": needs, "found": other})
+    if len(both := [n for pair in STANDS_IN.items() for n in pair if _installed(n)]) == 2:
+        one, other = both
+        needs = f"no {other} beside it: they overwrite each other's files, uninstall both and install one"
+        found.append({"library": one, "version": _installed(one), "needs": needs, "found": _installed(other)})
+    return found
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def fits(version: str, limits: str) -> bool:

@@ -21,6 +21,7 @@ import numpy as np
 
 from ..base import by_name, dims
 from ..base.errors import InputError
+from ..base.settings import is_number
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 GROUP = "cm_export.families"  # this package, and the entry points of families outside it
 # Rope types whose frequencies do not depend on the length seen so far: those that a static graph can hold.
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
+MOVING_ROPE = ("dynamic", "longrope")
 
 Config = Mapping[str, Any]  # transformers' normalised configuration as plain values, or a part of it
 Arrays = dict[str, np.ndarray]
@@ -249,15 +251,30 @@ def decoder_shape(text: Config, head_dim: int | None = None, **own: Any) -> Shap
 
 def check_decoder(text: Config, head_dim: int | None = None) -> None:
     """Refuse a decoder that a static graph cannot hold rightly. Raises InputError naming the setting."""
-    if "sliding_attention" in (text.get("layer_types") or []):
-        raise InputError("sliding-window attention is not supported", where="config.json: use_sliding_window")
-    rope = (text.get("rope_parameters") or {}).get("rope_type", "default")
-    if rope not in STATIC_ROPE:
+    where = "config.json"
+    kinds = {*(text.get("layer_types") or [])} - {"full_attention"}
+    if "sliding_attention" in kinds:
+        raise InputError("sliding-window attention is not supported", where=f"{where}: use_sliding_window")
+    if kinds:
+        raise InputError(f"{', '.join(sorted(map(str, kinds)))} is not supported", where=f"{where}: layer_types")
+    rope = text.get("rope_parameters") or {}
+    kind, theta = rope.get("rope_type", "default"), rope.get("rope_theta", 1)
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise InputError("differs from layer to layer, which is not supported", where=f"{where}: rope_parameters")
+    if kind not in STATIC_ROPE:
+        why = "changes with the length and cannot be traced" if kind in MOVING_ROPE else "is unknown here"
         raise InputError(
-            f"rope_type {rope!r} changes with the length and cannot be traced",
-            where="config.json: rope_parameters",
+            f"rope_type {kind!r} {why}",
+            where=f"{where}: rope_parameters",
             fix=f"supported: {', '.join(STATIC_ROPE)}",
         )
+    if not is_number(theta) or theta <= 0:
+        raise InputError(f"rope_theta {theta!r} is not a number above 0", where=f"{where}: rope_parameters")
+    if any(part.get("partial_rotary_factor") not in (None, 1) for part in (rope, text)):
+        raise InputError("only whole heads are rotated here", where=f"{where}: partial_rotary_factor")
+    longest = text.get("max_position_embeddings")
+    if longest is not None and (type(longest) is not int or longest < 1):
+        raise InputError(f"max_position_embeddings {longest!r} is not a length", where=where)
     if text.get("mlp_bias"):
         fix = "only FFNs without bias are supported"
         raise InputError(
@@ -271,8 +288,8 @@ def check_decoder(text: Config, head_dim: int | None = None) -> None:
 
 def check_image_token(token: int, text: Config) -> None:
     """Raises InputError unless image tokens have an id of the vocabulary."""
-    if token >= text["vocab_size"]:
-        what = f"image_token_id {token} is not below vocab_size {text['vocab_size']}"
+    if type(token) is not int or token not in range(text["vocab_size"]):
+        what = f"image_token_id {token!r} is not below vocab_size {text['vocab_size']}, 0 or more"
         raise InputError(what, where="config.json")
 
 

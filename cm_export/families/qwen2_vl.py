@@ -16,6 +16,7 @@ import numpy as np
 
 from ..base import dims
 from ..base.errors import InputError
+from ..base.settings import FIX, flag, is_number, number
 from . import (
     Arrays,
     Config,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 # transformers hands `cu_seq_lens_q` to implementations whose name contains "flash" and loops over lengths otherwise.
 ATTENTION = "cm_export_vision_flash"
+RULE_FILE = "preprocessor_config.json"
 MAX_RATIO = 200  # of a picture's sides: transformers' smart_resize refuses more
 
 
@@ -51,7 +53,9 @@ class Qwen2VL(Family):
     def shape(self, config: Config) -> Shape:
         """Sizes of a checkpoint. Raises InputError."""
         own = {"sees": True, "position_axes": 3, "image_token": config["image_token_id"]}
-        return decoder_shape(config["text_config"], **own)
+        outer = config.get("eos_token_id")  # before the decoder's, where both are stated
+        text = config["text_config"]
+        return decoder_shape(text if outer is None else {**text, "eos_token_id": outer}, **own)
 
     def check_config(self, config: Config) -> None:
         """Refuse what a static graph cannot hold rightly. Raises InputError naming the setting."""
@@ -60,6 +64,13 @@ class Qwen2VL(Family):
         check_image_token(config["image_token_id"], text)
         if vision["hidden_size"] != text["hidden_size"]:
             raise InputError("vision_config.hidden_size differs from text_config.hidden_size", where="config.json")
+        _check_heads(text)
+        for key in ("patch_size", "temporal_patch_size", "spatial_merge_size"):
+            if type(vision[key]) is not int or vision[key] < 1:
+                raise InputError(f"vision_config.{key} = {vision[key]!r} is not one whole number", where="config.json")
+        if vision["in_channels"] != 3:
+            what = f"vision_config.in_channels = {vision['in_channels']!r}, pictures have 3"
+            raise InputError(what, where="config.json")
 
     def tower(self, config: Config) -> Tower:
         """The vision tower of a checkpoint."""
@@ -82,6 +93,19 @@ class Qwen2VL(Family):
             out[:, at : at + t * h * w] = nxt + np.stack(place).reshape(3, -1)
             at, nxt = at + t * h * w, nxt + max(h, w)
         return out, int(out.max()) + 1 if len(picture) else 0
+
+
+def _check_heads(text: Config) -> None:
+    """Raises InputError unless the three sections of M-RoPE fill half a head, whose size nothing but hidden_size sets."""
+    size = text["hidden_size"] // text["num_attention_heads"]
+    if text.get("head_dim") not in (None, size):
+        what = f"head_dim {text['head_dim']!r} is not hidden_size / num_attention_heads, {size}"
+        raise InputError(what, where="config.json")
+    sections = (text.get("rope_parameters") or {}).get("mrope_section", [16, 24, 24])  # transformers' default
+    whole = isinstance(sections, list) and all(type(n) is int and n >= 0 for n in sections)
+    if not whole or sum(sections) != size // 2:
+        what = f"mrope_section {sections!r} does not add up to half of a head, {size // 2}"
+        raise InputError(what, where="config.json: rope_parameters")
 
 
 class Qwen2VLTower(Tower):
@@ -153,8 +177,12 @@ class Qwen2VLTower(Tower):
         return frames, rows * self.merge, columns * self.merge
 
     def rule(self, processor: Config) -> ImageRule:
-        """The rule in a preprocessor_config.json, with the tower's own sizes: a checkpoint may come without that file."""
+        """The rule in a preprocessor_config.json; sizes that it leaves out are the tower's own. Raises InputError."""
         sizes = {"patch_size": self.patch, "merge_size": self.merge, "temporal_patch_size": self.temporal}
+        for key, own in sizes.items():
+            if processor.get(key, own) != own:
+                what = f"{key} = {processor[key]!r}, the vision_config of config.json says {own}"
+                raise InputError(what, where=RULE_FILE, fix="the two files belong to different models")
         return image_rule({**processor, **sizes})
 
     def picture(self, image: Image.Image, rule: ImageRule) -> Picture:
@@ -236,8 +264,8 @@ class ImageRule:
     patch: int = 14
     merge: int = 2
     temporal: int = 2
-    min_pixels: int = 56 * 56
-    max_pixels: int = 28 * 28 * 1280
+    min_pixels: float = 56 * 56
+    max_pixels: float = 28 * 28 * 1280
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     resample: int = 3
@@ -245,23 +273,69 @@ class ImageRule:
 
 
 def image_rule(processor: Config) -> ImageRule:
-    """The rule in a preprocessor_config.json; absent keys take Qwen2-VL's defaults. Raises InputError."""
-    if processor.get("do_resize") is False:
+    """The rule in a preprocessor_config.json, read as transformers' Qwen2VLImageProcessor reads it. Raises InputError.
+
+    There null is no absent key, except among the limits: do_rescale = null rescales nothing, resample = null fails.
+    """
+    where, d = RULE_FILE, ImageRule()
+    kind = processor.get("image_processor_type") or processor.get("feature_extractor_type") or "Qwen2VL"
+    if not str(kind).startswith("Qwen2VL"):
+        fix = "give the file of the Qwen2-VL checkpoint that this one was made from"
+        raise InputError(f"image_processor_type {kind!r} cuts pictures in another way", where=where, fix=fix)
+    if not flag(processor, "do_resize", True, where):
         # Then pictures of most sizes could not be cut into merged patches at all.
-        raise InputError("do_resize = false is not supported", where="preprocessor_config.json", fix="remove the key")
-    d, size = ImageRule(), processor.get("size") or {}
-    normalize = processor.get("do_normalize") is not False
+        raise InputError("do_resize = false is not supported", where=where, fix="remove the key")
+    if processor.get("do_center_crop"):
+        raise InputError("do_center_crop = true, yet pictures are not cropped", where=where, fix="remove the key")
+    normalize, (least, most) = flag(processor, "do_normalize", True, where), _limits(processor)
+    resample = processor.get("resample", d.resample)
+    if type(resample) is not int or resample not in range(6):
+        raise InputError(f"resample = {resample!r} is none of Pillow's filters, 0 to 5", where=where, fix=FIX)
+    rescale = flag(processor, "do_rescale", True, where)
     return ImageRule(
-        patch=processor.get("patch_size", d.patch),
-        merge=processor.get("merge_size", d.merge),
-        temporal=processor.get("temporal_patch_size", d.temporal),
-        min_pixels=processor.get("min_pixels") or size.get("shortest_edge", d.min_pixels),
-        max_pixels=processor.get("max_pixels") or size.get("longest_edge", d.max_pixels),
-        mean=tuple(processor.get("image_mean") or d.mean) if normalize else (0.0, 0.0, 0.0),
-        std=tuple(processor.get("image_std") or d.std) if normalize else (1.0, 1.0, 1.0),
-        resample=processor.get("resample", d.resample),
-        rescale=1.0 if processor.get("do_rescale") is False else processor.get("rescale_factor", d.rescale),
+        patch=_size(processor, "patch_size", d.patch),
+        merge=_size(processor, "merge_size", d.merge),
+        temporal=_size(processor, "temporal_patch_size", d.temporal),
+        min_pixels=least,
+        max_pixels=most,
+        mean=_of_channels(processor, "image_mean", d.mean) if normalize else (0.0, 0.0, 0.0),
+        std=_of_channels(processor, "image_std", d.std) if normalize else (1.0, 1.0, 1.0),
+        resample=resample,
+        rescale=number(processor, "rescale_factor", d.rescale, where) if rescale else 1.0,
     )
+
+
+def _limits(processor: Config) -> tuple[float, float]:
+    """Least and most pixels. A key beside `size` goes before the one in it, which transformers does not read alone."""
+    given, d = processor.get("size"), ImageRule()
+    size = {"shortest_edge": d.min_pixels, "longest_edge": d.max_pixels} if given is None else given
+    size = dict(size) if isinstance(size, dict) else {}
+    for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        if processor.get(key) is not None:
+            size[edge] = processor[key]
+            size.pop(key, None)
+    if not isinstance(given, dict | None) or set(size) != {"shortest_edge", "longest_edge"}:
+        fix = "write min_pixels and max_pixels beside size, or shortest_edge and longest_edge in it (numbers of pixels)"
+        raise InputError(f"size = {given!r} is not how transformers reads limits", where=RULE_FILE, fix=fix)
+    if not all(is_number(pixels) and pixels > 0 for pixels in size.values()):
+        raise InputError(f"size = {size} is not two numbers above 0", where=RULE_FILE, fix=FIX)
+    return size["shortest_edge"], size["longest_edge"]
+
+
+def _size(processor: Config, key: str, default: int) -> int:
+    value = number(processor, key, default, RULE_FILE, above=0)
+    if value != int(value):
+        raise InputError(f"{key} = {value!r} is not a whole number", where=RULE_FILE, fix=FIX)
+    return int(value)
+
+
+def _of_channels(processor: Config, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    """One number for each of the three colours, or one for all; a divisor of 0 is refused."""
+    value = processor.get(key, default)
+    values = value if isinstance(value, list | tuple) else [value] * 3
+    if len(values) != 3 or not all(is_number(v) and (v or key != "image_std") for v in values):
+        raise InputError(f"{key} = {value!r} is not three numbers", where=RULE_FILE, fix=FIX)
+    return tuple(map(float, values))
 
 
 def target_size(height: int, width: int, rule: ImageRule) -> tuple[int, int]:

@@ -36,9 +36,16 @@ class Chat:
         self.image_token: str | None = None
         if bundle.shape.sees:
             self.image_token = self._tokenizer.id_to_token(bundle.shape.image_token)
-        stop = _json(bundle, "generation_config.json").get("eos_token_id")
-        stop = list(bundle.shape.stop_ids) if stop is None else stop
+        # As transformers: a generation_config.json that names none leaves none, whatever config.json says.
+        of_config = bundle.processor("generation_config.json") is None
+        stop = list(bundle.shape.stop_ids) if of_config else _json(bundle, "generation_config.json").get("eos_token_id")
+        stop = [] if stop is None else stop
         self.stop_ids = frozenset(stop if isinstance(stop, list) else [stop])
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the checkpoint says how questions are put; without, a prompt is continued."""
+        return self._template is not None
 
     def encode(self, prompt: str, system: str | None, image_tokens: list[int]) -> np.ndarray:
         """Token ids [S] int64 of one user turn with its pictures before the question. Raises InputError.
@@ -119,14 +126,15 @@ class Chat:
 
     def _compile(self, source: str) -> Any:
         from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        from .template_tags import TAGS
 
         def fail(message: str) -> NoReturn:
             raise TemplateError(message)
 
         # The same settings as transformers' apply_chat_template, so that templates mean what they mean there.
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=TAGS)
         env.globals |= {"raise_exception": fail, "strftime_now": lambda f: datetime.now().strftime(f)}
         try:
             return env.from_string(source)

@@ -1,32 +1,33 @@
 """What `--model` means: an alias, a directory or a hub id becomes a verified local directory of safetensors.
 
     qwen2-vl                         alias, pinned to a commit
-    owner/name[@revision]            Hugging Face hub, text and safetensors files only
+    owner/name[@revision]            Hugging Face hub, or its address: https://huggingface.co/owner/name/tree/main
     ./some/dir                       a directory with config.json and model.safetensors (or shards and their index)
 
-Nothing is unpickled, no code of a checkpoint runs, and torch is not imported.
+Nothing is unpickled, no code of a checkpoint runs, and torch is not imported. What a directory may hold is in directory.py.
 """
 
-import json
 import os
 import re
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import families
 from ..base.by_name import nearest
 from ..base.errors import InputError
 from ..base.hashes import file_sha256
+from ..base.json_file import read_object
 from ..recipe.aliases import ALIASES
-from .safetensors_check import damaged, tensor_names
+from . import directory
+from .safetensors_check import damaged
 
-PATTERNS = ("*.json", "*.txt", "*.jinja", "*.safetensors", "*.model")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+PATTERNS = ("*.json", "*.txt", "*.jinja", "*.safetensors", "*.model")  # lines of SHA256SUMS about a checkpoint
 HUB_TIMEOUT = 5.0  # seconds for the first question; the hub client retries for half a minute when asked for files
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ADDRESS = re.compile(r"(?:hf://|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)(?P<path>[^?#]*)(?:[?#].*)?")
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,15 @@ class Checkpoint:
     model_type: str
     files: dict[str, str]
     config: dict[str, Any]
+    notes: tuple[str, ...] = ()  # what is no error and yet may surprise
 
 
 def resolve(model: str, revision: str | None = None) -> Checkpoint:
     """The verified checkpoint that `model` names. Raises InputError; a first use of a hub id downloads it."""
     place, wanted = locate(model, revision)
     if isinstance(place, Path):
-        return _verified(place, None, source=model)
-    return _verified(*_from_hub(place, wanted), source=model)
+        return _verified(place, None, source=model.strip(), notes=_shadowed(model))
+    return _verified(*_from_hub(place, wanted), source=model.strip(), notes=_shadowed(model))
 
 
 def locate(model: str, revision: str | None = None) -> tuple[Path | str, str | None]:
@@ -54,7 +56,10 @@ def locate(model: str, revision: str | None = None) -> tuple[Path | str, str | N
     if not model.strip():
         raise InputError("no model named", where="--model", fix=f"give a directory, a hub id or {', '.join(ALIASES)}")
     # os.path, not Path: a name that is too long or holds an unknown ~user is simply no path.
+    model = model.strip()
     given = os.path.expanduser(model)
+    if not os.path.exists(given) and (address := HUB_ADDRESS.fullmatch(model)):
+        model = _id_of(model, address["path"])
     name, _, tagged = (model, "", "") if os.path.exists(given) else model.partition("@")
     if tagged and revision and tagged != revision:
         raise InputError(f"{model!r} and --revision {revision} disagree", fix="give one of them")
@@ -67,8 +72,14 @@ def locate(model: str, revision: str | None = None) -> tuple[Path | str, str | N
     if alias:
         assert alias.hub_id is not None  # an alias has this or a path
         return alias.hub_id, wanted or alias.revision
-    if HUB_ID.fullmatch(name):
-        return name, wanted
+    if HUB_ID.fullmatch(name.rstrip("/")):
+        return name.rstrip("/"), wanted
+    if cached := re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", name):
+        fix = f"write --model {cached[1]}/{cached[2]}"
+        raise InputError("no such directory; it is the hub's name for a folder of its cache", where=name, fix=fix)
+    if re.match(r"[a-z][a-z0-9+.-]*://", name):
+        fix = "give a directory, owner/name, or an address of huggingface.co"
+        raise InputError("addresses of other places are not fetched", where=name, fix=fix)
     if name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name:
         raise InputError("no such directory", where=name, fix="--model takes a directory, a hub id or an alias")
     raise InputError(f"no alias, directory or hub id {model!r}", where="--model", fix=nearest(name, list(ALIASES)))
@@ -88,77 +99,43 @@ def verify_hashes(checkpoint: Checkpoint, expected: Mapping[str, str], where: st
             )
 
 
-def _verified(folder: Path, commit: str | None, source: str) -> Checkpoint:
+def _id_of(address: str, path: str) -> str:
+    """owner/name[@revision] of the path of a hub address. Raises InputError for one that names no model."""
+    parts = [urllib.parse.unquote(part) for part in path.strip("/").split("/")]
+    if parts[0] in ("datasets", "spaces") or len(parts) < 2:
+        raise InputError("is no address of a model", where=address, fix="write owner/name, as on the model's page")
+    owner, name, *rest = parts
+    at = f"@{rest[1]}" if len(rest) > 1 and rest[0] in ("tree", "blob", "resolve", "raw", "commit") else ""
+    return f"{owner}/{name}{at}"
+
+
+def _shadowed(model: str) -> tuple[str, ...]:
+    """A note where the name means two things, a folder here and something else: which of them was taken."""
+    name = model.strip().rstrip("/")
+    if name in ALIASES and os.path.isdir(name):
+        return (f"--model {name} is the alias; the folder {name} here is not read: write ./{name} for it",)
+    if HUB_ID.fullmatch(name) and os.path.isdir(name):
+        return (f"--model {name} is the folder of that name here, not the model {name} of the hub",)
+    return ()
+
+
+def _verified(folder: Path, commit: str | None, source: str, notes: tuple[str, ...]) -> Checkpoint:
     """`folder` as a Checkpoint after all checks, the cheap ones first and hashing last."""
-    if not folder.is_dir():
-        what = "is a file, not a checkpoint directory" if folder.exists() else "no such directory"
-        raise InputError(what, where=folder, fix="give the directory that holds config.json")
     folder = folder.resolve()
-    if not (folder / "config.json").is_file():
-        raise InputError("no config.json here", where=folder, fix="give a Hugging Face checkpoint directory")
-    config = _json(folder / "config.json")
-    _check_config(folder, config)
-    _check_weights(folder)
-    readable = sorted({p for pattern in PATTERNS for p in folder.glob(pattern) if p.is_file()})
+    config, readable = directory.check(folder)
     files = {p.name: file_sha256(p) for p in readable}
     records = _hub_records(folder, readable)
     commits = {c for c, _ in records.values() if COMMIT.fullmatch(c)}
     commit = commit or (commits.pop() if len(commits) == 1 else None)
-    checkpoint = Checkpoint(folder, source, commit, config["model_type"], files, config)
+    checkpoint = Checkpoint(folder, source, commit, config["model_type"], files, config, notes)
     # An LFS file's etag is its sha256; small files carry a git blob id of 40 digits, which says nothing here.
     on_hub = {name: etag for name, (_, etag) in records.items() if re.fullmatch("[0-9a-f]{64}", etag)}
     verify_hashes(checkpoint, on_hub, "the hub's record")
     if (folder / "SHA256SUMS").is_file():
-        verify_hashes(checkpoint, _sha256sums(folder / "SHA256SUMS"), "SHA256SUMS")
+        listed = _sha256sums(folder / "SHA256SUMS")
+        of_others = {name for name in listed if name not in files and (folder / name).is_file()}
+        verify_hashes(checkpoint, {n: h for n, h in listed.items() if n not in of_others}, "SHA256SUMS")
     return checkpoint
-
-
-def _check_config(folder: Path, config: dict[str, Any]) -> None:
-    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
-        values = config if name == "config.json" else _json(folder / name) if (folder / name).is_file() else {}
-        parts = [values, *(v for v in values.values() if isinstance(v, dict))]
-        if any(part.get("auto_map") for part in parts):
-            raise InputError(
-                "asks to run its own Python code (auto_map), which is never done",
-                where=folder / name,
-                fix="use a checkpoint that plain transformers loads",
-            )
-        if any(part.get("quantization_config") for part in parts):
-            raise InputError(
-                "is a quantised checkpoint (quantization_config)",
-                where=folder / name,
-                fix="give the original float checkpoint",
-            )
-    known, model_type = families.names(), config.get("model_type")
-    if model_type not in known:
-        said = f"model_type {model_type!r} is not supported" if model_type else "no model_type"
-        raise InputError(said, where=folder / "config.json", fix=f"supported: {', '.join(known) or 'none'}")
-
-
-def _check_weights(folder: Path) -> None:
-    """Raises InputError unless there is one complete safetensors file, or an index whose shards are complete."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():  # transformers prefers it over an index, too
-        tensor_names(single)
-        return
-    if not index.is_file():
-        pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
-        found = f"only {pickles[0]} here: pickles can run code" if pickles else "no model.safetensors here"
-        fix = "only safetensors are read: convert it, or download the safetensors files"
-        raise InputError(found, where=folder, fix=fix)
-    shards = _json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(s, str) for s in shards.values()):
-        raise damaged(index, "no weight_map of tensor names to files")
-    for shard in sorted(set(shards.values())):
-        if re.search(r"[/\\:]", shard) or not shard.endswith(".safetensors"):
-            raise InputError(f"names {shard!r} as a shard", where=index, fix="shards are *.safetensors files beside it")
-    absent = [shard for shard in sorted(set(shards.values())) if not (folder / shard).is_file()]
-    if absent:
-        raise InputError(f"missing {_some(absent)}", where=folder, fix=f"download them again ({index.name} lists them)")
-    held = {shard: tensor_names(folder / shard) for shard in sorted(set(shards.values()))}
-    lost = sorted(tensor for tensor, shard in shards.items() if tensor not in held[shard])
-    if lost:
-        raise InputError(f"not in the shard it names: {_some(lost)}", where=index, fix="download the checkpoint again")
 
 
 def _from_hub(hub_id: str, revision: str | None) -> tuple[Path, str | None]:
@@ -167,12 +144,23 @@ def _from_hub(hub_id: str, revision: str | None) -> tuple[Path, str | None]:
     from huggingface_hub import errors
 
     def snapshot(of: str | None, cached: bool) -> Path:
-        return Path(hub.snapshot_download(hub_id, revision=of, allow_patterns=list(PATTERNS), local_files_only=cached))
+        def get(*names: str) -> Path:
+            return Path(hub.snapshot_download(hub_id, revision=of, allow_patterns=[*names], local_files_only=cached))
+
+        # Not everything: a repository may hold the same weights in other forms as well, or other models.
+        folder = get(*directory.NAMES, "adapter_config.json", "model.safetensors")
+        index = folder / directory.INDEX
+        shards = read_object(index).get("weight_map") if index.is_file() else None
+        if isinstance(shards, dict) and not (folder / "model.safetensors").is_file():
+            get(*sorted({str(shard) for shard in shards.values()}))
+        return folder
 
     try:
         if revision and COMMIT.fullmatch(revision):
             try:
-                return snapshot(revision, cached=True), revision
+                folder = snapshot(revision, cached=True)
+                if directory.has_weights(folder):  # other programs keep a configuration alone
+                    return folder, revision
             except errors.LocalEntryNotFoundError:
                 pass  # not here yet: ask the hub below
         # This one question is not retried, so that a machine without network fails in seconds.
@@ -222,17 +210,3 @@ def _sha256sums(path: Path) -> dict[str, str]:
         if match and "/" not in match[2] and any(Path(match[2]).match(pattern) for pattern in PATTERNS):
             listed[match[2]] = match[1]
     return listed
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as e:
-        raise damaged(path, f"cannot be read as JSON ({e})") from e
-    if not isinstance(values, dict):
-        raise damaged(path, "is not a JSON object")
-    return values
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

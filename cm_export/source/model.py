@@ -6,8 +6,6 @@ configuration -> skeleton without weights -> trace          checkpoint -> weight
 import contextlib
 import gc
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,27 +17,31 @@ from ..base.errors import GateFailed, InputError
 from ..bundle import weights
 from ..bundle.names import is_neuron_major, stored_name
 from ..families import Family, Tower
+from . import processor
+from .directory import weight_files
 from .probe import Probe, reference
+from .quiet import in_short, quiet
 
-PROCESSOR_FILES = (
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "tokenizer_config.json",
-)
 REFERENCE = "reference.npz"
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """transformers' normalised configuration as plain values. Raises InputError when it does not hold together."""
-    with _hf_quiet():
+    with quiet():
         from transformers import AutoConfig
+        from transformers.activations import ACT2FN
 
         try:
-            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False).to_dict()
+            found = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            config = found.to_dict()
         except Exception as e:  # transformers validates with many exception types; all mean a bad config.json
-            raise InputError(f"transformers refuses it ({_in_short(e)})", where=path / "config.json") from e
+            raise InputError(f"transformers refuses it ({in_short(e)})", where=path / "config.json") from e
+    for part in (found, *(getattr(found, name) for name in found.sub_configs)):
+        if not getattr(part, "return_dict", True):
+            raise InputError("return_dict = false, with which transformers' model fails", where=path / "config.json")
+        act = getattr(part, "hidden_act", "silu")
+        if act not in ACT2FN:
+            raise InputError(f"transformers knows no hidden_act {act!r}", where=path / "config.json")
     # Where a checkpoint lies on this machine is no part of the model, of none of its towers either.
     return json.loads(
         json.dumps(config, default=str),
@@ -49,7 +51,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def skeleton(path: Path, family: Family) -> Any:
     """The model of a configuration without weights: parameters are never initialised, so no memory is touched."""
-    with _hf_quiet():
+    with quiet():
         import torch
         import transformers
         from transformers import AutoConfig, initialization
@@ -72,7 +74,7 @@ def head_differs(path: Path) -> bool:
 
     with contextlib.ExitStack() as stack:
         where: dict[str, safe_open] = {}
-        for file in path.glob("*.safetensors"):
+        for file in weight_files(path):
             f = stack.enter_context(safe_open(file, "pt"))
             where |= {n: f for n in f.keys() if n.endswith(("lm_head.weight", "embed_tokens.weight"))}  # noqa: SIM118
         return len(where) == 2 and not torch.equal(*(f.get_tensor(n) for n, f in where.items()))
@@ -97,7 +99,12 @@ def load(path: Path, family: Family, dtype: str = "float32") -> Any:
 
     With the type that the files hold (see `stored_dtype`) they are mapped: nothing is read before it is used.
     """
-    with _hf_quiet():
+    return _load(path, family, dtype)[0]
+
+
+def _load(path: Path, family: Family, dtype: str) -> tuple[Any, list[str]]:
+    """The model, and the names of tensors in the files that it does not read."""
+    with quiet():
         import transformers
 
         try:
@@ -111,7 +118,7 @@ def load(path: Path, family: Family, dtype: str = "float32") -> Any:
                 ignore_mismatched_sizes=True,  # named below; transformers would print a report and name none
             )
         except Exception as e:
-            raise InputError(f"transformers cannot load it ({_in_short(e)})", where=path) from e
+            raise InputError(f"transformers cannot load it ({in_short(e)})", where=path) from e
     for what in ("missing_keys", "mismatched_keys"):
         if info.get(what):
             some = sorted(map(str, info[what]))[:3]
@@ -120,7 +127,7 @@ def load(path: Path, family: Family, dtype: str = "float32") -> Any:
                 where=path,
                 fix="the checkpoint does not fit its config.json",
             )
-    return model.eval()
+    return model.eval(), sorted(map(str, info.get("unexpected_keys") or ()))
 
 
 def write_weights(
@@ -138,23 +145,29 @@ def write_weights(
     run of stock transformers then reads it. So the model is never in memory twice.
     order [L,F]: neurons are stored in this order (place -> id of the checkpoint), which changes no FFN's meaning.
     """
-    digest = _write_and_compare(path, family, folder / weights.FILE, progress, order)
+    digest, unread = _write_and_compare(path, family, folder / weights.FILE, progress, order)
     gc.collect()  # models hold cycles; the mapped files leave memory only now
     progress("ask PyTorch for the reference answers")
-    np.savez(
-        folder / REFERENCE,
-        **reference(reading(path, folder / weights.FILE, family), probe, tower),  # type: ignore[arg-type]  # the stub takes one for allow_pickle
-    )
+    stock = reading(path, folder / weights.FILE, family)
+    try:
+        found = reference(stock, probe, tower)
+    except (RuntimeError, AttributeError, TypeError, ValueError, LookupError) as e:
+        what = f"transformers' own model fails with it ({in_short(e)})"
+        raise InputError(what, where=path / "config.json", fix="correct the setting that it names") from e
+    del stock
+    np.savez(folder / REFERENCE, **found)  # type: ignore[arg-type]  # the stub takes one for allow_pickle
     gc.collect()
-    copy_processor(path, folder / "processor")
-    return {"sha256": {weights.FILE: digest}}
+    processor.copy(path, folder / "processor")
+    return {"sha256": {weights.FILE: digest}, "unread": unread}
 
 
 def _write_and_compare(
     path: Path, family: Family, file: Path, progress: Callable[..., None], order: np.ndarray | None
-) -> str:
-    """Write the weight file, prove it equal to the checkpoint; returns its sha256. Nothing outlives the call."""
-    parameters = dict(load(path, family, stored_dtype(path)).named_parameters())
+) -> tuple[str, list[str]]:
+    """Write the weight file, prove it equal to the checkpoint; (its sha256, tensors that the model does not read)."""
+    loaded, unread = _load(path, family, stored_dtype(path))
+    parameters = dict(loaded.named_parameters())
+    del loaded  # nothing of it outlives the call
     tensors, total, what = (
         [planned(n, p, family, neuron_order(n, family, order)) for n, p in parameters.items()],
         len(parameters),
@@ -166,7 +179,7 @@ def _write_and_compare(
     for i, (name, parameter) in enumerate(parameters.items()):
         progress("compare the weights with the checkpoint: tensor", i + 1, total)
         _compare(file, name, parameter, family, path, neuron_order(name, family, order))
-    return digest
+    return digest, unread
 
 
 def stored_dtype(path: Path) -> str:
@@ -174,7 +187,7 @@ def stored_dtype(path: Path) -> str:
     from safetensors import safe_open
 
     found = set()
-    for file in path.glob("*.safetensors"):
+    for file in weight_files(path):
         with safe_open(file, "np") as f:
             found |= {f.get_slice(name).get_dtype() for name in f.keys()}  # noqa: SIM118 (not a dict)
     return {"BF16": "bfloat16", "F16": "float16"}.get(found.pop(), "float32") if len(found) == 1 else "float32"
@@ -234,54 +247,6 @@ def read_reference(folder: Path) -> dict[str, np.ndarray]:
         return dict(data)
 
 
-def check_processor(path: Path) -> None:
-    """Raises InputError for a tokenizer, template or rule file that `run` could not read; all of them may be absent."""
-    from jinja2 import Environment
-    from tokenizers import Tokenizer
-
-    readers: dict[str, Callable[[str], Any]] = {
-        n: lambda t: json.loads(t).keys() for n in PROCESSOR_FILES if ".json" in n
-    }
-    readers["tokenizer.json"] = Tokenizer.from_str
-    readers["chat_template.jinja"] = Environment(extensions=["jinja2.ext.loopcontrols"]).parse
-    for name, read in readers.items():
-        try:
-            if (path / name).is_file():
-                read((path / name).read_text(encoding="utf-8"))
-        except Exception as e:  # three libraries, each with its own
-            fix = "download it again, or remove it: a bundle without it still benches"
-            raise InputError(f"cannot be read ({_in_short(e)})", where=path / name, fix=fix) from e
-
-
-def read_picture_rule(path: Path) -> dict[str, Any]:
-    """The checkpoint's preprocessor_config.json; newer transformers keep it inside the processor's own file."""
-    if (path / "preprocessor_config.json").is_file():
-        return json.loads((path / "preprocessor_config.json").read_bytes())
-    if (path / "processor_config.json").is_file():
-        return json.loads((path / "processor_config.json").read_bytes()).get("image_processor") or {}
-    return {}
-
-
-def copy_processor(path: Path, folder: Path) -> None:
-    """Tokenizer (always as tokenizer.json), chat template and picture rules of a checkpoint, those that it has."""
-    folder.mkdir()
-    for name in PROCESSOR_FILES:
-        if (path / name).is_file():
-            shutil.copyfile(path / name, folder / name)
-    if not (folder / "preprocessor_config.json").is_file() and (path / "processor_config.json").is_file():
-        rule = json.dumps(read_picture_rule(path), indent=1, sort_keys=True)
-        (folder / "preprocessor_config.json").write_text(rule)
-    if (path / "tokenizer.json").is_file():
-        shutil.copyfile(path / "tokenizer.json", folder / "tokenizer.json")
-    elif (path / "vocab.json").is_file():
-        with _hf_quiet():
-            from transformers import AutoTokenizer
-
-            AutoTokenizer.from_pretrained(path, local_files_only=True).backend_tokenizer.save(
-                str(folder / "tokenizer.json")
-            )
-
-
 def planned(name: str, parameter: Any, family: Family, order: np.ndarray | None = None) -> weights.Planned:
     """How a parameter is read: whole, or transposed a block of neurons at a time; `order` [F]: place -> neuron."""
     import torch
@@ -310,23 +275,3 @@ def _announced(tensor: weights.Planned, number: int, announce: Callable[[int], N
         yield from tensor.read()
 
     return weights.Planned(tensor.name, tensor.dtype, tensor.shape, read)
-
-
-def _in_short(e: Exception) -> str:
-    return " ".join(f"{type(e).__name__}: {e}".split())[:300]
-
-
-@contextlib.contextmanager
-def _hf_quiet():
-    """transformers prints progress bars and advice that do not concern our users."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import transformers
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield transformers
-    finally:
-        logging.set_verbosity(before)

@@ -11,24 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import InputError
+from ..base.json_file import AGAIN, no_permission
 
-WIDTHS = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8}
+FLOATS = {"BF16": 16, "F16": 16, "F32": 32, "F64": 64}  # bits
+# Only quantised checkpoints hold weights of these.
+LOW_BITS = {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8} | {
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+}
+INTEGERS = {"I8": 8, "U8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64}
+BITS = FLOATS | LOW_BITS | INTEGERS | {"BOOL": 8, "C64": 64}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 
 
-def tensor_names(path: Path) -> set[str]:
-    """Names in a safetensors file after its header and size are checked; the tensors themselves are not read."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        if start == b"version ":
-            raise InputError("is a git-lfs pointer, not the weights", where=path, fix="run `git lfs pull` there")
-        length = int.from_bytes(start, "little")
-        if size >= 8 and not 2 <= length <= MAX_HEADER:
-            raise damaged(path, f"not a safetensors file (it claims a header of {length} bytes)")
-        if size < 8 + length:
-            raise damaged(path, f"truncated: expected at least {8 + max(length, 2)} bytes, found {size}")
-        raw = file.read(length)
+def tensor_types(path: Path) -> dict[str, str]:
+    """Name -> dtype in a safetensors file after its header and size are checked; the tensors themselves are not read."""
+    try:
+        size, (start, raw) = path.stat().st_size, _header(path)
+    except PermissionError as e:
+        raise no_permission(path) from e
+    length = int.from_bytes(start, "little")
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
@@ -45,19 +48,37 @@ def tensor_names(path: Path) -> set[str]:
     if size > 8 + length + end:
         extra = f"{size - 8 - length - end} bytes after the last tensor"
         raise damaged(path, f"expected {8 + length + end} bytes, found {size}: {extra}")
-    return set(header)
+    return {name: entry["dtype"] for name, entry in header.items()}
+
+
+def _header(path: Path) -> tuple[bytes, bytes]:
+    """The length as it stands in the file, and the JSON. Raises InputError for what cannot be a safetensors file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start == b"version ":
+            raise InputError("is a git-lfs pointer, not the weights", where=path, fix="run `git lfs pull` there")
+        if start.lstrip().lower().startswith((b"<!doct", b"<html")):
+            fix = "download the file itself: `hf download`, or the address with /resolve/ in place of /blob/"
+            raise InputError("is a web page, not the weights", where=path, fix=fix)
+        length = int.from_bytes(start, "little")
+        if size >= 8 and not 2 <= length <= MAX_HEADER:
+            raise damaged(path, f"not a safetensors file (it claims a header of {length} bytes)")
+        if size < 8 + length:
+            raise damaged(path, f"truncated: expected at least {8 + max(length, 2)} bytes, found {size}")
+        return start, file.read(length)
 
 
 def _span(entry: dict[str, Any]) -> tuple[int, int, int]:
     """(first byte, byte after the last, bytes that dtype and shape ask for) of one tensor."""
     (first, last), shape = entry["data_offsets"], entry["shape"]
-    if entry["dtype"] not in WIDTHS:
+    if entry["dtype"] not in BITS:
         raise ValueError(f"dtype {entry['dtype']} is not read")
     if not all(type(n) is int and n >= 0 for n in [first, last, *shape]):
         raise ValueError("a shape or an offset is not a count")
-    return first, last, math.prod(shape) * WIDTHS[entry["dtype"]]
+    return first, last, -(-math.prod(shape) * BITS[entry["dtype"]] // 8)
 
 
 def damaged(path: Path, what: str) -> InputError:
     """The error for a file of a checkpoint that is not what its publisher wrote."""
-    return InputError(what, where=path, fix="download it again")
+    return InputError(what, where=path, fix=AGAIN)

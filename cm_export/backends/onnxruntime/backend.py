@@ -39,6 +39,12 @@ def open(bundle: Any, threads: int = 0, recipe: Recipe | None = None, graph: Gra
     return Backend(graph or bundle.graph, bundle.weights, threads, bundle.predictor if chooses else None, names)
 
 
+def _disabled() -> list[str]:
+    """Before 1.26 this fusion makes products in float64, in which policies add up, for which there is no kernel."""
+    version = tuple(int(part) for part in ort.__version__.split(".")[:2])
+    return ["MatmulTransposeFusion"] if version < (1, 26) else []
+
+
 class Backend:
     """Sessions over the graphs of one bundle (or of a build under way), made when first asked for."""
 
@@ -121,7 +127,9 @@ class Backend:
             tensor.external_data[0].value = self.weights.path.name
             options.add_initializer(tensor.name, self._views[tensor.name])
         try:
-            return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=_disabled()
+            )
         except Exception as e:
             raise BundleError(f"ONNX Runtime refuses the graph ({e})", where=where) from e
 

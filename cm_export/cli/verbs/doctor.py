@@ -31,7 +31,7 @@ EXTRAS = {
 @json_option
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
-    """Check this machine and its libraries; exit code 1 if one that running needs is missing or too old."""
+    """Check this machine and its libraries; exit code 1 if one that running needs is missing, too old or at odds."""
     found = examine()
     if as_json:
         emit_json(found)
@@ -48,13 +48,16 @@ def examine() -> dict[str, Any]:
     import psutil
 
     from ...recipe.aliases import DEMO
-    from ..requirements import requirements
+    from ..requirements import misfits, requirements
 
     required, extras = requirements(DISTRIBUTION, EXTRAS)
+    optional = {library["name"] for extra in extras.values() for library in extra["libraries"]}
+    pairs = misfits({*(library["name"] for library in required), *optional})
+    running = {library["name"] for library in required}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = psutil.virtual_memory()
     return {
-        "ok": all(library["ok"] for library in required),
+        "ok": all(library["ok"] for library in required) and not any(pair["library"] in running for pair in pairs),
         "cm_export": metadata.version(DISTRIBUTION),
         "python": platform.python_version(),
         "executable": sys.executable,
@@ -65,6 +68,7 @@ def examine() -> dict[str, Any]:
         "disk_free_bytes": shutil.disk_usage(os.getcwd()).free,
         "required": required,
         "extras": extras,
+        "misfits": pairs,
         "onnxruntime_providers": _providers(),
         "demo_model": (DEMO / "config.json").is_file() and (DEMO / "model.safetensors").is_file(),
     }
@@ -95,6 +99,9 @@ def _print(found: dict[str, Any]) -> None:
     )
     print_pairs("library", [(one["name"], _state(one)) for one in found["required"]])
     print_pairs("extra", [(name, _extra_state(name, extra)) for name, extra in found["extras"].items()])
+    for pair in found["misfits"]:
+        there = pair["found"] or "none"
+        print(f"DO NOT FIT: {pair['library']} {pair['version']} needs {pair['needs']}; {there} is installed")
     print("everything required is here" if found["ok"] else f"NOT READY: pip install --upgrade {DISTRIBUTION}")
 
 
