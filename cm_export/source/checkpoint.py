@@ -8,6 +8,7 @@ Nothing is unpickled, no code of a checkpoint runs, and torch is not imported.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -67,11 +68,24 @@ def locate(model: str, revision: str | None = None) -> tuple[Path | str, str | N
     if alias:
         assert alias.hub_id is not None  # an alias has this or a path
         return alias.hub_id, wanted or alias.revision
+    if os.path.islink(given):
+        raise _leads_nowhere(Path(given), "give the directory that holds config.json")
     if HUB_ID.fullmatch(name):
         return name, wanted
     if name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name:
         raise InputError("no such directory", where=name, fix="--model takes a directory, a hub id or an alias")
     raise InputError(f"no alias, directory or hub id {model!r}", where="--model", fix=nearest(name, list(ALIASES)))
+
+
+def float32_bytes(checkpoint: Checkpoint) -> int:
+    """What its weights take on disk in float32, from the headers of its files."""
+    from safetensors import safe_open
+
+    count = 0
+    for name in (n for n in checkpoint.files if n.endswith(".safetensors")):
+        with safe_open(checkpoint.path / name, "np") as f:
+            count += sum(math.prod(f.get_slice(tensor).get_shape()) for tensor in f.keys())  # noqa: SIM118 (not a dict)
+    return 4 * count
 
 
 def verify_hashes(checkpoint: Checkpoint, expected: Mapping[str, str], where: str = "expected hashes") -> None:
@@ -94,6 +108,8 @@ def _verified(folder: Path, commit: str | None, source: str) -> Checkpoint:
         what = "is a file, not a checkpoint directory" if folder.exists() else "no such directory"
         raise InputError(what, where=folder, fix="give the directory that holds config.json")
     folder = folder.resolve()
+    for file in sorted(p for pattern in PATTERNS for p in folder.glob(pattern) if p.is_symlink() and not p.exists()):
+        raise _leads_nowhere(file, "copy it with the files that it links to, or download it again")
     if not (folder / "config.json").is_file():
         raise InputError("no config.json here", where=folder, fix="give a Hugging Face checkpoint directory")
     config = _json(folder / "config.json")
@@ -111,6 +127,10 @@ def _verified(folder: Path, commit: str | None, source: str) -> Checkpoint:
     if (folder / "SHA256SUMS").is_file():
         verify_hashes(checkpoint, _sha256sums(folder / "SHA256SUMS"), "SHA256SUMS")
     return checkpoint
+
+
+def _leads_nowhere(link: Path, fix: str) -> InputError:
+    return InputError(f"is a symbolic link to {os.readlink(link)}, which is not there", where=link, fix=fix)
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
