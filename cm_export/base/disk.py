@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from .errors import CmExportError, InputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: a limit on the size of one file, such as FAT's 4 GB
+TEMPORARY = "cm-export-"  # how our own directories in the temporary one begin
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,15 @@ def require(*needs: Need) -> None:
         free = shutil.disk_usage(place).free
         if free < wanted:
             options = " and ".join(dict.fromkeys(n.option for n in together))
+            if _is_temporary(place):  # a directory that the user has not named
+                place, options = Path(tempfile.gettempdir()), "TMPDIR"
             fix = f"free some, or give a {options} on a larger disk"
             raise InputError(f"needs about {size(wanted)}, {size(free)} are free", where=place, fix=fix)
+
+
+def _is_temporary(place: Path) -> bool:
+    top = Path(tempfile.gettempdir())
+    return place == top or (top in place.parents and place.relative_to(top).parts[0].startswith(TEMPORARY))
 
 
 @contextlib.contextmanager

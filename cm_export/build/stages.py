@@ -95,7 +95,12 @@ class Stages:
         """
         parts = Stages(self.folder / f"{stage}{_PIECES}", self.force)
         parts._sweep()
-        return lambda name, work: parts.run(name, self.keys[stage], work)
+
+        def piece(name: str, work: Work) -> tuple[Path, dict[str, Any]]:
+            state = None if self.force else parts.finished(name, self.keys[stage])
+            return parts.folder / name, state or parts._redo(name, self.keys[stage], work)
+
+        return piece
 
     def _redo(self, name: str, key: str, work: Work) -> dict[str, Any]:
         with (

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .. import families
-from ..base import disk
+from ..base import atomic, disk
 from ..base.errors import BundleError, InputError
 from ..base.hashes import file_sha256
 from ..families import Family, Shape, Tower
@@ -70,7 +70,9 @@ class Bundle:
                 )
             if not _is_large(name):
                 self._verify(file, entry["sha256"])
-        self.weights = WeightFile(self.path / WEIGHTS)
+        self.weights = WeightFile(
+            atomic.behind_links(self.path / WEIGHTS)
+        )  # ONNX Runtime takes no link for a weight file
         self.family: Family = families.find(self.manifest["model"]["type"])
         self.config: dict[str, Any] = self.manifest["model"]["config"]
         self.shape: Shape = self.family.shape(self.config)
@@ -117,7 +119,7 @@ class Bundle:
         if PREDICTOR in self.manifest["files"]:
             return WeightFile(self.path / PREDICTOR)
         disk.require(disk.Need(Path(tempfile.gettempdir()), int(copy_bytes(self.shape)), "TMPDIR"))
-        self._fitted = tempfile.TemporaryDirectory(prefix="cm-export-")  # as long as the bundle is open
+        self._fitted = tempfile.TemporaryDirectory(prefix=disk.TEMPORARY)  # as long as the bundle is open
         file = Path(self._fitted.name) / PREDICTOR
         with disk.writing(file.parent):
             write_predictor(file, self.weights, self.family, self.shape)

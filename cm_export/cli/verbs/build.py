@@ -89,7 +89,7 @@ def command(
         summary = build(
             chosen.model, out, chosen, progress=step, force=force, work_dir=work_dir, threads=threads, required=required
         )
-    summary["notes"] = idle + summary["notes"]
+    summary["notes"] = [*idle, *summary.get("notes", ())]
     if as_json:
         emit_json(summary)
     elif not quiet:
