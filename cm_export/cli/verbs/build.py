@@ -89,7 +89,8 @@ def command(
         summary = build(
             chosen.model, out, chosen, progress=step, force=force, work_dir=work_dir, threads=threads, required=required
         )
-    summary["notes"] = [*idle, *summary.get("notes", ())]
+    if idle:
+        summary["notes"] = [*idle, *summary["notes"]]
     if as_json:
         emit_json(summary)
     elif not quiet:
@@ -97,7 +98,6 @@ def command(
 
         for note in summary["notes"]:
             click.echo(f"cm-export: note: {note}", err=True)
-
         print_build(summary)
 
 
