@@ -319,7 +319,7 @@ def test_killed_at_any_step_of_the_assembly_the_bundle_is_the_old_or_the_new_one
                 if left == 0: os.kill(os.getpid(), signal.SIGKILL)
                 return work(*args, **kwargs)
             return call
-        for name in ("rename", "fsync", "unlink", "rmdir", "mkdir"):
+        for name in ("rename", "fsync", "unlink", "rmdir", "mkdir", "link"):
             setattr(os, name, counted(getattr(os, name)))
         b._exchange = counted(b._exchange) if {exchange} else lambda *_: False
         out = Path(sys.argv[1])
@@ -333,6 +333,8 @@ def test_killed_at_any_step_of_the_assembly_the_bundle_is_the_old_or_the_new_one
         if not out.exists() or read(out) == "new":
             with assemble(out) as folder:
                 small(folder, "old")
+            (out / "results").mkdir(exist_ok=True)
+            (out / "results" / "mine.txt").write_text("mine")
         done = subprocess.run(
             [sys.executable, "-c", code, str(out), str(n)], capture_output=True, text=True, check=False
         )
@@ -343,7 +345,7 @@ def test_killed_at_any_step_of_the_assembly_the_bundle_is_the_old_or_the_new_one
         if not out.exists():
             absent += 1
             sweep(out)
-        assert read(out) in ("old", "new")
+        assert read(out) in ("old", "new") and (out / "results" / "mine.txt").read_text() == "mine"
     assert read(out) == "new" and killed >= 6
     assert absent == (0 if exchange else 1)
     sweep(out)

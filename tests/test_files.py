@@ -24,6 +24,7 @@ from cm_export.build.stages import Stages
 from cm_export.bundle import directory
 from cm_export.bundle.bundle import MANIFEST, Bundle, read_manifest, write_manifest
 from cm_export.deploy.jetson import archive
+from cm_export.host.images import open_image
 from cm_export.recipe.recipe import Recipe
 from cm_export.source import checkpoint
 
@@ -103,6 +104,12 @@ def test_a_file_of_a_checkpoint_that_links_to_nothing_is_named_as_such(bare_chec
     (tmp_path / "link").symlink_to("gone")
     with pytest.raises(InputError, match="link: is a symbolic link to gone, which is not there"):
         checkpoint.locate(str(tmp_path / "link"))
+
+
+def test_a_picture_that_links_to_nothing_is_named_as_such(tmp_path):
+    (tmp_path / "x.png").symlink_to("..data/x.png")
+    with pytest.raises(InputError, match=r"x\.png: is a symbolic link to \.\.data/x\.png, which is not there"):
+        open_image(tmp_path / "x.png")
 
 
 # ---------------------------------------------------------------- links: bundles
@@ -415,6 +422,21 @@ def test_a_rebuild_keeps_what_the_user_has_put_into_the_bundle_and_says_so(bare_
         assert not {"notes.txt", "link", "processor/my_tokens.txt"} & set(read_manifest(place)["files"])
         Bundle(place).wait_verified()
         assert sorted(os.listdir(place.parent)) == [".x.plan.stages", "x.plan"]
+
+
+def test_a_file_in_a_folder_that_the_new_bundle_does_not_have_is_kept(tmp_path):
+    with directory.assemble(out := tmp_path / "x.plan") as folder:
+        (folder / "engines").mkdir()
+        (folder / "engines" / "decode.plan").write_text("old")
+        small(folder, "old")
+    (out / "engines" / "timings.json").write_text("mine")
+    bundle_at(out, "new")
+    assert os.listdir(out / "engines") == ["timings.json"] and read_manifest(out)["text"] == "new"
+
+
+def test_a_bundle_keeps_the_mode_of_its_directory(tmp_path):
+    bundle_at(out := tmp_path / "x.plan").chmod(0o700)
+    assert bundle_at(out, "new").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_file_written_while_the_bundle_is_replaced_is_kept(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from . import disk
 from .errors import InputError
+from .links import behind_links
 
 
 def write(path: Path, data: bytes | str) -> None:
@@ -28,8 +29,3 @@ def write(path: Path, data: bytes | str) -> None:
                 raise
     except OSError as e:
         raise InputError(f"cannot be written ({e.strerror})", where=path, fix="check the disk and the path") from e
-
-
-def behind_links(path: Path) -> Path:
-    """The file that `path` stands for; renaming onto a link would put a file in the place of the link."""
-    return Path(os.path.realpath(path)) if path.is_symlink() else path

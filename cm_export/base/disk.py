@@ -68,9 +68,10 @@ def made(folder: Path, what: str = "directory") -> Iterator[None]:
 
     Raises InputError when they cannot be made.
     """
-    new = [p for p in (folder, *folder.parents) if not p.exists()]
+    new: list[Path] = []
     try:
         try:
+            new = [p for p in (folder, *folder.parents) if not p.exists()]
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             fix = "give another --out or --work-dir"

@@ -118,7 +118,8 @@ def build_engines(
         lowered, proved = piece("lowered", partial(_lower, source, family, probe, aim, progress, threads))
         room, known = {n: g["weight_bytes"] for n, g in proved["graphs"].items()}, dict[str, str]()
         for name, graph in proved["graphs"].items():
-            disk.require(disk.Need(lowered, sum(room.values()), "--work-dir"))  # a plan holds the weights that it reads
+            plans = 0 if aim.engine.strip_weights else sum(room.values())  # a plan holds the weights that it reads
+            disk.require(disk.Need(lowered, plans, "--work-dir"))
             built, told = piece(name, partial(_build, name, graph, lowered, aim, progress))
             del room[name]
             known |= told.pop("sha256", {})

@@ -21,9 +21,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .. import families
-from ..base import atomic, disk
+from ..base import disk
 from ..base.errors import BundleError, InputError
 from ..base.hashes import file_sha256
+from ..base.links import behind_links, dead
 from ..families import Family, Shape, Tower
 from ..recipe.recipe import Recipe, from_dict
 from .calibration import FILE as CALIBRATION
@@ -70,9 +71,7 @@ class Bundle:
                 )
             if not _is_large(name):
                 self._verify(file, entry["sha256"])
-        self.weights = WeightFile(
-            atomic.behind_links(self.path / WEIGHTS)
-        )  # ONNX Runtime takes no link for a weight file
+        self.weights = WeightFile(behind_links(self.path / WEIGHTS))  # ONNX Runtime takes no link for a weight file
         self.family: Family = families.find(self.manifest["model"]["type"])
         self.config: dict[str, Any] = self.manifest["model"]["config"]
         self.shape: Shape = self.family.shape(self.config)
@@ -130,8 +129,7 @@ class Bundle:
         file = self.path / pure
         if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in name:
             raise BundleError(f"its manifest lists {name!r}, which is not inside it", where=self.path, fix=_REBUILD)
-        if file.is_symlink() and not file.exists():
-            what = f"is a symbolic link to {os.readlink(file)}, which is not there"
+        if what := dead(file):
             raise BundleError(
                 what, where=file, fix="copy or download the bundle again, with the files that it links to"
             )

@@ -33,7 +33,7 @@ def assemble(out: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
     try:
         yield folder
-        folder.chmod(0o755)
+        folder.chmod((out.stat().st_mode & 0o777) | 0o700 if out.exists() else 0o755)
         for path in [p for p in folder.rglob("*") if p.is_file()]:
             with open(path, "rb") as f:
                 os.fsync(f.fileno())
@@ -89,6 +89,7 @@ def _take_over(old: Path, new: Path, names: list[Path], strict: bool = False) ->
             shutil.copystat(source, target)
             continue
         with disk.writing(new.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)  # one of the old bundle's own, which the new one has not
             disk.link_or_copy(source, target)
 
 

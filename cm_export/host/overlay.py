@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
-from ..base import atomic
 from ..base.errors import InputError
+from ..base.links import behind_links
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MIN_WIDTH, MAX_SIDE = 512, 2048  # pixels of the drawing
@@ -121,7 +121,7 @@ def _with_caption(picture: Image.Image, caption: str) -> Image.Image:
 
 def _write(drawn: Image.Image, path: Path) -> None:
     """Into a temporary name beside `path`, then renamed: a reader never sees half a picture."""
-    target = atomic.behind_links(path)
+    target = behind_links(path)
     try:
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{path.name}.", suffix=path.suffix)
         try:

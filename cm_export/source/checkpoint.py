@@ -20,6 +20,7 @@ from .. import families
 from ..base.by_name import nearest
 from ..base.errors import InputError
 from ..base.hashes import file_sha256
+from ..base.links import dead
 from ..recipe.aliases import ALIASES
 from .safetensors_check import damaged, tensor_names
 
@@ -69,7 +70,7 @@ def locate(model: str, revision: str | None = None) -> tuple[Path | str, str | N
         assert alias.hub_id is not None  # an alias has this or a path
         return alias.hub_id, wanted or alias.revision
     if os.path.islink(given):
-        raise _leads_nowhere(Path(given), "give the directory that holds config.json")
+        raise InputError(str(dead(Path(given))), where=given, fix="give the directory that holds config.json")
     if HUB_ID.fullmatch(name):
         return name, wanted
     if name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name:
@@ -108,8 +109,9 @@ def _verified(folder: Path, commit: str | None, source: str) -> Checkpoint:
         what = "is a file, not a checkpoint directory" if folder.exists() else "no such directory"
         raise InputError(what, where=folder, fix="give the directory that holds config.json")
     folder = folder.resolve()
-    for file in sorted(p for pattern in PATTERNS for p in folder.glob(pattern) if p.is_symlink() and not p.exists()):
-        raise _leads_nowhere(file, "copy it with the files that it links to, or download it again")
+    for file in sorted(p for pattern in PATTERNS for p in folder.glob(pattern)):
+        if gone := dead(file):
+            raise InputError(gone, where=file, fix="copy it with the files that it links to, or download it again")
     if not (folder / "config.json").is_file():
         raise InputError("no config.json here", where=folder, fix="give a Hugging Face checkpoint directory")
     config = _json(folder / "config.json")
@@ -127,10 +129,6 @@ def _verified(folder: Path, commit: str | None, source: str) -> Checkpoint:
     if (folder / "SHA256SUMS").is_file():
         verify_hashes(checkpoint, _sha256sums(folder / "SHA256SUMS"), "SHA256SUMS")
     return checkpoint
-
-
-def _leads_nowhere(link: Path, fix: str) -> InputError:
-    return InputError(f"is a symbolic link to {os.readlink(link)}, which is not there", where=link, fix=fix)
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from ...base import atomic, disk
+from ...base import disk
 from ...base.errors import InputError
 from ...base.hashes import file_sha256
+from ...base.links import behind_links
 
 SUMS = "SHA256SUMS"
 SUFFIX = ".tar.gz"
@@ -58,7 +59,7 @@ def write_sums(folder: Path, known: dict[str, str] | None = None) -> None:
 def write(folder: Path, out: Path, progress: Callable[..., None] = lambda *_: None) -> int:
     """`folder` as the archive `out`; returns its size in bytes. Raises InputError when it cannot be written."""
     name, names = check_out(out), files_of(folder)
-    target = atomic.behind_links(out)
+    target = behind_links(out)
     part = target.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         with disk.writing(target.parent), open(part, "wb") as raw:
