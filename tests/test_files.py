@@ -147,6 +147,18 @@ def test_a_bundle_whose_links_stay_inside_it_opens_and_others_are_named_with_the
         Bundle(place)
 
 
+def test_a_bundle_of_links_is_replaced_by_one_of_files(bare_checkpoint, place):
+    (place.parent / "store").mkdir()
+    for file in [p for p in place.iterdir() if p.is_file()]:
+        file.rename(place.parent / "store" / file.name)
+        file.symlink_to(f"../store/{file.name}")
+    built = builds.build(str(bare_checkpoint), place, CUT.replace(neurons__share=0.3))
+    assert built["stages_reused"] == ["weights", "trace"] and built["notes"] == []
+    assert not [p for p in place.rglob("*") if p.is_symlink()] and (place / "weights.safetensors").stat().st_nlink == 1
+    assert len(os.listdir(place.parent / "store")) == 7
+    Bundle(place).wait_verified()
+
+
 def test_an_out_that_is_a_link_stays_one_and_what_it_leads_to_is_built(bare_checkpoint, tmp_path):
     (tmp_path / "large").mkdir()
     (tmp_path / "x.plan").symlink_to("large/x.plan")  # there is nothing behind it yet

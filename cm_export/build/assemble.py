@@ -81,7 +81,11 @@ def _files(folder: Path, job: Job, stages: Stages) -> dict[str, str]:
     for name in copied:
         shutil.copyfile(stages.file("graphs", name), folder / name)
         known[name] = stages.state("graphs")["sha256"][name]
-    disk.link_or_copy(stages.file("weights", weights.FILE), folder / weights.FILE)
+    stored = stages.file("weights", weights.FILE)
+    if stored.is_symlink():  # of an older bundle of links, whose target is not ours to give a second name
+        shutil.copyfile(stored, folder / weights.FILE)
+    else:
+        disk.link_or_copy(stored, folder / weights.FILE)
     known[weights.FILE] = stages.state("weights")["sha256"][weights.FILE]
     shutil.copytree(stages.folder / "weights" / "processor", folder / "processor")
     for name, digest in (stages.state("engines")["sha256"] if job.aim else {}).items():
