@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/cm-export build --recipe demo --out $(DEMO)
 	@echo
-	@echo '$$ cm-export run $(DEMO) --image $(PICTURE) --prompt "describe : what shape is in the image?"'
+	@echo '$$ $(BIN)/cm-export run $(DEMO) --image $(PICTURE) --prompt "describe : what shape is in the image?"'
 	@$(BIN)/cm-export run $(DEMO) --image $(PICTURE) --prompt "describe : what shape is in the image?" --overlay artifacts/overlay.png
 	@echo '$$ the same with --dense'
 	@$(BIN)/cm-export run $(DEMO) --image $(PICTURE) --prompt "describe : what shape is in the image?" --dense

@@ -58,7 +58,9 @@ def add_engines(monkeypatch: Any, bundle: Path, out: Path, at: Machine, measured
     opened.wait_verified()
     (plugins := out.parent / "libcm_plugins.so").write_text("not a library")
     chosen = {"engine__capacity": ROWS, "engine__max_prompt": PROMPT, "engine__max_patches": 1024} | recipe
-    chosen = opened.recipe.replace(backend=at.backend, engine__plugins=str(plugins), **chosen)
+    if at.backend == "tensorrt":
+        chosen["engine__plugins"] = str(plugins)
+    chosen = opened.recipe.replace(backend=at.backend, **chosen)
     source = replace(Source.of(opened), recipe=chosen)
     if not all(key.startswith("engine__") for key in recipe):
         source = replace(source, graph=_in_files(opened, chosen, measured, out.with_suffix(".graphs")))

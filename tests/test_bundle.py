@@ -16,7 +16,8 @@ from cm_export.base.hashes import file_sha256, key_of
 from cm_export.build import sources
 from cm_export.build.stages import Stages
 from cm_export.bundle import bundle as bundles
-from cm_export.bundle.bundle import MANIFEST, WEIGHTS, Bundle, assemble, check_out, sweep, write_manifest
+from cm_export.bundle.bundle import MANIFEST, WEIGHTS, Bundle, write_manifest
+from cm_export.bundle.directory import assemble, check_out, sweep
 
 
 @pytest.fixture
@@ -276,9 +277,9 @@ def test_a_finished_bundle_appears_and_replaces_the_old_one_with_all_its_files(t
     out = tmp_path / "x.plan"
     for text in ("first", "second"):
         with assemble(out) as folder:
-            small(folder, text)
             if text == "first":
                 (folder / "only-in-first").write_text("first")
+            small(folder, text)
         assert read(out) == text
     assert not (out / "only-in-first").exists()
     assert out.stat().st_mode & 0o777 == 0o755
@@ -308,7 +309,8 @@ def test_killed_at_any_step_of_the_assembly_the_bundle_is_the_old_or_the_new_one
         import os, signal, shutil, sys
         from pathlib import Path
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from cm_export.bundle import bundle as b
+        from cm_export.bundle import directory as b
+        from cm_export.bundle.bundle import write_manifest
         left = int(sys.argv[2])
         def counted(work):
             def call(*args, **kwargs):
@@ -317,20 +319,22 @@ def test_killed_at_any_step_of_the_assembly_the_bundle_is_the_old_or_the_new_one
                 if left == 0: os.kill(os.getpid(), signal.SIGKILL)
                 return work(*args, **kwargs)
             return call
-        for name in ("rename", "fsync", "unlink", "rmdir", "mkdir"):
+        for name in ("rename", "fsync", "unlink", "rmdir", "mkdir", "link"):
             setattr(os, name, counted(getattr(os, name)))
         b._exchange = counted(b._exchange) if {exchange} else lambda *_: False
         out = Path(sys.argv[1])
         b.sweep(out)
         with b.assemble(out) as folder:
             for name in ("a.txt", "c.txt"): (folder / name).write_text("new")
-            b.write_manifest(folder, {{"text": "new"}})
+            write_manifest(folder, {{"text": "new"}})
         """
     out, killed, absent = tmp_path / "x.plan", 0, 0
     for n in range(1, 60):
         if not out.exists() or read(out) == "new":
             with assemble(out) as folder:
                 small(folder, "old")
+            (out / "results").mkdir(exist_ok=True)
+            (out / "results" / "mine.txt").write_text("mine")
         done = subprocess.run(
             [sys.executable, "-c", code, str(out), str(n)], capture_output=True, text=True, check=False
         )
@@ -341,7 +345,7 @@ def test_killed_at_any_step_of_the_assembly_the_bundle_is_the_old_or_the_new_one
         if not out.exists():
             absent += 1
             sweep(out)
-        assert read(out) in ("old", "new")
+        assert read(out) in ("old", "new") and (out / "results" / "mine.txt").read_text() == "mine"
     assert read(out) == "new" and killed >= 6
     assert absent == (0 if exchange else 1)
     sweep(out)

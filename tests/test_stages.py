@@ -257,7 +257,7 @@ def build(bare_checkpoint, place, monkeypatch) -> Callable[..., list[str]]:
     """build(recipe overrides) -> stages reused. Engines are files that say what they were built for."""
     monkeypatch.setattr(engines, "aim", aim)
 
-    def engine(source, family, probe, folder, aim, progress, threads) -> dict:
+    def engine(source, family, probe, folder, aim, progress, threads, piece) -> dict:
         assert not multiprocessing.active_children()  # those that traced hold memory that engines need
         (folder / "decode.plan").write_text(aim.engine.precision)
         return {"backend": aim.backend, "precision": aim.engine.precision, "graphs": {}, "gates": []}

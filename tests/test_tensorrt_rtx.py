@@ -1,17 +1,24 @@
 """TensorRT for RTX builds real engines without a GPU: every graph of the demo model, and a decoder of Qwen2-VL-2B's widths."""
 
+import json
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import onnx
 import pytest
-from conftest import cm_export
+from conftest import ONE_THREAD, cm_export
 from random_models import END, IMAGE, START, VIDEO, Exported, copy, random_checkpoint
 
 from cm_export.backends.tensorrt.export import Source
 from cm_export.backends.tensorrt.targets import target
-from cm_export.base.errors import CmExportError
+from cm_export.base.errors import CmExportError, InputError
+from cm_export.build import build as builds
 from cm_export.build import engines
 from cm_export.bundle.bundle import Bundle
 from cm_export.recipe.recipe import Recipe
@@ -53,9 +60,42 @@ def test_decode_takes_the_gathered_rows_and_a_fixed_cache(rtx_bundle):
     assert graph["profile"]["past.0.key"] == [[1, shape.kv_heads, 512, shape.head_dim]] * 3
 
 
-def test_an_edited_engine_is_noticed(rtx_bundle, tmp_path):
-    import shutil
+def test_a_killed_build_goes_on_with_the_engines_that_it_has_not_built(bare_checkpoint, bare_bundle, tmp_path):
+    for name in ("x.plan", ".x.plan.stages"):
+        shutil.copytree(bare_bundle.with_name(name), tmp_path / name)
+    words = ["build", "--model", bare_checkpoint, "--out", tmp_path / "x.plan", "--prune-layer", "1"]
+    words += ["--backend", "tensorrt-rtx", "--architecture", "sm_86", "--capacity", "512", "--max-patches", "256"]
+    command = [str(Path(sys.executable).parent / "cm-export"), *map(str, words)]
+    told: list[list[str]] = []
+    graphs = list(json.loads((tmp_path / ".x.plan.stages" / "graphs" / "key.json").read_text())["state"]["graphs"])
+    for kill in (f"build the {graphs[1]} engine", f"build the {graphs[3]} engine", "assemble the bundle", None):
+        build = subprocess.Popen(command, start_new_session=True, env=ONE_THREAD, stderr=subprocess.PIPE, text=True)
+        told.append([])
+        for line in build.stderr:
+            told[-1].append(line.split("] ")[-1].strip())
+            if kill and kill in line:
+                os.killpg(build.pid, signal.SIGKILL)
+                break
+        build.wait(), build.stderr.close()
+        assert build.returncode == (-signal.SIGKILL if kill else 0), told
+    built = [[line.split()[2] for line in lines if re.fullmatch(r"build the \w+ engine", line)] for lines in told]
+    # Each build begins with the engine at which the one before was killed.
+    assert len(graphs) == 5 and built == [graphs[:2], graphs[1:4], graphs[3:], []]
+    assert [any("lower the graphs" in line for line in lines) for lines in told] == [True, False, False, False]
+    Bundle(tmp_path / "x.plan").wait_verified()
+    assert sorted(os.listdir(tmp_path)) == [".x.plan.stages", "x.plan"]
+    assert sorted(os.listdir(tmp_path / ".x.plan.stages")) == ["engines", "gates", "graphs", "lock", "trace", "weights"]
 
+
+def test_what_no_engine_of_it_reads_is_refused_before_any_work(bare_checkpoint, tmp_path):
+    for option, value in (("engine__plugins", "libcm_plugins.so"), ("engine__strip_weights", True)):
+        recipe = Recipe().replace(backend="tensorrt-rtx", tokens__prune_layer=1, **CARD, **{option: value})
+        with pytest.raises(InputError, match=option.replace("__", ".")):
+            builds.build(str(bare_checkpoint), tmp_path / "x.plan", recipe)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_edited_engine_is_noticed(rtx_bundle, tmp_path):
     other = tmp_path / "x.plan"
     shutil.copytree(rtx_bundle.path, other)
     plan = other / "engines" / "decode.plan"

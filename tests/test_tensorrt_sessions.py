@@ -5,6 +5,7 @@ fake_cuda, whose memory is full of nan and whose work runs when somebody waits. 
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from cm_export.backends.tensorrt import cuda as _cuda
 from cm_export.backends.tensorrt import decode as decoding
 from cm_export.backends.tensorrt.session import Session
 from cm_export.base.errors import BundleError, CmExportError, InputError
+from cm_export.base.install import pip_install
 from cm_export.bundle.bundle import Bundle
 from cm_export.cli import main
 from cm_export.evals import bench
@@ -322,7 +324,7 @@ def test_a_bundle_without_engines_says_how_to_make_them(sit, demo_bundle):
 def test_without_the_libraries_the_packages_to_install_are_named(sit, monkeypatch, missing):
     at = sit("10.3.0")
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(InputError, match=r"pip install 'cm-export\[tensorrt\]'"):
+    with pytest.raises(InputError, match=re.escape(pip_install("tensorrt"))):
         load(at.bundle, threads=1)
 
 

@@ -12,6 +12,7 @@ import pytest
 from conftest import ONE_THREAD, cm_export
 
 from cm_export.base.errors import InputError
+from cm_export.base.install import pip_install
 from cm_export.cli import main
 from cm_export.cli.verbs import doctor
 from cm_export.recipe.aliases import DEMO
@@ -85,10 +86,7 @@ def test_the_answer_is_that_of_a_machine_with_torch(without, demo_bundle):
 )
 def test_a_verb_that_makes_a_bundle_says_in_one_line_which_command_brings_what_it_needs(args, what, without, tmp_path):
     done = cm_export(*args, "--out", tmp_path / "out", env=without)
-    line = (
-        f"cm-export: error: {what} needs {', '.join(EXPORT)}, which are not installed; "
-        "pip install 'cm-export[export]'\n"
-    )
+    line = f"cm-export: error: {what} needs {', '.join(EXPORT)}, which are not installed; {pip_install('export')}\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
     assert os.listdir(tmp_path) == []
 
@@ -131,7 +129,7 @@ def test_doctor_is_content_without_the_extra_export_and_says_what_it_enables(mon
     assert "tomli" not in names or sys.version_info < (3, 11)
     assert not found["extras"]["export"]["ok"] and "cm-export build" in found["extras"]["export"]["enables"]
     assert main(["doctor"]) == 0
-    assert "pip install 'cm-export[export]' makes bundles" in " ".join(capsys.readouterr().out.split())
+    assert f"{pip_install('export')} makes bundles" in " ".join(capsys.readouterr().out.split())
 
 
 def test_doctor_knows_every_extra_of_pyproject():

@@ -1,17 +1,31 @@
-"""A file is whole or not there: written under a temporary name beside its place, then renamed."""
+"""A file is whole or not there: written under a temporary name beside its place, then renamed.
+
+A symbolic link stays one: what it leads to is replaced. A device or a pipe, such as /dev/stdout, is written into.
+"""
 
 import os
 from pathlib import Path
 
+from . import disk
 from .errors import InputError
+from .links import behind_links
 
 
 def write(path: Path, data: bytes | str) -> None:
-    """Write text (as UTF-8) or bytes. Raises InputError when the file cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write text (as UTF-8) or bytes. Raises InputError when the file cannot be written, CmExportError on a full disk."""
+    content = data.encode() if isinstance(data, str) else data
     try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        temporary.replace(path)
+        with disk.writing(path.parent):
+            if path.exists() and not path.is_file():
+                path.write_bytes(content)
+                return
+            target = behind_links(path)
+            temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+            try:
+                temporary.write_bytes(content)
+                temporary.replace(target)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
     except OSError as e:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"cannot be written ({e.strerror})", where=path, fix="check the disk and the path") from e

@@ -3,7 +3,6 @@
 .engine.plan.stages/*   ->   .engine.plan.x1y2z3ab.tmp/   -- gates on answers, if any are required -->   engine.plan/
 """
 
-import os
 import platform
 import shutil
 from importlib.metadata import version
@@ -11,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..base import disk
 from ..bundle import bundle as bundles
-from ..bundle import predictor, weights
+from ..bundle import directory, predictor, weights
 from ..bundle.calibration import FILE as CALIBRATION
 from ..bundle.graph_facts import links
+from ..source.checkpoint import Checkpoint
 from . import engines, quality
 from .job import Job
 from .quality import Requirement
@@ -27,9 +28,10 @@ def write_bundle(out: Path, job: Job, stages: Stages, required: Requirement | No
     """Write `out` and return its manifest. Raises GateFailed, with `out` as it was, if answers are not as required."""
     job.progress("assemble the bundle")
     manifest = _manifest(job, stages)
-    with bundles.assemble(out) as folder:
-        known = _files(folder, job, stages)
-        bundles.write_manifest(folder, manifest | {"known_sha256": known})
+    with directory.assemble(out) as folder:
+        with disk.writing(out.parent):
+            known = _files(folder, job, stages)
+            bundles.write_manifest(folder, manifest | {"known_sha256": known})
         if required:
             found = quality.check(folder, required, job.recipe, job.threads, job.progress)
             manifest["gates"] = manifest["gates"] + found
@@ -46,7 +48,7 @@ def _manifest(job: Job, stages: Stages) -> dict[str, Any]:
     return {
         "tool": {"name": "cm-export", "version": __version__},
         "model": {
-            "source": source.source if not Path(source.source).exists() else source.path.name,
+            "source": named(source),
             "type": source.model_type,
             "revision": source.revision,
             "files": source.files,
@@ -73,6 +75,11 @@ def _unread(tensors: list[str]) -> list[str]:
     return [f"{len(tensors)} tensors of the checkpoint are read by neither transformers' class nor here, e.g. {some}"]
 
 
+def named(source: Checkpoint) -> str:
+    """What a bundle calls its model: as it was given, of a directory its name."""
+    return source.path.name if Path(source.source).exists() else source.source
+
+
 def _files(folder: Path, job: Job, stages: Stages) -> dict[str, str]:
     """Put the files of a bundle into `folder`; returns the hashes that the stages know already."""
     known = {}
@@ -82,23 +89,19 @@ def _files(folder: Path, job: Job, stages: Stages) -> dict[str, str]:
     for name in copied:
         shutil.copyfile(stages.file("graphs", name), folder / name)
         known[name] = stages.state("graphs")["sha256"][name]
-    _link(stages.file("weights", weights.FILE), folder / weights.FILE)
+    stored = stages.file("weights", weights.FILE)
+    if stored.is_symlink():  # of an older bundle of links, whose target is not ours to give a second name
+        shutil.copyfile(stored, folder / weights.FILE)
+    else:
+        disk.link_or_copy(stored, folder / weights.FILE)
     known[weights.FILE] = stages.state("weights")["sha256"][weights.FILE]
     shutil.copytree(stages.folder / "weights" / "processor", folder / "processor")
     for name, digest in (stages.state("engines")["sha256"] if job.aim else {}).items():
         (folder / engines.FOLDER).mkdir(exist_ok=True)
-        _link(stages.file("engines", name), folder / engines.FOLDER / name)
+        disk.link_or_copy(stages.file("engines", name), folder / engines.FOLDER / name)
         known[f"{engines.FOLDER}/{name}"] = digest
     if job.calibration:
         assert job.recipe.calibration is not None and job.measured is not None  # it was read from there
         shutil.copyfile(job.recipe.calibration, folder / CALIBRATION)
         known[CALIBRATION] = job.measured
     return known
-
-
-def _link(source: Path, target: Path) -> None:
-    """Hard-link a large file, or copy it across file systems."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -11,20 +11,21 @@ engines    graphs, weights               with a TensorRT backend: engines, prove
 import contextlib
 import os
 import resource
-import shutil
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..base import environment
+from ..base import disk, environment, lock
 from ..base.errors import InputError
 from ..base.hashes import key_of
-from ..bundle import bundle as bundles
+from ..bundle import directory, predictor
+from ..bundle import weights as weight_files
 from ..recipe.recipe import Recipe
 from ..source import checkpoint
 from . import sources
-from .assemble import write_bundle
+from .assemble import named, write_bundle
+from .engines import lowered_bytes
 from .job import Job, Step, prepare
 from .quality import Requirement
 from .stages import Stages
@@ -45,17 +46,29 @@ def build(
 ) -> dict[str, Any]:
     """Write the bundle `out` and return its manifest with `seconds`, `peak_memory_bytes` and `stages_reused`.
 
-    Raises InputError for what the user can mend, GateFailed when the export is not right; `out` is untouched then.
+    Raises InputError for what the user can mend, GateFailed when the export is not right; `out` is untouched then. `notes`
+    of the result: sentences that the user should read, such as what was kept of an older directory.
     """
-    started, out = time.perf_counter(), Path(os.path.abspath(out))
-    bundles.check_out(out)
+    started, out = time.perf_counter(), directory.given(out)
+    directory.check_out(out)
+    work = Path(os.path.abspath(work_dir)) if work_dir else out.with_name(f".{out.name}.stages")
+    one, other = (Path(os.path.realpath(p)) for p in (work, out))
+    if one == other or other in one.parents or one in other.parents:
+        fix = "give a --work-dir that neither holds --out nor lies in it"
+        raise InputError("the stages and the bundle would lie in each other", where=work, fix=fix)
     progress("check the checkpoint")
     source = checkpoint.resolve(model, recipe.revision)
-    stages = Stages(work_dir or out.with_name(f".{out.name}.stages"), force, out)
-    with stages.lock():
-        bundles.sweep(out)
-        _check_disk(source, out)
+    notes = _replaced(out, source, force)
+    with contextlib.ExitStack() as held:
+        held.enter_context(disk.made(out.parent))
+        busy = InputError("another build of this bundle is running", where=out, fix="wait for it")
+        unlocked = [held.enter_context(lock.alone(out.with_name(f".{out.name}.lock"), busy, passing=True))]
+        stages = Stages(work, force, out)
+        unlocked.append(held.enter_context(stages.lock()))
+        notes += [note for note in unlocked if note]
+        directory.sweep(out)
         job = prepare(source, recipe, threads, progress)
+        notes += _kept(out)
         manifest = _run(job, out, stages, required)
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     return manifest | {
@@ -63,13 +76,39 @@ def build(
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": max(environment.peak_memory_bytes(), children),
         "stages_reused": stages.reused,
+        "notes": notes,
     }
+
+
+def _replaced(out: Path, source: checkpoint.Checkpoint, force: bool) -> list[str]:
+    """A note where the bundle at `out` is of other weights of the same name. Raises InputError for another model's."""
+    old, name = directory.model_of(out), named(source)
+    if old is None or _weights(old["files"]) == _weights(source.files):
+        return []
+    if str(old.get("source")).partition("@")[0] == name.partition("@")[0]:
+        return [f"{out} was built from other weights of {name}, and is replaced"]
+    if not force:
+        fix = "give another --out, or --force to replace it"
+        raise InputError(f"holds a bundle of another model, {old.get('source')}", where=out, fix=fix)
+    return [f"{out} was a bundle of {old.get('source')}, and is replaced"]
+
+
+def _weights(files: dict[str, str]) -> set[str]:
+    return {digest for name, digest in files.items() if name.endswith(".safetensors")}
+
+
+def _kept(out: Path) -> list[str]:
+    """A note on what the user has put into the older bundle."""
+    tops = sorted({p.parts[0] for p in directory.foreign(out)})
+    more = f" and {len(tops) - 3} more" if len(tops) > 3 else ""
+    return [f"{', '.join(tops[:3])}{more} in {out} {'is' if len(tops) == 1 else 'are'} kept"] if tops else []
 
 
 def _run(job: Job, out: Path, stages: Stages, required: Requirement | None) -> dict[str, Any]:
     """Every stage that the job needs, in order and resumed where its key is unchanged; then the bundle's manifest."""
     wanted = [stage for stage in STAGES if stage.needed(job)]
     keys = stage_keys(job)
+    _check_disk(job, keys, stages, out)
     with contextlib.ExitStack() as beside:
         begun = {}
         for stage in wanted:
@@ -99,11 +138,21 @@ def stage_keys(job: Job) -> dict[str, str]:
     return keys
 
 
-def _check_disk(source: checkpoint.Checkpoint, out: Path) -> None:
-    """Refuse early when the weights cannot fit: float32 takes up to twice the bytes of a half-precision checkpoint."""
-    size = 2 * sum((source.path / n).stat().st_size for n in source.files if n.endswith(".safetensors"))
-    free = shutil.disk_usage(out.parent).free
-    if free < size:
-        raise InputError(
-            f"needs about {size / 1e9:.1f} GB on disk, {free / 1e9:.1f} GB are free", where=out.parent, fix="free some"
-        )
+def _check_disk(job: Job, keys: dict[str, str], stages: Stages, out: Path) -> None:
+    """Refuse early when the large files cannot fit, counted where each is written. Raises InputError.
+
+    Weights are float32, made among the stages and linked into the bundle; across file systems they are copied. Engines are
+    checked again when their sizes are known.
+    """
+    size = checkpoint.float32_bytes(job.source)
+    copies = int(predictor.copy_bytes(job.shape)) if job.recipe.neurons.in_decode else 0
+    new = {name for name, key in keys.items() if stages.force or stages.recorded(name, key) is None}
+    needs = {"weights": size, "graphs": copies}
+    if job.aim:
+        needs["engines"] = lowered_bytes(size, job.recipe.engine)
+    made = stages.folder if "weights" in new else stages.file("weights", weight_files.FILE).parent
+    linked = os.stat(disk.existing(made)).st_dev == os.stat(out.parent).st_dev
+    disk.require(
+        disk.Need(stages.folder, sum(n for name, n in needs.items() if name in new), "--work-dir"),
+        disk.Need(out.parent, copies + (0 if linked else size), "--out"),
+    )

@@ -11,8 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,13 @@ from ..backends.tensorrt.export import Source, write_graphs
 from ..backends.tensorrt.lower import no_predictor
 from ..backends.tensorrt.quantize import int8_needs_the_plugin
 from ..backends.tensorrt.targets import Target, target
+from ..base import disk
 from ..base.by_name import nearest
 from ..base.errors import CmExportError, InputError
 from ..base.hashes import file_sha256
+from ..base.install import pip_install
 from ..families import Family
+from ..quant.precision import PRECISIONS
 from ..recipe.engine import EngineSettings
 from ..recipe.recipe import Recipe
 from ..source.probe import Probe
@@ -32,13 +37,10 @@ from . import gates_lowered
 FOLDER = "engines"
 PLUGINS = "libcm_plugins.so"
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # backend -> Python module
-_INSTALL = {
-    "tensorrt": "install TensorRT for this machine (pip install tensorrt, or its JetPack)",
-    "tensorrt-rtx": "pip install 'cm-export[tensorrt-rtx]'",
-}
 _PLUGIN_PLACES = (Path("artifacts/plugins") / PLUGINS, Path(PLUGINS))
 _CHILD = "cm_export.backends.tensorrt.builder"
 Step = Callable[..., None]
+Piece = Callable[[str, Callable[[Path], dict[str, Any]]], tuple[Path, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -77,41 +79,53 @@ def check_recipe(recipe: Recipe, what: Target) -> None:
         no_predictor(f"recipe: neurons.policy = {recipe.neurons.policy!r}")
     if recipe.engine.precision == "int8" and not what.plugins:
         int8_needs_the_plugin()
+    if recipe.engine.plugins and not what.plugins:
+        fix = "leave it out: every op is written out there"
+        raise InputError(f"engine.plugins (--plugins) with {what.module}, which takes none", where="recipe", fix=fix)
+    if recipe.engine.strip_weights and not what.strips:
+        fix = "leave it out, or build with --backend tensorrt"
+        raise InputError(
+            f"engine.strip_weights (--strip-weights) with {what.module}, whose builder refuses it",
+            where="recipe",
+            fix=fix,
+        )
+
+
+def lowered_bytes(weights: int, engine: EngineSettings) -> int:
+    """The least that the lowered graphs of weights of so many bytes in float32 take on disk."""
+    precision = PRECISIONS[engine.precision]
+    return weights * (precision.bits or 8 * precision.products.itemsize) // 32
 
 
 def build_engines(
-    source: Source, family: Family, probe: Probe, folder: Path, aim: Aim, progress: Step, threads: int = 0
+    source: Source,
+    family: Family,
+    probe: Probe,
+    folder: Path,
+    aim: Aim,
+    progress: Step,
+    threads: int = 0,
+    piece: Piece | None = None,
 ) -> dict[str, Any]:
     """Write `folder`/*.plan (and the plugin library); returns the manifest's `engines`, with `gates` of the lowering.
 
-    Raises InputError for a graph that has no such form, GateFailed, CmExportError when a builder refuses or leaves
-    something out.
+    piece: runs a named part of the work, or takes over what a build that was killed had finished of it; with None every
+    part is done now. Raises InputError for a graph that has no such form, GateFailed, CmExportError when a builder refuses
+    or leaves something out.
     """
-    engine, what = aim.engine, aim.target
-    with _scratch(folder / "onnx") as lowered:
-        progress(f"lower the graphs for {aim.backend} {aim.version}")
-        written = write_graphs(source, lowered, what)
-        progress("prove the lowered graphs")
-        gates = gates_lowered.run_gates(source, what, family, source.tower, probe, lowered, threads)
-        for name, graph in written["graphs"].items():
-            progress(f"build the {name} engine")
-            job = {
-                "module": what.module,
-                "onnx": str(lowered / f"{name}.onnx"),
-                "plan": str(folder / f"{name}.plan"),
-                "expected": graph,
-                "typed_flag": what.typed_flag,
-                "plugin_library": str(aim.library) if aim.library else None,
-                "timing_cache": str(folder / "timing.cache") if what.module == "tensorrt" else None,
-                "architectures": aim.architectures if aim.cross else (),
-                "inspect": not aim.cross,
-                "workspace_mb": engine.workspace_mb,
-                "optimization_level": engine.optimization_level,
-                "weight_streaming": engine.weight_streaming,
-                "strip_weights": engine.strip_weights,
-            }
-            graph |= run_builder(job, lambda *step, n=name: progress(f"build the {n} engine", *step))
-    (folder / "timing.cache").unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        piece = piece or partial(_now, Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder))))
+        lowered, proved = piece("lowered", partial(_lower, source, family, probe, aim, progress, threads))
+        room, known = {n: g["weight_bytes"] for n, g in proved["graphs"].items()}, dict[str, str]()
+        for name, graph in proved["graphs"].items():
+            plans = 0 if aim.engine.strip_weights else sum(room.values())  # a plan holds the weights that it reads
+            disk.require(disk.Need(lowered, plans, "--work-dir"))
+            built, told = piece(name, partial(_build, name, graph, lowered, aim, progress))
+            del room[name]
+            known |= told.pop("sha256", {})
+            graph |= told
+            for file in (p for p in built.iterdir() if p.name.startswith(f"{name}.")):
+                disk.link_or_copy(file, folder / file.name)
     if aim.library:
         shutil.copyfile(aim.library, folder / PLUGINS)
     return {
@@ -119,12 +133,51 @@ def build_engines(
         "version": aim.version,
         "architecture": ",".join(aim.architectures),
         "plugins": {"name": PLUGINS, "sha256": file_sha256(aim.library)} if aim.library else None,
-        "capacity": engine.capacity,
-        "kv": what.kv,
-        "precision": engine.precision,
-        "graphs": written["graphs"],
-        "gates": [asdict(g) for g in gates],
+        "capacity": aim.engine.capacity,
+        "kv": aim.target.kv,
+        "precision": aim.engine.precision,
+        "graphs": proved["graphs"],
+        "gates": proved["gates"],
+        "sha256": known,
     }
+
+
+def _now(place: Path, name: str, work: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+    (folder := place / name).mkdir()
+    return folder, work(folder)
+
+
+def _lower(
+    source: Source, family: Family, probe: Probe, aim: Aim, progress: Step, threads: int, folder: Path
+) -> dict[str, Any]:
+    """Write the lowered graphs and prove them: {"graphs": what each is, "gates": [...]}."""
+    progress(f"lower the graphs for {aim.backend} {aim.version}")
+    written = write_graphs(source, folder, aim.target)
+    progress("prove the lowered graphs")
+    gates = gates_lowered.run_gates(source, aim.target, family, source.tower, probe, folder, threads)
+    return {"graphs": written["graphs"], "gates": [asdict(g) for g in gates]}
+
+
+def _build(name: str, graph: dict[str, Any], lowered: Path, aim: Aim, progress: Step, folder: Path) -> dict[str, Any]:
+    """Build one engine into `folder`; returns what its builder says of it."""
+    progress(f"build the {name} engine")
+    engine, what = aim.engine, aim.target
+    job = {
+        "module": what.module,
+        "onnx": str(lowered / f"{name}.onnx"),
+        "plan": str(folder / f"{name}.plan"),
+        "expected": graph,
+        "typed_flag": what.typed_flag,
+        "plugin_library": str(aim.library) if aim.library else None,
+        "timing_cache": str(lowered / "timing.cache") if what.module == "tensorrt" else None,
+        "architectures": aim.architectures if aim.cross else (),
+        "inspect": not aim.cross,
+        "workspace_mb": engine.workspace_mb,
+        "optimization_level": engine.optimization_level,
+        "weight_streaming": engine.weight_streaming,
+        "strip_weights": engine.strip_weights,
+    }
+    return run_builder(job, lambda *step: progress(f"build the {name} engine", *step))
 
 
 def installed(backend: str) -> str:
@@ -133,9 +186,9 @@ def installed(backend: str) -> str:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if run.returncode:
         last = (run.stderr.strip().splitlines() or ["it ended without a word"])[-1]
-        raise InputError(
-            f"{MODULES[backend]} does not load ({last})", where=f"backend {backend}", fix=_INSTALL[backend]
-        )
+        fix = "install TensorRT for this machine (pip install tensorrt, or its JetPack)"
+        fix = fix if backend == "tensorrt" else pip_install(backend)
+        raise InputError(f"{MODULES[backend]} does not load ({last})", where=f"backend {backend}", fix=fix)
     return run.stdout.strip().splitlines()[-1]
 
 
@@ -163,6 +216,8 @@ def run_builder(job: dict[str, Any], progress: Step) -> dict[str, Any]:
     file.with_suffix(".log").unlink()
     if "result" in last:
         return last["result"]
+    if last.get("errno"):
+        raise OSError(last["errno"], last["error"], job["plan"])
     if "error" in last:
         kind = InputError if last["input"] else CmExportError
         raise kind(last["error"], where=last["where"], fix=last["fix"])
@@ -172,15 +227,6 @@ def run_builder(job: dict[str, Any], progress: Step) -> dict[str, Any]:
     raise CmExportError(
         f"the builder {how}{hint}", where=job["onnx"], fix="free memory, or try a smaller engine.max_prompt"
     )
-
-
-@contextlib.contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _plugin_library(given: str) -> Path:

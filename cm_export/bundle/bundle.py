@@ -1,4 +1,4 @@
-"""The bundle, a directory: graphs, one weight file, manifest, tokenizer. The only reader and writer of it; writing is atomic.
+"""The bundle, a directory: graphs, one weight file, manifest, tokenizer. Its only reader; directory.py puts it into its place.
 
 engine.plan/
   manifest.json            recipe, checkpoint, hashes, graphs with axes, passes, gates, links
@@ -11,30 +11,28 @@ engine.plan/
   processor/*              tokenizer.json, chat template, preprocessor_config.json
 """
 
-import contextlib
-import ctypes
-import glob
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .. import families
+from ..base import disk
 from ..base.errors import BundleError, InputError
 from ..base.hashes import file_sha256
 from ..base.json_file import no_permission
+from ..base.links import behind_links, dead
 from ..families import Family, Shape, Tower
 from ..recipe.recipe import Recipe, from_dict
 from .calibration import FILE as CALIBRATION
 from .calibration import Calibration
 from .calibration import read as read_calibration
 from .predictor import FILE as PREDICTOR
+from .predictor import copy_bytes
 from .predictor import write as write_predictor
 from .weights import FILE as WEIGHTS
 from .weights import WeightFile
@@ -42,7 +40,6 @@ from .weights import WeightFile
 FORMAT = 2  # 2: nodes of CoreFFN carry block, bits and group
 MANIFEST = "manifest.json"
 GRAPHS = ("prefill", "decode", "prefill_dense", "decode_dense")  # of every bundle; its manifest may list more
-_LEFTOVER = ".old"
 
 
 class Bundle:
@@ -77,7 +74,7 @@ class Bundle:
                 )
             if not _is_large(name):
                 self._verify(file, entry["sha256"])
-        self.weights = WeightFile(self.path / WEIGHTS)
+        self.weights = WeightFile(behind_links(self.path / WEIGHTS))  # ONNX Runtime takes no link for a weight file
         self.family: Family = families.find(self.manifest["model"]["type"])
         self.config: dict[str, Any] = self.manifest["model"]["config"]
         self.shape: Shape = self.family.shape(self.config)
@@ -123,17 +120,27 @@ class Bundle:
         """The copies by which decode chooses neurons; fitted now, into a temporary file, if the bundle holds none."""
         if PREDICTOR in self.manifest["files"]:
             return WeightFile(self.path / PREDICTOR)
-        self._fitted = tempfile.TemporaryDirectory(prefix="cm-export-")  # as long as the bundle is open
+        disk.require(disk.Need(Path(tempfile.gettempdir()), int(copy_bytes(self.shape)), "TMPDIR"))
+        self._fitted = tempfile.TemporaryDirectory(prefix=disk.TEMPORARY)  # as long as the bundle is open
         file = Path(self._fitted.name) / PREDICTOR
-        write_predictor(file, self.weights, self.family, self.shape)
+        with disk.writing(file.parent):
+            write_predictor(file, self.weights, self.family, self.shape)
         return WeightFile(file)
 
     def _inside(self, name: str) -> Path:
         pure = PurePosixPath(name)
         file = self.path / pure
-        plain = not pure.is_absolute() and ".." not in pure.parts and "\\" not in name
-        if not plain or file.resolve() != self.path.resolve() / pure:  # a link anywhere on the way leads elsewhere
+        if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in name:
             raise BundleError(f"its manifest lists {name!r}, which is not inside it", where=self.path, fix=_REBUILD)
+        if what := dead(file):
+            raise BundleError(
+                what, where=file, fix="copy or download the bundle again, with the files that it links to"
+            )
+        root, place = (Path(os.path.realpath(p)) for p in (self.path, file))
+        places = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]  # of a hub cache
+        if not any(p in place.parents for p in places):  # a link somewhere on the way
+            what = f"its {name} is behind a symbolic link to {place}, which is not inside it"
+            raise BundleError(what, where=self.path, fix=f"copy it with the links followed: cp -rL {self.path} COPY")
         return file
 
     def _verify(self, file: Path, expected: str) -> None:
@@ -198,58 +205,3 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 def _seal(manifest: dict[str, Any]) -> str:
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(b"cm-export manifest\n" + text.encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def assemble(out: Path) -> Iterator[Path]:
-    """A temporary directory beside `out` that becomes `out` when the block ends well and vanishes when it does not.
-
-    Killed at any moment, `out` is the old bundle (or nothing, if there was none) or the new one.
-    """
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-    try:
-        yield folder
-        folder.chmod(0o755)
-        for path in [p for p in folder.rglob("*") if p.is_file()]:
-            with open(path, "rb") as f:
-                os.fsync(f.fileno())
-        old = out.with_name(f".{out.name}{_LEFTOVER}")
-        shutil.rmtree(old, ignore_errors=True)
-        if not (out.exists() and _exchange(folder, out)):
-            if out.exists():
-                os.rename(out, old)
-            os.rename(folder, out)
-            shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swap two directories in one step, so that there is no moment without a bundle; False where that is not known."""
-    libc = ctypes.CDLL(None)
-    # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h; macOS and some network file systems have neither.
-    return hasattr(libc, "renameat2") and libc.renameat2(-100, os.fsencode(a), -100, os.fsencode(b), 2) == 0
-
-
-def check_out(out: Path) -> None:
-    """Raises InputError unless `out` is free or holds an older bundle, and its parent can be written."""
-    if out.exists() and not out.is_dir():
-        raise InputError("exists and is not a directory", where=out, fix="give another --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise InputError("holds something that is not a bundle", where=out, fix="give another --out or empty it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"cannot create {out.parent} ({e.strerror})", where=out, fix="give another --out") from e
-    if not os.access(out.parent, os.W_OK):
-        raise InputError(f"{out.parent} is not writable", where=out, fix="give another --out")
-
-
-def sweep(out: Path) -> None:
-    """Remove temporary directories that killed builds of the same `out` left behind. Call only under the build lock."""
-    old = out.with_name(f".{out.name}{_LEFTOVER}")
-    if old.exists() and not out.exists():  # killed between the two renames of `assemble`
-        os.rename(old, out)
-    # mkdtemp's eight characters hold no dot, so the directories of a build of `NAME.more` are not matched.
-    for leftover in [*out.parent.glob(f".{glob.escape(out.name)}.{'?' * 8}.tmp"), old]:
-        shutil.rmtree(leftover, ignore_errors=True)

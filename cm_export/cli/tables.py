@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..base.disk import size
+
 TOP_OPS = 6  # operators named per graph; --json and --graph have them all
 
 
@@ -90,16 +92,6 @@ def print_rows(report: Mapping[str, Any], title: str) -> None:
 def print_pairs(title: str, pairs: Iterable[tuple[str, Any]]) -> None:
     """A table of two columns."""
     _console().print(_table((title, ""), pairs))
-
-
-def size(count: int) -> str:
-    """Bytes for people: 18.2 MB."""
-    left: float = count
-    for unit in ("B", "kB", "MB", "GB"):
-        if left < 1000:
-            return f"{left:.1f} {unit}" if unit != "B" else f"{count} B"
-        left /= 1000
-    return f"{left:.1f} TB"
 
 
 def _console() -> Console:

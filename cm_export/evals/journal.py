@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ..base import disk
 from ..base.errors import InputError
 
 
@@ -60,8 +61,10 @@ class Journal:
         line = {"row": row, "question": question, **answer}
         self._answers[row, question] = line
         if self._file:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            assert self.path is not None  # the file is open
+            with disk.writing(self.path.parent):
+                self._file.write(json.dumps(line) + "\n")
+                self._file.flush()
         return line
 
     def __enter__(self) -> "Journal":

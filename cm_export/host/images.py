@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..base.errors import InputError
+from ..base.links import dead
 
 # What Pillow's decoders raise on damaged files, besides OSError: the formats differ, and none of it is our bug.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeError, struct.error, zlib.error)
@@ -62,7 +63,7 @@ def _check_file(path: Path) -> None:
     if path.is_dir():
         raise InputError("is a directory", where=path, fix="give one picture")
     if not path.exists():
-        raise InputError("no such file", where=path, fix="check the path of the picture")
+        raise InputError(dead(path) or "no such file", where=path, fix="check the path of the picture")
     if not path.is_file():  # reading a pipe or a device could wait forever
         raise InputError("is not a regular file", where=path, fix="save the picture to a file first")
     if path.stat().st_size == 0:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from ..base.errors import InputError
+from ..base.links import behind_links
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MIN_WIDTH, MAX_SIDE = 512, 2048  # pixels of the drawing
@@ -120,13 +121,14 @@ def _with_caption(picture: Image.Image, caption: str) -> Image.Image:
 
 def _write(drawn: Image.Image, path: Path) -> None:
     """Into a temporary name beside `path`, then renamed: a reader never sees half a picture."""
+    target = behind_links(path)
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{path.name}.", suffix=path.suffix)
         try:
             with os.fdopen(handle, "wb") as file:
                 drawn.save(file, format=Image.registered_extensions()[path.suffix.lower()], quality=92)
             os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
+            os.replace(temporary, target)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise

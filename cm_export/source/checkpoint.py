@@ -7,6 +7,7 @@
 Nothing is unpickled, no code of a checkpoint runs, and torch is not imported. What a directory may hold is in directory.py.
 """
 
+import math
 import os
 import re
 import urllib.parse
@@ -19,6 +20,7 @@ from ..base.by_name import nearest
 from ..base.errors import InputError
 from ..base.hashes import file_sha256
 from ..base.json_file import read_object
+from ..base.links import dead
 from ..recipe.aliases import ALIASES
 from . import directory
 from .safetensors_check import damaged
@@ -72,6 +74,8 @@ def locate(model: str, revision: str | None = None) -> tuple[Path | str, str | N
     if alias:
         assert alias.hub_id is not None  # an alias has this or a path
         return alias.hub_id, wanted or alias.revision
+    if os.path.islink(given):
+        raise InputError(str(dead(Path(given))), where=given, fix="give the directory that holds config.json")
     if HUB_ID.fullmatch(name.rstrip("/")):
         return name.rstrip("/"), wanted
     if cached := re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", name):
@@ -83,6 +87,17 @@ def locate(model: str, revision: str | None = None) -> tuple[Path | str, str | N
     if name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name:
         raise InputError("no such directory", where=name, fix="--model takes a directory, a hub id or an alias")
     raise InputError(f"no alias, directory or hub id {model!r}", where="--model", fix=nearest(name, list(ALIASES)))
+
+
+def float32_bytes(checkpoint: Checkpoint) -> int:
+    """What its weights take on disk in float32, from the headers of its files."""
+    from safetensors import safe_open
+
+    count = 0
+    for name in (n for n in checkpoint.files if n.endswith(".safetensors")):
+        with safe_open(checkpoint.path / name, "np") as f:
+            count += sum(math.prod(f.get_slice(tensor).get_shape()) for tensor in f.keys())  # noqa: SIM118 (not a dict)
+    return 4 * count
 
 
 def verify_hashes(checkpoint: Checkpoint, expected: Mapping[str, str], where: str = "expected hashes") -> None:
@@ -122,6 +137,9 @@ def _shadowed(model: str) -> tuple[str, ...]:
 def _verified(folder: Path, commit: str | None, source: str, notes: tuple[str, ...]) -> Checkpoint:
     """`folder` as a Checkpoint after all checks, the cheap ones first and hashing last."""
     folder = folder.resolve()
+    for file in sorted(p for pattern in PATTERNS for p in folder.glob(pattern)):
+        if gone := dead(file):
+            raise InputError(gone, where=file, fix="copy it with the files that it links to, or download it again")
     config, readable = directory.check(folder)
     files = {p.name: file_sha256(p) for p in readable}
     records = _hub_records(folder, readable)

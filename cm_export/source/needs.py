@@ -6,6 +6,7 @@ check_installed("building")  ->  InputError("building needs torch, which is not 
 import importlib.util
 
 from ..base.errors import InputError
+from ..base.install import pip_install
 
 MODULES = ("torch", "transformers", "huggingface_hub", "onnxscript")  # of the extra `export` in pyproject.toml
 
@@ -15,7 +16,7 @@ def check_installed(what: str) -> None:
     missing = [name for name in MODULES if not _is_there(name)]
     if missing:
         which = f"{', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
-        raise InputError(f"{what} needs {which}", fix="pip install 'cm-export[export]'")
+        raise InputError(f"{what} needs {which}", fix=pip_install("export"))
 
 
 def _is_there(name: str) -> bool:

@@ -20,12 +20,13 @@ from typing import Any
 import psutil
 
 from ..base.errors import InputError
+from ..base.install import pip_install
 
 try:
     import optuna
     from optuna.trial import FrozenTrial, TrialState
 except ImportError as e:
-    raise InputError("the package optuna is not installed", where="tune", fix="pip install 'cm-export[tune]'") from e
+    raise InputError("the package optuna is not installed", where="tune", fix=pip_install("tune")) from e
 
 optuna.logging.set_verbosity(optuna.logging.CRITICAL)
 SILENCE = 900  # seconds without a sign of life after which a trial of another machine counts as dead

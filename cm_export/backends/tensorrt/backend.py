@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from ...base.errors import BundleError, CmExportError, InputError
+from ...base.install import pip_install
 from ...bundle.bundle import Bundle
 from ...bundle.names import core_row_names
 from ...families import Arrays
@@ -51,7 +52,7 @@ def open_as(
     try:
         trt = importlib.import_module(module)
     except ImportError as e:
-        fix = f"install it: pip install 'cm-export[{name}]'; or {ELSEWHERE}"
+        fix = f"install it: {pip_install(name)}; or {ELSEWHERE}"
         raise InputError(
             f"the Python package {module} cannot be imported ({e})", where=f"backend {name}", fix=fix
         ) from e

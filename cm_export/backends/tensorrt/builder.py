@@ -187,6 +187,9 @@ def main(file: str) -> int:
 
     try:
         say({"result": build(importlib.import_module(job["module"]), job, say)})
+    except OSError as e:  # such as a full disk
+        say({"errno": e.errno, "error": e.strerror})
+        return 1
     except CmExportError as e:
         say({"error": e.what, "where": e.where, "fix": e.fix, "input": isinstance(e, InputError)})
         return 1

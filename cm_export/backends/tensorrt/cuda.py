@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...base.errors import CmExportError, InputError
+from ...base.install import pip_install
 
 _BINDINGS = "cuda.bindings.runtime"
 _LEAST = 256  # bytes of a buffer: an empty tensor needs an address, too
@@ -26,7 +27,7 @@ def open_cuda() -> "Cuda":
     try:
         runtime = importlib.import_module(_BINDINGS)
     except ImportError as e:
-        fix = "install it: pip install 'cm-export[tensorrt]'; or add --backend onnxruntime"
+        fix = f"install it: {pip_install('tensorrt')}; or add --backend onnxruntime"
         raise InputError(f"the package cuda-bindings cannot be imported ({e})", where="CUDA", fix=fix) from e
     return Cuda(runtime)
 

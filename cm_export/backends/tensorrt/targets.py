@@ -27,6 +27,7 @@ class Target:
     native_norm: bool = False
     kv: str = "copy"
     cards: tuple[str, ...] = ()  # that it can build for without having one; else only for the one in the machine
+    strips: bool = True  # whether plans without weights can be built
     typed_flag: bool = True  # whether STRONGLY_TYPED must be asked for; from 11 there is nothing else
 
     @property
@@ -47,6 +48,7 @@ _RTX = Target(
     native_norm=True,
     kv="in_place",
     cards=("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121"),
+    strips=False,
 )
 
 # Each row holds from its version on, until the next row of the same module.

@@ -16,7 +16,8 @@ def _run(folder: Path, job: "Job", stages: "Stages") -> dict[str, Any]:
     assert job.aim is not None  # this stage is needed only then
     names, file = tuple(stages.state("graphs")["graphs"]), weights.WeightFile(stages.file("weights", weights.FILE))
     source = engines.Source(lambda n: stages.file("graphs", f"{n}.onnx"), names, file, job.shape, job.recipe, job.tower)
-    return engines.build_engines(source, job.family, job.inputs, folder, job.aim, job.progress, job.threads)
+    piece = stages.pieces("engines")
+    return engines.build_engines(source, job.family, job.inputs, folder, job.aim, job.progress, job.threads, piece)
 
 
 def _inputs(job: "Job") -> dict[str, Any]:

@@ -37,7 +37,11 @@ TASKS = ByName("cm_export.evals.tasks", "task")
 @click.option("--data", type=click.Path(path_type=Path), help="Questions for the two above; see `cm-export eval`.")
 @click.option("--task", type=TASKS, help=f"The same from a task: {', '.join(TASKS.known())}.")
 @click.option("--limit", type=Count(1), help="Questions of each kind, with --task.  [default: all]")
-@click.option("--force", is_flag=True, help="Do every stage again; without it, unchanged stages are reused.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Do every stage again, and replace another model's bundle; without it, unchanged stages are reused.",
+)
 @click.option(
     "--work-dir",
     type=click.Path(path_type=Path, file_okay=False),
@@ -80,16 +84,32 @@ def command(
 
         disable_progress_bars()  # of a download
     assert chosen.model is not None  # `_recipe` refuses one that names none
+    idle = _idle(choices, chosen)
     with progress(silent) as step:
         summary = build(
             chosen.model, out, chosen, progress=step, force=force, work_dir=work_dir, threads=threads, required=required
         )
+    if idle:
+        summary["notes"] = [*idle, *summary["notes"]]
     if as_json:
         emit_json(summary)
     elif not quiet:
         from ..tables import print_build
 
+        for note in summary["notes"]:
+            click.echo(f"cm-export: note: {note}", err=True)
         print_build(summary)
+
+
+def _idle(choices: dict[str, Any], chosen: Recipe) -> list[str]:
+    """A note on options of engines for a bundle that gets none."""
+    given = [key for key, value in choices.items() if key.startswith("engine__") and value is not None]
+    if chosen.backend != "onnxruntime" or not given:
+        return []
+    ctx = click.get_current_context()
+    flags = {p.name: p.opts[0] for p in ctx.command.params}
+    named = ", ".join(flags[key] for key in given)
+    return [f"{named}: only recorded, since engines are built with --backend tensorrt or tensorrt-rtx"]
 
 
 def _recipe(name: str | None, choices: dict[str, Any]) -> Recipe:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from ...base import disk
 from ...base.errors import InputError
 from ..console import Count, Verb, emit_json, json_option, progress, quiet_option, threads_option
 
@@ -55,7 +56,7 @@ def command(
     from ...calibrating.calibrate import measure, prompts_of
     from ...host.loaded import load
 
-    with progress(quiet or as_json) as step, tempfile.TemporaryDirectory(prefix="cm-export-") as temporary:
+    with progress(quiet or as_json) as step, tempfile.TemporaryDirectory(prefix=disk.TEMPORARY) as temporary:
         if model is not None:
             from ...build.build import build
             from ...recipe.recipe import Recipe

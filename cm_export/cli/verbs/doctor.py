@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
+from ...base.install import DISTRIBUTION, pip_install
 from ..console import Verb, emit_json, json_option
 
-DISTRIBUTION = "cm-export"
 EXTRAS = {
     "export": "makes bundles of checkpoints: `cm-export build`, `calibrate --model`",
     "gpu": "runs the graphs on NVIDIA GPUs through ONNX Runtime yourself; the verbs here use its CPU provider",
@@ -102,7 +102,7 @@ def _print(found: dict[str, Any]) -> None:
     for pair in found["misfits"]:
         there = pair["found"] or "none"
         print(f"DO NOT FIT: {pair['library']} {pair['version']} needs {pair['needs']}; {there} is installed")
-    print("everything required is here" if found["ok"] else f"NOT READY: pip install --upgrade {DISTRIBUTION}")
+    print("everything required is here" if found["ok"] else f"NOT READY: {pip_install(options='--upgrade')}")
 
 
 def _state(library: dict[str, Any]) -> str:
@@ -116,4 +116,4 @@ def _extra_state(name: str, extra: dict[str, Any]) -> str:
     if extra["ok"]:
         return f"installed: {extra['enables']}"
     missing = ", ".join(library["name"] for library in extra["libraries"] if not library["ok"])
-    return f"without {missing}; pip install '{DISTRIBUTION}[{name}]' {extra['enables']}"
+    return f"without {missing}; {pip_install(name)} {extra['enables']}"

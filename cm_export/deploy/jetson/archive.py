@@ -12,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from ...base import disk
 from ...base.errors import InputError
 from ...base.hashes import file_sha256
+from ...base.links import behind_links
 
 SUMS = "SHA256SUMS"
 SUFFIX = ".tar.gz"
@@ -57,9 +59,10 @@ def write_sums(folder: Path, known: dict[str, str] | None = None) -> None:
 def write(folder: Path, out: Path, progress: Callable[..., None] = lambda *_: None) -> int:
     """`folder` as the archive `out`; returns its size in bytes. Raises InputError when it cannot be written."""
     name, names = check_out(out), files_of(folder)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    target = behind_links(out)
+    part = target.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        with open(part, "wb") as raw:
+        with disk.writing(target.parent), open(part, "wb") as raw:
             members = _Members(raw)
             # The stub asks for read and seek as well; writing needs neither.
             with tarfile.open(fileobj=members, mode="w", format=tarfile.PAX_FORMAT) as tar:  # type: ignore[call-overload]
@@ -72,7 +75,7 @@ def write(folder: Path, out: Path, progress: Callable[..., None] = lambda *_: No
             raw.flush()
             os.fsync(raw.fileno())
         size = part.stat().st_size
-        part.replace(out)
+        part.replace(target)
         return size
     except PermissionError as e:
         raise InputError(f"cannot be written ({e.strerror})", where=out, fix="give another --out") from e

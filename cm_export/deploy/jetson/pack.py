@@ -23,7 +23,9 @@ from ...backends.tensorrt import check_engine as _check_engine
 from ...backends.tensorrt.export import Source, write_graphs
 from ...backends.tensorrt.targets import Target
 from ...backends.tensorrt.targets import target as tensorrt_target
+from ...base import disk
 from ...base.errors import CmExportError, InputError
+from ...base.install import pip_install
 from ...bundle import weights
 from ...bundle.bundle import Bundle
 from ...bundle.calibration import FILE as CALIBRATION
@@ -103,7 +105,7 @@ def plugin_sources(folder: Path) -> list[Path]:
     """Every file of the plugins but Python ones. Raises CmExportError if this installation has none."""
     found = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc"))
     if folder / "CMakeLists.txt" not in found:
-        fix = "install cm-export with its plugin sources (pip install --force-reinstall cm-export)"
+        fix = f"install cm-export with its plugin sources ({pip_install(options='--force-reinstall')})"
         raise CmExportError(
             "no CMakeLists.txt, so the device could not build the plugin library", where=folder, fix=fix
         )
@@ -245,6 +247,7 @@ def _folder(out: Path) -> Iterator[Path]:
     except OSError as e:
         raise InputError(f"cannot write beside it ({e.strerror})", where=out, fix="give another --out") from e
     try:
-        yield folder
+        with disk.writing(out.parent):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
