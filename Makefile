@@ -2,7 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := artifacts/demo.plan
-PICTURE := cm_export/demo/images/teal-circle.png
+PICTURE := cm_export/demo/images/four-shapes.png
+ASK = run $(DEMO) --image $(PICTURE) --prompt "describe the image."
+SPEED = bench $(DEMO) --image-tokens 144 --threads 1
 STAMP := .venv/.installed
 
 .PHONY: demo test lint clean accuracy bench-quality bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels
@@ -13,14 +15,24 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+# The tables of the build are kept in a file: `cm-export inspect` shows them, too.
 demo: $(STAMP)
-	$(BIN)/cm-export build --recipe demo --out $(DEMO)
+	@echo '1. A trained Qwen2-VL of 7 M parameters becomes ONNX graphs, which must equal PyTorch (about a minute)'
+	@$(BIN)/cm-export build --recipe first-look --out $(DEMO) > artifacts/demo-build.txt
 	@echo
-	@echo '$$ cm-export run $(DEMO) --image $(PICTURE) --prompt "describe : what shape is in the image?"'
-	@$(BIN)/cm-export run $(DEMO) --image $(PICTURE) --prompt "describe : what shape is in the image?" --overlay artifacts/overlay.png
-	@echo '$$ the same with --dense'
-	@$(BIN)/cm-export run $(DEMO) --image $(PICTURE) --prompt "describe : what shape is in the image?" --dense
-	@echo 'Kept patches are drawn in artifacts/overlay.png'
+	@echo '2. Ask it about $(PICTURE), first pruned, then with every neuron and every image token'
+	@echo '$$ cm-export $(ASK) --overlay artifacts/overlay.png'
+	@$(BIN)/cm-export $(ASK) --overlay artifacts/overlay.png --quiet
+	@echo '$$ cm-export $(ASK) --dense'
+	@$(BIN)/cm-export $(ASK) --dense --quiet
+	@echo
+	@echo '3. Time both in one process, on one thread'
+	@echo '$$ cm-export $(SPEED)'
+	@$(BIN)/cm-export $(SPEED) --quiet
+	@echo
+	@echo 'artifacts/overlay.png shows the image tokens that were kept (bright): they cover the four shapes.'
+	@echo 'The model is a toy: its answers show that pruning works, its times say nothing about a model of real size.'
+	@echo 'README.md says what to try next.'
 
 test: $(STAMP)
 	$(BIN)/ruff check .
@@ -29,8 +41,8 @@ test: $(STAMP)
 
 # The table of docs/accuracy.md: all official test questions, dense and random controls beside (about 40 minutes).
 accuracy: $(STAMP)
-	$(BIN)/cm-export build --recipe demo --out $(DEMO)
-	$(BIN)/cm-export eval $(DEMO) --task easy-vqa --threads 1 --out artifacts/easy-vqa.json
+	$(BIN)/cm-export build --recipe demo --out artifacts/easy-vqa.plan
+	$(BIN)/cm-export eval artifacts/easy-vqa.plan --task easy-vqa --threads 1 --out artifacts/easy-vqa.json
 
 # Neuron policies on a real language model: benchmarks/quality/*.json and the table of docs/quality.md (about 20 minutes).
 bench-quality: $(STAMP)
