@@ -26,7 +26,7 @@ demo: $(STAMP)
 	@echo '$$ cm-export $(ASK) --dense'
 	@$(BIN)/cm-export $(ASK) --dense --quiet
 	@echo
-	@echo '3. Time both in one process, on one thread'
+	@echo '3. Time both: prefill reads picture and question, gather fetches the chosen neurons once, decode writes a token'
 	@echo '$$ cm-export $(SPEED)'
 	@$(BIN)/cm-export $(SPEED) --quiet
 	@echo

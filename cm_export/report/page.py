@@ -7,6 +7,7 @@ if an answer or a path contained a script; and the template escapes every value.
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -64,7 +65,14 @@ def render(inputs: Inputs) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"share": _share, "ms": _ms, "size": _size, "figure": _figure, "budget": _budget}
+    environment.filters |= {
+        "share": _share,
+        "ms": _ms,
+        "size": _size,
+        "figure": _figure,
+        "budget": _budget,
+        "options": _options,
+    }
     best = choose(inputs.points, inputs.floor)
     dense = next(
         (p for p in inputs.points if p.role == "dense" and (not best.point or p.task == best.point.task)), None
@@ -264,6 +272,11 @@ def _size(value: float) -> str:
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} GB"
+
+
+def _options(command: str) -> list[str]:
+    """A command in parts that a line may end after: an option and its value stay together."""
+    return re.split(r" (?=-)", command)
 
 
 def _figure(value: float | None) -> str:
