@@ -198,7 +198,7 @@ def test_too_few_questions_are_told_with_the_number_that_is_needed():
     )
     assert "only if it loses no answer: 286 allow for one" in enough.too_few(144, 0.985)
     assert enough.too_few(286, 0.985) is None
-    assert "No number of questions" in enough.too_few(10**5, 1.0)
+    assert "Not even a million questions" in enough.too_few(10**5, 1.0)
 
 
 def answered(both: int, lost: int, won: int = 0, wrong: int = 0) -> Point:

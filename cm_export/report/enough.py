@@ -24,14 +24,15 @@ def to_ask(floor: float, kinds: int) -> int:
 def too_few(n: int, floor: float) -> str | None:
     """What to know before `n` questions are asked, or None where they are enough."""
     needed, with_room = questions_needed(floor), questions_needed(floor, lost=1)
-    if needed is None or with_room is None:
-        return f"No number of questions can show a floor of {floor:g}: every interval reaches below it."
+    if needed is None:
+        return f"Not even a million questions can show a floor of {floor:g}: every interval reaches below it."
     if n < needed:
         return (
             f"{n} questions cannot show a floor of {floor:g}, even if no answer is lost: {needed} or more are needed."
         )
-    if n < with_room:
-        return f"With {n} questions a point holds the floor of {floor:g} only if it loses no answer: {with_room} allow for one."
+    if with_room is None or n < with_room:
+        room = f": {with_room} allow for one" if with_room else ""
+        return f"With {n} questions a point holds the floor of {floor:g} only if it loses no answer{room}."
     return None
 
 
@@ -39,13 +40,13 @@ def why(point: Point, floor: float) -> str:
     """Why a point whose lower end lies below the floor does not hold it, and whether more questions could change that."""
     low, kept, _ = point.figures.kept
     n, counts = point.figures.n, point.beside_dense
-    said = f"The lower end of its 95 % interval is {low:.3f}."
+    said = f"The lower end of its 95 % interval is {low:.4f}."
     if counts:
         both, lost, won, _ = counts
         said += f" It lost {lost} of the {both + lost} answers that dense got right"
         said += f", and got {won} right that dense got wrong." if won else "."
     needed = questions_needed(floor)
-    said += f" What it keeps, {kept:.3f}, "
+    said += f" What it keeps, {kept:.4f}, "
     if kept <= floor:
         return f"{said}is not above the floor, so more questions would not help: measure a larger budget."
     if needed and n < needed:
