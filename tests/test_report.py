@@ -217,6 +217,7 @@ def test_a_page_says_why_no_point_holds_the_floor():
     lossy = enough.why(answered(280, 20, 3), 0.985)
     assert "lost 20 of the 300 answers" in lossy and "got 3 right that dense got wrong" in lossy
     assert "more questions would not help" in lossy
+    assert "Not even a million questions" in enough.why(answered(300, 0), 1.0)
     between = enough.why(answered(197, 2), 0.985)
     more = int(re.search(r"about (\d+) questions in all", between)[1])
     assert more > 199 and kept_interval(np.array([197, 2, 0, 0]) * more / 199)[0] >= 0.985

@@ -46,10 +46,12 @@ def why(point: Point, floor: float) -> str:
         said += f" It lost {lost} of the {both + lost} answers that dense got right"
         said += f", and got {won} right that dense got wrong." if won else "."
     needed = questions_needed(floor)
+    if needed is None:
+        return f"{said} {too_few(n, floor)}"
     said += f" What it keeps, {kept:.4f}, "
     if kept <= floor:
         return f"{said}is not above the floor, so more questions would not help: measure a larger budget."
-    if needed and n < needed:
+    if n < needed:
         return f"{said}is above the floor, but {too_few(n, floor)}"
     more = more_needed(np.array(counts), floor) if counts else None
     if more is None:
