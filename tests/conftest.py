@@ -78,6 +78,15 @@ def demo_bundle(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def first_look(tmp_path_factory) -> Path:
+    """The bundle of `make demo`."""
+    out = tmp_path_factory.mktemp("first") / "demo.plan"
+    done = cm_export("build", "--recipe", "first-look", "--out", out, "--quiet")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
 def whole_bundle(demo_bundle, tmp_path_factory) -> Path:
     """The same with a cache that stays whole, for the guard and for later questions; traced and loaded once for both."""
     out = tmp_path_factory.mktemp("whole") / "demo.plan"

@@ -230,15 +230,15 @@ def test_a_readme_command_that_does_not_exist_is_found():
             parse(wrong)
 
 
-def test_the_commands_of_the_readme_work_as_written(demo_bundle, tmp_path):
-    """Those on the bundle of `make demo`, and doctor. The others need a hub, or minutes; `demo_bundle` did the build."""
+def test_the_commands_of_the_readme_work_as_written(first_look, tmp_path):
+    """Those on the bundle of `make demo`, and doctor. The others need a hub, or minutes; `first_look` did the build."""
     made = "artifacts/"
     lines = [*commands((ROOT / "README.md").read_text(encoding="utf-8")), *commands((ROOT / "docs/use.md").read_text())]
     runs = [line for line in lines if " build " not in line and (f"{made}demo.plan" in line or "doctor" in line)]
     assert len(runs) >= 5 and any("--recipe demo" in line for line in lines)
     for line in runs:
         words = shlex.split(line, comments=True)[1:]
-        words = [str(demo_bundle) if w == f"{made}demo.plan" else w for w in words]
+        words = [str(first_look) if w == f"{made}demo.plan" else w for w in words]
         words = [str(tmp_path / w.removeprefix(made)) if w.startswith(made) else w for w in words]
         done = cm_export(*words, cwd=ROOT)
         assert done.returncode == 0, f"{line}: {done.stderr}"

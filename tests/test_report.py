@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +18,14 @@ from hypothesis import strategies as st
 from random_models import numbered
 
 from cm_export.base.errors import InputError
+from cm_export.base.metrics import kept_interval
 from cm_export.bundle.bundle import Bundle
 from cm_export.cli import main
 from cm_export.evals.task import Question
 from cm_export.host.request import Request
 from cm_export.recipe import recipe as recipes
 from cm_export.recipe.recipe import Recipe
-from cm_export.report import analysis, as_recipe, charts, examples, page
+from cm_export.report import analysis, as_recipe, charts, enough, examples, make, page
 from cm_export.report.pareto import choose, front
 from cm_export.report.points import Point, distinct, points_of
 
@@ -172,7 +174,94 @@ def test_ticks_lie_inside_and_are_few(low, span):
     assert all(low - slack <= t <= low + span + slack for t in ticks)
 
 
+# ---------------------------------------------------------------- how many questions
+
+
+def lower_end(n: int, lost: int) -> float:
+    return kept_interval(np.array([n - lost, lost, 0, 0]))[0]
+
+
+@pytest.mark.parametrize("floor", [0.9, 0.95, 0.985])
+@pytest.mark.parametrize("kinds", [1, 2, 7])
+def test_a_report_asks_enough_by_default_to_show_its_floor_even_if_an_answer_is_lost(floor, kinds):
+    n = kinds * enough.to_ask(floor, kinds)
+    assert lower_end(n, 1) >= floor
+    assert kinds * (enough.to_ask(floor, kinds) - 1) < 20 * kinds or lower_end(n - 2 * kinds, 1) < floor, (
+        "and not far more"
+    )
+
+
+def test_too_few_questions_are_told_with_the_number_that_is_needed():
+    assert lower_end(100, 0) < 0.985 <= lower_end(144, 0)
+    assert enough.too_few(100, 0.985) == (
+        "100 questions cannot show a floor of 0.985, even if no answer is lost: 144 or more are needed."
+    )
+    assert "only if it loses no answer: 286 allow for one" in enough.too_few(144, 0.985)
+    assert enough.too_few(286, 0.985) is None
+    assert "Not even a million questions" in enough.too_few(10**5, 1.0)
+
+
+def answered(both: int, lost: int, won: int = 0, wrong: int = 0) -> Point:
+    """A point that answered beside dense as counted."""
+    right = [True] * both + [False] * lost + [True] * won + [False] * wrong
+    of = [True] * (both + lost) + [False] * (won + wrong)
+    n, kept = len(right), sum(right) / sum(of)
+    interval = kept_interval(np.array([both, lost, won, wrong]))
+    found = points(dense() | {"right": of}, row("a", kept, interval) | {"right": right, "n": n})
+    return next(p for p in found if p.role == "policy")
+
+
+def test_a_page_says_why_no_point_holds_the_floor():
+    few = enough.why(answered(100, 0), 0.985)
+    assert "lost 0 of the 100 answers" in few and "100 questions cannot show" in few and "144" in few
+    lossy = enough.why(answered(280, 20, 3), 0.985)
+    assert "lost 20 of the 300 answers" in lossy and "got 3 right that dense got wrong" in lossy
+    assert "more questions would not help" in lossy
+    assert "Not even a million questions" in enough.why(answered(300, 0), 1.0)
+    between = enough.why(answered(197, 2), 0.985)
+    more = int(re.search(r"about (\d+) questions in all", between)[1])
+    assert more > 199 and kept_interval(np.array([197, 2, 0, 0]) * more / 199)[0] >= 0.985
+    assert "may settle it" in enough.why(points(dense(), row("a", 0.99, (0.98, 1.0)))[1], 0.985), (
+        "no counts in the report"
+    )
+
+
+def test_the_page_and_its_summary_say_why_nothing_holds():
+    found = inputs(dense(), points=[*points(dense()), answered(100, 0)])
+    assert "100 questions cannot show a floor of 0.985" in page.render(found)
+    assert "144 or more are needed" in make.summary(found)["why_not"]
+    assert "144 or more are needed" in make.sentence(choose(found.points, 0.985), 0.985)
+    held = dataclasses.replace(found, floor=0.9)
+    assert make.summary(held)["why_not"] is None and "cannot show" not in page.render(held)
+
+
+def test_a_kind_of_which_too_few_were_asked_is_not_called_weak():
+    few = row("a", 0.99, (0.986, 1.0))
+    few["kinds"]["sentence"] = few["kinds"]["sentence"] | {"of_dense": 1.0, "of_dense_ci": [0.9, 1.1], "n": 20}
+    text = page.render(inputs(dense(), few))
+    assert re.search(r"Too few were asked to judge these kinds by themselves:\s+sentence\.", text)
+    assert "reaches below the floor" not in text
+
+
 # ---------------------------------------------------------------- recipe
+
+
+def test_the_command_that_spares_a_rebuild_is_whole_and_keeps_a_path_in_one_word():
+    built = Recipe()
+    asked = built.replace(neurons__share=0.4, tokens__share=0.25)
+    assert as_recipe.run_command(asked, Path("my plans/x.plan"), built) == (
+        "cm-export run 'my plans/x.plan' --neuron-share 0.4 --token-share 0.25 --image PICTURE --prompt QUESTION"
+    )
+    assert as_recipe.run_command(built.replace(tokens__prune_layer=1), Path("x.plan"), built) is None
+
+
+def test_a_calibration_is_found_from_wherever_the_recipe_was_saved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = Recipe().replace(neurons__policy="glass", calibration="c.safetensors")
+    (tmp_path / "elsewhere").mkdir()
+    file = tmp_path / "elsewhere" / "best.toml"
+    file.write_text(as_recipe.recipe_toml(asked, Path("x.plan"), FROM_DEMO))
+    assert Path(recipes.load(str(file)).calibration) == tmp_path / "x.plan" / "calibration.safetensors"
 
 
 def test_the_recipe_on_the_page_builds_what_was_recommended(tmp_path):
@@ -297,6 +386,36 @@ def test_the_headline_says_what_to_deploy_or_that_nothing_holds():
     assert "Deploy griffin" not in bad
 
 
+def test_the_front_is_said_to_leave_random_controls_out():
+    lucky = row("r", 1.0, (0.9, 1.0), 0.1, neurons="random", tokens="random")
+    text = page.render(inputs(dense(), row("a", 0.99, (0.986, 1.0)), lucky))
+    assert "no policy, and not the dense model, is both cheaper and better" in text
+    assert "Random controls are drawn beside it but left out of it" in text and "nothing else" not in text
+
+
+def test_random_choices_that_kept_as_much_are_told_beside_the_recommendation():
+    control = row("r", 0.992, (0.98, 1.0), neurons="random", tokens="random")
+    assert "Random choices of the same size kept as much (0.992)" in page.render(
+        inputs(dense(), row("a", 0.99, (0.986, 1.0)), control)
+    )
+    worse = control | {"of_dense": 0.98}
+    assert "kept as much" not in page.render(inputs(dense(), row("a", 0.99, (0.986, 1.0)), worse))
+
+
+def test_an_interval_above_one_is_explained_where_there_is_one():
+    assert "may reach above 1" in page.render(
+        inputs(dense(), row("a", 1.0, (0.986, 1.01)), row("b", 0.9, (0.8, 1.0), 1.0))
+    )
+    assert "may reach above 1" not in page.render(
+        inputs(dense(), row("a", 1.0, (0.986, 1.0)), row("b", 0.9, (0.8, 1.0), 1.0))
+    )
+
+
+def test_a_command_that_made_several_things_is_printed_once():
+    told = [("accuracy", "cm-export report x"), ("speed", None), ("this page", "cm-export report x")]
+    assert make._once(told) == [("accuracy; this page", "cm-export report x"), ("speed", "not recorded")]
+
+
 def test_a_recommended_point_that_is_no_faster_says_so():
     assert "no faster than dense" in page.render(inputs(dense(2.0), row("a", 0.99, (0.986, 1.0), 2.5)))
     assert "no faster than dense" not in page.render(inputs(dense(3.0), row("a", 0.99, (0.986, 1.0), 2.5)))
@@ -354,6 +473,16 @@ def test_a_floor_that_is_low_enough_is_held(made, demo_bundle, tmp_path, capsys)
     said = json.loads(capsys.readouterr().out)
     assert said["holds"] and recipes.from_dict(said["recommended"]["recipe"])
     assert said["decided_by"] == "decode time per token"
+
+
+def test_the_command_is_on_the_page_once_and_too_few_questions_are_told(made, demo_bundle, tmp_path, capfd):
+    text = re.sub(r"<[^>]+>", "", made[0].read_text())
+    assert text.count("cm-export report") == 1
+    data = tmp_path / "q.jsonl"
+    data.write_text('{"question": "what shape is present?", "answer": "circle"}\n' * 3)
+    asked = ["--data", str(data), "--examples", "0", "--threads", "1", "--out", str(tmp_path / "r.html"), "--json"]
+    assert main(["report", str(demo_bundle), *asked]) == 0
+    assert "3 questions cannot show a floor of 0.985" in capfd.readouterr().err
 
 
 def other_seal(report: dict) -> dict:
@@ -446,3 +575,38 @@ def test_a_browser_shows_the_page_whole_without_errors_or_requests(width, tmp_pa
         assert not tab.run("document.getElementById('tip').hidden")
         assert tab.complaints == []
         assert [r for r in tab.requests if not r.startswith("data:")] == [(tmp_path / "r.html").as_uri()]
+
+
+@needs_chromium
+def test_the_recipe_of_the_page_is_saved_as_a_file(tmp_path):
+    found = inputs(dense(), row("a", 0.99, (0.986, 1.0)))
+    page.write(found, tmp_path / "r.html")
+    with chromium.Page() as tab:
+        tab.send("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+        tab.open(tmp_path / "r.html")
+        tab.run("document.querySelector('button.save').click()")
+        end = time.monotonic() + 20
+        while not (tmp_path / "best.toml").exists():
+            tab.run("new Promise(done => setTimeout(done, 50))")
+            assert time.monotonic() < end, "nothing was saved"
+        assert tab.complaints == []
+    assert recipes.load(str(tmp_path / "best.toml")) == found.points[1].recipe.replace(model="demo")
+
+
+@needs_chromium
+def test_a_table_wider_than_the_screen_shows_that_it_goes_on(tmp_path):
+    page.write(inputs(dense(), row("a", 0.99, (0.986, 1.0))), tmp_path / "r.html")
+    shown = "getComputedStyle(document.querySelector('.slide')).display"
+    sides = "['more-left', 'more-right'].filter(c => document.querySelector('[data-of=\"\"]').classList.contains(c))"
+    for width, wide in ((390, True), (1366, False)):
+        with chromium.Page(width) as tab:
+            tab.open(tmp_path / "r.html")
+            assert (tab.run(shown), tab.run(sides)) == (("block", ["more-right"]) if wide else ("none", []))
+            if wide:
+                tab.run(
+                    "new Promise(done => { const t = document.querySelector('[data-of=\"\"]'); "
+                    "t.addEventListener('scroll', () => setTimeout(done, 50)); t.scrollLeft = 1e4; })"
+                )
+                assert tab.run(sides) == ["more-left"]
+                name = "document.querySelector('[data-of=\"\"] tr.best td').getBoundingClientRect().left"
+                assert 0 <= tab.run(name) < 60, "the name of the row stays in sight"

@@ -6,6 +6,7 @@ dense wrong             c             d
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -28,13 +29,13 @@ def kept_of_dense(
 
     The questions are paired, so the interval is far narrower than that of two separate samples. Equal-tailed posterior
     interval of the four shares under Jeffreys' prior (a half in each cell): unlike a bootstrap it does not shrink to a
-    point when the two models happen to agree on every question asked.
+    point when the two models happen to agree on every question asked. It may reach above 1: the sparse model can be right
+    where the dense one is wrong.
     """
     dense, sparse = np.asarray(dense, bool), np.asarray(sparse, bool)
     if not dense.any():
         return None, None
-    cells = [(dense & sparse).sum(), (dense & ~sparse).sum(), (~dense & sparse).sum(), (~dense & ~sparse).sum()]
-    return float(sparse.sum() / dense.sum()), kept_interval(np.array(cells), level)
+    return float(sparse.sum() / dense.sum()), kept_interval(paired(dense, sparse), level)
 
 
 def kept_interval(cells: np.ndarray, level: float = 0.95) -> list[float]:
@@ -43,6 +44,49 @@ def kept_interval(cells: np.ndarray, level: float = 0.95) -> list[float]:
     tail = (1 - level) / 2
     low, high = np.quantile((both + won) / (both + lost), [tail, 1 - tail])
     return [float(low), float(high)]
+
+
+def questions_needed(floor: float, level: float = 0.95, lost: int = 0) -> int | None:
+    """The least number of questions that shows this floor where `lost` answers are lost and none is won; None if none can (1)."""
+
+    def holds(n: int) -> bool:
+        return kept_interval(np.array([n - lost, lost, 0, 0]), level)[0] >= floor
+
+    return _smallest(holds, start=lost + 1)
+
+
+def more_needed(cells: np.ndarray, floor: float, level: float = 0.95) -> int | None:
+    """Rough number of further questions after which counts [a, b, c, d] that go on like this reach the floor.
+
+    None: what is kept is not above the floor, so no number of questions would help.
+    """
+    both, lost, won, _ = cells.tolist()
+    n = int(cells.sum())
+    if not both + lost or (both + won) / (both + lost) <= floor:
+        return None
+    wanted = _smallest(lambda m: kept_interval(cells * m / n, level)[0] >= floor, start=n)
+    return None if wanted is None else max(1, wanted - n)
+
+
+def _smallest(holds: Callable[[int], bool], start: int = 1, most: int = 10**6) -> int | None:
+    """The least n from `start` on for which `holds(n)`, which stays true once it is; None up to `most`."""
+    low, high = start - 1, start
+    while not holds(high):
+        low, high = high, 2 * high
+        if high > most:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def paired(dense: np.ndarray, sparse: np.ndarray) -> np.ndarray:
+    """Counts [a, b, c, d] of the square above from right answers [n] bool."""
+    dense, sparse = np.asarray(dense, bool), np.asarray(sparse, bool)
+    return np.array(
+        [(dense & sparse).sum(), (dense & ~sparse).sum(), (~dense & sparse).sum(), (~dense & ~sparse).sum()]
+    )
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -135,7 +135,8 @@ def compare(
             "peak_memory_bytes": environment.peak_memory_bytes(),
             "notes": [
                 f"accuracy: {task.rule}, greedy, free-running; in brackets: 95 % Wilson interval",
-                "of dense: 95 % interval over paired questions; KL and top-1 along the dense model's own answers",
+                "of dense: 95 % interval over paired questions (above 1: right where dense is wrong); "
+                "KL and top-1 along the dense model's own answers",
                 *_ran_on(runner, [r["policies"] for r in results], rows),
             ],
         }

@@ -39,6 +39,11 @@ class Task:
     rule: str = "exact match"
 
 
+def kinds_of(name: str) -> tuple[str, ...]:
+    """The kinds of question of the task of that name. Raises InputError."""
+    return tuple(by_name.load("cm_export.evals.tasks", name, "task").KINDS)
+
+
 def load(name: str, kinds: tuple[str, ...] = (), limit: int | None = None, seed: int | None = None) -> Task:
     """The task of a file in evals/: `limit` questions of each kind, drawn at random. Raises InputError."""
     module = by_name.load("cm_export.evals.tasks", name, "task")

@@ -17,6 +17,7 @@ from ..host.loaded import LoadedBundle
 from ..recipe import recipe as recipes
 from . import analysis, examples
 from .as_recipe import recipe_toml
+from .enough import too_few, why
 from .page import Inputs
 from .pareto import Choice, choose
 from .points import Point, distinct, known_task, points_of, read_bench, read_eval
@@ -57,7 +58,7 @@ def make(
             forget(measured)
         reports = [report]
     points = distinct(p for r in reports for p in points_of(r, bundle.shape))
-    notes = _notes(reports, speed)
+    notes = _notes(reports, speed, floor)
     asked, layers, found = task or _same_task(reports, seed), None, None
     if asked is None:
         notes.append("No examples and no layers: the questions are not at hand. Give --task or --data.")
@@ -71,13 +72,13 @@ def make(
             found = examples.ask(runner, chosen, asked, shown, progress)
         layers = analysis.measure(runner, chosen, examples.requests_of(runner, asked, LAYER_QUESTIONS), progress)
     bundle.wait_verified()
-    commands = [(f"accuracy and latency, {r['task']}", str(r.get("command") or "not recorded")) for r in reports]
+    told = [(f"accuracy and latency, {r['task']}", r.get("command")) for r in reports]
     if speed:
-        commands.append(("speed on made-up inputs", str(speed.get("command") or "not recorded")))
-    commands.append(("this page, its examples and layers", command))
+        told.append(("speed on made-up inputs", speed.get("command")))
+    told.append(("this page, its examples and layers", command))
     built = recipes.from_dict(bundle.manifest["recipe"], "manifest.json: recipe")
     return Inputs(
-        path, bundle.manifest, bundle.seal, built, reports, points, floor, speed, layers, found, commands, notes
+        path, bundle.manifest, bundle.seal, built, reports, points, floor, speed, layers, found, _once(told), notes
     )  # fmt: skip
 
 
@@ -90,7 +91,15 @@ def _same_task(reports: list[dict[str, Any]], seed: int | None) -> Task | None:
     return None
 
 
-def _notes(reports: list[dict[str, Any]], speed: dict[str, Any] | None) -> list[str]:
+def _once(told: list[tuple[str, str | None]]) -> list[tuple[str, str]]:
+    """(what it made, command), each command once with everything that it made."""
+    made: dict[str, list[str]] = {}
+    for what, command in told:
+        made.setdefault(command or "not recorded", []).append(what)
+    return [("; ".join(dict.fromkeys(all_of_it)), command) for command, all_of_it in made.items()]
+
+
+def _notes(reports: list[dict[str, Any]], speed: dict[str, Any] | None, floor: float) -> list[str]:
     """What a reader must know before comparing figures of one page with each other."""
     machines = {(r["environment"].get("processor"), r["environment"].get("threads")) for r in reports}
     out = []
@@ -98,11 +107,8 @@ def _notes(reports: list[dict[str, Any]], speed: dict[str, Any] | None) -> list[
         out.append(
             "The reports were measured on different machines or threads: compare latencies within one report only."
         )
-    n = min(r["n"] for r in reports)
-    if n < 300:
-        out.append(
-            f"{n} questions are few: intervals are wide, and a point may fail the floor for that alone. Ask more."
-        )
+    if few := too_few(min(r["n"] for r in reports), floor):
+        out.append(few)
     if speed is None:
         out.append("Latencies are those of the questions asked, not of long prompts: add --bench for those.")
     return out
@@ -119,6 +125,7 @@ def summary(inputs: Inputs) -> dict[str, Any]:
         "decided_by": best.decided_by,
         "points_that_hold": best.holding,
         "points_considered": best.considered,
+        "why_not": why(best.point, inputs.floor) if best.point and not best.holds else None,
         "recipe_toml": recipe_toml(best.point.recipe, inputs.bundle, inputs.manifest) if best.point else None,
         "bundle": str(inputs.bundle),
         "seal": inputs.seal,
@@ -141,6 +148,6 @@ def sentence(best: Choice, floor: float) -> str:
     low, share, high = p.figures.kept
     what = f"{p.policies}, {100 * p.neuron_share:.3g} % neurons, {100 * p.token_share:.3g} % image tokens"
     kept = f"{share:.4f} [{low:.4f}, {high:.4f}] of dense"
-    return (
-        f"{what}: {kept}" if best.holds else f"no measured point holds the floor {floor:g}; the nearest, {what}: {kept}"
-    )
+    if best.holds:
+        return f"{what}: {kept}"
+    return f"no measured point holds the floor {floor:g}; the nearest, {what}: {kept}. {why(p, floor)}"

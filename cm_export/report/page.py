@@ -7,6 +7,7 @@ if an answer or a path contained a script; and the template escapes every value.
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,10 +18,12 @@ import jinja2
 import numpy as np
 
 from ..base import atomic
+from ..base.metrics import questions_needed
 from ..recipe.recipe import Recipe
 from . import charts
 from .analysis import NEURONS, TOKENS, Layers
-from .as_recipe import build_command, only_shares_differ, recipe_toml
+from .as_recipe import build_command, recipe_toml, run_command
+from .enough import why
 from .examples import Examples
 from .pareto import Choice, choose
 from .points import Point
@@ -62,7 +65,14 @@ def render(inputs: Inputs) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"share": _share, "ms": _ms, "size": _size, "figure": _figure, "budget": _budget}
+    environment.filters |= {
+        "share": _share,
+        "ms": _ms,
+        "size": _size,
+        "figure": _figure,
+        "budget": _budget,
+        "options": _options,
+    }
     best = choose(inputs.points, inputs.floor)
     dense = next(
         (p for p in inputs.points if p.role == "dense" and (not best.point or p.task == best.point.task)), None
@@ -78,7 +88,12 @@ def render(inputs: Inputs) -> str:
         dense=dense,
         faster=_faster(best.point, dense),
         line=_line(best, inputs.floor),
-        low_kinds=_low_kinds(best.point, inputs.floor),
+        why=why(best.point, inputs.floor) if best.point and not best.holds else "",
+        by_chance=_by_chance(best.point, inputs.points),
+        above_one=any(
+            p.figures.of_dense_ci and p.figures.of_dense_ci[1] > 1 for p in inputs.points if p.role != "dense"
+        ),
+        low_kinds=_low_kinds(best.point if best.holds else None, inputs.floor),
         kinds=kinds if len(kinds) > 1 else [],
         tasks=list(dict.fromkeys(p.task for p in inputs.points)),
         colours=charts.colours(inputs.points),
@@ -88,7 +103,7 @@ def render(inputs: Inputs) -> str:
         toml=recipe_toml(best.point.recipe, inputs.bundle, inputs.manifest) if best.point else "",
         build=build_command(best.point.recipe, inputs.manifest) if best.point else "",
         built_toml=recipe_toml(inputs.built, inputs.bundle, inputs.manifest),
-        same_policies=best.point is not None and only_shares_differ(best.point.recipe, inputs.built),
+        run=run_command(best.point.recipe, inputs.bundle, inputs.built) if best.point else None,
         machines=_machines(inputs),
     )
 
@@ -117,10 +132,26 @@ def _line(best: Choice, floor: float) -> dict[str, Any] | None:
     return charts.interval(low, kept, high, floor)
 
 
-def _low_kinds(point: Point | None, floor: float) -> list[str]:
-    """Kinds of question whose own lower bound lies below the floor."""
-    kinds = point.kinds if point and len(point.kinds) > 1 else {}
-    return [k for k, f in kinds.items() if f.of_dense_ci is None or f.of_dense_ci[0] < floor]
+def _low_kinds(point: Point | None, floor: float) -> tuple[list[str], list[str]]:
+    """Kinds of question whose own lower bound lies below the floor; those of them of which too few were asked to tell."""
+    low: list[str] = []
+    untold: list[str] = []
+    needed = questions_needed(floor)
+    for kind, f in point.kinds.items() if point and len(point.kinds) > 1 else ():
+        if f.of_dense is None or f.kept[0] < floor:
+            few = needed is not None and f.n < needed and (f.of_dense is None or f.of_dense >= floor)
+            (untold if few else low).append(kind)
+    return low, untold
+
+
+def _by_chance(point: Point | None, points: Sequence[Point]) -> Point | None:
+    """The random control of the point's own size, if it kept as much."""
+    for p in points if point else ():
+        assert point is not None
+        same_size = abs(p.neuron_share - point.neuron_share) < 0.02 and abs(p.token_share - point.token_share) < 0.02
+        if p.role == "random" and p.task == point.task and same_size and p.figures.of_dense is not None:
+            return p if p.figures.of_dense >= point.figures.kept[1] else None
+    return None
 
 
 def _by_budget(points: Sequence[Point]) -> list[tuple[str, list[Point]]]:
@@ -241,6 +272,11 @@ def _size(value: float) -> str:
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} GB"
+
+
+def _options(command: str) -> list[str]:
+    """A command in parts that a line may end after: an option and its value stay together."""
+    return re.split(r" (?=-)", command)
 
 
 def _figure(value: float | None) -> str:

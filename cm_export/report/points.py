@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..base import by_name
 from ..base.errors import InputError
+from ..base.metrics import paired
 from ..bundle.predictor import copy_bytes
 from ..families import Shape
 from ..recipe import recipe
@@ -68,6 +71,9 @@ class Point:
     recipe: Recipe
     ffn_bytes: int  # read per decoded token, a predictor included
     image_kv_bytes: int  # keys and values of image tokens, read per decoded token
+    beside_dense: tuple[int, ...] | None = (
+        None  # answers right in both, lost, won, wrong in both; None: not in the report
+    )
 
     @property
     def memory(self) -> int:
@@ -84,13 +90,14 @@ def points_of(report: dict[str, Any], shape: Shape, where: str = "rows") -> list
     try:
         rows = report["rows"]
         others = {r["tokens"] for r in rows if not r["is_random"]} - {"attention", "dense"}
-        return [_point(str(report["task"]), r, bool(others), shape) for r in rows]
+        dense = next((r.get("right") for r in rows if r["policies"] == "dense"), None)
+        return [_point(str(report["task"]), r, bool(others), shape, dense) for r in rows]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
         what = f"its rows are not those of an eval report ({type(e).__name__}: {e})"
         raise InputError(what, where=where, fix=_EVAL) from e
 
 
-def _point(task: str, row: dict[str, Any], attention_is_control: bool, shape: Shape) -> Point:
+def _point(task: str, row: dict[str, Any], attention_is_control: bool, shape: Shape, dense: list[bool] | None) -> Point:
     role = "policy"
     if row["policies"] == "dense":
         role = "dense"
@@ -103,6 +110,7 @@ def _point(task: str, row: dict[str, Any], attention_is_control: bool, shape: Sh
     ffn = 3 * shape.layers * shape.ffn * shape.hidden * _BYTES * neurons
     if role != "dense" and as_recipe.neurons.in_decode:
         ffn += copy_bytes(shape)
+    right = row.get("right")
     return Point(
         task=task,
         key=str(row["key"]),
@@ -122,6 +130,7 @@ def _point(task: str, row: dict[str, Any], attention_is_control: bool, shape: Sh
         recipe=as_recipe,
         ffn_bytes=round(ffn),
         image_kv_bytes=round(2 * shape.layers * shape.kv_heads * shape.head_dim * _BYTES * kept),
+        beside_dense=tuple(paired(np.array(dense), np.array(right)).tolist()) if dense and right else None,
     )
 
 

@@ -53,10 +53,36 @@
     });
   }
 
-  for (const button of document.querySelectorAll(".copy button")) {
+  // A shade on the side to which a wide table goes on.
+  const shades = () => {
+    for (const box of document.querySelectorAll(".scroll")) {
+      const left = box.scrollWidth - box.clientWidth - box.scrollLeft;
+      box.classList.toggle("wide", box.scrollWidth > box.clientWidth + 2);
+      box.classList.toggle("more-right", left > 2);
+      box.classList.toggle("more-left", box.scrollLeft > 2);
+    }
+  };
+  for (const box of document.querySelectorAll(".scroll")) box.addEventListener("scroll", shades, { passive: true });
+  for (const button of document.querySelectorAll("[data-kind]")) button.addEventListener("click", shades);
+  addEventListener("resize", shades);
+  shades();
+
+  for (const button of document.querySelectorAll("button.save")) {
+    button.hidden = false;
+    button.addEventListener("click", () => {
+      const text = button.closest(".copy").querySelector("pre").textContent;
+      const link = document.createElement("a");
+      link.href = URL.createObjectURL(new Blob([text.endsWith("\n") ? text : text + "\n"], { type: "application/toml" }));
+      link.download = button.dataset.name;
+      link.click();
+      setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+    });
+  }
+
+  for (const button of document.querySelectorAll("button.copies")) {
     button.hidden = false;
     button.addEventListener("click", async () => {
-      const pre = button.parentElement.querySelector("pre");
+      const pre = button.closest(".copy").querySelector("pre");
       getSelection().selectAllChildren(pre);
       try {
         await navigator.clipboard.writeText(pre.textContent);

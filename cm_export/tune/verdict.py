@@ -11,10 +11,10 @@ together with 95 %, so the interval of the chosen point is valid, whichever it i
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from ..base import metrics
 from ..base.metrics import kept_interval, kept_of_dense
 from ..evals.task import Question
 
@@ -101,7 +101,7 @@ def affordable(n: int, floor: float, looked: int) -> int:
 
 def questions_needed(floor: float, looks: int = 1) -> int | None:
     """The least number of held-out questions, none of them lost, that shows this floor; None if no number can (1)."""
-    return _smallest(lambda n: _without_a_loss(n, looks) >= floor)
+    return metrics.questions_needed(floor, 1 - ERROR / looks)
 
 
 def more_needed(held: HeldOut, floor: float, looks: int) -> int | None:
@@ -109,13 +109,7 @@ def more_needed(held: HeldOut, floor: float, looks: int) -> int | None:
 
     None: its share is not above the floor, so no number of questions would help.
     """
-    dense, right = np.array(held.dense), np.array(held.right)
-    n, cells = len(dense), np.array([(dense & right).sum(), (dense & ~right).sum(), (~dense & right).sum()])
-    cells = np.append(cells, n - cells.sum())
-    if not dense.any() or right.sum() / dense.sum() <= floor:
-        return None
-    wanted = _smallest(lambda m: kept_interval(cells * m / n, 1 - ERROR / looks)[0] >= floor, start=n)
-    return None if wanted is None else max(1, wanted - n)
+    return metrics.more_needed(metrics.paired(np.array(held.dense), np.array(held.right)), floor, 1 - ERROR / looks)
 
 
 def decide(held: Sequence[HeldOut], floor: float, looks: int) -> HeldOut | None:
@@ -126,16 +120,3 @@ def decide(held: Sequence[HeldOut], floor: float, looks: int) -> HeldOut | None:
 
 def _without_a_loss(n: int, looks: int) -> float:
     return kept_interval(np.array([n, 0, 0, 0]), 1 - ERROR / looks)[0]
-
-
-def _smallest(holds: Any, start: int = 1, most: int = 10**6) -> int | None:
-    """The least n from `start` on for which `holds(n)`, which stays true once it is; None up to `most`."""
-    low, high = start - 1, start
-    while not holds(high):
-        low, high = high, 2 * high
-        if high > most:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high

@@ -123,7 +123,7 @@ def _print(report: dict[str, Any]) -> None:
         rows.append(_row("random, same size as recommended", None, {"held_out": report["random"]}, ""))
     notes = [
         f"cost: {report['objective']} beside dense (1 = dense), measured in the same process; in brackets: 95 % interval of "
-        "what is kept of the dense accuracy, questions paired",
+        "what is kept of the dense accuracy, questions paired (above 1: right where dense is wrong)",
         f"held out: questions that the search never saw; {100 * report['level']:.2f} % intervals, {report['looks']} point(s) "
         "looked at (Bonferroni), random 95 %; only they decide",
     ]
