@@ -137,7 +137,9 @@ def compare(
                 f"accuracy: {task.rule}, greedy, free-running; in brackets: 95 % Wilson interval",
                 "of dense: 95 % interval over paired questions; KL and top-1 along the dense model's own answers",
                 *_ran_on(runner, [r["policies"] for r in results], rows),
+                *comparison.exam.notes,
             ],
+            "picture_notes": comparison.exam.notes,
         }
     return found
 

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from ..base.errors import InputError
+from ..base.paths import expanded
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MIN_WIDTH, MAX_SIDE = 512, 2048  # pixels of the drawing
@@ -23,7 +24,7 @@ MAX_LINES = 4  # of the caption
 
 def check_output(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> Path:
     """`path`, if a file can be written there; raises InputError, so that no long work is done for nothing."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.suffix.lower() not in suffixes:
         raise InputError(f"cannot write {path.suffix or 'a file without a suffix'}", where=path, fix=_one_of(suffixes))
     if path.is_dir():

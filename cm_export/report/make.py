@@ -103,6 +103,7 @@ def _notes(reports: list[dict[str, Any]], speed: dict[str, Any] | None) -> list[
         out.append(
             f"{n} questions are few: intervals are wide, and a point may fail the floor for that alone. Ask more."
         )
+    out += dict.fromkeys(line for r in reports for line in r.get("picture_notes", ()))
     if speed is None:
         out.append("Latencies are those of the questions asked, not of long prompts: add --bench for those.")
     return out

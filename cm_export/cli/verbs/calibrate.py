@@ -94,5 +94,6 @@ def command(
         notes = [
             f"{out}: {ran['generated_tokens']} generated tokens of {ran['prompts']} prompts ({ran['data']})",
             "KL to dense in nats per token when only that layer is sparse (glass)",
+            *ran.get("notes", ()),
         ]
         print_rows({"rows": summary["rows"], "notes": notes}, title="sensitivity of the layers")

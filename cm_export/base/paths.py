@@ -1,0 +1,15 @@
+"""Paths as people type them: `~/x.png` is a file in the own home directory, `~anna/x.png` one in Anna's."""
+
+from pathlib import Path
+
+from .errors import InputError
+
+
+def expanded(path: str | Path) -> Path:
+    """`path` with its leading ~ or ~name replaced. Raises InputError for somebody whose home directory is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as e:
+        name = Path(path).parts[0]
+        fix = f"write the whole path, or ./{name} for what is called so"
+        raise InputError(f"no home directory is known for {name}", where=path, fix=fix) from e
