@@ -9,6 +9,7 @@ punctuation at the end is gone.
 """
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,12 @@ def _question(line: str, path: Path, where: str) -> Question:
             raise InputError(
                 f"{name} is a URL; pictures are not fetched", where=where, fix="download it and give its path"
             )
-        if not (path.parent / name).exists():
-            raise InputError(f"no picture {name}", where=where, fix=f"give a path relative to {path.parent}")
-        if (path.parent / name).is_fifo():
+        try:
+            mode = (path.parent / name).stat().st_mode
+        except (OSError, ValueError) as e:  # ValueError: a zero byte
+            fix = f"give a path relative to {path.parent}"
+            raise InputError(f"no picture {name[:200]}", where=where, fix=fix) from e
+        if stat.S_ISFIFO(mode):
             raise InputError(f"{name} is a pipe, which can be read only once", where=where, fix="save it to a file")
     return Question(kind, tuple(str(path.parent / p) for p in pictures), values["question"], answers)
 

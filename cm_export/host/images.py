@@ -138,7 +138,7 @@ def _first_shown(image: Image.Image, file: BinaryIO, name: str) -> tuple[Image.I
         if image.format in _ONE_PICTURE or not getattr(image, "is_animated", False):
             return rgb, notes
         if image.format == "TIFF":
-            return rgb, [*notes, Note("has several pages, of which the first is read", "have several pages")]
+            return rgb, [*notes, Note("has several pages, of which the first is read", "with several pages")]
         said, number, shown, more = "the first is read", 0, rgb, notes
         while is_one_colour(shown) and (number + 1) * rgb.width * rgb.height < _SEARCHED_PIXELS:
             number += 1
@@ -151,7 +151,7 @@ def _first_shown(image: Image.Image, file: BinaryIO, name: str) -> tuple[Image.I
         said, shown, more = f"the first is read; what follows is damaged ({e})", rgb, notes
     if is_one_colour(shown):
         shown, more = rgb, notes
-    return shown, [*more, Note(f"has several frames, of which {said}", "have several frames")]
+    return shown, [*more, Note(f"has several frames, of which {said}", "with several frames")]
 
 
 def _upright(rgb: Image.Image, image: Image.Image) -> tuple[Image.Image, list[Note]]:
@@ -160,7 +160,7 @@ def _upright(rgb: Image.Image, image: Image.Image) -> tuple[Image.Image, list[No
         orientation = image.getexif().get(_ORIENTATION, 1)
     except DAMAGE as e:
         text = f"its EXIF data is damaged ({e}), so it is read as if the camera was upright"
-        return rgb, [Note(text, "have damaged EXIF data")]
+        return rgb, [Note(text, "with damaged EXIF data")]
     if orientation not in range(2, 9):
         return rgb, []
     rgb.getexif()[_ORIENTATION] = orientation

@@ -1,7 +1,7 @@
 """What a user should know about a picture that was read: remarks on one, and counts of them over many.
 
 one picture     a.png: shows one colour only, #808080
-many            3 of 120 pictures show one colour only, such as a.png: shows one colour only, #808080
+many            pictures of one colour: 3 of 120, such as a.png: shows one colour only, #808080
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ ENLARGED = 4  # times the width or height, from which on a picture is said to be
 
 @dataclass(frozen=True)
 class Note:
-    """One remark: what is said of this picture, and what several such pictures are said to do."""
+    """One remark: what is said of this picture, and what the pictures are called of which it is said."""
 
     text: str
-    plural: str
+    kind: str
 
 
 def is_one_colour(image: Image.Image) -> bool:
@@ -37,7 +37,7 @@ def on_colour(image: Image.Image) -> list[Note]:
     only = f"shows one colour only, {colour}"
     if low != high:
         only = f"shows nearly one colour, {colour}, from which no pixel differs by more than {ALIKE} of 255"
-    return [Note(only, "show one colour only")]
+    return [Note(only, "of one colour")]
 
 
 def on_size(image: Image.Image, tower: Tower, rule: object) -> list[Note]:
@@ -46,7 +46,7 @@ def on_size(image: Image.Image, tower: Tower, rule: object) -> list[Note]:
     if max(w / width, h / height) < ENLARGED:
         return []
     times = f"{w / width:.3g} times" if w * height == h * width else f"{w / width:.3g} and {h / height:.3g} times"
-    return [Note(f"{width}x{height} pixels are enlarged {times}, to {w}x{h}", f"are enlarged {ENLARGED} times or more")]
+    return [Note(f"{width}x{height} pixels are enlarged {times}, to {w}x{h}", f"enlarged {ENLARGED} times or more")]
 
 
 def counted(notes: Mapping[str, Sequence[Note]], total: int) -> list[str]:
@@ -54,8 +54,8 @@ def counted(notes: Mapping[str, Sequence[Note]], total: int) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for name, of_picture in notes.items():
         for note in of_picture:
-            kinds.setdefault(note.plural, []).append(f"{name}: {note.text}")
-    return [f"{len(found)} of {total} pictures {plural}, such as {found[0]}" for plural, found in kinds.items()]
+            kinds.setdefault(note.kind, []).append(f"{name}: {note.text}")
+    return [f"pictures {kind}: {len(found)} of {total}, such as {found[0]}" for kind, found in kinds.items()]
 
 
 def extrema(image: Image.Image) -> list[tuple[int, int]]:

@@ -85,10 +85,10 @@ def _levels(values: np.ndarray, declared: int) -> tuple[np.ndarray, list[Note]]:
     elif 0 < high < 2 ** _LIKELY[-1] and not declared:
         bits = next(b for b in _LIKELY if high < 2**b)
         text = f"its 16-bit values end at {high} of {2**_BITS - 1}, so they are read as {bits} bits"
-        notes.append(Note(text, "have 16-bit values that use few of their bits"))
+        notes.append(Note(text, "with 16-bit values that use few of their bits"))
     if bits == _BITS and 0 < high < _DARK:
         text = f"is dark: its 16-bit values end at {high} of {2**_BITS - 1}; if they have fewer bits, scale them up"
-        notes.append(Note(text, "have 16-bit values that stay dark"))
+        notes.append(Note(text, "with 16-bit values that stay dark"))
     top = 2**bits - 1
     return ((values.astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8), notes
 
