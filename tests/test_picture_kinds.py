@@ -141,13 +141,13 @@ def test_values_that_are_no_16_bits_are_refused(tmp_path, values, word):
 
 def test_every_spelling_of_16_bit_grey_in_memory_is_the_same_picture():
     values = _ramp(12, 1)[..., 0].astype(np.uint16)
-    expected = np.asarray(given(Image.fromarray(values), 1).image)
+    expected = np.asarray(given(Image.fromarray(values), "x").image)
     assert expected.max() == 255
     big = Image.frombytes("I;16B", (16, 8), values.astype(">u2").tobytes())
     wide = Image.fromarray(values.astype(np.int32))
     assert wide.mode == "I"
     for image in (big, wide):
-        np.testing.assert_array_equal(np.asarray(given(image, 1).image), expected)
+        np.testing.assert_array_equal(np.asarray(given(image, "x").image), expected)
 
 
 # ---------------------------------------------------------------- frames
@@ -212,6 +212,13 @@ def test_a_picture_of_one_colour_is_told_and_an_ordinary_one_is_not(tmp_path):
     assert _said(tmp_path / "x.png") == []
 
 
+def test_a_picture_that_is_nearly_black_is_told(tmp_path):
+    Image.fromarray(_ramp(4, 3).astype(np.uint8)).save(tmp_path / "x.png")
+    assert _said(tmp_path / "x.png") == ["is nearly black: no value of it is above 15 of 255"]
+    Image.fromarray(_ramp(5, 3).astype(np.uint8)).save(tmp_path / "x.png")
+    assert _said(tmp_path / "x.png") == []
+
+
 @pytest.mark.parametrize(
     ("size", "said"),
     [
@@ -245,6 +252,51 @@ def test_the_tower_of_qwen2_vl_takes_every_size_that_its_processor_takes(size):
 def test_damaged_exif_data_does_not_cost_the_picture(tmp_path):
     _halves().save(tmp_path / "x.png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "x.png")), np.asarray(_halves()))
+
+
+# ---------------------------------------------------------------- what a program hands over
+
+
+def test_what_a_program_hands_over_is_the_same_picture_in_every_form(tmp_path):
+    _halves().save(tmp_path / "x.png")
+    expected = np.asarray(_halves())
+    forms = [_halves(), _halves().convert("RGBA"), _halves().convert("P"), expected, expected[::1], tmp_path / "x.png"]
+    forms += [str(tmp_path / "x.png"), (tmp_path / "x.png").read_bytes(), Image.open(tmp_path / "x.png")]
+    for form in [*forms, given(_halves(), "x")]:
+        np.testing.assert_array_equal(np.asarray(given(form, "x").image), expected)
+    assert given(Image.new("L", (9, 9)), "picture 3").name == "picture 3"
+
+
+@pytest.mark.parametrize(
+    ("what", "word"),
+    [
+        (3, "int is not taken"),
+        (np.zeros((4, 4)), "float64"),
+        (b"", "is empty"),
+        (b"x" * 9, "not a picture"),
+        (Image.new("RGB", (0, 5)), "no pixels"),
+        (Image.new("F", (5, 5)), "float"),
+    ],
+)
+def test_what_is_no_picture_is_refused_by_the_name_that_it_was_given(what, word):
+    with pytest.raises(InputError, match=f"picture 2: .*{word}"):
+        given(what, "picture 2")
+
+
+def test_a_picture_whose_file_was_closed_before_it_was_read_is_named(tmp_path):
+    _halves().save(tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as image:
+        pass
+    with pytest.raises(InputError, match="its file was closed"):
+        given(image, "picture 1")
+
+
+def test_a_program_that_hands_over_an_unturned_photo_gets_it_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    _halves().save(tmp_path / "x.jpg", exif=exif)
+    with Image.open(tmp_path / "x.jpg") as image:
+        assert given(image, "x").image.size == (30, 40)
 
 
 # ---------------------------------------------------------------- pipes, standard input, home directories

@@ -163,7 +163,7 @@ def _answers(runner, prompts, own, limit, seed, progress, notes) -> Iterator[tup
     for i, prompt in enumerate(prompts):
         progress("let the model answer", i, len(prompts))
         if prompt.images not in seen:
-            pictures = [given(prompt.open(p), number) for number, p in enumerate(prompt.images, 1)]
+            pictures = [given(prompt.open(p), str(p)) for p in prompt.images]
             seen = {prompt.images: runner.see(pictures)}
             notes |= {str(p): runner.notes_on(shown) for p, shown in zip(prompt.images, pictures, strict=True)}
         request = runner.ask(prompt.text, seen[prompt.images])

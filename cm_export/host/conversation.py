@@ -53,7 +53,7 @@ class Conversation:
 
     def __init__(self, runner: Runner, images: Sequence[Any], system: str | None, budget: Budget):
         self.runner, self._system, self._budget = runner, system, budget
-        self._images = [given(image, number) for number, image in enumerate(images, 1)]
+        self._images = [given(image, f"picture {number}") for number, image in enumerate(images, 1)]
         self._prompts: list[str] = []
         self._answers: list[str] = []
         self._pictures = Pictures()

@@ -4,16 +4,20 @@ path, pipe, standard input -> bytes (picture_source.py) -> frame with content ->
 """
 
 import math
+import os
 import re
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..base.errors import InputError
@@ -69,17 +73,28 @@ def opened_standard_input() -> Opened:
         return _read(file, "standard input")
 
 
-def given(picture: Any, number: int) -> Opened:
-    """A picture as a caller may hand it over: Opened, a path, or a PIL picture of any mode. Raises InputError."""
+def given(picture: object, name: str) -> Opened:
+    """What a program hands over as a picture, converted as `opened` does. `name`: for one that has no path.
+
+    Opened, a path, the bytes of a picture file, a PIL image of any mode, or an array uint8 [H,W,3]. Raises InputError.
+    """
     if isinstance(picture, Opened):
         return picture
+    if isinstance(picture, str | os.PathLike):
+        return opened(os.fsdecode(picture))
+    if isinstance(picture, bytes | bytearray | memoryview):
+        if not len(picture):
+            raise InputError("is empty", where=name, fix="give the bytes of a picture file")
+        return _read(BytesIO(picture), name)
+    what = type(picture).__name__
+    if isinstance(picture, np.ndarray):
+        what = f"an array of {picture.dtype}{list(picture.shape)}"
+        if picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3 and picture.size:
+            picture = Image.fromarray(np.ascontiguousarray(picture))
     if not isinstance(picture, Image.Image):
-        return opened(picture)
-    name = f"picture {number}"
-    with _faults(name):
-        rgb, notes = to_rgb(picture, name)
-        rgb, more = _upright(rgb, picture)
-    return Opened(rgb, name, (*notes, *on_colour(rgb), *more))
+        fix = "give a path, the bytes of a picture file, a PIL image, or a numpy array uint8 [height,width,3]"
+        raise InputError(f"{what} is not taken as a picture", where=name, fix=fix)
+    return _in_memory(picture, name)
 
 
 def check_size(image: Image.Image, min_side: int, max_ratio: float = math.inf, where: object = "image") -> None:
@@ -98,15 +113,34 @@ def check_size(image: Image.Image, min_side: int, max_ratio: float = math.inf, w
         )
 
 
+def _in_memory(picture: Image.Image, name: str) -> Opened:
+    """A PIL image; one that was opened by its own file may still have to be decoded."""
+    _check_pixels(picture, name)
+    if 0 in picture.size:
+        raise InputError("has no pixels", where=name, fix="give a picture of at least 1x1")
+    try:
+        picture.load()
+    except (*DAMAGE, AssertionError) as e:  # Pillow asserts that the file of a picture is open
+        what = f"its pixels cannot be read ({str(e) or 'its file was closed'})"
+        raise InputError(what, where=name, fix="open it again, and call its load() before its file is closed") from e
+    with _faults(name):
+        rgb, notes = to_rgb(picture, name)
+        rgb, more = _upright(rgb, picture)
+    return Opened(rgb, name, (*notes, *on_colour(rgb), *more))
+
+
+# Which warnings are shown is a fact of the whole process, so one thread at a time may change it and change it back.
+_WARNINGS = threading.Lock()
+
+
 def _read(file: BinaryIO, name: str) -> Opened:
-    with _faults(name, file), warnings.catch_warnings():
+    with _faults(name, file), _WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # oddities of metadata; and bombs, which are refused below
         with Image.open(file) as image:
             if image.format in _NO_PIXELS:
                 what = f"is of the format {image.format}, of which no pixels can be read"
                 raise InputError(what, where=name, fix="save it as PNG")
-            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise _too_many(image.width * image.height, name)
+            _check_pixels(image, name)
             rgb, notes = _first_shown(image, file, name)
             rgb, more = _upright(rgb, image)
             return Opened(rgb, name, (*notes, *on_colour(rgb), *more))
@@ -165,6 +199,12 @@ def _upright(rgb: Image.Image, image: Image.Image) -> tuple[Image.Image, list[No
         return rgb, []
     rgb.getexif()[_ORIENTATION] = orientation
     return ImageOps.exif_transpose(rgb), []
+
+
+def _check_pixels(image: Image.Image, name: str) -> None:
+    """Pillow itself warns only, up to twice its limit."""
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise _too_many(image.width * image.height, name)
 
 
 def _too_many(pixels: int, name: str) -> InputError:

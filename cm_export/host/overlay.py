@@ -27,7 +27,11 @@ def check_output(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> Path:
     path = expanded(path)
     if path.suffix.lower() not in suffixes:
         raise InputError(f"cannot write {path.suffix or 'a file without a suffix'}", where=path, fix=_one_of(suffixes))
-    if path.is_dir():
+    try:
+        is_directory = path.is_dir()
+    except OSError as e:  # a name that is too long
+        raise InputError(f"cannot be written ({e.strerror})", where=path, fix="give another name") from e
+    if is_directory:
         raise InputError("is a directory", where=path, fix="give the name of a file")
     if not path.parent.is_dir():
         raise InputError(f"no directory {path.parent}", where=path, fix="create it first")
@@ -122,7 +126,7 @@ def _with_caption(picture: Image.Image, caption: str) -> Image.Image:
 def _write(drawn: Image.Image, path: Path) -> None:
     """Into a temporary name beside `path`, then renamed: a reader never sees half a picture."""
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:16]}.", suffix=path.suffix)
         try:
             with os.fdopen(handle, "wb") as file:
                 drawn.save(file, format=Image.registered_extensions()[path.suffix.lower()], quality=92)

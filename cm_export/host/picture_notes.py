@@ -12,6 +12,7 @@ from PIL import Image
 from ..families import Tower
 
 ALIKE = 3  # of 255: pixels that differ by no more are called one colour, since JPEG and WebP write nearly equal ones
+BLACK = 16  # of 255: a picture whose values all stay below shows nothing to the eye
 ENLARGED = 4  # times the width or height, from which on a picture is said to be enlarged
 
 
@@ -29,9 +30,11 @@ def is_one_colour(image: Image.Image) -> bool:
 
 
 def on_colour(image: Image.Image) -> list[Note]:
-    """A remark on a picture that shows nothing but one colour."""
+    """A remark on a picture that shows nothing but one colour, or next to nothing."""
     if not is_one_colour(image):
-        return []
+        brightest = max(high for _, high in extrema(image))
+        black = f"is nearly black: no value of it is above {brightest} of 255"
+        return [Note(black, "that are nearly black")] if brightest < BLACK else []
     low, high = zip(*extrema(image), strict=True)
     colour = "#" + "".join(f"{(a + b) // 2:02x}" for a, b in zip(low, high, strict=True))
     only = f"shows one colour only, {colour}"

@@ -169,7 +169,7 @@ class Runner:
         for number, image in enumerate(
             images, 1
         ):  # patches attend within their picture: one at a time needs least memory
-            shown = given(image, number)
+            shown = given(image, f"picture {number}")
             check_size(shown.image, self.tower.min_side, self.tower.max_ratio, shown.name)
             picture = self.tower.picture(shown.image, self.picture_rule)
             self._check_memory(self.tower.memory(picture), len(picture.pixels), shown.name)

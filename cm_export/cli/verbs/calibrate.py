@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from ...base.errors import InputError
+from ...base.paths import check_apart
 from ..console import Count, Verb, emit_json, json_option, progress, quiet_option, threads_option
 
 
@@ -51,6 +52,7 @@ def command(
         check_installed("calibrating a checkpoint")
     if not out.parent.is_dir():
         raise InputError("no such directory", where=out.parent, fix="make it, or give another --out")
+    check_apart(out, [data] if data else [])
     from ...bundle import calibration
     from ...calibrating.calibrate import measure, prompts_of
     from ...host.loaded import load

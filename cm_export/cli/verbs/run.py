@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ...base.errors import InputError
+from ...base.paths import check_apart
 from ..console import (
     Count,
     Verb,
@@ -71,9 +72,9 @@ def command(
         raise InputError("--dense means all neurons and all tokens", fix="leave --neuron-share and --token-share out")
     if dense and guard:
         raise InputError("--dense needs no guard", fix="leave --guard out")
-    if overlay and not paths:
+    if overlay is not None and not paths:
         raise InputError("there is no picture to draw on", where="--overlay", fix="give --image")
-    if overlay and chat:
+    if overlay is not None and chat:
         raise InputError("--overlay draws for questions that are known", fix="ask them with --prompt instead of --chat")
 
     if chat and "-" in paths:
@@ -83,7 +84,9 @@ def command(
     from ...host.images import check_size
 
     images = _opened(paths)
-    drawings = _drawings(overlay, len(images), len(prompts)) if overlay else []
+    drawings = [] if overlay is None else _drawings(overlay, len(images), len(prompts))
+    for drawing in drawings:
+        check_apart(drawing, (picture.name for picture in images))
 
     from ...host.loaded import load
 
