@@ -224,6 +224,7 @@ def test_a_picture_that_is_nearly_black_is_told(tmp_path):
     [
         ((8, 8), "8x8 pixels are enlarged 7 times, to 56x56"),
         ((1, 200), "1x200 pixels are enlarged 28 and 4.06 times, to 28x812"),
+        ((14, 14), "14x14 pixels are enlarged 4 times, to 56x56"),
         ((15, 15), None),
         ((3000, 2000), None),
     ],
@@ -313,6 +314,7 @@ def test_a_picture_comes_through_a_named_pipe_however_slowly(tmp_path):
     data = _bytes_of_a_picture()
 
     def write() -> None:
+        threading.Event().wait(0.3)  # the reader is there first
         with open(tmp_path / "pipe", "wb", buffering=0) as pipe:
             for part in (data[:20], data[20:]):
                 threading.Event().wait(0.2)
@@ -377,8 +379,9 @@ OTHERS = {
     "an SVG drawing": b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>',
     "an XML text": b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
     "a PDF": b"%PDF-1.7\n",
-    "a PostScript drawing": b"%!PS-Adobe-3.0\n",
-    "a HEIC photo": b"\0\0\0\x18ftypheic\0\0\0\0",
+    "a HEIC photo, which is not read": b"\0\0\0\x18ftypheic\0\0\0\0",
+    "a TIFF that is truncated": b"II*\0\x08\0",
+    "a picture whose beginning is damaged": b"\x89PNG\r\n\x1a\n\0",
     "a video": b"\0\0\0\x18ftypisom\0\0\0\0",
     "an archive": b"PK\x03\x04\0\0",
     "base64": b"iVBORw0KGgoAAAANSUhEUgAA",
@@ -390,9 +393,16 @@ OTHERS = {
 @pytest.mark.parametrize("what", OTHERS)
 def test_what_is_no_picture_is_called_what_it_is(tmp_path, what):
     (tmp_path / "x.png").write_bytes(OTHERS[what])
-    with pytest.raises(InputError, match=f"not a picture but .*{what}|PostScript") as error:
+    with pytest.raises(InputError, match=f"x.png: is (not a picture but )?.*{what}") as error:
         open_image(tmp_path / "x.png")
     assert error.value.fix and "\n" not in str(error.value)
+
+
+def test_a_postscript_drawing_is_not_given_to_the_program_that_draws_it(tmp_path):
+    for data in (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", b"%!PS-Adobe-3.0\n"):
+        (tmp_path / "x.eps").write_bytes(data)
+        with pytest.raises(InputError, match=r"format EPS, of which no pixels|a PostScript drawing"):
+            open_image(tmp_path / "x.eps")
 
 
 @pytest.mark.parametrize("name", ["/dev/null", "/dev/zero"])

@@ -18,7 +18,15 @@ from ..base.errors import InputError
 PIPE_BYTES = 2**29  # of one picture: the largest that is read, 89 million pixels, in 16-bit colour without compression
 WAIT_SECONDS = 5.0  # for somebody who writes into a pipe; whoever has opened it may take any time
 
-# How files begin that are given as pictures and are none: what it is, and what to do.
+# How pictures begin that are not read: what it is, and what to do.
+_UNREAD = (
+    (rb"....ftyp(?:heic|heix|hevc|heim|mif1|msf1)", "a HEIC photo, which is not read", "save it as JPEG"),
+    (rb"....ftypavi[fs]", "an AVIF picture, which this Pillow was built without", "save it as PNG"),
+    (rb"\0\0\0\x0cJXL |\xff\x0a", "a JPEG XL picture, which is not read", "save it as PNG"),
+    (rb"II\*\0|MM\0\*", "a TIFF that is truncated or of a kind that is not read", "get it again, or save it as PNG"),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP", "a picture whose beginning is damaged or truncated", "get it again"),
+)
+# How files begin that are given as pictures and are none.
 _OTHERS = (
     (rb"version https://git-lfs", "a git-lfs pointer", "run `git lfs pull` where it lies"),
     (rb"\s*<(?:!doctype html|html|head|body)", "an HTML page", "download the picture itself, not the page around it"),
@@ -26,11 +34,7 @@ _OTHERS = (
     (rb"\s*<\?xml", "an XML text, perhaps a server's error", "download the picture again"),
     (rb"%PDF", "a PDF", "save the page as PNG"),
     (rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript drawing", "save it as PNG"),
-    (rb"....ftyp(?:heic|heix|hevc|heim|mif1|msf1)", "a HEIC photo", "save it as JPEG"),
-    (rb"....ftypavi[fs]", "an AVIF picture, which this Pillow was built without", "save it as PNG"),
     (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI |\0\0\x01[\xb3\xba]", "a video", "save one of its frames as PNG"),
-    (rb"\0\0\0\x0cJXL |\xff\x0a", "a JPEG XL picture", "save it as PNG"),
-    (rb"II\*\0|MM\0\*", "a TIFF of a kind that is not read", "save it as PNG"),
     (rb"PK\x03\x04|\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!", "an archive", "unpack it and give a picture of it"),
     (rb"\x93NUMPY|\x89HDF", "an array", "save it as PNG"),
     (
@@ -83,9 +87,10 @@ def standard_input() -> BinaryIO:
 
 def otherwise(head: bytes) -> tuple[str, str]:
     """What a file is that begins so and is not a picture, and how to mend it."""
-    for pattern, what, fix in _OTHERS:
-        if re.match(pattern, head, re.IGNORECASE | re.DOTALL):
-            return f"is not a picture but {what}", fix
+    for begins, kinds in (("is", _UNREAD), ("is not a picture but", _OTHERS)):
+        for pattern, what, fix in kinds:
+            if re.match(pattern, head, re.IGNORECASE | re.DOTALL):
+                return f"{begins} {what}", fix
     return "is not a picture that can be read", "give a PNG, JPEG, WebP, BMP..."
 
 
