@@ -189,6 +189,7 @@ def test_the_search_of_an_animation_has_an_end(tmp_path, monkeypatch):
     frames = [Image.new("RGB", (10, 10), (i, i, i)) for i in range(0, 90, 9)] + [_halves((10, 10))]
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
     assert open_image(tmp_path / "x.gif").getpixel((0, 0)) == BLACK
+    assert "the first is read: it and 2 after it show one colour only" in _said(tmp_path / "x.gif")[0]
 
 
 def test_pages_are_told_and_the_depth_map_of_a_photo_is_not(tmp_path):
@@ -213,8 +214,8 @@ def test_a_picture_of_one_colour_is_told_and_an_ordinary_one_is_not(tmp_path):
 
 
 def test_a_picture_that_is_nearly_black_is_told(tmp_path):
-    Image.fromarray(_ramp(4, 3).astype(np.uint8)).save(tmp_path / "x.png")
-    assert _said(tmp_path / "x.png") == ["is nearly black: no value of it is above 15 of 255"]
+    Image.fromarray(_ramp(16, 3, high=16).astype(np.uint8)).save(tmp_path / "x.png")
+    assert _said(tmp_path / "x.png") == ["is nearly black: no value of it is above 16 of 255"]
     Image.fromarray(_ramp(5, 3).astype(np.uint8)).save(tmp_path / "x.png")
     assert _said(tmp_path / "x.png") == []
 

@@ -33,7 +33,7 @@ DAMAGE = (
 )  # fmt: skip
 _NO_PIXELS = ("EPS", "WMF", "EMF", "MPEG", "BUFR", "GRIB", "HDF5")  # known to Pillow, drawn or read by other programs
 _ONE_PICTURE = ("MPO", "PSD", "ICNS", "ICO")  # frames of these are previews, depths and layers of the first
-_SEARCHED_PIXELS = 200_000_000  # of an animation, in search of a frame that shows something
+_SEARCHED_PIXELS = 100_000_000  # of an animation, in search of a frame that shows something
 _ORIENTATION = 0x0112
 
 
@@ -167,25 +167,30 @@ def _faults(name: str, file: BinaryIO | None = None) -> Iterator[None]:
 
 def _first_shown(image: Image.Image, file: BinaryIO, name: str) -> tuple[Image.Image, list[Note]]:
     """The first frame; of an animation that begins with frames of one colour, the first frame of another kind."""
-    rgb, notes = to_rgb(image, name, file)
+    first, notes = to_rgb(image, name, file)
+    if image.format in _ONE_PICTURE:
+        return first, notes
+    kind, shown, more, number = "with several frames", first, notes, 0
     try:
-        if image.format in _ONE_PICTURE or not getattr(image, "is_animated", False):
-            return rgb, notes
+        if not getattr(image, "is_animated", False):
+            return first, notes
         if image.format == "TIFF":
-            return rgb, [*notes, Note("has several pages, of which the first is read", "with several pages")]
-        said, number, shown, more = "the first is read", 0, rgb, notes
-        while is_one_colour(shown) and (number + 1) * rgb.width * rgb.height < _SEARCHED_PIXELS:
+            return first, [*notes, Note("has several pages, of which the first is read", "with several pages")]
+        while is_one_colour(shown) and (number + 1) * first.width * first.height < _SEARCHED_PIXELS:
             number += 1
             image.seek(number)  # EOFError after the last one
             shown, more = to_rgb(image, name)
-            said = f"number {number + 1} is read, since those before it show one colour only"
+        if number and not is_one_colour(shown):
+            text = (
+                f"has several frames, of which number {number + 1} is read, since those before it show one colour only"
+            )
+            return shown, [*more, Note(text, kind)]
+        why = f": it and {number} after it show one colour only" if number else ""
     except EOFError:
-        said, shown, more = "the first is read: all of them show one colour only", rgb, notes
+        why = ": all of them show one colour only"
     except DAMAGE as e:
-        said, shown, more = f"the first is read; what follows is damaged ({e})", rgb, notes
-    if is_one_colour(shown):
-        shown, more = rgb, notes
-    return shown, [*more, Note(f"has several frames, of which {said}", "with several frames")]
+        why = f"; what follows is damaged ({e})"
+    return first, [*notes, Note(f"has several frames, of which the first is read{why}", kind)]
 
 
 def _upright(rgb: Image.Image, image: Image.Image) -> tuple[Image.Image, list[Note]]:

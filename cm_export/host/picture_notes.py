@@ -6,13 +6,14 @@ many            pictures of one colour: 3 of 120, such as a.png: shows one colou
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
 from ..families import Tower
 
 ALIKE = 3  # of 255: pixels that differ by no more are called one colour, since JPEG and WebP write nearly equal ones
-BLACK = 16  # of 255: a picture whose values all stay below shows nothing to the eye
+BLACK = 16  # of 255: a picture with no value above it shows nothing to the eye; it is where 12 bits of 16 end
 ENLARGED = 4  # times the width or height, from which on a picture is said to be enlarged
 
 
@@ -34,7 +35,7 @@ def on_colour(image: Image.Image) -> list[Note]:
     if not is_one_colour(image):
         brightest = max(high for _, high in extrema(image))
         black = f"is nearly black: no value of it is above {brightest} of 255"
-        return [Note(black, "that are nearly black")] if brightest < BLACK else []
+        return [Note(black, "that are nearly black")] if brightest <= BLACK else []
     low, high = zip(*extrema(image), strict=True)
     colour = "#" + "".join(f"{(a + b) // 2:02x}" for a, b in zip(low, high, strict=True))
     only = f"shows one colour only, {colour}"
@@ -63,4 +64,5 @@ def counted(notes: Mapping[str, Sequence[Note]], total: int) -> list[str]:
 
 def extrema(image: Image.Image) -> list[tuple[int, int]]:
     """Smallest and largest value of every band of an 8-bit picture."""
-    return [(int(low), int(high)) for low, high in (band.getextrema() for band in image.split())]  # type: ignore[arg-type]
+    bands: Any = image.getextrema()  # two numbers for each band; of a picture of one band Pillow gives the two alone
+    return list(bands) if isinstance(bands[0], tuple) else [bands]
