@@ -120,8 +120,9 @@ def _in_memory(picture: Image.Image, name: str) -> Opened:
         raise InputError("has no pixels", where=name, fix="give a picture of at least 1x1")
     try:
         picture.load()
-    except (*DAMAGE, AssertionError) as e:  # Pillow asserts that the file of a picture is open
-        what = f"its pixels cannot be read ({str(e) or 'its file was closed'})"
+    except (*DAMAGE, AssertionError) as e:  # Pillow asserts that the file of a picture is open, or takes it for granted
+        why = "its file was closed" if isinstance(e, AssertionError | AttributeError) else str(e)
+        what = f"its pixels cannot be read ({why})"
         raise InputError(what, where=name, fix="open it again, and call its load() before its file is closed") from e
     with _faults(name):
         rgb, notes = to_rgb(picture, name)
