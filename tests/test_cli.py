@@ -388,6 +388,13 @@ def test_an_overlay_does_not_replace_the_picture_that_it_is_about(engine, bundle
     assert picture.read_bytes() == before and engine == []
 
 
+def test_a_name_that_is_no_utf8_is_escaped_in_json(engine, bundle, picture, tmp_path, capsys):
+    odd = os.fsdecode(bytes(tmp_path) + b"/kept\xff.png")
+    assert main(["run", str(bundle), "--prompt", "x", "--image", str(picture), "--overlay", odd, "--json"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out.encode())["overlays"] == [odd] and Path(odd).exists()
+
+
 def test_eval_does_not_write_its_report_over_its_questions(bundle, tmp_path, capsys):
     questions = tmp_path / "q.json"
     questions.write_text('{"question": "what ?", "answer": "x"}')

@@ -18,7 +18,7 @@ from cm_export.base.paths import expanded
 from cm_export.families.qwen2_vl import Qwen2VLTower
 from cm_export.host import picture_source
 from cm_export.host.images import check_size, given, open_image, opened, opened_standard_input
-from cm_export.host.picture_notes import counted, on_size
+from cm_export.host.picture_notes import Note, counted, line, on_size
 
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 TOWER = Qwen2VLTower(
@@ -242,6 +242,12 @@ def test_remarks_on_many_pictures_are_counted(tmp_path):
         (Image.new("RGB", (9, 9)) if number % 2 else _halves()).save(path)
         notes[path.name] = opened(path).notes
     assert counted(notes, 50) == ["pictures of one colour: 25 of 50, such as 01.png: shows one colour only, #000000"]
+
+
+def test_a_remark_is_one_line_whatever_the_name_of_the_file(tmp_path):
+    note = Note("text", "kind")
+    assert line("a\nb\x1b[31m\udcff ü.png", note) == "a\ufffdb\ufffd[31m\ufffd ü.png: text"
+    assert "\n" not in counted({"a\nb": [note]}, 1)[0]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (3, 2)])

@@ -21,6 +21,7 @@ import numpy as np
 from ..base import environment
 from ..base.errors import BundleError
 from ..families import Pictures
+from . import picture_notes
 from .guard import Report, check_bundle, guarded
 from .images import given
 from .runner import Budget, Prefilled, Runner
@@ -86,7 +87,9 @@ class Conversation:
         if before is not None:
             stats |= {"read_tokens": context.request.tokens - before.request.tokens}
         unknown = runner.chat.unknown_words(prompt)
-        notes = [] if before else [f"{p.name}: {note.text}" for p in self._images for note in runner.notes_on(p)]
+        notes = (
+            [] if before else [picture_notes.line(p.name, note) for p in self._images for note in runner.notes_on(p)]
+        )
         notes += [f"unknown to this model's vocabulary: {', '.join(unknown)}"] if unknown else []
         self._context = context
         self._prompts.append(prompt)

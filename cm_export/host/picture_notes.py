@@ -53,12 +53,17 @@ def on_size(image: Image.Image, tower: Tower, rule: object) -> list[Note]:
     return [Note(f"{width}x{height} pixels are enlarged {times}, to {w}x{h}", f"enlarged {ENLARGED} times or more")]
 
 
+def line(name: str, note: Note) -> str:
+    """A remark with the picture's name, whatever characters a file's name may hold."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name) + f": {note.text}"
+
+
 def counted(notes: Mapping[str, Sequence[Note]], total: int) -> list[str]:
     """One line for each kind of remark: how many of `total` pictures it is about, and the first of them by name."""
     kinds: dict[str, list[str]] = {}
     for name, of_picture in notes.items():
         for note in of_picture:
-            kinds.setdefault(note.kind, []).append(f"{name}: {note.text}")
+            kinds.setdefault(note.kind, []).append(line(name, note))
     return [f"pictures {kind}: {len(found)} of {total}, such as {found[0]}" for kind, found in kinds.items()]
 
 

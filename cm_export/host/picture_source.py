@@ -81,7 +81,10 @@ def standard_input() -> BinaryIO:
     if sys.stdin is None or sys.stdin.isatty():
         fix = "pipe a picture into it (... | cm-export run ... --image -), or give its path (./- for a file called -)"
         raise InputError("is a terminal" if sys.stdin else "is closed", where="standard input", fix=fix)
-    data = sys.stdin.buffer.read(PIPE_BYTES + 1)
+    try:
+        data = sys.stdin.buffer.read(PIPE_BYTES + 1)
+    except OSError as e:
+        raise InputError(f"cannot be read ({e.strerror})", where="standard input", fix="pipe a picture into it") from e
     return BytesIO(_checked(data, "standard input"))
 
 
