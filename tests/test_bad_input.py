@@ -64,7 +64,7 @@ IMAGES = {
     "missing.png": (None, "no such file"),
     "empty.png": (lambda p: p.write_bytes(b""), "is empty"),
     "text.png": (lambda p: p.write_text("not a picture\n" * 99), "not a picture"),
-    "page.png": (lambda p: p.write_text("<!DOCTYPE html><html></html>"), "not a picture but an HTML page"),
+    "page.png": (lambda p: p.write_text("<!DOCTYPE html><html></html>"), "it is an HTML page"),
     "pointer.png": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0"), "git lfs pull"),
     "zeros.png": (lambda p: p.write_bytes(bytes(4096)), "nothing but zero bytes"),
     "link.png": (lambda p: p.symlink_to("gone.png"), "is a link to gone.png, which is missing"),

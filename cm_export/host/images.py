@@ -215,7 +215,7 @@ def _check_pixels(image: Image.Image, name: str) -> None:
 
 def _too_many(pixels: int, name: str) -> InputError:
     limit = Image.MAX_IMAGE_PIXELS or 0
-    has = f"has {pixels / 1e6:.4g} million pixels, and " if pixels else ""
+    has = f" (it has {pixels / 1e6:.4g} million)" if pixels else ""
     fix = f"scale it to {math.floor(100 * math.sqrt(limit / pixels))} % of its width and height first" if pixels else ""
-    what = f"{has}more than {limit // 1_000_000} million pixels are not read"
+    what = f"more than {limit // 1_000_000} million pixels are not read{has}"
     return InputError(what, where=name, fix=fix or "scale the picture down first")

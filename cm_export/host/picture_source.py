@@ -90,7 +90,7 @@ def standard_input() -> BinaryIO:
 
 def otherwise(head: bytes) -> tuple[str, str]:
     """What a file is that begins so and is not a picture, and how to mend it."""
-    for begins, kinds in (("is", _UNREAD), ("is not a picture but", _OTHERS)):
+    for begins, kinds in (("is", _UNREAD), ("is not a picture that can be read: it is", _OTHERS)):
         for pattern, what, fix in kinds:
             if re.match(pattern, head, re.IGNORECASE | re.DOTALL):
                 return f"{begins} {what}", fix
