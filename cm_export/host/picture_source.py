@@ -43,7 +43,7 @@ _OTHERS = (
         "decode it with `base64 -d`",
     ),
     (rb"\0*\Z", "nothing but zero bytes, perhaps an unfinished download", "get the picture again"),
-    (rb"(?:[\t\n\r\f -~]|[\xc2-\xf4][\x80-\xbf]+)*\Z", "text", "give a PNG, JPEG, WebP, BMP..."),
+    (rb"(?:[\t\n\r\f -~]|[\xc2-\xf4][\x80-\xbf]+)*[\xc2-\xf4]?\Z", "text", "give a PNG, JPEG, WebP, BMP..."),
 )
 
 
