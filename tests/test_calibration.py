@@ -1,6 +1,7 @@
 """Calibration: what the file holds is what a plain PyTorch run sees, it is repeatable, and it is refused elsewhere."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import ONE_THREAD, cm_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tolerances import agrees
 
@@ -184,6 +186,24 @@ def test_prompts_are_read_with_pictures_beside_the_file(tmp_path):
     found = read_prompts(tmp_path / "p.jsonl")
     assert [p.text for p in found] == ["a?", "b?", "c"]
     assert [len(p.images) for p in found] == [1, 2, 0] and found[0].images[0] == tmp_path / "x.png"
+
+
+def test_remarks_on_the_pictures_of_prompts_are_gathered_by_name(tmp_path, monkeypatch):
+    Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "image": "x.png"}\n{"prompt": "b", "image": "x.png"}\n')
+    monkeypatch.setattr(calibrate, "_written", lambda *_: np.zeros(0, np.int64))
+    runner = SimpleNamespace(
+        bundle=SimpleNamespace(shape=None),
+        chat=SimpleNamespace(stop_ids=frozenset()),
+        see=lambda pictures: None,
+        ask=lambda text, seen: None,
+        notes_on=lambda picture: picture.notes,
+    )
+    notes: dict = {}
+    list(calibrate._answers(runner, read_prompts(tmp_path / "p.jsonl"), 0, 1, 0, lambda *_: None, notes))
+    assert {name: [note.kind for note in found] for name, found in notes.items()} == {
+        str(tmp_path / "x.png"): ["of one colour"]
+    }
 
 
 @pytest.mark.parametrize("line", ["nonsense", "[]", '{"image": "x"}', '{"prompt": 3}', '{"prompt": "a", "image": [1]}'])

@@ -377,6 +377,38 @@ def test_run_draws_one_overlay_per_picture(engine, bundle, picture, tmp_path, ca
     assert sorted(p.name for p in tmp_path.glob("kept*")) == ["kept-1.png", "kept-2.png", "kept.png"]
 
 
+def test_an_overlay_does_not_replace_the_picture_that_it_is_about(engine, bundle, picture, tmp_path, capsys):
+    before = picture.read_bytes()
+    (tmp_path / "kept-2.png").symlink_to(picture)
+    ask = ["run", str(bundle), "--prompt", "what ?", "--image", str(picture)]
+    for more in (["--overlay", str(picture)], ["--image", str(picture), "--overlay", str(tmp_path / "kept.png")]):
+        assert main([*ask, *more]) == 2
+        assert "is what this command reads" in capsys.readouterr().err
+    assert main([*ask, "--overlay", ""]) == 2, "an empty name is refused, not ignored"
+    assert picture.read_bytes() == before and engine == []
+
+
+def test_a_name_that_is_no_utf8_is_escaped_in_json(engine, bundle, picture, tmp_path, capsys):
+    odd = os.fsdecode(bytes(tmp_path) + b"/kept\xff.png")
+    assert main(["run", str(bundle), "--prompt", "x", "--image", str(picture), "--overlay", odd, "--json"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out.encode())["overlays"] == [odd] and Path(odd).exists()
+
+
+def test_eval_does_not_write_its_report_over_its_questions(bundle, tmp_path, capsys):
+    questions = tmp_path / "q.json"
+    questions.write_text('{"question": "what ?", "answer": "x"}')
+    assert main(["eval", str(bundle), "--data", str(questions), "--out", str(questions)]) == 2
+    assert "is what this command reads" in capsys.readouterr().err and "what ?" in questions.read_text()
+
+
+def test_standard_input_holds_one_picture_and_no_questions_beside_it(engine, bundle, capsys):
+    ask = ["run", str(bundle), "--image", "-"]
+    for more, word in ((["--image", "-", "--prompt", "x"], "holds one picture"), (["--chat"], "cannot hold")):
+        assert main([*ask, *more]) == 2
+        assert word in capsys.readouterr().err
+
+
 def test_eval_hands_over_what_to_compare_and_writes_its_report(stub, bundle, tmp_path, capsys):
     calls, table = [], [{"answered by": "dense", "accuracy": 0.98}, {"answered by": "random", "accuracy": float("nan")}]
     report = {"task": "easy-vqa", "table": table, "notes": []}

@@ -120,6 +120,36 @@ def test_two_pictures_are_both_seen_and_drawn(demo_bundle, tmp_path):
             assert drawn.width >= 512 and len(np.unique(np.asarray(drawn).reshape(-1, 3), axis=0)) > 10
 
 
+def test_a_picture_is_piped_in_and_a_remark_on_it_is_made_once(demo_bundle, tmp_path):
+    Image.fromarray(np.full((64, 64), 2048, np.uint16)).save(tmp_path / "x.png")  # 12 bits
+    two = ["--image", "-", "--prompt", "what color is the shape?", "--prompt", "is it red?", "--dense", "--json"]
+    with open(tmp_path / "x.png", "rb") as picture:
+        done = cm_export("run", demo_bundle, *two, stdin=picture)
+    first, second = json.loads(done.stdout)["turns"]
+    assert first["notes"] == [
+        "standard input: its 16-bit values end at 2048 of 65535, so they are read as 12 bits",
+        "standard input: shows one colour only, #808080",
+    ]
+    assert not any("standard input" in note for note in second["notes"])
+    done = cm_export("run", demo_bundle, "--image", tmp_path / "x.png", *two[2:4])
+    assert done.stderr.count("16-bit values") == 1 and done.stderr.count("one colour") == 1
+
+
+def test_remarks_on_pictures_are_counted_in_an_evaluation(demo_bundle, tmp_path):
+    lines = []
+    for number in range(6):
+        size = 64 if number else 8
+        Image.new("RGB", (size, size), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "question": "what ?", "answer": "red"}))
+    (tmp_path / "my.jsonl").write_text("\n".join(lines))
+    budget = ["--neuron-share", "0.5", "--token-share", "0.5", "--max-new-tokens", "1"]
+    report = json.loads(succeed("eval", demo_bundle, "--data", tmp_path / "my.jsonl", *budget, "--json"))
+    one = f"pictures of one colour: 6 of 6, such as {tmp_path / '0.png'}: shows one colour only, #000000"
+    small = f"{tmp_path / '0.png'}: 8x8 pixels are enlarged 8 times, to 64x64"
+    assert report["picture_notes"] == [one, f"pictures enlarged 4 times or more: 1 of 6, such as {small}"]
+    assert report["notes"][-2:] == report["picture_notes"]
+
+
 def test_a_prompt_without_a_picture_is_answered(demo_bundle):
     answer = asked(demo_bundle, "--prompt", "what color is the shape?")
     assert answer["image_tokens"] == answer["image_tokens_kept"] == 0 and answer["new_tokens"] >= 1

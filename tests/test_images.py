@@ -176,6 +176,12 @@ def test_an_overlay_path_that_cannot_be_written_is_refused_before_any_work(tmp_p
         check_output(tmp_path / "d.png")
 
 
+def test_an_overlay_may_have_the_longest_name_and_a_longer_one_is_refused_before_any_work(tmp_path):
+    draw_overlay(_picture(), np.eye(3, dtype=bool), tmp_path / ("x" * 251 + ".png"))
+    with pytest.raises(InputError, match="too long"):
+        check_output(tmp_path / ("x" * 252 + ".png"))
+
+
 def test_a_failed_overlay_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
     path = tmp_path / "o.png"
     path.write_bytes(b"old")

@@ -29,7 +29,8 @@ from ..evals.task import OWN_TASKS
 from ..families import Pictures
 from ..host.core_set import CoreSet
 from ..host.decode import Choose, decode, greedy, sampled, teacher_forced
-from ..host.images import open_image
+from ..host.images import given, opened
+from ..host.picture_notes import Note, counted
 from ..host.request import Request, prefill_feeds
 from ..host.runner import Budget, Runner
 from ..recipe.recipe import Recipe
@@ -51,7 +52,7 @@ class Prompt:
 
     text: str
     images: tuple[Path | str, ...] = ()  # what `open` opens
-    open: Callable[[Any], Any] = open_image
+    open: Callable[[Any], Any] = opened
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -100,7 +101,8 @@ def measure(
     if runner.recipe.neurons.block > 1:
         raise InputError("its neurons are reordered", where=bundle.path, fix="calibrate a bundle with neurons.block 1")
     bundle.wait_verified()
-    answers = list(_answers(runner, prompts, own, max_new_tokens, seed, progress))
+    notes: dict[str, list[Note]] = {}  # on pictures, by their names
+    answers = list(_answers(runner, prompts, own, max_new_tokens, seed, progress, notes))
     total = sum(len(a) for _, a in answers)
     if not total:
         raise InputError("the model answered nothing to every prompt", where="calibrate", fix="give other --data")
@@ -139,13 +141,14 @@ def measure(
         "model": bundle.manifest["model"]["source"],
         "ran": {"data": what, "prompts": len(answers), "generated_tokens": total, "seed": seed}
         | {"max_new_tokens": max_new_tokens, "sensitivity_prompts": len(some)}
+        | ({"notes": counted(notes, len(notes))} if any(notes.values()) else {})
         | {"token_policy": tokens.policy, "tokens": {k: getattr(tokens, k) for k in prune_layers.MATTER}},
         "versions": {n: version(n) for n in _LIBRARIES},
     }
     return Calibration(energy, mean_z, np.stack(mean_y), sensitivity, np.array(SHARES), np.stack(order), about, **prune)
 
 
-def _answers(runner, prompts, own, limit, seed, progress) -> Iterator[tuple[Request, np.ndarray]]:
+def _answers(runner, prompts, own, limit, seed, progress, notes) -> Iterator[tuple[Request, np.ndarray]]:
     """Requests with the dense model's answers [T] (greedy; sampled where there is no prompt to answer)."""
     rng, shape = np.random.default_rng(seed), runner.bundle.shape
     if not prompts:
@@ -160,7 +163,9 @@ def _answers(runner, prompts, own, limit, seed, progress) -> Iterator[tuple[Requ
     for i, prompt in enumerate(prompts):
         progress("let the model answer", i, len(prompts))
         if prompt.images not in seen:
-            seen = {prompt.images: runner.see([prompt.open(p) for p in prompt.images])}
+            pictures = [given(prompt.open(p), str(p)) for p in prompt.images]
+            seen = {prompt.images: runner.see(pictures)}
+            notes |= {str(p): runner.notes_on(shown) for p, shown in zip(prompt.images, pictures, strict=True)}
         request = runner.ask(prompt.text, seen[prompt.images])
         yield request, _written(runner, request, limit, greedy(runner.chat.stop_ids))
 

@@ -150,7 +150,13 @@ def write_json(value: Any, path: Path) -> None:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    plain = _plain(value)
+    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the name of a file that is no UTF-8: escaped, Python reads it back as it was
+        return json.dumps(plain, indent=2, allow_nan=False)
+    return text
 
 
 def _plain(value: Any) -> Any:

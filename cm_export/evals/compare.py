@@ -138,7 +138,9 @@ def compare(
                 "of dense: 95 % interval over paired questions (above 1: right where dense is wrong); "
                 "KL and top-1 along the dense model's own answers",
                 *_ran_on(runner, [r["policies"] for r in results], rows),
+                *comparison.exam.notes,
             ],
+            "picture_notes": comparison.exam.notes,
         }
     return found
 

@@ -14,6 +14,8 @@ import numpy as np
 
 from ..families import Pictures
 from ..host.decode import Spent, decode, forced, greedy, recorded
+from ..host.images import Opened
+from ..host.picture_notes import counted
 from ..host.runner import Budget, Prefilled, Runner
 from .task import Question, Task
 
@@ -53,13 +55,16 @@ class Exam:
     def __init__(self, runner: Runner, task: Task, progress: Callable[..., None]):
         self.runner, self.task, self.progress = runner, task, progress
         names = sorted({p for q in task.questions for p in q.pictures})
-        digest, self._seen = hashlib.sha256(), {}
+        digest, self._seen, notes = hashlib.sha256(), {}, {}
         for i, name in enumerate(names):
             if i % 50 == 0:
                 progress("look at the pictures", i, len(names))
             picture = task.open_picture(name)
             digest.update(repr(picture.size).encode() + picture.tobytes())
-            self._seen[name] = runner.see([picture])
+            shown = Opened(picture, name, tuple(task.notes.get(name, ())))
+            self._seen[name] = runner.see([shown])
+            notes[name] = runner.notes_on(shown)
+        self.notes = counted(notes, len(names))
         self.fingerprint = digest.hexdigest()
 
     def prefill(self, runner: Runner, question: Question, budget: Budget) -> Prefilled:

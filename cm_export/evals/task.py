@@ -6,12 +6,13 @@ task file           KINDS = {"word": 4, ...}           kind of question -> longe
 """
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..base import by_name
 from ..base.errors import InputError
+from ..host.picture_notes import Note
 
 # Models that come with the program, and the task that each was trained for.
 OWN_TASKS = {"demo": "easy-vqa", "scenes": "scenes"}
@@ -37,6 +38,7 @@ class Task:
     open_picture: Callable[[str], Any]
     same: Callable[[str, str], bool] = str.__eq__
     rule: str = "exact match"
+    notes: Mapping[str, Sequence[Note]] = field(default_factory=dict)  # what to know about pictures, by their names
 
 
 def kinds_of(name: str) -> tuple[str, ...]:

@@ -9,11 +9,13 @@ punctuation at the end is gone.
 """
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
 from ..base.errors import InputError
-from ..host.images import open_image
+from ..host.images import open_image, opened
+from ..host.picture_notes import Note
 from .task import Question, Task
 
 MAX_NEW_TOKENS = 64
@@ -33,17 +35,16 @@ def load(path: Path, max_new_tokens: int = MAX_NEW_TOKENS) -> Task:
         why = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
         raise InputError(f"cannot be read ({why})", where=path, fix="give a JSON Lines file") from e
     questions: list[Question] = []
-    seen: set[str] = set()
+    notes: dict[str, tuple[Note, ...]] = {}
     for number, line in enumerate(lines, 1):
         if line.strip():
             where = f"{path}, line {number}"
             questions.append(_question(line, path, where))
-            for picture in set(questions[-1].pictures) - seen:
+            for picture in set(questions[-1].pictures) - set(notes):
                 try:
-                    open_image(picture)  # a picture that cannot be read is told before the first answer
+                    notes[picture] = opened(picture).notes  # what cannot be read is told before the first answer
                 except InputError as e:
                     raise InputError(f"{e.where}: {e.what}", where=where, fix=e.fix) from e
-                seen.add(picture)
     if not questions:
         raise InputError(
             "no questions", where=path, fix='write lines such as {"image": ..., "question": ..., "answer": ...}'
@@ -54,7 +55,7 @@ def load(path: Path, max_new_tokens: int = MAX_NEW_TOKENS) -> Task:
 
     limits = {q.kind: max_new_tokens for q in questions}
     rule = "exact match without case, runs of white space and punctuation at the end"
-    return Task(path.name, questions, limits, open_image, same, rule)
+    return Task(path.name, questions, limits, open_image, same, rule, notes)
 
 
 def _question(line: str, path: Path, where: str) -> Question:
@@ -78,8 +79,13 @@ def _question(line: str, path: Path, where: str) -> Question:
             raise InputError(
                 f"{name} is a URL; pictures are not fetched", where=where, fix="download it and give its path"
             )
-        if not (path.parent / name).is_file():
-            raise InputError(f"no picture {name}", where=where, fix=f"give a path relative to {path.parent}")
+        try:
+            mode = (path.parent / name).stat().st_mode
+        except (OSError, ValueError) as e:  # ValueError: a zero byte
+            fix = f"give a path relative to {path.parent}"
+            raise InputError(f"no picture {name[:200]}", where=where, fix=fix) from e
+        if stat.S_ISFIFO(mode):
+            raise InputError(f"{name} is a pipe, which can be read only once", where=where, fix="save it to a file")
     return Question(kind, tuple(str(path.parent / p) for p in pictures), values["question"], answers)
 
 

@@ -147,6 +147,10 @@ class Tower(ABC):
     def picture(self, image: Image.Image, rule: Any) -> Picture:
         """A PIL RGB picture as the tower reads it. Raises InputError for a size that cannot be cut into patches."""
 
+    def resized(self, size: tuple[int, int], rule: Any) -> tuple[int, int]:
+        """(width, height) in pixels at which a picture of this size is read: what a remark on small pictures is made of."""
+        return size
+
     @abstractmethod
     def probes(self, rng: np.random.Generator) -> list[Picture]:
         """Two smooth made-up pictures, of unequal size where sizes may differ: what every build is proved on."""

@@ -112,6 +112,7 @@ class Qwen2VLTower(Tower):
     """Any number of patches, attention among those of one picture, merge x merge neighbours become one image token."""
 
     prefixes = ("model.visual.",)
+    min_side = 1  # a small picture is enlarged
     max_ratio = MAX_RATIO
 
     def __init__(self, vision: Config):
@@ -123,7 +124,6 @@ class Qwen2VLTower(Tower):
         self.heads, self.hidden = int(vision["num_heads"]), int(vision["hidden_size"])
         self.width = int(vision.get("embed_dim") or self.hidden)
         self.patch_dim: int = vision["in_channels"] * self.temporal * self.patch**2
-        self.min_side = self.patch * self.merge
         self.inputs = (
             Port("pixel_values", np.float32, (dims.PATCHES, self.patch_dim)),
             Port("position_ids", np.int64, (dims.PATCHES, 2)),
@@ -189,6 +189,11 @@ class Qwen2VLTower(Tower):
         """A PIL RGB picture as patches. Raises InputError for one that is too long and thin."""
         pixels, grid = patchify([image], rule)
         return self._picture(pixels, tuple(grid[0].tolist()))
+
+    def resized(self, size: tuple[int, int], rule: ImageRule) -> tuple[int, int]:
+        """(width, height) after the resize. Raises InputError for a picture that is too long and thin."""
+        height, width = target_size(size[1], size[0], rule)
+        return width, height
 
     def _picture(self, pixels: np.ndarray, patches: tuple[int, ...]) -> Picture:
         t, h, w = patches
@@ -357,10 +362,13 @@ def target_size(height: int, width: int, rule: ImageRule) -> tuple[int, int]:
 def patchify(images: list[Any], rule: ImageRule) -> tuple[np.ndarray, np.ndarray]:
     """PIL RGB pictures -> pixel_values [N, C*T*p*p] float32 and grid [images, 3] int64 (t, h, w in patches)."""
     rows, grids = [], []
+    # What becomes of each of the 256 values of a band, in the types and the order of transformers: equal to the last bit.
+    scaled = (np.arange(256, dtype=np.float64) * rule.rescale).astype(np.float32)[:, None]
+    values = (scaled - np.asarray(rule.mean, np.float32)) / np.asarray(rule.std, np.float32)  # [256,3]
     for image in images:
         h, w = target_size(image.height, image.width, rule)
-        x = np.asarray(image.resize((w, h), rule.resample), np.float32).transpose(2, 0, 1) * np.float32(rule.rescale)
-        x = (x - np.asarray(rule.mean, np.float32)[:, None, None]) / np.asarray(rule.std, np.float32)[:, None, None]
+        bands = np.asarray(image.resize((w, h), rule.resample))
+        x = np.stack([values[:, band][bands[..., band]] for band in range(3)])
         gh, gw, m, p = h // rule.patch, w // rule.patch, rule.merge, rule.patch
         x = x.reshape(3, gh // m, m, p, gw // m, m, p).transpose(1, 4, 2, 5, 0, 3, 6)  # gh gw m m C p p
         x = np.broadcast_to(x[:, :, :, :, :, None], (*x.shape[:5], rule.temporal, p, p))

@@ -21,7 +21,9 @@ import numpy as np
 from ..base import environment
 from ..base.errors import BundleError
 from ..families import Pictures
+from . import picture_notes
 from .guard import Report, check_bundle, guarded
+from .images import given
 from .runner import Budget, Prefilled, Runner
 
 
@@ -51,7 +53,8 @@ class Conversation:
     """Questions about the same pictures, one after the other; `LoadedBundle.conversation` makes one."""
 
     def __init__(self, runner: Runner, images: Sequence[Any], system: str | None, budget: Budget):
-        self.runner, self._images, self._system, self._budget = runner, images, system, budget
+        self.runner, self._system, self._budget = runner, system, budget
+        self._images = [given(image, f"picture {number}") for number, image in enumerate(images, 1)]
         self._prompts: list[str] = []
         self._answers: list[str] = []
         self._pictures = Pictures()
@@ -84,7 +87,10 @@ class Conversation:
         if before is not None:
             stats |= {"read_tokens": context.request.tokens - before.request.tokens}
         unknown = runner.chat.unknown_words(prompt)
-        notes = [f"unknown to this model's vocabulary: {', '.join(unknown)}"] if unknown else []
+        notes = (
+            [] if before else [picture_notes.line(p.name, note) for p in self._images for note in runner.notes_on(p)]
+        )
+        notes += [f"unknown to this model's vocabulary: {', '.join(unknown)}"] if unknown else []
         self._context = context
         self._prompts.append(prompt)
         self._answers.append(text)

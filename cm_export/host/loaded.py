@@ -26,7 +26,7 @@ class LoadedBundle(Runner):
         token_share: float | None = None,
         seed: int | None = None,
     ) -> Conversation:
-        """Questions about the same PIL pictures, one after the other (see conversation.py). Raises InputError."""
+        """Questions about the same pictures, one after the other (see conversation.py). Raises InputError."""
         check_converses(self.recipe, dense)
         self.check_reads_several("a second question")
         return Conversation(self, images, system, Budget(dense, neuron_share, token_share, seed))
@@ -44,7 +44,7 @@ class LoadedBundle(Runner):
         guard: int | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> Answer:
-        """Answer one question about PIL pictures, greedily; `on_text` gets the text as it comes.
+        """Answer one question about pictures (PIL, of any mode, or paths), greedily; `on_text` gets the text as it comes.
 
         `guard`: check drafts of that many tokens against the dense model (see guard.py). Nothing is shown before the
         weights match their hash. Raises InputError, BundleError.

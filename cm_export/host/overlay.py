@@ -14,6 +14,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from ..base.errors import InputError
 from ..base.links import behind_links
+from ..base.paths import expanded
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MIN_WIDTH, MAX_SIDE = 512, 2048  # pixels of the drawing
@@ -24,10 +25,14 @@ MAX_LINES = 4  # of the caption
 
 def check_output(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> Path:
     """`path`, if a file can be written there; raises InputError, so that no long work is done for nothing."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.suffix.lower() not in suffixes:
         raise InputError(f"cannot write {path.suffix or 'a file without a suffix'}", where=path, fix=_one_of(suffixes))
-    if path.is_dir():
+    try:
+        is_directory = path.is_dir()
+    except OSError as e:  # a name that is too long
+        raise InputError(f"cannot be written ({e.strerror})", where=path, fix="give another name") from e
+    if is_directory:
         raise InputError("is a directory", where=path, fix="give the name of a file")
     if not path.parent.is_dir():
         raise InputError(f"no directory {path.parent}", where=path, fix="create it first")
@@ -123,7 +128,7 @@ def _write(drawn: Image.Image, path: Path) -> None:
     """Into a temporary name beside `path`, then renamed: a reader never sees half a picture."""
     target = behind_links(path)
     try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{path.name[:16]}.", suffix=path.suffix)
         try:
             with os.fdopen(handle, "wb") as file:
                 drawn.save(file, format=Image.registered_extensions()[path.suffix.lower()], quality=92)

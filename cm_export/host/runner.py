@@ -19,10 +19,13 @@ from ..bundle.bundle import Bundle
 from ..families import Arrays, Pictures, Tower
 from ..recipe.recipe import Recipe
 from . import backend as backends
+from . import picture_notes
 from .backend import Backend, Cache, Graphs
 from .chat import Chat
 from .core_set import CoreSet, choose, combined
 from .decode import Reader, Row, decode, greedy
+from .images import Opened, check_size, given
+from .picture_notes import Note
 from .request import Request, kept_slots, prefill_feeds, sparse_feeds
 
 MEASURED = ("core_scores", "core_mean_z", "core_mean_y")  # what a prefill says about neurons
@@ -158,20 +161,31 @@ class Runner:
         return self.tower.rule(json.loads(file.read_bytes()) if file else {})
 
     def see(self, images: Sequence[Any]) -> Pictures:
-        """PIL pictures through the vision graph. Raises InputError for one that does not fit in memory."""
+        """Pictures (as `images.given` takes them) through the vision graph.
+
+        Raises InputError for one that cannot be read, cannot be cut into patches or does not fit in memory.
+        """
         seen = []
-        for image in images:  # patches attend within their own picture, so one at a time needs the least memory
-            picture = self.tower.picture(image, self.picture_rule)
-            self._check_memory(self.tower.memory(picture), len(picture.pixels))
+        for number, image in enumerate(
+            images, 1
+        ):  # patches attend within their picture: one at a time needs least memory
+            shown = given(image, f"picture {number}")
+            check_size(shown.image, self.tower.min_side, self.tower.max_ratio, shown.name)
+            picture = self.tower.picture(shown.image, self.picture_rule)
+            self._check_memory(self.tower.memory(picture), len(picture.pixels), shown.name)
             seen.append(Pictures(self.backend.vision(self.tower.feeds([picture])), (picture.grid,)))
         return Pictures.joined(seen)
 
-    def _check_memory(self, need: int, patches: int) -> None:
+    def notes_on(self, picture: Opened) -> list[Note]:
+        """What the user should know about a picture and how the tower reads it. Raises InputError as `see` does."""
+        return [*picture.notes, *picture_notes.on_size(picture.image, self.tower, self.picture_rule)]
+
+    def _check_memory(self, need: int, patches: int, name: str) -> None:
         free = psutil.virtual_memory().available
         if need > 0.9 * free:
             raise InputError(
                 f"{patches} patches need about {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free",
-                where="picture",
+                where=name,
                 fix=f"shrink it to {(0.9 * free / need) ** 0.25:.0%} of its width and height or less",
             )
 

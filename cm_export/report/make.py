@@ -109,6 +109,7 @@ def _notes(reports: list[dict[str, Any]], speed: dict[str, Any] | None, floor: f
         )
     if few := too_few(min(r["n"] for r in reports), floor):
         out.append(few)
+    out += dict.fromkeys(line for r in reports for line in r.get("picture_notes", ()))
     if speed is None:
         out.append("Latencies are those of the questions asked, not of long prompts: add --bench for those.")
     return out

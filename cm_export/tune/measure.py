@@ -61,6 +61,8 @@ class BundleJudge:
     def __init__(self, runner: Runner, task: Task, seed: int, progress: Callable[..., None]):
         self.runner, self.task, self.seed = runner, task, seed
         self.exam = Exam(runner, task, progress)
+        for line in self.exam.notes:  # on pictures
+            progress(line)
         self._right: dict[int, bool] = {}
         self._runners: dict[Recipe, Runner] = {}
 

@@ -21,6 +21,7 @@ import psutil
 
 from ..base.errors import InputError
 from ..base.install import pip_install
+from ..base.paths import expanded
 
 try:
     import optuna
@@ -269,7 +270,7 @@ def _storage(place: str) -> Any:
 
     if "://" in place:
         return RDBStorage(place)
-    path = Path(place).expanduser()
+    path = expanded(place)
     if path.is_dir():
         raise InputError("is a directory", where=path, fix="give a file to --study, or a storage URL")
     if not path.parent.is_dir():

@@ -7,6 +7,7 @@ import click
 
 from ...base import disk
 from ...base.errors import InputError
+from ...base.paths import check_apart
 from ..console import Count, Verb, emit_json, json_option, progress, quiet_option, threads_option
 
 
@@ -52,6 +53,7 @@ def command(
         check_installed("calibrating a checkpoint")
     if not out.parent.is_dir():
         raise InputError("no such directory", where=out.parent, fix="make it, or give another --out")
+    check_apart(out, [data] if data else [])
     from ...bundle import calibration
     from ...calibrating.calibrate import measure, prompts_of
     from ...host.loaded import load
@@ -95,5 +97,6 @@ def command(
         notes = [
             f"{out}: {ran['generated_tokens']} generated tokens of {ran['prompts']} prompts ({ran['data']})",
             "KL to dense in nats per token when only that layer is sparse (glass)",
+            *ran.get("notes", ()),
         ]
         print_rows({"rows": summary["rows"], "notes": notes}, title="sensitivity of the layers")

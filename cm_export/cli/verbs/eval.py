@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from ...base.errors import InputError
+from ...base.paths import check_apart
 from ..console import (
     ByName,
     Count,
@@ -79,10 +80,11 @@ def command(
 ) -> None:  # fmt: skip
     """Measure a bundle's accuracy, with the dense model, random choices and attention as controls."""
     path = None
-    if out:
+    if out is not None:
         from ...host.overlay import check_output
 
         path = check_output(out, (".json",))
+        check_apart(path, [data] if data else [])
     chosen = load_questions(task, data, kinds or (), limit, seed, max_new_tokens)
     from ...evals.compare import Sweep, compare
     from ...evals.journal import forget

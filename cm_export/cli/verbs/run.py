@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ...base.errors import InputError
+from ...base.paths import check_apart
 from ..console import (
     Count,
     Verb,
@@ -38,7 +39,9 @@ from ..recipe_options import recipe_option
     ),
 )
 @bundle_argument
-@click.option("--image", "-i", "paths", multiple=True, help="A picture; repeat the option for several.")
+@click.option(
+    "--image", "-i", "paths", multiple=True, help="A picture, or - for standard input; repeat it for several."
+)
 @click.option("--prompt", "-p", "prompts", multiple=True, help="The question; repeat it to ask another one afterwards.")
 @click.option("--chat", is_flag=True, help="Then ask the questions on stdin, one a line, until it ends.")
 @click.option("--system", help="System message.  [default: the chat template's]")
@@ -69,22 +72,28 @@ def command(
         raise InputError("--dense means all neurons and all tokens", fix="leave --neuron-share and --token-share out")
     if dense and guard:
         raise InputError("--dense needs no guard", fix="leave --guard out")
-    if overlay and not paths:
+    if overlay is not None and not paths:
         raise InputError("there is no picture to draw on", where="--overlay", fix="give --image")
-    if overlay and chat:
+    if overlay is not None and chat:
         raise InputError("--overlay draws for questions that are known", fix="ask them with --prompt instead of --chat")
 
-    from ...host.images import check_size, open_image
+    if chat and "-" in paths:
+        raise InputError("standard input cannot hold the picture and the questions of --chat", where="--image -",
+                         fix="give the picture's path, or ask with --prompt")  # fmt: skip
 
-    images = [open_image(path) for path in paths]
-    drawings = _drawings(overlay, len(images), len(prompts)) if overlay else []
+    from ...host.images import check_size
+
+    images = _opened(paths)
+    drawings = [] if overlay is None else _drawings(overlay, len(images), len(prompts))
+    for drawing in drawings:
+        check_apart(drawing, (picture.name for picture in images))
 
     from ...host.loaded import load
 
     with progress(quiet or as_json) as step:
         model = load(bundle, threads=threads, progress=step, backend=backend)
-    for path, picture in zip(paths, images, strict=True):
-        check_size(picture, model.tower.min_side, model.tower.max_ratio, where=path)
+    for picture in images:
+        check_size(picture.image, model.tower.min_side, model.tower.max_ratio, where=picture.name)
     several = chat or len(prompts) > 1
     if several:
         ask = model.conversation(images, system, dense, neuron_share, token_share, seed).ask
@@ -102,7 +111,9 @@ def command(
             from ...host.overlay import draw_overlay
 
             for drawing, picture, kept in zip(here, images, answer.kept, strict=True):
-                draw_overlay(picture, kept, drawing, f"{int(kept.sum())} of {kept.size} image tokens kept\n{prompt}")
+                draw_overlay(
+                    picture.image, kept, drawing, f"{int(kept.sum())} of {kept.size} image tokens kept\n{prompt}"
+                )
         turn = {"text": answer.text, "token_ids": answer.token_ids, **answer.stats}
         turn |= {"notes": answer.notes, "overlays": here}
         first = first or answer.stats
@@ -114,6 +125,15 @@ def command(
             print(f"cm-export: {line}", file=sys.stderr)
     if as_json:
         emit_json({"turns": turns} if several else turns[0])
+
+
+def _opened(paths: tuple[str, ...]) -> list[Any]:
+    """The pictures of --image; - is standard input."""
+    from ...host.images import opened, opened_standard_input
+
+    if paths.count("-") > 1:
+        raise InputError("standard input holds one picture", where="--image -", fix="give - once, and paths for others")
+    return [opened_standard_input() if path == "-" else opened(path) for path in paths]
 
 
 def _questions() -> Iterator[str]:
