@@ -104,9 +104,12 @@ RUN = {
     "more words than the model holds": (["--prompt", "what " * 40_000], "the model holds"),
     "empty prompt": (["--prompt", ""], "prompt is empty"),
     "bytes that are no text": (["--prompt", "\udcff\udcfe"], "not valid text"),
-    "the image token": (["--prompt", "a {image_token} b"], "reserved"),
-    "the image token beside a picture": (["--image", "{picture}", "--prompt", "{image_token}"], "reserved"),
-    "the image token as system": (["--system", "{image_token}"], "reserved"),
+    "the image token": (["--control-tokens", "--prompt", "a {image_token} b"], "reserved"),
+    "the image token beside a picture": (
+        ["--control-tokens", "--image", "{picture}", "--prompt", "{image_token}"],
+        "reserved",
+    ),
+    "the image token as system": (["--control-tokens", "--system", "{image_token}"], "reserved"),
 }
 
 

@@ -120,6 +120,9 @@ _BACKENDS = ByName("cm_export.backends", "backend")
 backend_option = click.option(
     "--backend", type=_BACKENDS, help=f"Run on {' or '.join(_BACKENDS.known())}.  [default: what it was built for]"
 )
+control_tokens_option = click.option(
+    "--control-tokens", is_flag=True, help="Read control tokens such as <|im_end|> in texts as tokens.  [default: as text]"
+)
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress and no summary.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout, nothing else.")
 

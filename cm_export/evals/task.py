@@ -37,6 +37,7 @@ class Task:
     open_picture: Callable[[str], Any]
     same: Callable[[str, str], bool] = str.__eq__
     rule: str = "exact match"
+    control_tokens: bool = False  # whether those in a question are tokens, not text
 
 
 def load(name: str, kinds: tuple[str, ...] = (), limit: int | None = None, seed: int | None = None) -> Task:

@@ -182,9 +182,11 @@ class Runner:
             pictures = self.bundle.tower.no_pictures()
         return Request.of(ids, pictures, self.bundle.family, self.bundle.shape, self.bundle.weights)
 
-    def ask(self, text: str, pictures: Pictures, system: str | None = None) -> Request:
+    def ask(
+        self, text: str, pictures: Pictures, system: str | None = None, control_tokens: bool = False
+    ) -> Request:
         """The prompt of one question about pictures that were seen. Raises InputError."""
-        return self.request(self.chat.encode(text, system, pictures.counts), pictures)
+        return self.request(self.chat.encode(text, system, pictures.counts, control_tokens), pictures)
 
     def check_reads_several(self, what: str) -> None:
         """Raises InputError where the backend cannot do `what`, for which several tokens are read at once."""
