@@ -123,7 +123,10 @@ def clean(rng, stock):
 
 def control(chat, ids):
     """Control ids among these, in order; unknown words are none."""
-    known = set(chat._control.ids.values()) - {chat._tokenizer.token_to_id("<unk>")}
+    template = chat._control._unused_in
+    known = {t.content: i for i, t in chat._tokenizer.get_added_tokens_decoder().items()}
+    tags = {t for t in TAGS if t in template} | {"<|fim_prefix|>"}
+    known = {i for t, i in known.items() if t in {*SPECIAL, "<s>", "</s>", "<|strips|>", *tags}}
     return [int(i) for i in ids if i in known]
 
 
