@@ -136,7 +136,7 @@ def test_clean_text_gives_the_ids_of_transformers(pair):
     for _ in range(150):
         prompts, answers = [clean(rng, stock) for _ in range(2)], [clean(rng, stock) for _ in range(rng.randint(0, 2))]
         system = rng.choice([None, clean(rng, stock)])
-        if "<" in "".join(prompts) and JOINS == stock.chat_template:
+        if "<" in "".join(prompts) and stock.chat_template == JOINS:
             continue  # two clean texts may spell a token together: see below
         assert chat.encode_turns(prompts, answers, system, []).tolist() == asked(stock, chat, prompts, answers, system)
 

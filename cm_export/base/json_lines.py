@@ -1,6 +1,6 @@
 """Files of one JSON value a line (JSON Lines), as editors and spreadsheets write them.
 
-    "\\ufeff{...}\\r\\n\\n{...}"   ->   (1, "{...}"), (3, "{...}")     line numbers as an editor counts them
+"\\ufeff{...}\\r\\n\\n{...}"   ->   (1, "{...}"), (3, "{...}")     line numbers as an editor counts them
 """
 
 from collections.abc import Iterator

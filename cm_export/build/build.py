@@ -21,6 +21,7 @@ from typing import Any
 from ..base import environment
 from ..base.errors import InputError
 from ..base.hashes import key_of
+from ..base.units import size
 from ..bundle import bundle as bundles
 from ..recipe.recipe import Recipe
 from ..source import checkpoint
@@ -102,9 +103,8 @@ def stage_keys(job: Job) -> dict[str, str]:
 
 def _check_disk(source: checkpoint.Checkpoint, out: Path) -> None:
     """Refuse early when the weights cannot fit: float32 takes up to twice the bytes of a half-precision checkpoint."""
-    size = 2 * sum((source.path / n).stat().st_size for n in source.files if n.endswith(".safetensors"))
+    need = 2 * sum((source.path / n).stat().st_size for n in source.files if n.endswith(".safetensors"))
     free = shutil.disk_usage(out.parent).free
-    if free < size:
-        raise InputError(
-            f"needs about {size / 1e9:.1f} GB on disk, {free / 1e9:.1f} GB are free", where=out.parent, fix="free some"
-        )
+    if free < need:
+        what = f"needs about {size(need)} on disk, {size(free)} are free"
+        raise InputError(what, where=out.parent, fix="free some")

@@ -26,20 +26,22 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .. import families
+from ..base import atomic
 from ..base.errors import BundleError, InputError
 from ..base.hashes import file_sha256
 from ..families import Family, Shape, Tower
 from ..recipe.recipe import Recipe, from_dict
+from . import not_a_bundle
 from .calibration import FILE as CALIBRATION
 from .calibration import Calibration
 from .calibration import read as read_calibration
+from .not_a_bundle import MANIFEST
 from .predictor import FILE as PREDICTOR
 from .predictor import write as write_predictor
 from .weights import FILE as WEIGHTS
 from .weights import WeightFile
 
 FORMAT = 2  # 2: nodes of CoreFFN carry block, bits and group
-MANIFEST = "manifest.json"
 GRAPHS = ("prefill", "decode", "prefill_dense", "decode_dense")  # of every bundle; its manifest may list more
 _LEFTOVER = ".old"
 
@@ -155,13 +157,9 @@ _REBUILD = "it was edited or corrupted: build the bundle again"
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a bundle, its own seal checked. Raises InputError, BundleError."""
-    if not path.exists():
-        raise InputError(
-            "no such bundle", where=path, fix="make one with: cm-export build --model MODEL --out " + path.name
-        )
+    if not not_a_bundle.may_be(path):
+        raise not_a_bundle.refusal(path)
     file = path / MANIFEST
-    if not file.is_file():
-        raise InputError("not a bundle (no manifest.json)", where=path, fix="give a directory made by cm-export build")
     try:
         manifest: dict[str, Any] = json.loads(file.read_bytes())
         seal = manifest.pop("seal")
@@ -228,6 +226,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 def check_out(out: Path) -> None:
     """Raises InputError unless `out` is free or holds an older bundle, and its parent can be written."""
+    atomic.check_name(out)
     if out.exists() and not out.is_dir():
         raise InputError("exists and is not a directory", where=out, fix="give another --out")
     if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():

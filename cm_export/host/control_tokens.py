@@ -138,7 +138,9 @@ class ControlTokens:
         for content, i in self.ids.items():
             if renamed.token_to_id(names[content]) != i:
                 fix = "take the token out of the text"
-                raise BundleError(f"its tokenizer cannot tell {content} in a text from the token", where="text", fix=fix)
+                raise BundleError(
+                    f"its tokenizer cannot tell {content} in a text from the token", where="text", fix=fix
+                )
         return renamed
 
 

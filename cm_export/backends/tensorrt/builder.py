@@ -188,7 +188,7 @@ def main(file: str) -> int:
     try:
         say({"result": build(importlib.import_module(job["module"]), job, say)})
     except CmExportError as e:
-        say({"error": e.what, "where": e.where, "fix": e.fix, "input": isinstance(e, InputError)})
+        say({"error": e.what, "where": e.where, "fix": e.fix, "input": e.exit_code == InputError.exit_code})
         return 1
     return 0
 

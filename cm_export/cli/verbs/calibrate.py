@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from ...base import atomic
 from ...base.errors import InputError
 from ..console import Count, Verb, emit_json, json_option, progress, quiet_option, threads_option
 
@@ -49,6 +50,7 @@ def command(
         from ...source.needs import check_installed
 
         check_installed("calibrating a checkpoint")
+    atomic.check_name(out)
     if not out.parent.is_dir():
         raise InputError("no such directory", where=out.parent, fix="make it, or give another --out")
     from ...bundle import calibration

@@ -47,11 +47,11 @@ def examine() -> dict[str, Any]:
 
     import psutil
 
+    from ...base.environment import processors
     from ...recipe.aliases import DEMO
     from ..requirements import requirements
 
     required, extras = requirements(DISTRIBUTION, EXTRAS)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = psutil.virtual_memory()
     return {
         "ok": all(library["ok"] for library in required),
@@ -59,7 +59,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "executable": sys.executable,
         "platform": platform.platform(),
-        "cores": cores,
+        "cores": processors(),
         "memory_bytes": memory.total,
         "memory_available_bytes": memory.available,
         "disk_free_bytes": shutil.disk_usage(os.getcwd()).free,
@@ -79,7 +79,8 @@ def _providers() -> list[str]:
 
 
 def _print(found: dict[str, Any]) -> None:
-    from ..tables import print_pairs, size
+    from ...base.units import size
+    from ..tables import print_pairs
 
     print_pairs(
         "machine",

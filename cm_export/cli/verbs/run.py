@@ -120,6 +120,8 @@ def command(
 
 def _questions() -> Iterator[str]:
     """Lines of stdin that are not empty, until it ends; a terminal shows a prompt."""
+    if sys.stdin is None:
+        raise InputError("there is no stdin to read questions from", where="--chat", fix="ask with --prompt")
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
