@@ -35,13 +35,13 @@ from . import not_a_bundle
 from .calibration import FILE as CALIBRATION
 from .calibration import Calibration
 from .calibration import read as read_calibration
-from .not_a_bundle import MANIFEST
 from .predictor import FILE as PREDICTOR
 from .predictor import write as write_predictor
 from .weights import FILE as WEIGHTS
 from .weights import WeightFile
 
 FORMAT = 2  # 2: nodes of CoreFFN carry block, bits and group
+MANIFEST = not_a_bundle.MANIFEST
 GRAPHS = ("prefill", "decode", "prefill_dense", "decode_dense")  # of every bundle; its manifest may list more
 _LEFTOVER = ".old"
 

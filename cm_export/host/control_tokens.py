@@ -50,7 +50,8 @@ class ControlTokens:
         tags = {t.content for t in added.values() if _TAG.fullmatch(t.content)}
         found = special | {t for t in tags if t in template or _CONTROL.fullmatch(t)}
         self.ids: dict[str, int] = {t.content: i for i, t in added.items() if t.content and t.content in found}
-        self._special, self._tokenizer, self._renamed = special, tokenizer, None
+        self._special, self._tokenizer = special, tokenizer
+        self._renamed: Any = None
         self._names = {content: f"<{secrets.token_hex(16)}>" for content in self.ids}
         self._pattern = _any_of(self.ids)
         self._unused_in = template
@@ -90,7 +91,7 @@ class ControlTokens:
         return self._renamed.encode(text, add_special_tokens=add_special_tokens)
 
     @property
-    def _unknown(self) -> int | None:
+    def _unknown(self) -> Any:
         """The id of words that the vocabulary lacks, which text may give."""
         model = self._tokenizer.model
         if (unknown := getattr(model, "unk_token", None)) is not None:
