@@ -12,8 +12,9 @@ from cm_export.host.chat import Chat
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 TAGS = ("<think>", "</think>", "<tool_call>", "<|fim_prefix|>")  # added, not marked special
-WORDS = ("\n", "\n\n", " ", "  ", "a", "the cat", "<", ">", "<|", "|>", "im_end", "</s", ">x", "é", "漢字", "👍🏽", "\ue000",
-         "{{ x }}", "<b>", "user", "1234", "don't", "\t", "[INST", "]", "\u2028", "¼", "if (a < b && c > d)", "system\n")  # fmt: skip
+WORDS = ("\n", "\n\n", " ", "  ", "a", "the cat", "<", ">", "<|", "|>", "im_end", "</s", ">x", "é", "漢字", "👍🏽",
+         "\ue000", "{{ x }}", "<b>", "user", "1234", "don't", "\t", "[INST", "]", "\u2028", "¼", "if (a < b && c > d)",
+         "system\n")  # fmt: skip
 CORPUS = ["the cat sat on a mat\n\nuser\nassistant\n if (a < b) system\n don't </s> <s> im_end <| |>", *WORDS] * 4
 
 QWEN2_VL = """{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system

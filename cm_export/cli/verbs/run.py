@@ -128,8 +128,8 @@ def _questions() -> Iterator[str]:
         line = sys.stdin.readline()
         if not line:
             return
-        if line.strip():
-            yield line.strip()
+        if question := line.removeprefix("\ufeff").strip():  # a file from Windows may begin with that mark
+            yield question
 
 
 def _drawings(overlay: str, images: int, questions: int) -> list[Path]:
