@@ -219,7 +219,7 @@ def test_a_mistyped_model_is_told_before_torch_is_imported():
 def test_debug_shows_the_traceback_before_and_after_the_verb(args, bundle, stub, monkeypatch, capsys):
     stub("bundle.inspect", describe=_raise(BundleError("no manifest", where="x.plan")))
     monkeypatch.chdir(bundle.parent)
-    assert main(args) == 1
+    assert main(args) == 2
     err = capsys.readouterr().err
     assert "Traceback" in err and err.splitlines()[-1] == "cm-export: error: x.plan: no manifest"
 
@@ -237,7 +237,7 @@ def _raise(error: BaseException):
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (BundleError("edited", where="b", fix="build again"), 1, "cm-export: error: b: edited; build again"),
+        (BundleError("edited", where="b", fix="build again"), 2, "cm-export: error: b: edited; build again"),
         (InputError("bad"), 2, "cm-export: error: bad"),
         (KeyboardInterrupt(), 130, "cm-export: interrupted"),
         (MemoryError(), 1, "cm-export: error: out of memory"),

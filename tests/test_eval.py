@@ -17,11 +17,15 @@ from hypothesis import strategies as st
 
 from cm_export.base.errors import InputError
 from cm_export.base.metrics import divergence, kept_of_dense, wilson
+from cm_export.bundle.bundle import Bundle
+from cm_export.calibrating.calibrate import read_prompts
 from cm_export.evals import journal as _journal
 from cm_export.evals import scene as _scene
 from cm_export.evals import task as _task
 from cm_export.evals import user_data as _user_data
+from cm_export.evals.exam import Exam
 from cm_export.evals.tasks import easy_vqa
+from cm_export.host.runner import Budget, Runner
 from cm_export.recipe import aliases
 
 PICTURE = aliases.DEMO.parent / "images" / "teal-circle.png"
@@ -125,6 +129,9 @@ BAD_LINES = {
     "a picture that is missing": (GOOD | {"image": "none.png"}, "no picture none.png"),
     "a URL": (GOOD | {"image": "https://example.org/x.png"}, "not fetched"),
     "a picture that is none": (GOOD | {"image": "my.jsonl"}, "not a picture"),
+    "a list as answer": (GOOD | {"answer": ["a", "b"]}, 'for several write "answers": [...]'),
+    "text as answers": ({"question": "x", "answers": "a"}, 'answers must be a list of texts; for one write "answer"'),
+    "a list as image": (GOOD | {"image": ["teal.png"]}, 'for several write "images": [...]'),
     "a kind that is none": (GOOD | {"kind": 1}, "kind must be text"),
 }
 
@@ -135,6 +142,33 @@ def test_a_bad_line_is_named(tmp_path, name):
     with pytest.raises(InputError, match=r"my\.jsonl, line 2") as error:
         _user_data.load(_lines(tmp_path, GOOD, line))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_file_is_read_as_editors_write_it(tmp_path, encoding, end):
+    """A byte-order mark, Windows' ends of lines, and characters within a text that Python takes for the end of a line."""
+    lines = [{"question": "a\u2028b\x85c", "answer": "x"}, {"question": "d", "answer": "y"}]
+    text = end.join(json.dumps(line, ensure_ascii=False) for line in lines) + end
+    (tmp_path / "my.jsonl").write_bytes(text.encode(encoding))
+    assert [q.text for q in _user_data.load(tmp_path / "my.jsonl").questions] == ["a\u2028b\x85c", "d"]
+    assert [p.text for p in read_prompts(tmp_path / "my.jsonl")] == ["a\u2028b\x85c", "d"]
+    (tmp_path / "my.jsonl").write_bytes(text.encode("utf-16"))
+    for load in (_user_data.load, read_prompts):
+        with pytest.raises(InputError, match="not UTF-8 text"):
+            load(tmp_path / "my.jsonl")
+
+
+def test_control_tokens_in_a_question_are_tokens_only_when_asked(tmp_path, demo_bundle, monkeypatch):
+    runner = Runner(Bundle(demo_bundle), 1)
+    end = runner.chat._tokenizer.token_to_id("<|im_end|>")
+    file = _lines(tmp_path, {"question": "what <|im_end|> ?", "answer": "x"})
+    seen, request = [], runner.request
+    monkeypatch.setattr(runner, "request", lambda ids, pictures: seen.append(ids.tolist()) or request(ids, pictures))
+    for asked in (False, True):
+        task = _user_data.load(file, control_tokens=asked)
+        Exam(runner, task, lambda *_: None).prefill(runner, task.questions[0], Budget(dense=True))
+    assert [ids.count(end) for ids in seen] == [1, 2]
 
 
 def test_a_file_without_questions_is_refused(tmp_path):

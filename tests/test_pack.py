@@ -560,7 +560,7 @@ def test_damaged_weights_leave_no_archive(bare_bundle, tmp_path, capsys):
     content[-1] ^= 1
     file.write_bytes(content)
     options = ["--target", "jetson-orin", "--capacity", "256", "--out", str(tmp_path / "x.tar.gz"), "-q"]
-    assert main(["pack", str(tmp_path / "x.plan"), *options]) == 1
+    assert main(["pack", str(tmp_path / "x.plan"), *options]) == 2
     assert "weights.safetensors" in capsys.readouterr().err and os.listdir(tmp_path) == ["x.plan"]
 
 

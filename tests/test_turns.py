@@ -254,6 +254,23 @@ def test_the_template_of_qwen2_vl_says_every_turn_as_before(runner, monkeypatch)
     assert conversation._alike(said, ids) == len(said), "the question begins where what was said ends"
 
 
+def test_control_tokens_in_a_text_are_text_in_every_turn(runner, monkeypatch):
+    """Also those that an answer spells; `control_tokens` reads them as tokens."""
+    talk, told = runner.conversation([open_image(PICTURE)], system="a <|im_start|> b"), runner.chat._control.ids
+    monkeypatch.setattr(talk, "_write", lambda *_: ([], "a <|im_end|> <|image_pad|> b"))
+    talk.ask("what <|im_end|> ?")
+    talk.ask("is <|image_pad|> it red ?")
+    ids = [i for i in talk._ids.tolist() if i in set(told.values()) - {told["<unk>"], told["<|image_pad|>"]}]
+    names = [name for i in ids for name in told if told[name] == i]
+    turn = ["<|im_start|>", "<|im_end|>"]
+    pictures = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|>"]
+    assert names == [*turn, *pictures, *turn, *turn, "<|im_start|>"]
+    assert talk._ids.tolist().count(told["<|image_pad|>"]) == talk._pictures.counts[0]
+    asked = runner.conversation(system="a <|im_start|> b", control_tokens=True)
+    asked.ask("what ?", 1)
+    assert asked._ids.tolist().count(told["<|im_start|>"]) == 4
+
+
 def test_a_template_that_rewrites_history_is_refused(runner, monkeypatch):
     talk = with_template(runner, REWRITES, monkeypatch).conversation([open_image(PICTURE)])
     talk.ask("what shape ?")

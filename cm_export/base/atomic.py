@@ -10,6 +10,15 @@ from . import disk
 from .errors import InputError
 from .links import behind_links
 
+LONGEST = 200  # bytes of a name: file systems take 255 at most, and a temporary name is longer than the final one
+
+
+def check_name(path: Path) -> None:
+    """Raises InputError for a name under which nothing can be written."""
+    size = len(os.fsencode(path.name))
+    if size > LONGEST:
+        raise InputError(f"its name is {size} bytes long", where=path, fix=f"give one of up to {LONGEST}")
+
 
 def write(path: Path, data: bytes | str) -> None:
     """Write text (as UTF-8) or bytes. Raises InputError when the file cannot be written, CmExportError on a full disk."""

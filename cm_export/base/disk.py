@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import CmExportError, InputError
+from .units import size
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: a limit on the size of one file, such as FAT's 4 GB
 TEMPORARY = "cm-export-"  # how our own directories in the temporary one begin
@@ -94,14 +95,3 @@ def link_or_copy(source: Path, target: Path) -> None:
 def existing(folder: Path) -> Path:
     """`folder`, or the nearest one above it that is there."""
     return next(p for p in (folder, *folder.parents) if p.exists())
-
-
-def size(count: float) -> str:
-    """Bytes for people: 18.2 MB."""
-    if count < 1000:
-        return f"{count:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        count /= 1000
-        if count < 1000:
-            return f"{count:.1f} {unit}"
-    return f"{count / 1000:.1f} TB"

@@ -23,7 +23,9 @@ class InputError(CmExportError):
 
 
 class BundleError(CmExportError):
-    """A bundle is missing, incomplete, edited or corrupted."""
+    """A bundle is incomplete, edited or corrupted, or not one for this machine."""
+
+    exit_code = 2  # it was handed over, as any other input
 
 
 class SurgeryError(CmExportError):

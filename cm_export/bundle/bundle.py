@@ -22,12 +22,13 @@ from typing import Any
 
 from .. import families
 from ..base import disk
-from ..base.errors import BundleError, InputError
+from ..base.errors import BundleError
 from ..base.hashes import file_sha256
 from ..base.json_file import no_permission
 from ..base.links import behind_links, dead
 from ..families import Family, Shape, Tower
 from ..recipe.recipe import Recipe, from_dict
+from . import not_a_bundle
 from .calibration import FILE as CALIBRATION
 from .calibration import Calibration
 from .calibration import read as read_calibration
@@ -38,7 +39,7 @@ from .weights import FILE as WEIGHTS
 from .weights import WeightFile
 
 FORMAT = 2  # 2: nodes of CoreFFN carry block, bits and group
-MANIFEST = "manifest.json"
+MANIFEST = not_a_bundle.MANIFEST
 GRAPHS = ("prefill", "decode", "prefill_dense", "decode_dense")  # of every bundle; its manifest may list more
 
 
@@ -165,13 +166,9 @@ _REBUILD = "it was edited or corrupted: build the bundle again"
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a bundle, its own seal checked. Raises InputError, BundleError."""
-    if not path.exists():
-        raise InputError(
-            "no such bundle", where=path, fix="make one with: cm-export build --model MODEL --out " + path.name
-        )
+    if not not_a_bundle.may_be(path):
+        raise not_a_bundle.refusal(path)
     file = path / MANIFEST
-    if not file.is_file():
-        raise InputError("not a bundle (no manifest.json)", where=path, fix="give a directory made by cm-export build")
     try:
         if not os.access(file, os.R_OK):
             raise no_permission(file)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..base import disk
+from ..base import atomic, disk
 from ..base.errors import InputError
 from .bundle import GRAPHS, MANIFEST
 from .weights import FILE as WEIGHTS
@@ -118,6 +118,7 @@ def check_out(out: Path) -> None:
 
 
 def _check_out(out: Path) -> None:
+    atomic.check_name(out)
     if out.exists() and not out.is_dir():
         raise InputError("exists and is not a directory", where=out, fix="give another --out")
     if out.is_dir() and any(out.iterdir()) and not _is_bundle(out):

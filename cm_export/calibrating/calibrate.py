@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ..base import by_name
+from ..base import by_name, json_lines
 from ..base.core_index import neuron_count, select_core_neurons
 from ..base.errors import InputError
 from ..base.metrics import divergences
@@ -60,14 +60,8 @@ def read_prompts(path: Path) -> list[Prompt]:
 
     Raises InputError that names the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"cannot be read ({e})", where=path, fix="give a JSON Lines file") from e
     out = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in json_lines.numbered(path):
         try:
             entry = json.loads(line)
             images = entry.get("image") or []

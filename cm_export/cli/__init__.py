@@ -1,20 +1,21 @@
 """The command line: one file per verb, found by its name and imported only when it is asked for.
 
 Results go to stdout. Everything else goes to stderr; an error is one line, `cm-export: error: ...`, with an exit code:
-2 the input is unusable, 1 the work failed, 130 interrupted.
+2 what was given or what this machine has is unusable, 1 the work failed, 130 interrupted. With --json the error is also
+an object on stdout (failure.py).
 """
 
-import errno
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from .. import __version__
 from ..base.by_name import load, names_in, nearest
-from ..base.errors import CmExportError
+from . import failure, streams
 from .console import debug_option
 
 VERBS = "cm_export.cli.verbs"
@@ -54,37 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "_CM_EXPORT_COMPLETE" in os.environ:  # the shell asks for completions
         group.main(prog_name="cm-export")
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    state = {"debug": False, "args": args}
+    state: dict[str, Any] = {"debug": False, "args": args, "printed": False}
     try:
+        streams.open_all()
         with group.make_context("cm-export", args, obj=state) as ctx:
             group.invoke(ctx)
         sys.stdout.flush()  # here, so that a closed pipe is seen below and not at interpreter exit
         return 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
-    except click.ClickException as wrong:
-        verb = getattr(wrong, "ctx", None)
-        see = f"; see `{verb.command_path} --help`" if verb else ""
-        return _fail(f"{wrong.format_message().rstrip('.')}{see}", 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130, kind=None)
     except BrokenPipeError:
-        # Whoever read our output has gone: nothing to say, and nothing left to flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.drop_stdout()  # whoever read our output has gone: nothing to say
         return 141  # 128 + SIGPIPE, as a shell reports it
-    except Exception as error:
-        if state["debug"]:
+    except (Exception, KeyboardInterrupt) as error:
+        if state["debug"] and not isinstance(error, click.ClickException | KeyboardInterrupt):
             traceback.print_exc()
-        if isinstance(error, CmExportError):
-            return _fail(str(error), error.exit_code)
-        if isinstance(error, MemoryError):
-            return _fail("out of memory; use a smaller model or a machine with more of it", 1)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _fail(f"{error.filename or 'writing'}: no space left on the disk; free some and run again", 1)
-        again = "" if state["debug"] else ": run again with --debug and report what it prints"
-        return _fail(f"{type(error).__name__}: {error} (this is a bug{again})", 1)
-
-
-def _fail(message: str, code: int, kind: str | None = "error") -> int:
-    print(" ".join(f"cm-export: {kind + ': ' if kind else ''}{message}".split()), file=sys.stderr)
-    return code
+        # One object on stdout: a verb that has printed its result there says in it what is wrong.
+        return failure.of(error, state["debug"]).show(as_json="--json" in args and not state["printed"])

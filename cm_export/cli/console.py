@@ -18,6 +18,7 @@ import click
 from ..base import atomic
 from ..base.by_name import names_in, nearest
 from ..base.errors import InputError
+from ..bundle import not_a_bundle
 
 Step = Callable[..., None]  # step("hash the weights") or step("trace", done=3, total=28)
 
@@ -32,6 +33,9 @@ debug_option = click.option(
 )
 
 
+_MAY_BE_EMPTY = {"prompts", "system"}  # texts; `run` has its own words for an empty question
+
+
 class Verb(click.Command):
     """A command with --debug, which every verb takes, and with Examples below its options.
 
@@ -42,6 +46,17 @@ class Verb(click.Command):
         super().__init__(*args, **kwargs)
         self.examples = examples
         debug_option(self)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does, after values that are empty: an unset variable of a shell is no path and no name."""
+        given = self.make_parser(ctx).parse_args(list(args))[0]
+        for param in self.params:
+            values = given.get(param.name or "")
+            empty = values == "" or (isinstance(values, list | tuple) and "" in values)
+            if empty and param.name not in _MAY_BE_EMPTY:
+                name = param.opts[0] if isinstance(param, click.Option) else param.make_metavar(ctx)
+                raise InputError("is empty", where=name, fix="give a value (is a variable of the shell not set?)")
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {"Options": []}
@@ -105,10 +120,9 @@ class ByName(click.ParamType):
 
 
 def _check_bundle(_ctx: click.Context, _param: click.Parameter, value: Path) -> Path:
-    if value.is_dir():
+    if value.is_dir():  # whoever opens it says what it lacks
         return value
-    what = "is a file, not a bundle directory" if value.exists() else "no such bundle"
-    raise InputError(what, where=value, fix=f"make one with `cm-export build --model demo --out {value}`")
+    raise not_a_bundle.refusal(value)
 
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path), callback=_check_bundle)
@@ -119,6 +133,11 @@ threads_option = click.option("--threads", type=Count(0), default=0, help="CPU t
 _BACKENDS = ByName("cm_export.backends", "backend")
 backend_option = click.option(
     "--backend", type=_BACKENDS, help=f"Run on {' or '.join(_BACKENDS.known())}.  [default: what it was built for]"
+)
+control_tokens_option = click.option(
+    "--control-tokens",
+    is_flag=True,
+    help="Read control tokens such as <|im_end|> in texts as tokens.  [default: as text]",
 )
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress and no summary.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout, nothing else.")
@@ -142,6 +161,9 @@ def command_line(leave_out: tuple[str, ...] = ()) -> str:
 def emit_json(value: Any) -> None:
     """Prints `value` as JSON on stdout; paths become text, numpy scalars numbers, NaN and infinity null."""
     print(_json(value))
+    ctx = click.get_current_context(silent=True)
+    if ctx and ctx.obj is not None:
+        ctx.obj["printed"] = True
 
 
 def write_json(value: Any, path: Path) -> None:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..base.disk import size
+from ..base.units import size
 
 TOP_OPS = 6  # operators named per graph; --json and --graph have them all
 
@@ -94,8 +94,19 @@ def print_pairs(title: str, pairs: Iterable[tuple[str, Any]]) -> None:
     _console().print(_table((title, ""), pairs))
 
 
+class _Console(Console):
+    """What is read from a pipe or a file has no blanks at the end of its lines."""
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        if self.is_terminal:
+            return super().print(*objects, **how)
+        with self.capture() as captured:
+            super().print(*objects, **how)
+        self.file.write("".join(f"{line.rstrip(' ')}\n" for line in captured.get().split("\n")[:-1]))
+
+
 def _console() -> Console:
-    console = Console(highlight=False, soft_wrap=False)
+    console = _Console(highlight=False, soft_wrap=False)
     if not console.is_terminal:
         console.width = 160  # a pipe or a file has no width; rich would cut names at 80 columns
     return console

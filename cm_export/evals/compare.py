@@ -103,6 +103,7 @@ def compare(
         answers=[task.limits, task.rule],
         pictures=comparison.exam.fingerprint,
         threads=threads,
+        **({"control_tokens": True} if task.control_tokens else {}),
         **_other_backend(runner),
     )
     with Journal(report, run) as journal:

@@ -70,7 +70,8 @@ class Exam:
     def prefill(self, runner: Runner, question: Question, budget: Budget) -> Prefilled:
         """A question's prompt after prefill."""
         pictures = Pictures.joined([self._seen[p] for p in question.pictures])
-        return runner.prefill(runner.ask(question.text, pictures), budget)
+        request = runner.ask(question.text, pictures, control_tokens=self.task.control_tokens)
+        return runner.prefill(request, budget)
 
     def answer(self, runner: Runner, question: Question, budget: Budget) -> Written:
         """Prefill and greedy answer, timed."""

@@ -38,6 +38,7 @@ class Task:
     open_picture: Callable[[str], Any]
     same: Callable[[str, str], bool] = str.__eq__
     rule: str = "exact match"
+    control_tokens: bool = False  # whether those in a question are tokens, not text
     notes: Mapping[str, Sequence[Note]] = field(default_factory=dict)  # what to know about pictures, by their names
 
 

@@ -13,6 +13,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from ..base import json_lines
 from ..base.errors import InputError
 from ..host.images import open_image, opened
 from ..host.picture_notes import Note
@@ -27,24 +28,18 @@ def normalise(answer: str) -> str:
     return " ".join(answer.lower().split()).rstrip(" .!?,;:")
 
 
-def load(path: Path, max_new_tokens: int = MAX_NEW_TOKENS) -> Task:
+def load(path: Path, max_new_tokens: int = MAX_NEW_TOKENS, control_tokens: bool = False) -> Task:
     """Every line checked, every picture opened once. Raises InputError that names the line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        why = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
-        raise InputError(f"cannot be read ({why})", where=path, fix="give a JSON Lines file") from e
     questions: list[Question] = []
     notes: dict[str, tuple[Note, ...]] = {}
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            questions.append(_question(line, path, where))
-            for picture in set(questions[-1].pictures) - set(notes):
-                try:
-                    notes[picture] = opened(picture).notes  # what cannot be read is told before the first answer
-                except InputError as e:
-                    raise InputError(f"{e.where}: {e.what}", where=where, fix=e.fix) from e
+    for number, line in json_lines.numbered(path):
+        where = f"{path}, line {number}"
+        questions.append(_question(line, path, where))
+        for picture in set(questions[-1].pictures) - set(notes):
+            try:
+                notes[picture] = opened(picture).notes  # what cannot be read is told before the first answer
+            except InputError as e:
+                raise InputError(f"{e.where}: {e.what}", where=where, fix=e.fix) from e
     if not questions:
         raise InputError(
             "no questions", where=path, fix='write lines such as {"image": ..., "question": ..., "answer": ...}'
@@ -55,7 +50,7 @@ def load(path: Path, max_new_tokens: int = MAX_NEW_TOKENS) -> Task:
 
     limits = {q.kind: max_new_tokens for q in questions}
     rule = "exact match without case, runs of white space and punctuation at the end"
-    return Task(path.name, questions, limits, open_image, same, rule, notes)
+    return Task(path.name, questions, limits, open_image, same, rule, control_tokens, notes)
 
 
 def _question(line: str, path: Path, where: str) -> Question:
@@ -96,5 +91,11 @@ def _one_or_many(values: dict[str, Any], key: str, where: str) -> tuple[str, ...
         raise InputError(f"give {key} or {many}", where=where, fix="exactly one of the two")
     found = values.get(many, [values.get(key)])
     if not isinstance(found, list) or not found or not all(isinstance(v, str) and v.strip() for v in found):
-        raise InputError(f"{key if key in values else many} must be text", where=where, fix="text that is not empty")
+        given = values.get(key, values.get(many))
+        fix = f'write "{key}": "..." or "{many}": ["...", "..."]'
+        if key in values and isinstance(given, list):
+            raise InputError(f"{key} must be text, not a list", where=where, fix=f'for several write "{many}": [...]')
+        if many in values and isinstance(given, str):
+            raise InputError(f"{many} must be a list of texts", where=where, fix=f'for one write "{key}": "..."')
+        raise InputError(f"{key if key in values else many} must be text that is not empty", where=where, fix=fix)
     return tuple(found)

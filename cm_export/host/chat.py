@@ -1,10 +1,12 @@
 """Text in, token ids out, and back: the chat template and the tokenizer of a bundle, without torch or transformers.
 
 system, pictures, prompt -> chat template (sandboxed Jinja) -> one image token per patch group -> ids
+
+Text is data: what reads as a control token in it is encoded as text (see control_tokens.py), unless it is asked otherwise.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -12,6 +14,7 @@ import numpy as np
 
 from ..base.errors import BundleError, InputError
 from ..bundle.bundle import Bundle
+from .control_tokens import ControlTokens, Rendering
 
 
 class Chat:
@@ -41,57 +44,79 @@ class Chat:
         stop = list(bundle.shape.stop_ids) if of_config else _json(bundle, "generation_config.json").get("eos_token_id")
         stop = [] if stop is None else stop
         self.stop_ids = frozenset(stop if isinstance(stop, list) else [stop])
+        self._special = {k: _content(v) for k, v in self._config.items() if k.endswith("_token") and v}
+        named = [v for v in self._special.values() if isinstance(v, str)]
+        ids = {*self.stop_ids, *([bundle.shape.image_token] if bundle.shape.sees else [])}
+        self._control = ControlTokens(self._tokenizer, source or "", named, ids)
 
     @property
     def has_template(self) -> bool:
         """Whether the checkpoint says how questions are put; without, a prompt is continued."""
         return self._template is not None
 
-    def encode(self, prompt: str, system: str | None, image_tokens: list[int]) -> np.ndarray:
+    def encode(
+        self, prompt: str, system: str | None, image_tokens: list[int], control_tokens: bool = False
+    ) -> np.ndarray:
         """Token ids [S] int64 of one user turn with its pictures before the question. Raises InputError.
 
         Without a chat template (base models have none) the prompt itself is continued.
         """
-        return self.encode_turns([prompt], [], system, image_tokens)
+        return self.encode_turns([prompt], [], system, image_tokens, control_tokens)
 
     def encode_turns(
-        self, prompts: list[str], answers: list[str], system: str | None, image_tokens: list[int]
+        self,
+        prompts: list[str],
+        answers: list[str],
+        system: str | None,
+        image_tokens: list[int],
+        control_tokens: bool = False,
     ) -> np.ndarray:
         """Token ids [S] int64 of a conversation; pictures stand before the first question. Raises InputError.
 
         With fewer answers than prompts it ends where the next answer begins, else after the last answer.
+        `control_tokens`: those in the texts are tokens, too.
         """
         for text, where in (*((p, "--prompt") for p in prompts), (system or "", "--system")):
-            if self.image_token and self.image_token in text:
+            if control_tokens and self.image_token and self.image_token in text:
                 raise InputError(f"contains the reserved {self.image_token}", where=where, fix="leave it out")
             try:
                 text.encode()
             except UnicodeEncodeError as e:
                 raise InputError("is not valid text (UTF-8)", where=where) from e
-        if self._template is None:
-            if system or image_tokens or answers:
-                raise BundleError(
-                    "its checkpoint has no chat template, which places pictures, system messages and later questions",
-                    where=self._bundle.path,
-                    fix="leave them out, or add chat_template.jinja there and build again",
-                )
-            return np.array(self._tokenizer.encode(prompts[0]).ids, np.int64)
-        messages = [{"role": "system", "content": system}] if system else []
-        for i, prompt in enumerate(prompts):
-            pictures = 0 if i else len(image_tokens)
-            messages.append({"role": "user", "content": self._blocks(prompt, pictures)})
-            if i < len(answers):
-                messages.append({"role": "assistant", "content": self._blocks(answers[i], 0)})
-        text = self._render(self._template, messages, len(answers) < len(prompts))
+        if self._template is None and (system or image_tokens or answers):
+            raise BundleError(
+                "its checkpoint has no chat template, which places pictures, system messages and later questions",
+                where=self._bundle.path,
+                fix="leave them out, or add chat_template.jinja there and build again",
+            )
+        texts = [*([system] if system else []), *prompts]
+
+        def write(texts: Sequence[str], answers: Sequence[str]) -> str:
+            head, asked = (texts[0], texts[1:]) if system else (None, texts)
+            return self._write(asked, answers, head, len(image_tokens))
+
+        found = Rendering(write(texts, answers), {}) if control_tokens else self._control.render(write, texts, answers)
         mark = self.image_token or ""
-        parts = text.split(mark) if image_tokens else [text]
+        parts = found.text.split(mark) if image_tokens else [found.text]
         if len(parts) != len(image_tokens) + 1:
             raise BundleError(
                 f"the chat template places {len(parts) - 1} of {len(image_tokens)} pictures", where=self._bundle.path
             )
         filled = parts[0] + "".join(mark * n + p for n, p in zip(image_tokens, parts[1:], strict=True))
-        # As transformers does: the template has written every special token, a second <s> would be one too many.
-        return np.array(self._tokenizer.encode(filled, add_special_tokens=False).ids, np.int64)
+        # As transformers does: a template has written every special token, a second <s> would be one too many.
+        encoding = self._control.encode(Rendering(filled, found.shown), add_special_tokens=self._template is None)
+        return np.array(encoding.ids, np.int64)
+
+    def _write(self, prompts: Sequence[str], answers: Sequence[str], system: str | None, pictures: int) -> str:
+        """What the template makes of a conversation."""
+        if self._template is None:
+            return prompts[0]
+        messages = [{"role": "system", "content": system}] if system else []
+        for i, prompt in enumerate(prompts):
+            messages.append({"role": "user", "content": self._blocks(prompt, 0 if i else pictures)})
+            if i < len(answers):
+                messages.append({"role": "assistant", "content": self._blocks(answers[i], 0)})
+        return self._render(self._template, messages, len(answers) < len(prompts))
 
     def _blocks(self, text: str, pictures: int) -> Any:
         """A message's content. Templates of models without pictures know it as text only."""
@@ -103,7 +128,7 @@ class Chat:
         unknown = self._tokenizer.token_to_id(_content(self._config.get("unk_token")) or "")
         if unknown is None:
             return []
-        encoding = self._tokenizer.encode(prompt)
+        encoding = self._control.encode(self._control.render(lambda texts, _: texts[0], [prompt], []), True)
         return [prompt[a:b] for i, (a, b) in zip(encoding.ids, encoding.offsets, strict=True) if i == unknown]
 
     def decode(self, ids: list[int]) -> str:
@@ -144,9 +169,8 @@ class Chat:
     def _render(self, template: Any, messages: list[dict[str, Any]], is_open: bool) -> str:
         from jinja2 import TemplateError
 
-        special = {k: _content(v) for k, v in self._config.items() if k.endswith("_token") and v}
         try:
-            return str(template.render(messages=messages, add_generation_prompt=is_open, **special))
+            return str(template.render(messages=messages, add_generation_prompt=is_open, **self._special))
         except TemplateError as e:
             raise BundleError(f"the chat template fails ({e})", where=self._bundle.path) from e
 

@@ -52,9 +52,13 @@ class _Times:
 class Conversation:
     """Questions about the same pictures, one after the other; `LoadedBundle.conversation` makes one."""
 
-    def __init__(self, runner: Runner, images: Sequence[Any], system: str | None, budget: Budget):
+    def __init__(
+        self, runner: Runner, images: Sequence[Any], system: str | None, budget: Budget, control_tokens: bool = False
+    ):
+        """`control_tokens`: those typed in a text are tokens, not text."""
         self.runner, self._system, self._budget = runner, system, budget
         self._images = [given(image, f"picture {number}") for number, image in enumerate(images, 1)]
+        self._control_tokens = control_tokens
         self._prompts: list[str] = []
         self._answers: list[str] = []
         self._pictures = Pictures()
@@ -126,21 +130,24 @@ class Conversation:
         """The pictures and the first question."""
         self._pictures = self.runner.see(self._images)
         times.seen = time.perf_counter()
-        self._ids = self.runner.chat.encode(prompt, self._system, self._pictures.counts)
+        self._ids = self._encode([prompt], [])
         return self.runner.prefill(self.runner.request(self._ids, self._pictures), self._budget)
 
     def _later(self, prompt: str, before: Prefilled, times: _Times) -> Prefilled:
         """What was said since the last question, and the next one, read over the cache; no picture is seen again."""
-        chat, counts = self.runner.chat, self._pictures.counts
         times.seen = times.started
-        ids = chat.encode_turns([*self._prompts, prompt], self._answers, self._system, counts)
+        ids = self._encode([*self._prompts, prompt], self._answers)
         new = added(self._ids, ids, self.runner.bundle.path)
         self.runner.check_length(len(ids))
         # The question begins where what was said before it, rendered alone, ends.
-        said = chat.encode_turns(self._prompts, self._answers, self._system, counts)
+        said = self._encode(self._prompts, self._answers)
         context = before.then(new.tolist(), len(ids) - _alike(said, ids))
         self._ids = ids
         return context
+
+    def _encode(self, prompts: list[str], answers: list[str]) -> np.ndarray:
+        counts = self._pictures.counts
+        return self.runner.chat.encode_turns(prompts, answers, self._system, counts, self._control_tokens)
 
 
 def _stats(

@@ -25,11 +25,16 @@ class LoadedBundle(Runner):
         neuron_share: float | None = None,
         token_share: float | None = None,
         seed: int | None = None,
+        control_tokens: bool = False,
     ) -> Conversation:
-        """Questions about the same pictures, one after the other (see conversation.py). Raises InputError."""
+        """Questions about the same pictures, one after the other (see conversation.py). Raises InputError.
+
+        `control_tokens`: those in a text are tokens; unasked they are text, as everything that a user types.
+        """
         check_converses(self.recipe, dense)
         self.check_reads_several("a second question")
-        return Conversation(self, images, system, Budget(dense, neuron_share, token_share, seed))
+        budget = Budget(dense, neuron_share, token_share, seed)
+        return Conversation(self, images, system, budget, control_tokens)
 
     def generate(
         self,
@@ -43,14 +48,15 @@ class LoadedBundle(Runner):
         seed: int | None = None,
         guard: int | None = None,
         on_text: Callable[[str], None] | None = None,
+        control_tokens: bool = False,
     ) -> Answer:
         """Answer one question about pictures (PIL, of any mode, or paths), greedily; `on_text` gets the text as it comes.
 
-        `guard`: check drafts of that many tokens against the dense model (see guard.py). Nothing is shown before the
-        weights match their hash. Raises InputError, BundleError.
+        `guard`: check drafts of that many tokens against the dense model (see guard.py). `control_tokens`: as of
+        `conversation`. Nothing is shown before the weights match their hash. Raises InputError, BundleError.
         """
         budget = Budget(dense, neuron_share, token_share, seed)
-        return Conversation(self, images, system, budget).ask(prompt, max_new_tokens, guard, on_text)
+        return Conversation(self, images, system, budget, control_tokens).ask(prompt, max_new_tokens, guard, on_text)
 
 
 def load(

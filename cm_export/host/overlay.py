@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
+from ..base import atomic
 from ..base.errors import InputError
 from ..base.links import behind_links
 from ..base.paths import expanded
@@ -26,6 +27,7 @@ MAX_LINES = 4  # of the caption
 def check_output(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> Path:
     """`path`, if a file can be written there; raises InputError, so that no long work is done for nothing."""
     path = expanded(path)
+    atomic.check_name(path)
     if path.suffix.lower() not in suffixes:
         raise InputError(f"cannot write {path.suffix or 'a file without a suffix'}", where=path, fix=_one_of(suffixes))
     try:

@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 
 from ..base.errors import InputError
+from ..base.units import size
 from ..bundle.bundle import Bundle
 from ..families import Arrays, Pictures, Tower
 from ..recipe.recipe import Recipe
@@ -184,7 +185,7 @@ class Runner:
         free = psutil.virtual_memory().available
         if need > 0.9 * free:
             raise InputError(
-                f"{patches} patches need about {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free",
+                f"{patches} patches need about {size(need)}, {size(free)} are free",
                 where=name,
                 fix=f"shrink it to {(0.9 * free / need) ** 0.25:.0%} of its width and height or less",
             )
@@ -196,9 +197,9 @@ class Runner:
             pictures = self.bundle.tower.no_pictures()
         return Request.of(ids, pictures, self.bundle.family, self.bundle.shape, self.bundle.weights)
 
-    def ask(self, text: str, pictures: Pictures, system: str | None = None) -> Request:
+    def ask(self, text: str, pictures: Pictures, system: str | None = None, control_tokens: bool = False) -> Request:
         """The prompt of one question about pictures that were seen. Raises InputError."""
-        return self.request(self.chat.encode(text, system, pictures.counts), pictures)
+        return self.request(self.chat.encode(text, system, pictures.counts, control_tokens), pictures)
 
     def check_reads_several(self, what: str) -> None:
         """Raises InputError where the backend cannot do `what`, for which several tokens are read at once."""

@@ -222,7 +222,7 @@ def load(name_or_path: str) -> Recipe:
     else:  # the same under its older name
         import tomli as tomllib
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
         raise InputError(f"cannot read the recipe ({e.strerror})", where=path) from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:

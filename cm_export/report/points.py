@@ -193,7 +193,7 @@ def read_bench(path: Path, seal: str) -> dict[str, Any]:
 
 def _read(path: Path, seal: str, keys: tuple[str, ...], what: str, fix: str) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
         raise InputError(f"cannot be read ({e.strerror})", where=path, fix=fix) from e
     except (ValueError, RecursionError) as e:

@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from ...base import environment
 from ...base.errors import BundleError
 from ...bundle.names import core_row_names
 from ...bundle.weights import WeightFile
@@ -59,10 +60,10 @@ class Backend:
         row_names: list[tuple[str, str, str]] | None = None,
     ):
         """`predictor`: the file of low-bit copies, where the decode graph reads one; `row_names`: see CoreRows."""
-        self.notes: list[str] = []
+        self.notes = environment.threads_note(threads)
         self.hardware: dict[str, str] = {}
-        self._row_names = row_names
-        self._graph, self.weights, self.threads, self.predictor = graph, weights, threads, predictor
+        self._row_names, self.threads = row_names, environment.usable(threads)
+        self._graph, self.weights, self.predictor = graph, weights, predictor
         self._sessions: dict[Key, ort.InferenceSession] = {}
         self._views: dict[str, ort.OrtValue] = {}  # sessions read these buffers as long as they live
         self._inputs: dict[Key, list[str]] = {}  # weights that a session takes as inputs
@@ -103,7 +104,8 @@ class Backend:
         model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph
         model = lower(model, rows_as_inputs=key[1], few_rows=key[2])
         options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
+        # Left to itself, ONNX Runtime takes every core of the machine, also in a container that allows two.
+        options.intra_op_num_threads = self.threads or environment.default_threads()
         options.log_severity_level = 3
         external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
         missing = [t.name for t in external if t.name not in self.weights and t.name not in (self.predictor or ())]

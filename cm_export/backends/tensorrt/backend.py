@@ -10,6 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from ...base import environment
 from ...base.errors import BundleError, CmExportError, InputError
 from ...base.install import pip_install
 from ...bundle.bundle import Bundle
@@ -65,8 +66,8 @@ class Backend:
     reads_several = False
 
     def __init__(self, name: str, bundle: Bundle, recipe: Recipe, threads: int, trt: Any, cuda: Cuda):
-        self.name, self.weights, self.threads = name, bundle.weights, threads
-        self.notes: list[str] = []
+        self.name, self.weights, self.threads = name, bundle.weights, environment.usable(threads)
+        self.notes = environment.threads_note(threads)
         self._bundle, self._recipe, self._cuda = bundle, recipe, cuda
         self._engines = bundle.manifest["engines"]
         self._check(trt)

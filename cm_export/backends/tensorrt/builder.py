@@ -191,7 +191,7 @@ def main(file: str) -> int:
         say({"errno": e.errno, "error": e.strerror})
         return 1
     except CmExportError as e:
-        say({"error": e.what, "where": e.where, "fix": e.fix, "input": isinstance(e, InputError)})
+        say({"error": e.what, "where": e.where, "fix": e.fix, "input": e.exit_code == InputError.exit_code})
         return 1
     return 0
 

@@ -23,13 +23,16 @@ _ROOMY = 1.5  # times what was asked for that a loan may have
 
 
 def open_cuda() -> "Cuda":
-    """The CUDA runtime of this machine. Raises InputError without its Python package, CmExportError without a GPU."""
+    """The CUDA runtime of this machine. Raises InputError without its Python package or a GPU."""
     try:
         runtime = importlib.import_module(_BINDINGS)
     except ImportError as e:
         fix = f"install it: {pip_install('tensorrt')}; or add --backend onnxruntime"
         raise InputError(f"the package cuda-bindings cannot be imported ({e})", where="CUDA", fix=fix) from e
-    return Cuda(runtime)
+    try:
+        return Cuda(runtime)
+    except CmExportError as e:  # as any other thing that is missing here
+        raise InputError(e.what, where=e.where, fix=e.fix) from e
 
 
 def architecture() -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from ...base import environment
 from ...host.request import Request
 from .export import Source, lowered
 from .targets import Target
@@ -33,7 +34,8 @@ class LoweredGraphs:
             self._name, self._session = "", None
             self._check()
             options = ort.SessionOptions()
-            options.intra_op_num_threads, options.log_severity_level = self.threads, 3
+            threads = environment.usable(self.threads) or environment.default_threads()
+            options.intra_op_num_threads, options.log_severity_level = threads, 3
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.folder))
             model = lowered(self.source, name, self.target, weights=self.folder)
             self._session = ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])

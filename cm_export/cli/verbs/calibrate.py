@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from ...base import disk
+from ...base import atomic, disk
 from ...base.errors import InputError
 from ...base.paths import check_apart
 from ..console import Count, Verb, emit_json, json_option, progress, quiet_option, threads_option
@@ -51,6 +51,7 @@ def command(
         from ...source.needs import check_installed
 
         check_installed("calibrating a checkpoint")
+    atomic.check_name(out)
     if not out.parent.is_dir():
         raise InputError("no such directory", where=out.parent, fix="make it, or give another --out")
     check_apart(out, [data] if data else [])

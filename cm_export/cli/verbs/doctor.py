@@ -47,6 +47,7 @@ def examine() -> dict[str, Any]:
 
     import psutil
 
+    from ...base.environment import processors
     from ...recipe.aliases import DEMO
     from ..requirements import misfits, requirements
 
@@ -54,7 +55,6 @@ def examine() -> dict[str, Any]:
     optional = {library["name"] for extra in extras.values() for library in extra["libraries"]}
     pairs = misfits({*(library["name"] for library in required), *optional})
     running = {library["name"] for library in required}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = psutil.virtual_memory()
     return {
         "ok": all(library["ok"] for library in required) and not any(pair["library"] in running for pair in pairs),
@@ -62,7 +62,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "executable": sys.executable,
         "platform": platform.platform(),
-        "cores": cores,
+        "cores": processors(),
         "memory_bytes": memory.total,
         "memory_available_bytes": memory.available,
         "disk_free_bytes": shutil.disk_usage(os.getcwd()).free,
@@ -83,7 +83,8 @@ def _providers() -> list[str]:
 
 
 def _print(found: dict[str, Any]) -> None:
-    from ..tables import print_pairs, size
+    from ...base.units import size
+    from ..tables import print_pairs
 
     print_pairs(
         "machine",

@@ -15,6 +15,7 @@ from ..console import (
     backend_option,
     bundle_argument,
     command_line,
+    control_tokens_option,
     emit_json,
     json_option,
     progress,
@@ -68,6 +69,7 @@ class Several(click.ParamType):
 )
 @click.option("--max-new-tokens", type=Count(1), default=64, show_default=True, help="Longest answer, with --data.")
 @click.option("--out", help="Write the report here (.json); after a kill, the same command goes on.")
+@control_tokens_option
 @seed_option
 @backend_option
 @threads_option
@@ -75,8 +77,8 @@ class Several(click.ParamType):
 @quiet_option
 def command(
     bundle: Path, task: str | None, data: Path | None, kinds: tuple[str, ...] | None, limit: int | None,
-    max_new_tokens: int, out: str | None, seed: int | None, backend: str | None, threads: int, as_json: bool,
-    quiet: bool, **sweep: Any,
+    max_new_tokens: int, out: str | None, control_tokens: bool, seed: int | None, backend: str | None, threads: int,
+    as_json: bool, quiet: bool, **sweep: Any,
 ) -> None:  # fmt: skip
     """Measure a bundle's accuracy, with the dense model, random choices and attention as controls."""
     path = None
@@ -85,7 +87,7 @@ def command(
 
         path = check_output(out, (".json",))
         check_apart(path, [data] if data else [])
-    chosen = load_questions(task, data, kinds or (), limit, seed, max_new_tokens)
+    chosen = load_questions(task, data, kinds or (), limit, seed, max_new_tokens, control_tokens)
     from ...evals.compare import Sweep, compare
     from ...evals.journal import forget
 
@@ -113,6 +115,7 @@ def load_questions(
     limit: int | None,
     seed: int | None,
     max_new_tokens: int,
+    control_tokens: bool = False,
 ) -> Any:
     """The questions of --task or --data. Raises InputError unless exactly one of them is given."""
     if (task is None) == (data is None):
@@ -122,7 +125,9 @@ def load_questions(
             raise InputError("--kinds and --limit choose from a task", where="--data", fix="shorten the file instead")
         from ...evals.user_data import load as load_data
 
-        return load_data(data, max_new_tokens)
+        return load_data(data, max_new_tokens, control_tokens)
+    if control_tokens:
+        raise InputError("the questions of a task hold no control tokens", where="--control-tokens", fix="leave it out")
     assert task is not None  # one of the two is given
     from ...evals.task import load
 

@@ -16,6 +16,7 @@ from ..console import (
     Verb,
     backend_option,
     bundle_argument,
+    control_tokens_option,
     emit_json,
     json_option,
     progress,
@@ -52,6 +53,7 @@ from ..recipe_options import recipe_option
 @click.option("--guard", is_flag=True, help="Draft sparsely, check each draft with the dense model, give its answer.")
 @click.option("--guard-every", type=Count(2), default=16, show_default=True, help="Tokens of a draft, with --guard.")
 @click.option("--overlay", help="Write a picture of the image tokens that were kept (.png, .jpg, .webp).")
+@control_tokens_option
 @seed_option
 @backend_option
 @threads_option
@@ -60,8 +62,8 @@ from ..recipe_options import recipe_option
 def command(
     bundle: Path, paths: tuple[str, ...], prompts: tuple[str, ...], chat: bool, system: str | None,
     max_new_tokens: int, dense: bool, neuron_share: float | None, token_share: float | None, guard: bool,
-    guard_every: int, overlay: str | None, seed: int | None, backend: str | None, threads: int, as_json: bool,
-    quiet: bool,
+    guard_every: int, overlay: str | None, control_tokens: bool, seed: int | None, backend: str | None, threads: int,
+    as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Ask a bundle about pictures; the answer streams to stdout, one summary line goes to stderr."""
     if not (prompts or chat):
@@ -96,11 +98,11 @@ def command(
         check_size(picture.image, model.tower.min_side, model.tower.max_ratio, where=picture.name)
     several = chat or len(prompts) > 1
     if several:
-        ask = model.conversation(images, system, dense, neuron_share, token_share, seed).ask
+        ask = model.conversation(images, system, dense, neuron_share, token_share, seed, control_tokens).ask
     else:
         ask = partial(
             model.generate, images=images, system=system, dense=dense, neuron_share=neuron_share,
-            token_share=token_share, seed=seed,
+            token_share=token_share, seed=seed, control_tokens=control_tokens,
         )  # fmt: skip
     turns, first = [], None
     for number, prompt in enumerate(chain(prompts, _questions() if chat else ())):
@@ -138,14 +140,16 @@ def _opened(paths: tuple[str, ...]) -> list[Any]:
 
 def _questions() -> Iterator[str]:
     """Lines of stdin that are not empty, until it ends; a terminal shows a prompt."""
+    if sys.stdin is None:
+        raise InputError("there is no stdin to read questions from", where="--chat", fix="ask with --prompt")
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
             return
-        if line.strip():
-            yield line.strip()
+        if question := line.removeprefix("\ufeff").strip():  # a file from Windows may begin with that mark
+            yield question
 
 
 def _drawings(overlay: str, images: int, questions: int) -> list[Path]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from ...base import disk
+from ...base import atomic, disk
 from ...base.errors import InputError
 from ...base.hashes import file_sha256
 from ...base.links import behind_links
@@ -25,6 +25,7 @@ _STORED = ".safetensors"  # not compressed: weights would shrink by some 8 %, an
 
 def check_out(out: Path) -> str:
     """The name within the archive. Raises InputError unless `out` can become one."""
+    atomic.check_name(out)
     if not out.name.endswith(SUFFIX) or out.name == SUFFIX:
         raise InputError("is not the name of an archive", where=out, fix=f"let --out end in {SUFFIX}")
     if out.is_dir():

@@ -23,6 +23,7 @@ from ...backends.tensorrt.export import Source
 from ...backends.tensorrt.rehearsal import LoweredGraphs, listed, static_rows, step_feeds
 from ...backends.tensorrt.targets import Target
 from ...base.errors import CmExportError
+from ...base.units import size
 from ...build.gates_lowered import HALF_LIMIT
 from ...bundle.names import core_row_names
 from ...families import Pictures, Shape
@@ -153,5 +154,5 @@ def _check_memory(folder: Path) -> None:
     need = 3 * sum(f.stat().st_size for f in folder.glob("weights.*"))
     free = psutil.virtual_memory().available
     if need > free:
-        what = f"the expected answers need about {need / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
+        what = f"the expected answers need about {size(need)} of memory, {size(free)} are free"
         raise CmExportError(what, where="pack", fix="pack on a machine with more memory")
