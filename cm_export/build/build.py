@@ -4,7 +4,7 @@ stage      reads                         writes
 weights    checkpoint                    weights.safetensors, processor files, PyTorch's answers to the probe
 trace      configuration                 prefill, decode, and vision where there is one, traced beside the loading of weights
 graphs     trace, weights, recipe        those, sparse prefill and decode, turn where a later question can be asked
-gates      graphs, weights, reference    gate results; a failed gate ends the build
+gates      graphs, weights, reference    gate results, a failed gate ends the build; how far the recipe moves the model
 engines    graphs, weights               with a TensorRT backend: engines, proved before and checked after
 """
 
@@ -24,7 +24,7 @@ from ..base.hashes import key_of
 from ..bundle import bundle as bundles
 from ..recipe.recipe import Recipe
 from ..source import checkpoint
-from . import sources
+from . import drift, sources
 from .assemble import write_bundle
 from .job import Job, Step, prepare
 from .quality import Requirement
@@ -43,10 +43,12 @@ def build(
     work_dir: Path | None = None,
     threads: int = 0,
     required: Requirement | None = None,
+    require_agreement: float | None = None,
 ) -> dict[str, Any]:
     """Write the bundle `out` and return its manifest with `seconds`, `peak_memory_bytes` and `stages_reused`.
 
-    Raises InputError for what the user can mend, GateFailed when the export is not right; `out` is untouched then.
+    Raises InputError for what the user can mend, GateFailed when the export is not right or its answers are not as
+    `required`, or less than `require_agreement` of its next tokens are the dense model's; `out` is untouched then.
     """
     started, out = time.perf_counter(), Path(os.path.abspath(out))
     bundles.check_out(out)
@@ -57,7 +59,7 @@ def build(
         bundles.sweep(out)
         _check_disk(source, out)
         job = prepare(source, recipe, threads, progress)
-        manifest = _run(job, out, stages, required)
+        manifest = _run(job, out, stages, required, require_agreement)
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     return manifest | {
         "path": str(out),
@@ -67,7 +69,7 @@ def build(
     }
 
 
-def _run(job: Job, out: Path, stages: Stages, required: Requirement | None) -> dict[str, Any]:
+def _run(job: Job, out: Path, stages: Stages, required: Requirement | None, agreement: float | None) -> dict[str, Any]:
     """Every stage that the job needs, in order and resumed where its key is unchanged; then the bundle's manifest."""
     wanted = [stage for stage in STAGES if stage.needed(job)]
     keys = stage_keys(job)
@@ -82,6 +84,8 @@ def _run(job: Job, out: Path, stages: Stages, required: Requirement | None) -> d
             stages.run(stage.name, keys[stage.name], partial(stage.run, job=job, stages=stages, **more))
             if not begun:
                 beside.close()  # processes that wait for nothing would keep their memory
+            if stage is gates.STAGE:  # before engines, which may take an hour
+                drift.require(stages.state(stage.name)["drift"], agreement)
     return write_bundle(out, job, stages, required)
 
 

@@ -1,13 +1,14 @@
 """`cm-export build`: a checkpoint becomes a bundle of ONNX graphs that passed every gate."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ...base.errors import InputError
-from ...recipe.recipe import Recipe, load
+from ...recipe.recipe import Recipe, from_dict, load
 from ..console import ByName, Count, Share, Verb, emit_json, json_option, progress, quiet_option, threads_option
 from ..recipe_options import overrides, recipe_options
 
@@ -27,6 +28,7 @@ TASKS = ByName("cm_export.evals.tasks", "task")
         "cm-export build --model ./my-qwen2-vl --out my.plan --backend tensorrt --max-batch 4 --no-dense-engines",
         "cm-export build --model demo --out demo.plan --backend tensorrt-rtx --architecture sm_86",
         "cm-export build --model ./my-qwen2-vl --out my.plan --require-retained 0.985 --data my.jsonl",
+        "cm-export build --model ./my-qwen2-vl --out my.plan --neurons griffin --require-agreement 0.9",
     ),
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The bundle directory to write.")
@@ -34,7 +36,12 @@ TASKS = ByName("cm_export.evals.tasks", "task")
 @recipe_options
 @click.option("--require-accuracy", type=Share(), help="Fail unless this share of --data or --task is answered right.")
 @click.option("--require-retained", type=Share(), help="Fail unless this share of the dense model's accuracy is kept.")
-@click.option("--data", type=click.Path(path_type=Path), help="Questions for the two above; see `cm-export eval`.")
+@click.option(
+    "--require-agreement",
+    type=Share(),
+    help="Fail unless the pruned model's next token is the dense model's at this share of text that the model writes.",
+)
+@click.option("--data", type=click.Path(path_type=Path), help="Questions for the first two; see `cm-export eval`.")
 @click.option("--task", type=TASKS, help=f"The same from a task: {', '.join(TASKS.known())}.")
 @click.option("--limit", type=Count(1), help="Questions of each kind, with --task.  [default: all]")
 @click.option("--force", is_flag=True, help="Do every stage again; without it, unchanged stages are reused.")
@@ -48,8 +55,8 @@ TASKS = ByName("cm_export.evals.tasks", "task")
 @json_option
 def command(
     out: Path, recipe: str | None, force: bool, work_dir: Path | None, threads: int, quiet: bool, as_json: bool,
-    require_accuracy: float | None, require_retained: float | None, data: Path | None, task: str | None,
-    limit: int | None, **choices: Any,
+    require_accuracy: float | None, require_retained: float | None, require_agreement: float | None,
+    data: Path | None, task: str | None, limit: int | None, **choices: Any,
 ) -> None:  # fmt: skip
     """Export a checkpoint to a bundle of ONNX graphs.
 
@@ -82,14 +89,31 @@ def command(
     assert chosen.model is not None  # `_recipe` refuses one that names none
     with progress(silent) as step:
         summary = build(
-            chosen.model, out, chosen, progress=step, force=force, work_dir=work_dir, threads=threads, required=required
-        )
+            chosen.model, out, chosen, progress=step, force=force, work_dir=work_dir, threads=threads, required=required,
+            require_agreement=require_agreement,
+        )  # fmt: skip
     if as_json:
         emit_json(summary)
     elif not quiet:
         from ..tables import print_build
 
         print_build(summary)
+    if not quiet:
+        for line in _notes(summary):
+            print(f"cm-export: {line}", file=sys.stderr)
+
+
+def _notes(summary: dict[str, Any]) -> list[str]:
+    """What a reader of the summary may overlook."""
+    from ...build import drift
+
+    recipe, warning = from_dict(summary["recipe"], "manifest.json: recipe"), drift.warning(summary["drift"])
+    lines = [f"warning: {warning}"] if warning else []
+    if not drift.prunes(recipe):
+        lines.append(
+            "nothing is pruned: name policies to prune (--neurons, --tokens; docs/policies.md says what they cost)"
+        )
+    return lines
 
 
 def _recipe(name: str | None, choices: dict[str, Any]) -> Recipe:
