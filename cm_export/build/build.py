@@ -21,6 +21,7 @@ from typing import Any
 from ..base import environment
 from ..base.errors import InputError
 from ..base.hashes import key_of
+from ..base.metrics import check_floor
 from ..bundle import bundle as bundles
 from ..recipe.recipe import Recipe
 from ..source import checkpoint
@@ -45,11 +46,12 @@ def build(
     required: Requirement | None = None,
     require_agreement: float | None = None,
 ) -> dict[str, Any]:
-    """Write the bundle `out` and return its manifest with `seconds`, `peak_memory_bytes` and `stages_reused`.
+    """Write the bundle `out` and return its manifest with `seconds`, `peak_memory_bytes`, `stages_reused`, `notes`.
 
     Raises InputError for what the user can mend, GateFailed when the export is not right or its answers are not as
     `required`, or less than `require_agreement` of its next tokens are the dense model's; `out` is untouched then.
     """
+    check_floor(require_agreement, "required agreement")
     started, out = time.perf_counter(), Path(os.path.abspath(out))
     bundles.check_out(out)
     progress("check the checkpoint")
@@ -66,6 +68,7 @@ def build(
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": max(environment.peak_memory_bytes(), children),
         "stages_reused": stages.reused,
+        "notes": drift.notes(manifest["drift"], job.recipe),
     }
 
 

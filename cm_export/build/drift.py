@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..base.errors import BundleError, GateFailed
-from ..base.metrics import divergences, wilson
+from ..base.metrics import check_floor, divergences, wilson
 from ..families import Config, Pictures
 from ..host.decode import decode, greedy, recorded, teacher_forced
 from ..host.request import Request
@@ -91,7 +91,7 @@ def prunes(recipe: Recipe) -> bool:
 
 
 def measure(runner: Runner, config: Config, progress: Callable[..., None], seconds: float = SECONDS) -> Drift:
-    """`runner` on the portable graphs. Raises GateFailed where a model's logits are no numbers."""
+    """`runner` on the portable graphs. Raises CmExportError where a model's logits are no numbers."""
     if not prunes(runner.recipe):
         return Drift(
             1.0, (1.0, 1.0), 0.0, 0, 0, "not measured: nothing is pruned, so the sparse graphs say what dense says"
@@ -118,6 +118,7 @@ def measure(runner: Runner, config: Config, progress: Callable[..., None], secon
 
 def require(found: dict[str, Any], least: float | None) -> None:
     """Raises GateFailed where the agreement is below `least`, or was not measured. None: nothing is required."""
+    check_floor(least, "required agreement")
     if least is None:
         return
     if found["agreement"] is None:
@@ -127,11 +128,15 @@ def require(found: dict[str, Any], least: float | None) -> None:
         raise GateFailed(f"{_figure(found)}, below the required {least:g}", where="gate 'drift'", fix=fix)
 
 
-def warning(found: dict[str, Any] | None) -> str | None:
-    """One line for the user where the agreement is low; None where it is not."""
-    if not found or found["agreement"] is None or found["agreement"] >= WARN_BELOW:
-        return None
-    return f"{_figure(found)}; {next_step()}"
+def notes(found: dict[str, Any], recipe: Recipe) -> list[str]:
+    """What somebody who only reads that the build has ended should know."""
+    if not prunes(recipe):
+        return ["nothing is pruned; policies to prune with: --neurons, --tokens (docs/policies.md, docs/quality.md)"]
+    if found["agreement"] is None:
+        return [f"warning: how far this recipe moves the model was {found['text']}"]
+    if found["agreement"] < WARN_BELOW:
+        return [f"warning: {_figure(found)}; {next_step()}"]
+    return []
 
 
 def next_step() -> str:
@@ -158,12 +163,7 @@ def _read(runner: Runner, request: Request, stop: frozenset[int]) -> tuple[np.nd
     # After the last token of a row that met its limit nobody reads on; a stop was chosen from the last logits.
     ids = row.ids if row.ended == "stop" else row.ids[:-1]
     sparse = teacher_forced(runner.backend, runner.prefill(request, Budget()).row(), ids)
-    dense = np.stack(logits)
-    for name, found in (("dense", dense), ("sparse", sparse)):
-        if not np.isfinite(found).all():
-            fix = "no bundle was written; please report this checkpoint's config.json"
-            raise GateFailed(f"the logits of the {name} model are no numbers", where="gate 'drift'", fix=fix)
-    return dense, sparse
+    return np.stack(logits), sparse
 
 
 def _beginnings(runner: Runner, config: Config) -> tuple[str, frozenset[int], Iterator[Request]]:

@@ -5,7 +5,9 @@ vision            vision graph with transformers' tower                  yes, of
 prefill           dense prefill: logits and cache                        yes
 decode            8 dense greedy steps: logits and token ids             yes
 full budget       sparse graphs with all tokens and all neurons, dense   yes
-predictor         copies by which decode chooses, with the weights       yes
+core rows         rows of a made-up core set as decode gets them, with    yes, where the host gathers rows
+                  the same rows of the weights
+predictor         copies by which decode chooses, with the weights       yes, where it does
 turn              those 8 tokens read at once over the prefill's cache   yes, where the bundle has that graph
 
 What the recipe's own budget costs is no proof and has no limit here: drift.py measures it.
@@ -17,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from ..backends.onnxruntime.backend import Backend  # proofs of the portable graphs, whatever the bundle runs on
+from ..base.core_index import neuron_count
 from ..base.errors import GateFailed
+from ..bundle.names import core_row_names
 from ..bundle.predictor import copy_error
 from ..families import Arrays, Family, Pictures, Shape, Tower
 from ..host.core_set import CoreSet
@@ -31,6 +35,7 @@ from ..source.probe import Probe
 LIMIT = 1e-4
 # Of a 4-bit copy, relative: .1 for weights like a Gaussian, up to .3 where a few are very large; in a wrong order 1.4.
 COPY_LIMIT = 0.5
+_REPORT = "no bundle was written; please report this checkpoint's config.json"
 
 
 @dataclass(frozen=True)
@@ -57,20 +62,38 @@ def compared(
 ) -> Gate:
     """The gate of outputs and what they must equal, by name. Raises GateFailed naming the one that differs most.
 
-    Differences are relative to max(1, largest reference value). limit None: only reported, unless it is no number.
+    Differences are relative to max(1, largest reference value). limit None: only reported. Whatever the limit, values that
+    are no numbers, nothing to compare, and an output compared with itself fail.
     """
+    if not pairs:
+        raise GateFailed("there is nothing to compare", where=f"gate {name!r}, {where}", fix=fix)
     worst, value = "", -1.0
     for output, (ours, theirs) in pairs.items():
+        at = f"gate {name!r}, {where}: {output}"
         if ours.shape != theirs.shape:
-            raise GateFailed(f"shape {ours.shape}, expected {theirs.shape}", where=f"{where}: {output}")
+            raise GateFailed(f"shape {ours.shape}, expected {theirs.shape}", where=at, fix=fix)
+        if not ours.size:
+            raise GateFailed("is empty", where=at, fix=fix)
+        if np.may_share_memory(ours, theirs):
+            raise GateFailed("is compared with itself", where=at, fix=fix)
+        for who, values in (("", ours), ("what it is compared with ", theirs)):
+            if not np.isfinite(values).all():
+                raise GateFailed(f"{who}holds NaN or infinity", where=at, fix=fix)
         difference = float(np.abs(ours.astype(np.float64) - theirs).max() / max(1.0, np.abs(theirs).max()))
-        if not difference <= value:  # also takes nan
+        if difference > value:
             worst, value = output, difference
-    most = np.inf if limit is None else limit
-    if not value <= most:
-        what = f"differs by {value:.1e} (limit {most:.0e})"
+    if limit is not None and value > limit:
+        what = f"differs by {value:.1e} (limit {limit:.0e})"
         raise GateFailed(what, where=f"gate {name!r}, {where}: {worst}", fix=fix)
     return Gate(name, value, limit, True, detail)
+
+
+def paired(ours: Arrays, theirs: Arrays, where: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Every output beside what it must equal, by name. Raises GateFailed for one that only one side has."""
+    if odd := sorted(ours.keys() ^ theirs.keys()):
+        side = "is missing" if odd[0] in theirs else "has nothing to be compared with"
+        raise GateFailed(side, where=f"{where}: {odd[0]}", fix=_REPORT)
+    return {name: (ours[name], theirs[name]) for name in theirs}
 
 
 @dataclass(frozen=True)
@@ -94,8 +117,7 @@ class _Proofs:
         self.gates: list[Gate] = []
 
     def equal(self, name: str, graph: str, pairs: dict[str, tuple[np.ndarray, np.ndarray]], detail: str) -> None:
-        fix = "no bundle was written; please report this checkpoint's config.json"
-        self.gates.append(compared(name, f"{graph}.onnx", pairs, LIMIT, detail, fix))
+        self.gates.append(compared(name, f"{graph}.onnx", pairs, LIMIT, detail, _REPORT))
 
     def vision(self) -> Pictures:
         """The tower's outputs, all pictures of the probe in one run."""
@@ -103,7 +125,9 @@ class _Proofs:
         if of.tower is None:
             return Pictures()
         found = of.backend.vision(of.tower.feeds(of.probe.pictures))
-        self.equal("vision", "vision", {n: (v, of.reference[n]) for n, v in found.items()}, "PyTorch")
+        names = [port.name for port in of.tower.outputs]
+        expected = {n: of.reference[n] for n in names if n in of.reference}
+        self.equal("vision", "vision", paired(found, expected, "vision.onnx"), "PyTorch")
         of.backend.drop("vision")
         return Pictures(found, tuple(picture.grid for picture in of.probe.pictures))
 
@@ -120,8 +144,10 @@ class _Proofs:
         of = self.of
         dense, cache = of.backend.prefill(prefill_feeds(request), "prefill_dense")
         of.backend.drop("prefill_dense")
-        pairs = {"logits": (dense["logits"][0], of.reference["logits"])}
-        pairs |= {n: (v[0], of.reference[n.replace("past", "cache", 1)]) for n, v in cache.arrays().items()}
+        ours = {"logits": dense["logits"][0]} | {n: v[0] for n, v in cache.arrays().items()}
+        expected = {n.replace("cache", "past", 1): v for n, v in of.reference.items() if n.startswith("cache.")}
+        expected |= {n: v for n, v in of.reference.items() if n == "logits"}
+        pairs = paired(ours, expected, "prefill_dense.onnx")
         self.equal("prefill", "prefill_dense", pairs, "PyTorch: logits, keys, values")
         return dense, cache
 
@@ -140,20 +166,38 @@ class _Proofs:
         feeds = prefill_feeds(request) | sparse_feeds(request, of.recipe, token_share=1.0)
         full, kept = of.backend.prefill(feeds, "prefill")
         ours, theirs = ({**found, **rows.arrays()} for found, rows in ((full, kept), (dense, cache)))
-        self.equal("full budget, prefill", "prefill", {n: (ours[n], theirs[n]) for n in theirs}, "dense prefill")
+        pairs = paired({n: v for n, v in ours.items() if n in theirs}, theirs, "prefill.onnx")
+        self.equal("full budget, prefill", "prefill", pairs, "dense prefill")
         of.backend.drop("prefill")
         if of.recipe.neurons.in_decode:  # at full budget nothing depends on them
             self._predictor()
+        elif of.recipe.neurons.policy != "dense":  # nor on which rows are named
+            self._core_rows()
         listed = full["kept_tokens"][0] if of.recipe.tokens.cache == "index" and "kept_tokens" in full else None
         sparse = self._steps(Row(request, CoreSet.whole(of.shape), cache, dense["logits"][0], listed=listed))
         detail = "dense decode with every neuron and token"
         self.equal("full budget, decode", "decode", _by_step(sparse, steps), detail)
 
+    def _core_rows(self) -> None:
+        """The rows that decode would get for made-up sets of the recipe's size, all of them exactly."""
+        of, rng = self.of, np.random.default_rng(0)
+        count = neuron_count(of.recipe.neurons.share, of.shape.ffn)
+        ids = np.stack([np.sort(rng.permutation(of.shape.ffn)[:count]) for _ in range(of.shape.layers)])
+        core = CoreSet(ids[:, None].astype(np.int32), np.full(of.shape.layers, count, np.int64), of.shape.ffn)
+        gathered = of.backend.rows.gather([core])
+        for layer, names in enumerate(core_row_names(of.family, of.shape.layers)):
+            for part, name in zip(("gate", "up", "down"), names, strict=True):
+                wanted = of.backend.weights[name][ids[layer]]
+                if not np.array_equal(gathered.rows[f"ffn.{layer}.{part}"], wanted[None]):
+                    raise GateFailed("other rows than those named", where=f"gate 'core rows', {name}", fix=_REPORT)
+        self.gates.append(Gate("core rows", 0.0, 0.0, True, f"{count} of {of.shape.ffn} rows a layer, exactly"))
+
     def _predictor(self) -> None:
         of = self.of
         assert of.backend.predictor is not None  # a recipe that chooses in decode brings the copies
         error, worst = copy_error(of.backend.predictor, of.backend.weights, of.family, of.shape)
-        self.gates.append(Gate("predictor", error, COPY_LIMIT, error <= COPY_LIMIT, "low-bit copies and the weights"))
+        holds = 0 <= error <= COPY_LIMIT  # below 0: nothing was compared
+        self.gates.append(Gate("predictor", error, COPY_LIMIT, holds, "low-bit copies and the weights"))
         if not self.gates[-1].passed:
             fix = "no bundle was written; check memory and disk, or choose another neuron policy"
             raise GateFailed(
@@ -200,7 +244,8 @@ def run_gates(subject: Subject) -> list[Gate]:
 
 
 def _by_step(ours: np.ndarray, theirs: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    return {f"logits of step {i}": pair for i, pair in enumerate(zip(ours, theirs, strict=True))}
+    named = ({f"logits of step {i}": step for i, step in enumerate(steps)} for steps in (ours, theirs))
+    return paired(next(named), next(named), "decode")
 
 
 def _first_difference(ours: np.ndarray, theirs: np.ndarray) -> str:

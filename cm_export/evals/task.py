@@ -6,7 +6,7 @@ task file           KINDS = {"word": 4, ...}           kind of question -> longe
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,20 @@ class Task:
     open_picture: Callable[[str], Any]
     same: Callable[[str, str], bool] = str.__eq__
     rule: str = "exact match"
+
+
+def check_distinct(questions: Sequence[Question], where: str) -> None:
+    """Raises InputError for a question about the same pictures that is there twice: it would count twice.
+
+    Intervals would be too narrow, and `tune` would ask on held-out questions what it has searched on.
+    """
+    seen: dict[tuple[Any, ...], int] = {}
+    for number, question in enumerate(questions, 1):
+        first = seen.setdefault((question.pictures, question.text), number)
+        if first != number:
+            what = f"question {number} repeats question {first}: {question.text[:60]!r}"
+            fix = 'leave one of them out; several right answers go into one: "answers": [..]'
+            raise InputError(what, where=where, fix=fix)
 
 
 def load(name: str, kinds: tuple[str, ...] = (), limit: int | None = None, seed: int | None = None) -> Task:

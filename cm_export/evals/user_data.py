@@ -14,7 +14,7 @@ from typing import Any
 
 from ..base.errors import InputError
 from ..host.images import open_image
-from .task import Question, Task
+from .task import Question, Task, check_distinct
 
 MAX_NEW_TOKENS = 64
 _KEYS = {"image", "images", "question", "answer", "answers", "kind"}
@@ -48,6 +48,8 @@ def load(path: Path, max_new_tokens: int = MAX_NEW_TOKENS) -> Task:
         raise InputError(
             "no questions", where=path, fix='write lines such as {"image": ..., "question": ..., "answer": ...}'
         )
+
+    check_distinct(questions, str(path))
 
     def same(said: str, right: str) -> bool:
         return normalise(said) == normalise(right)

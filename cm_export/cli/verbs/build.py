@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ...base.errors import InputError
-from ...recipe.recipe import Recipe, from_dict, load
+from ...recipe.recipe import Recipe, load
 from ..console import ByName, Count, Share, Verb, emit_json, json_option, progress, quiet_option, threads_option
 from ..recipe_options import overrides, recipe_options
 
@@ -99,21 +99,8 @@ def command(
 
         print_build(summary)
     if not quiet:
-        for line in _notes(summary):
+        for line in summary.get("notes", ()):
             print(f"cm-export: {line}", file=sys.stderr)
-
-
-def _notes(summary: dict[str, Any]) -> list[str]:
-    """What a reader of the summary may overlook."""
-    from ...build import drift
-
-    recipe, warning = from_dict(summary["recipe"], "manifest.json: recipe"), drift.warning(summary["drift"])
-    lines = [f"warning: {warning}"] if warning else []
-    if not drift.prunes(recipe):
-        lines.append(
-            "nothing is pruned: name policies to prune (--neurons, --tokens; docs/policies.md says what they cost)"
-        )
-    return lines
 
 
 def _recipe(name: str | None, choices: dict[str, Any]) -> Recipe:
