@@ -103,14 +103,26 @@ def layers_swapped(part: str) -> Callable:
     return change
 
 
-def attribute(op: str, name: str, value: Any) -> Callable:
-    """Another attribute in the first node of this kind."""
+def attribute(op: str, name: str, value: Any, nodes: int | None = None) -> Callable:
+    """Another attribute in the nodes of this kind, or in the first ones."""
 
     def change(model: onnx.ModelProto) -> None:
-        node = next(n for n in model.graph.node if n.op_type == op)
-        kept = [a for a in node.attribute if a.name != name]
+        for node in [n for n in model.graph.node if n.op_type == op][:nodes]:
+            kept = [a for a in node.attribute if a.name != name]
+            del node.attribute[:]
+            node.attribute.extend([*kept, helper.make_attribute(name, value)])
+
+    return change
+
+
+def function(name: str, old: tuple[str, ...], new: str) -> Callable:
+    """Another operator inside a function that the graph brings along."""
+
+    def change(model: onnx.ModelProto) -> None:
+        body = next(f for f in model.functions if f.name == name)
+        node = next(n for n in body.node if n.op_type in old)
+        node.op_type = new
         del node.attribute[:]
-        node.attribute.extend([*kept, helper.make_attribute(name, value)])
 
     return change
 
@@ -123,6 +135,16 @@ def kind(old: tuple[str, ...], new: str) -> Callable:
         node.op_type = new
         node.domain = ""
         del node.attribute[:]
+
+    return change
+
+
+def function_input(name: str, old: str, new: str) -> Callable:
+    """A function that reads another of its inputs."""
+
+    def change(model: onnx.ModelProto) -> None:
+        for node in next(f for f in model.functions if f.name == name).node:
+            node.input[:] = [new if i == old else i for i in node.input]
 
     return change
 
@@ -172,9 +194,7 @@ BUILD = (
     Mutation(
         PORTABLE, "one row of an up projection is doubled", "gate 'prefill'", weight("1.mlp.up_proj.weight", row(3))
     ),
-    Mutation(
-        PORTABLE, "one row of a down projection is zero", "gate 'prefill'", weight("0.mlp.down_proj.weight", row(5, 0))
-    ),
+    Mutation(PORTABLE, "one row of a down projection is zero", "gate 'prefill'", weight("0.mlp.down_proj", row(5, 0))),
     Mutation(
         PORTABLE,
         "one row of a gate projection changes its sign",
@@ -254,14 +274,32 @@ BUILD = (
     Mutation(
         PORTABLE,
         "a token is dropped at full budget",
-        "full budget, prefill",
+        "gate 'full budget, decode'",
         feed("prefill", "image_keep", lambda a: a - 1),
     ),
     Mutation(
         PORTABLE,
-        "another activation in CoreFFN",
+        "another activation in every CoreFFN",
         "gate 'full budget, decode'",
-        graph("decode", attribute("CoreFFN", "activation", "relu")),
+        graph("decode", attribute("CoreFFN", "activation", "relu2")),
+    ),
+    Mutation(
+        PORTABLE,
+        "another activation in one CoreFFN",
+        "several activations",
+        graph("decode", attribute("CoreFFN", "activation", "relu2", nodes=1)),
+    ),
+    Mutation(
+        PORTABLE,
+        "another activation in the function CoreFFN",
+        "gate 'functions'",
+        graph("decode", function("CoreFFN", SWISH, "Softsign")),
+    ),
+    Mutation(
+        PORTABLE,
+        "the function CoreFFN reads up rows in the place of gate rows",
+        "gate 'functions'",
+        graph("decode", function_input("CoreFFN", "w_gate", "w_up")),
     ),
     Mutation(
         PORTABLE,

@@ -94,6 +94,8 @@ def test_a_place_is_every_choice_of_the_dense_model_a_stop_included(x):
         dense, sparse = drift._read(runner, request, stop)
         assert dense.shape == sparse.shape == (places, x.shape.vocab)
         assert dense.argmax(-1).tolist() == written[:places]
+    dense, sparse = drift._read(runner, request, frozenset(), deadline=0)
+    assert dense.shape == sparse.shape == (drift.LEAST, x.shape.vocab)
 
 
 def test_prompts_that_do_not_fit_are_left_out(x):

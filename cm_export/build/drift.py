@@ -10,6 +10,7 @@ It says how far the recipe moves this model, not how right its answers are: that
 """
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +32,8 @@ from .gates import Gate
 WARN_BELOW = 0.9
 STEPS = 32  # tokens of one answer, at most
 PLACES = 256  # places compared, after which no further prompt is asked
-SECONDS = 30.0  # after which no further prompt is asked: what a model of 2 B parameters takes for three
+SECONDS = 30.0  # after which the dense model writes no more; the sparse one still reads the last answer
+LEAST = 4  # tokens of an answer, however long they take
 SIDES = (224, 112, 56, 28, 12)  # of a made-up picture, in pixels: the largest that becomes MOST image tokens or fewer
 MOST = 100
 TEXTS = (
@@ -104,7 +106,7 @@ def measure(runner: Runner, config: Config, progress: Callable[..., None], secon
         if len(same) >= PLACES or (i and time.perf_counter() - started > seconds):
             break
         progress("compare with the dense model's own text: prompt", i + 1)
-        dense, sparse = _read(runner, request, stop)
+        dense, sparse = _read(runner, request, stop, started + seconds)
         same += (dense.argmax(-1) == sparse.argmax(-1)).tolist()
         kl += divergences(dense, sparse).tolist()
         prompts = i + 1
@@ -153,14 +155,17 @@ def _figure(found: dict[str, Any]) -> str:
     return f"the pruned model's next token is the dense model's at {agreement} of {found['text']}"
 
 
-def _read(runner: Runner, request: Request, stop: frozenset[int]) -> tuple[np.ndarray, np.ndarray]:
+def _read(
+    runner: Runner, request: Request, stop: frozenset[int], deadline: float = math.inf
+) -> tuple[np.ndarray, np.ndarray]:
     """Logits [T,V] of both models at the same places: before each token that the dense one chose, a stop included."""
     logits: list[np.ndarray] = []
     room = (runner.bundle.shape.max_positions or request.tokens + STEPS) - request.tokens
     row = runner.prefill(request, Budget(dense=True)).row(choose=recorded(greedy(stop), logits), limit=min(STEPS, room))
     for _ in decode(runner.backend, [row]):
-        pass
-    # After the last token of a row that met its limit nobody reads on; a stop was chosen from the last logits.
+        if len(row.ids) >= LEAST and time.perf_counter() > deadline:
+            break
+    # The last token of a row that met its limit was read by nobody; a stop was chosen from the last logits.
     ids = row.ids if row.ended == "stop" else row.ids[:-1]
     sparse = teacher_forced(runner.backend, runner.prefill(request, Budget()).row(), ids)
     return np.stack(logits), sparse

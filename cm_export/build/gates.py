@@ -5,8 +5,10 @@ vision            vision graph with transformers' tower                  yes, of
 prefill           dense prefill: logits and cache                        yes
 decode            8 dense greedy steps: logits and token ids             yes
 full budget       sparse graphs with all tokens and all neurons, dense   yes
-core rows         rows of a made-up core set as decode gets them, with    yes, where the host gathers rows
+core rows         rows of a made-up core set as decode gets them, with    yes, where the host names neurons
                   the same rows of the weights
+functions         a step over these rows, with the step of the functions  yes, where the host names neurons
+                  that the graph brings along, which read by index
 predictor         copies by which decode chooses, with the weights       yes, where it does
 turn              those 8 tokens read at once over the prefill's cache   yes, where the bundle has that graph
 
@@ -18,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.onnxruntime.backend import Backend  # proofs of the portable graphs, whatever the bundle runs on
+from ..backends.onnxruntime.backend import Backend, own  # proofs of the portable graphs, whatever the bundle runs on
 from ..base.core_index import neuron_count
 from ..base.errors import GateFailed
 from ..bundle.names import core_row_names
@@ -169,28 +171,53 @@ class _Proofs:
         pairs = paired({n: v for n, v in ours.items() if n in theirs}, theirs, "prefill.onnx")
         self.equal("full budget, prefill", "prefill", pairs, "dense prefill")
         of.backend.drop("prefill")
+        listed = full["kept_tokens"][0] if of.recipe.tokens.cache == "index" and "kept_tokens" in full else None
         if of.recipe.neurons.in_decode:  # at full budget nothing depends on them
             self._predictor()
-        elif of.recipe.neurons.policy != "dense":  # nor on which rows are named
-            self._core_rows()
-        listed = full["kept_tokens"][0] if of.recipe.tokens.cache == "index" and "kept_tokens" in full else None
+        else:  # nor on which rows are named
+            core = self._made_up_core()
+            self._core_rows(core)
+            self._functions(Row(request, core, cache, dense["logits"][0], listed=listed))
         sparse = self._steps(Row(request, CoreSet.whole(of.shape), cache, dense["logits"][0], listed=listed))
         detail = "dense decode with every neuron and token"
         self.equal("full budget, decode", "decode", _by_step(sparse, steps), detail)
 
-    def _core_rows(self) -> None:
-        """The rows that decode would get for made-up sets of the recipe's size, all of them exactly."""
-        of, rng = self.of, np.random.default_rng(0)
-        count = neuron_count(of.recipe.neurons.share, of.shape.ffn)
-        ids = np.stack([np.sort(rng.permutation(of.shape.ffn)[:count]) for _ in range(of.shape.layers)])
-        core = CoreSet(ids[:, None].astype(np.int32), np.full(of.shape.layers, count, np.int64), of.shape.ffn)
+    def _made_up_core(self) -> CoreSet:
+        """Random neurons of every layer, as many as the recipe's share says."""
+        shape, neurons, rng = self.of.shape, self.of.recipe.neurons, np.random.default_rng(0)
+        if neurons.policy == "dense":
+            return CoreSet.whole(shape)
+        count = neuron_count(neurons.share, shape.ffn)
+        ids = np.stack([np.sort(rng.permutation(shape.ffn)[:count]) for _ in range(shape.layers)])
+        return CoreSet(ids[:, None].astype(np.int32), np.full(shape.layers, count, np.int64), shape.ffn)
+
+    def _core_rows(self, core: CoreSet) -> None:
+        """The rows that decode would get for this set, all of them exactly."""
+        of = self.of
         gathered = of.backend.rows.gather([core])
         for layer, names in enumerate(core_row_names(of.family, of.shape.layers)):
             for part, name in zip(("gate", "up", "down"), names, strict=True):
-                wanted = of.backend.weights[name][ids[layer]]
+                wanted = of.backend.weights[name][core.of_layer(layer)]
                 if not np.array_equal(gathered.rows[f"ffn.{layer}.{part}"], wanted[None]):
                     raise GateFailed("other rows than those named", where=f"gate 'core rows', {name}", fix=_REPORT)
-        self.gates.append(Gate("core rows", 0.0, 0.0, True, f"{count} of {of.shape.ffn} rows a layer, exactly"))
+        detail = f"{core.counts[0]} of {core.ffn} rows a layer, exactly"
+        self.gates.append(Gate("core rows", 0.0, 0.0, True, detail))
+
+    def _functions(self, row: Row) -> None:
+        """A step through gathered rows, and through the functions in the graph, which any other runtime would run."""
+        backend, core, request = self.of.backend, row.core, row.request
+        assert core.neurons is not None  # the made-up set names them
+        session, token = backend.session("decode", rows_as_inputs=False), [int(row.last.argmax())]
+        feeds = {"inputs_embeds": request.embedded(token)[None], "position_ids": request.positions_after(0, 1)[:, None]}
+        feeds |= {"attention_mask": row.mask(1)[None], **own(row.cache).arrays()}
+        feeds |= {"core_neurons": core.neurons, "core_counts": core.counts}
+        feeds |= {"core_bias": np.zeros((self.of.shape.layers, 1, self.of.shape.hidden), np.float32)}
+        if (listed := row.rows_read(1)) is not None:
+            feeds["core_tokens"] = listed[None]
+        given = {i.name: np.ascontiguousarray(feeds[i.name]) for i in session.get_inputs()}
+        by_index = session.run(["logits"], given)[0][0, -1]
+        gathered = teacher_forced(backend, row, token)[1]
+        self.equal("functions", "decode", {"logits": (by_index, gathered)}, "the same step over gathered rows")
 
     def _predictor(self) -> None:
         of = self.of
