@@ -279,8 +279,8 @@ BUILD = (
     ),
     Mutation(
         PORTABLE,
-        "another activation in every CoreFFN",
-        "gate 'full budget, decode'",
+        "another activation in every CoreFFN node",
+        "gate 'functions'",
         graph("decode", attribute("CoreFFN", "activation", "relu2")),
     ),
     Mutation(

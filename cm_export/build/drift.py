@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..base.errors import BundleError, GateFailed
+from ..base.errors import BundleError, GateFailed, InputError
 from ..base.metrics import check_floor, divergences, wilson
 from ..families import Config, Pictures
 from ..host.decode import decode, greedy, recorded, teacher_forced
@@ -144,8 +144,8 @@ def notes(found: dict[str, Any], recipe: Recipe) -> list[str]:
 def next_step() -> str:
     """What to do about a low agreement."""
     return (
-        "raise --neuron-share or --token-share, name other policies (docs/policies.md), "
-        "or let `cm-export tune` find a recipe for your questions"
+        "raise --neuron-share or --token-share, try --neurons predicted or another policy (docs/quality.md, "
+        "docs/policies.md), or let `cm-export tune` find a recipe for your questions"
     )
 
 
@@ -173,31 +173,31 @@ def _read(
 
 def _beginnings(runner: Runner, config: Config) -> tuple[str, frozenset[int], Iterator[Request]]:
     """What the prompts are, where an answer ends, and the prompts."""
+    why, asked = "no built-in prompt fits", _asked(runner)
     try:
-        stop = runner.chat.stop_ids
-        asked = _asked(runner)
-        first = next(asked)
+        if (first := next(asked, None)) is not None:
+            about = "plain ones, most about a made-up picture" if runner.bundle.tower else "plain ones"
+            return about, runner.chat.stop_ids, itertools.chain([first], asked)
     except BundleError as e:  # no tokenizer, or no template that places pictures: `run` will say the same
-        shape = runner.bundle.shape
-        return f"random words: {e.what}", frozenset(shape.stop_ids), _made_up(runner, config)
-    about = "plain ones, most about a made-up picture" if runner.bundle.tower else "plain ones"
-    return about, stop, (request for request in itertools.chain([first], asked) if _fits(runner, request))
+        why = e.what
+    return f"random words: {why}", frozenset(runner.bundle.shape.stop_ids), _made_up(runner, config)
 
 
 def _asked(runner: Runner) -> Iterator[Request]:
-    """The built-in prompts, the first and then every fourth without a picture where the model sees."""
-    if runner.bundle.tower is None:
-        for text in TEXTS:
-            yield _request(runner, runner.chat.encode(text, None, []), Pictures())
-        return
+    """The built-in prompts; of a model that sees, three of four are about a picture. Raises BundleError without a tokenizer."""
+    prompts = [(text, False) for text in TEXTS]
+    if runner.bundle.tower:
+        about = itertools.cycle(ABOUT_PICTURES)
+        prompts = [p for text in TEXTS for p in (*((next(about), True) for _ in range(3)), (text, False))]
     rng = np.random.default_rng(0)
-    for i in range(4 * len(TEXTS)):
-        if i % 4 == 3:
-            yield _request(runner, runner.chat.encode(TEXTS[i // 4], None, []), Pictures())
+    for text, sees in prompts:
+        seen = runner.see([_picture(runner, rng)]) if sees else Pictures()
+        try:
+            request = _request(runner, runner.chat.encode(text, None, seen.counts), seen)
+        except InputError:  # the tokenizer makes nothing of it, or ids that the model has no embedding for
             continue
-        seen = runner.see([_picture(runner, rng)])
-        text = ABOUT_PICTURES[i % len(ABOUT_PICTURES)]
-        yield _request(runner, runner.chat.encode(text, None, seen.counts), seen)
+        if _fits(runner, request):
+            yield request
 
 
 def _made_up(runner: Runner, config: Config) -> Iterator[Request]:
