@@ -36,6 +36,7 @@ from cm_export.quant import packing
 from cm_export.quant.rounding import nearest
 from cm_export.quant.scheme import Scheme
 from cm_export.recipe.recipe import Recipe
+from cm_export.report.pareto import choose
 from cm_export.source import model as hf
 from cm_export.source.probe import probe
 from cm_export.source.probe import reference as stock
@@ -651,6 +652,30 @@ def tune_dense_never_right(planted):
 @plants
 def tune_cost_nan(planted):
     return _decided(cost=NAN)
+
+
+def _chosen(floor, *lows):
+    def point(low):
+        figures = SimpleNamespace(of_dense_ci=[low, 1.0], kept=[low, 1.0])
+        return SimpleNamespace(deployable=True, figures=figures, key=str(low), decode=None, prefill=None, memory=1)
+
+    return "holds" if choose([point(low) for low in lows], floor).holds else "no point holds the floor"
+
+
+@plants
+def report_floor_above_one(planted):
+    assert _chosen(0.9, 0.95) == "holds"
+    return _chosen(1.01, 0.95)
+
+
+@plants
+def report_interval_nan(planted):
+    return _chosen(0.9, NAN)
+
+
+@plants
+def report_without_points(planted):
+    return _chosen(0.9)
 
 
 def _agreement(value, least):
