@@ -56,7 +56,12 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
         path = checkpoint(Path(folder) / "checkpoint", args.sizes)
-        build(str(path), args.out, Recipe().replace(tokens__cache="index"), work_dir=Path(folder) / "stages")
+        build(
+            str(path),
+            args.out,
+            Recipe().replace(neurons__policy="griffin", tokens__cache="index"),
+            work_dir=Path(folder) / "stages",
+        )
 
 
 if __name__ == "__main__":

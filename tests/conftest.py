@@ -63,7 +63,8 @@ def bare_checkpoint(tmp_path_factory) -> Path:
 def bare_bundle(bare_checkpoint, tmp_path_factory) -> Path:
     """That checkpoint built by the real command, on one thread: repeatable to the byte. Its stages lie beside it."""
     out = tmp_path_factory.mktemp("bare") / "x.plan"
-    done = cm_export("build", "--model", bare_checkpoint, "--out", out, "--prune-layer", "1", "--quiet", env=ONE_THREAD)
+    options = ["--neurons", "griffin", "--prune-layer", "1", "--quiet"]
+    done = cm_export("build", "--model", bare_checkpoint, "--out", out, *options, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     return out
 

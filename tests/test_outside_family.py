@@ -177,7 +177,8 @@ def test_the_command_line_builds_and_runs_it(llava, outside, tmp_path, monkeypat
     x = llava
     monkeypatch.setenv("PYTHONPATH", str(outside))
     out = tmp_path / "x.plan"
-    done = cm_export("build", "--model", x.path, "--out", out, "--prune-layer", "1", "--quiet")
+    options = ["--neurons", "griffin", "--prune-layer", "1", "--quiet"]
+    done = cm_export("build", "--model", x.path, "--out", out, *options)
     assert done.returncode == 0, done.stderr
     runner = Runner(Bundle(out), threads=1)
     ids, pictures = asked(x, LAYOUTS[1], np.random.default_rng(5))

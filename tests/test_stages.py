@@ -26,7 +26,8 @@ from cm_export.recipe.recipe import Recipe
 from cm_export.source import checkpoint
 
 ALL = ["weights", "trace", "graphs", "gates", "engines"]
-RECIPE = Recipe().replace(tokens__prune_layer=1, backend="tensorrt", engine__capacity=256, engine__max_prompt=192)
+OWN = {"neurons__policy": "griffin", "tokens__prune_layer": 1}  # as the fixture bare_bundle was built
+RECIPE = Recipe().replace(**OWN, backend="tensorrt", engine__capacity=256, engine__max_prompt=192)
 
 
 def aim(recipe: Recipe, version: str = "10.3.0") -> engines.Aim:

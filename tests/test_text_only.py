@@ -175,9 +175,9 @@ def checkpoint(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module")
 def bundle(checkpoint, tmp_path_factory):
-    """That checkpoint, built by the real command with no option at all."""
+    """That checkpoint, built by the real command with no option but a neuron policy."""
     out = tmp_path_factory.mktemp("base") / "x.plan"
-    done = cm_export("build", "--model", checkpoint, "--out", out, "--quiet", env=ONE_THREAD)
+    done = cm_export("build", "--model", checkpoint, "--neurons", "griffin", "--out", out, "--quiet", env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     return out
 

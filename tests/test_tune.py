@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -472,7 +473,10 @@ def _questions(folder: Path, copies: int = 4) -> Path:
     asked = [("what color is the shape?", "teal"), ("what shape is in the image?", "circle")]
     asked += [("describe : what shape is in the image?", "the shape in the image is a teal circle .")]
     asked += [("describe : is there a red shape?", "no , there is a teal circle in the image .")]
-    lines = [{"image": str(PICTURE), "question": q, "answer": a} for q, a in asked * copies]
+    pictures = [folder / f"teal-{i}.png" for i in range(copies)]  # a question about the same file twice is refused
+    for picture in pictures:
+        shutil.copyfile(PICTURE, picture)
+    lines = [{"image": picture.name, "question": q, "answer": a} for picture in pictures for q, a in asked]
     file = folder / "my.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return file

@@ -10,7 +10,25 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .errors import CmExportError, InputError
+
 _DRAWS = 20_000
+
+
+def check_floor(value: float | None, name: str) -> None:
+    """Raises InputError unless a share that is required lies above 0 and is at most 1; None: nothing is required.
+
+    Above 1 nothing could hold, at 0 or below everything would, and NaN compares with nothing.
+    """
+    if value is not None and not 0 < value <= 1:
+        raise InputError(f"{value:g} is no share that can be required", where=name, fix="give one above 0, up to 1")
+
+
+def check_numbers(logits: np.ndarray, where: str) -> None:
+    """Raises CmExportError where logits [..,V] hold NaN or infinity: the first of them would count as the likeliest token."""
+    if not np.isfinite(logits.max(initial=-np.inf, axis=-1)).all():
+        fix = "the model overflowed: check its weights, or try another precision"
+        raise CmExportError("logits that are no numbers", where=where, fix=fix)
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -33,6 +51,8 @@ def kept_of_dense(
     where the dense one is wrong.
     """
     dense, sparse = np.asarray(dense, bool), np.asarray(sparse, bool)
+    if dense.shape != sparse.shape:
+        raise ValueError(f"{len(sparse)} answers beside {len(dense)} dense ones")
     if not dense.any():
         return None, None
     return float(sparse.sum() / dense.sum()), kept_interval(paired(dense, sparse), level)
@@ -98,14 +118,21 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def divergences(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """[..]: KL(reference || other) in nats of two logits [..,V]."""
+    """[..]: KL(reference || other) in nats of two logits [..,V]. Raises CmExportError where they are no numbers."""
+    check_numbers(reference, "the model that is compared with")
+    check_numbers(logits, "the model that is compared")
     p, q = log_softmax(reference), log_softmax(logits)
     found: np.ndarray = (np.exp(p) * (p - q)).sum(-1)
     return found
 
 
 def divergence(reference: np.ndarray, logits: np.ndarray) -> tuple[float, float]:
-    """Mean KL(reference || other) in nats and share of equal first choices, over the rows of two logits [T,V]."""
+    """Mean KL(reference || other) in nats and share of equal first choices, over the rows of two logits [T,V], T >= 1.
+
+    Raises CmExportError where they are no numbers.
+    """
+    if not len(reference):
+        raise CmExportError("no tokens to compare", where="divergence")
     same = reference.argmax(-1) == logits.argmax(-1)
     return float(divergences(reference, logits).mean()), float(same.mean())
 

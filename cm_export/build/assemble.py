@@ -62,6 +62,7 @@ def _manifest(job: Job, stages: Stages) -> dict[str, Any]:
         "graphs": graphs["graphs"],
         "passes": graphs["passes"],
         "gates": stages.state("gates")["gates"] + built.get("gates", []),
+        "drift": stages.state("gates")["drift"],
         "engines": {k: v for k, v in built.items() if k not in ("sha256", "gates")} or None,
         "links": links(job.shape.layers, graphs["graphs"]),
         "stages": {name: stages.keys[name] for name in ("trace", "weights", "graphs")},

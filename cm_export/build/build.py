@@ -4,7 +4,7 @@ stage      reads                         writes
 weights    checkpoint                    weights.safetensors, processor files, PyTorch's answers to the probe
 trace      configuration                 prefill, decode, and vision where there is one, traced beside the loading of weights
 graphs     trace, weights, recipe        those, sparse prefill and decode, turn where a later question can be asked
-gates      graphs, weights, reference    gate results; a failed gate ends the build
+gates      graphs, weights, reference    gate results, a failed gate ends the build; how far the recipe moves the model
 engines    graphs, weights               with a TensorRT backend: engines, proved before and checked after
 """
 
@@ -19,11 +19,12 @@ from typing import Any
 from ..base import disk, environment, lock
 from ..base.errors import InputError
 from ..base.hashes import key_of
+from ..base.metrics import check_floor
 from ..bundle import directory, predictor
 from ..bundle import weights as weight_files
 from ..recipe.recipe import Recipe
 from ..source import checkpoint
-from . import sources
+from . import drift, sources
 from .assemble import named, write_bundle
 from .engines import lowered_bytes
 from .job import Job, Step, prepare
@@ -43,12 +44,15 @@ def build(
     work_dir: Path | None = None,
     threads: int = 0,
     required: Requirement | None = None,
+    require_agreement: float | None = None,
 ) -> dict[str, Any]:
-    """Write the bundle `out` and return its manifest with `seconds`, `peak_memory_bytes` and `stages_reused`.
+    """Write the bundle `out` and return its manifest with `seconds`, `peak_memory_bytes`, `stages_reused`, `notes`.
 
-    Raises InputError for what the user can mend, GateFailed when the export is not right; `out` is untouched then. `notes`
-    of the result: sentences that the user should read, such as what was kept of an older directory.
+    Raises InputError for what the user can mend, GateFailed when the export is not right or its answers are not as
+    `required`, or less than `require_agreement` of its next tokens are the dense model's; `out` is untouched then.
+    `notes` of the result: sentences that the user should read, such as what was kept of an older directory.
     """
+    check_floor(require_agreement, "required agreement")
     started, out = time.perf_counter(), directory.given(out)
     directory.check_out(out)
     work = Path(os.path.abspath(work_dir)) if work_dir else out.with_name(f".{out.name}.stages")
@@ -69,14 +73,14 @@ def build(
         directory.sweep(out)
         job = prepare(source, recipe, threads, progress)
         notes += _kept(out)
-        manifest = _run(job, out, stages, required)
+        manifest = _run(job, out, stages, required, require_agreement)
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     return manifest | {
         "path": str(out),
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": max(environment.peak_memory_bytes(), children),
         "stages_reused": stages.reused,
-        "notes": notes,
+        "notes": [*manifest["notes"], *notes, *drift.notes(manifest["drift"], job.recipe)],
     }
 
 
@@ -104,7 +108,7 @@ def _kept(out: Path) -> list[str]:
     return [f"{', '.join(tops[:3])}{more} in {out} {'is' if len(tops) == 1 else 'are'} kept"] if tops else []
 
 
-def _run(job: Job, out: Path, stages: Stages, required: Requirement | None) -> dict[str, Any]:
+def _run(job: Job, out: Path, stages: Stages, required: Requirement | None, agreement: float | None) -> dict[str, Any]:
     """Every stage that the job needs, in order and resumed where its key is unchanged; then the bundle's manifest."""
     wanted = [stage for stage in STAGES if stage.needed(job)]
     keys = stage_keys(job)
@@ -120,6 +124,8 @@ def _run(job: Job, out: Path, stages: Stages, required: Requirement | None) -> d
             stages.run(stage.name, keys[stage.name], partial(stage.run, job=job, stages=stages, **more))
             if not begun:
                 beside.close()  # processes that wait for nothing would keep their memory
+            if stage is gates.STAGE:  # before engines, which may take an hour
+                drift.require(stages.state(stage.name)["drift"], agreement)
     return write_bundle(out, job, stages, required)
 
 

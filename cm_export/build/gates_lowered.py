@@ -33,7 +33,7 @@ from ..host.request import Request, kept_slots, prefill_feeds, sparse_feeds
 from ..quant.error import relative_error
 from ..quant.precision import HALF, PRECISIONS
 from ..source.probe import Probe
-from .gates import LIMIT, Gate, compared
+from .gates import LIMIT, Gate, compared, paired
 
 STEPS = 8
 # 16-bit products of a few thousand terms differ by some 1e-3 of the largest value; a lost cast, mask or scale by above 1e-1.
@@ -197,6 +197,6 @@ def _same_neurons(ours: np.ndarray | None, theirs: np.ndarray | None, share: flo
 
 
 def _gate(name: str, graph: str, found: Answers, expected: Answers, limit: float | None, detail: str) -> Gate:
-    pairs = {output: (found[graph][output], theirs) for output, theirs in expected[graph].items()}
+    pairs = paired(found[graph], expected[graph], f"lowered {graph}.onnx")
     fix = "no engine was built; please report this checkpoint's config.json"
     return compared(name, f"lowered {graph}.onnx", pairs, limit, detail, fix)

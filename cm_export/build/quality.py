@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..base.errors import GateFailed
+from ..base.errors import GateFailed, InputError
+from ..base.metrics import check_floor
 from ..evals.compare import Sweep, compare
-from ..evals.task import Task
+from ..evals.task import Task, check_distinct
 from ..host.backend import DEFAULT
 from ..recipe.recipe import Recipe
 from .gates import Gate
@@ -24,6 +25,14 @@ class Requirement:
     task: Task
     accuracy: float | None = None
     retained: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InputError for a share that cannot be required, no question, or one that is there twice."""
+        check_floor(self.accuracy, "required accuracy")
+        check_floor(self.retained, "required share of the dense accuracy")
+        if not self.task.questions:
+            raise InputError("no questions", where=f"task {self.task.name}", fix="give some")
+        check_distinct(self.task.questions, f"task {self.task.name}")
 
 
 def check(
@@ -48,7 +57,7 @@ def check(
             raise GateFailed(
                 "the dense model answers nothing right", where=detail, fix="check the questions and answers"
             )
-        if value < floor:
+        if not value >= floor:  # also takes NaN
             raise GateFailed(
                 f"{name} {value:.4f} is below the required {floor:g}",
                 where=detail,

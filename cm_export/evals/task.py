@@ -47,6 +47,20 @@ def kinds_of(name: str) -> tuple[str, ...]:
     return tuple(by_name.load("cm_export.evals.tasks", name, "task").KINDS)
 
 
+def check_distinct(questions: Sequence[Question], where: str) -> None:
+    """Raises InputError for a question about the same pictures that is there twice: it would count twice.
+
+    Intervals would be too narrow, and `tune` would ask on held-out questions what it has searched on.
+    """
+    seen: dict[tuple[Any, ...], int] = {}
+    for number, question in enumerate(questions, 1):
+        first = seen.setdefault((question.pictures, question.text), number)
+        if first != number:
+            what = f"question {number} repeats question {first}: {question.text[:60]!r}"
+            fix = 'leave one of them out; several right answers go into one: "answers": [..]'
+            raise InputError(what, where=where, fix=fix)
+
+
 def load(name: str, kinds: tuple[str, ...] = (), limit: int | None = None, seed: int | None = None) -> Task:
     """The task of a file in evals/: `limit` questions of each kind, drawn at random. Raises InputError."""
     module = by_name.load("cm_export.evals.tasks", name, "task")

@@ -17,7 +17,7 @@ from ..base import json_lines
 from ..base.errors import InputError
 from ..host.images import open_image, opened
 from ..host.picture_notes import Note
-from .task import Question, Task
+from .task import Question, Task, check_distinct
 
 MAX_NEW_TOKENS = 64
 _KEYS = {"image", "images", "question", "answer", "answers", "kind"}
@@ -44,6 +44,8 @@ def load(path: Path, max_new_tokens: int = MAX_NEW_TOKENS, control_tokens: bool 
         raise InputError(
             "no questions", where=path, fix='write lines such as {"image": ..., "question": ..., "answer": ...}'
         )
+
+    check_distinct(questions, str(path))
 
     def same(said: str, right: str) -> bool:
         return normalise(said) == normalise(right)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..base.metrics import log_softmax
+from ..base.metrics import check_numbers, log_softmax
 from .backend import Backend, Cache, Decoder, Tokens
 from .core_set import CoreSet
 from .request import Request
@@ -130,7 +130,10 @@ class Reader:
         self._decoders: dict[_Key, Decoder] = {}
 
     def read(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> Spent:
-        """Read `tokens` of each row: its logits and its cache are those after them. Raises InputError."""
+        """Read `tokens` of each row: its logits and its cache are those after them.
+
+        Raises InputError, CmExportError for logits that are no numbers.
+        """
         spent, groups = Spent(), self._groups(rows, tokens)
         keys = [_key(members) for members, _ in groups]
         graphs = {key[:2] for key in keys}
@@ -165,6 +168,7 @@ class Reader:
         if [(id(cache), i) for i in range(len(cache.lengths))] != [(id(row.cache), row.place) for row in rows]:
             cache = self._backend.regroup([(row.cache, row.place) for row in rows])
         logits, cache = decoder.read(_tokens(rows, ids), cache)
+        check_numbers(logits, f"{rows[0].graph} graph")
         for place, row in enumerate(rows):
             row.cache, row.place, row.read = cache, place, row.read + len(ids[place])
             row.logits = logits[place, -1] if len(ids[place]) == 1 else logits[place]

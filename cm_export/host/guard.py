@@ -46,6 +46,11 @@ class Report:
     check_s: float = 0.0
     free: int = 0  # tokens that a check's own logits gave, besides the prefill's
 
+    def __post_init__(self) -> None:
+        """Raises InputError for drafts without a token."""
+        if self.every < 1:
+            raise InputError(f"drafts of {self.every} tokens", where="guard", fix="give 1 or more")
+
     def add(self, drafted: int, kept: int, read: int, is_first: bool) -> None:
         """One check: of `drafted` tokens `kept` were right; `read` tokens went through the dense model."""
         self.free += not is_first

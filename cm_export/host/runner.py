@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import psutil
 
+from ..base.core_index import check_core_tokens
 from ..base.errors import InputError
+from ..base.metrics import check_numbers
 from ..base.units import size
 from ..bundle.bundle import Bundle
 from ..families import Arrays, Pictures, Tower
@@ -46,14 +48,19 @@ class Prefilled:
     """A prompt after prefill: first logits, which tokens and neurons were kept, and its cache."""
 
     def __init__(self, runner: Runner, request: Request, budget: Budget, found: Arrays, cache: Cache):
-        """`found`: logits [1,V] and what the graph says about neurons and tokens."""
+        """`found`: logits [1,V] and what the graph says about neurons and tokens.
+
+        Raises InputError for tokens that are not ascending and of this prompt, CmExportError for logits that are no numbers.
+        """
         self.request, self.budget, self.cache, self._runner = request, budget, cache, runner
         tokens, kept, mask = runner.recipe.tokens, found.get("kept_tokens"), found.get("kept_mask")
         self.logits = found["logits"]
+        check_numbers(self.logits, "prefill graph")
         self.measured = {n: found[n] for n in MEASURED if n in found}
         if kept is not None and mask is not None and not mask.all():  # a graph whose T is given pads up to it
             kept = kept[:, mask[0] > 0]
         self.kept_tokens = np.arange(request.tokens, dtype=np.int32)[None] if kept is None else kept
+        check_core_tokens(self.kept_tokens, 1, request.tokens)  # a token listed twice would be attended twice
         self._kept_mask = mask[0] if mask is not None and tokens.cache == "cut" else None
         self._listed = kept[0] if kept is not None and tokens.cache == "index" else None
         # Chosen here, so that whoever times a prefill times the choice with it.

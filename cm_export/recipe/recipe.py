@@ -4,7 +4,8 @@
     policy = "griffin"            policy = "spread_keys" # a file in policies/tokens/
     share = 0.6                   share = 0.5            # of the image tokens
 
-The defaults are what won on the demo model (LOG.md); the paper's own pair is `coreinfer` with `overlap`.
+Where nothing of [neurons] is asked, a build keeps every neuron: no set of neurons per answer that was measured holds a real
+language model (docs/quality.md). The other defaults won on the models of our own; the paper's pair is `coreinfer` with `overlap`.
 """
 
 import dataclasses
@@ -32,7 +33,13 @@ BEFORE_LAYERS = {"embeds", "image_mask", "vote", "seed"}  # what a token policy 
 class Neurons:
     """Which FFN neurons decode computes (METHOD: core neurons; CoreInfer arXiv 2410.18311)."""
 
-    policy: str = option("griffin", "--neurons", "Neuron policy", registry=facts.NEURONS, what="neuron policy")
+    policy: str = option(
+        "griffin",
+        "--neurons",
+        "Neuron policy; where nothing of [neurons] is set, dense",
+        registry=facts.NEURONS,
+        what="neuron policy",
+    )
     share: float = option(0.6, "--neuron-share", "Share of FFN neurons that decode computes", share=True)
     voters: str = option("all", "", "Whose activations choose the neurons", choices=VOTERS)
     counted: str = option(
@@ -177,13 +184,20 @@ class Recipe:
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "chosen"}
 
     def for_model(self, shape: "Shape") -> "Recipe":
-        """The recipe as a bundle of this model records it: without pictures, tokens that nobody asked to prune stay."""
-        asked = any(key.startswith("tokens__") for key in self.chosen)
-        if not shape.sees and not asked:
-            return self.replace(tokens__policy="dense")
+        """The recipe as a bundle of this model records it: neurons that nobody asked to prune stay.
+
+        Without pictures, so do tokens; a cut that nobody placed gives way to layers that must see every token.
+        """
+        found = self if self._asked("neurons") else self.replace(neurons__policy="dense")
+        if not shape.sees and not self._asked("tokens"):
+            return found.replace(tokens__policy="dense")
         if "tokens__prune_layer" not in self.chosen and 0 < self.tokens.prune_layer < shape.whole_layers:
-            return self.replace(tokens__prune_layer=shape.whole_layers)
-        return self
+            return found.replace(tokens__prune_layer=shape.whole_layers)
+        return found
+
+    def _asked(self, table: str) -> bool:
+        """Whether somebody set a key of this table."""
+        return any(key.startswith(f"{table}__") for key in self.chosen)
 
     def replace(self, **overrides: Any) -> "Recipe":
         """A copy with `neurons__share=0.4`-style overrides; None means `as it was`. Validated."""

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..base.metrics import check_floor
 from .points import Point
 
 # In this order: what a user waits for most, then the first token, then bytes.
@@ -32,7 +33,11 @@ class Choice:
 
 
 def choose(points: Sequence[Point], floor: float) -> Choice:
-    """Dense and random points are never chosen. A point that several reports measured counts with its worst figures."""
+    """Dense and random points are never chosen. A point that several reports measured counts with its worst figures.
+
+    Raises InputError for a floor that cannot hold, or that everything would hold.
+    """
+    check_floor(floor, "floor")
     worst: dict[str, Point] = {}
     for p in points:
         if p.deployable and p.figures.of_dense_ci is not None and (p.key not in worst or _low(p) < _low(worst[p.key])):

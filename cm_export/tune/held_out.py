@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..base.metrics import wilson
+from ..base.metrics import check_floor, wilson
 from ..recipe.recipe import Recipe, from_dict
 from ..recipe.vary import at_random
 from . import study as studies
@@ -27,6 +27,10 @@ class Goal:
     objective: str
     trials: int
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises InputError for a floor that cannot hold, or that everything would hold."""
+        check_floor(self.floor, "floor")
 
 
 def second_look(

@@ -17,6 +17,7 @@ from typing import Any
 
 import onnx
 
+from ...base.errors import SurgeryError
 from ...base.onnx_text import DOMAIN, OPSET
 from ...host.core_rows import ROWS
 from ...plugins.core_ffn.body import ACTIVATIONS
@@ -58,6 +59,7 @@ def lower(model: onnx.ModelProto, rows_as_inputs: bool, few_rows: bool = False) 
             onnx.helper.make_node("CoreRows", [node.input[0], *weights], list(node.output), node.name, domain=DOMAIN)
         )
     if activation is not None:
+        _check_one_activation(graph)
         model.functions.append(_core_rows(activation))
     if chosen:
         assert activation is not None  # the loop has met the CoreFFN that reads what is chosen
@@ -66,6 +68,13 @@ def lower(model: onnx.ModelProto, rows_as_inputs: bool, few_rows: bool = False) 
     _keep(graph, _fuse_transposes(nodes, set(shapes), few_rows))
     model.opset_import.append(onnx.helper.make_opsetid(_MICROSOFT, 1))
     return model
+
+
+def _check_one_activation(graph: onnx.GraphProto) -> None:
+    """Raises SurgeryError for layers of unlike activations: one function here stands for all of them."""
+    found = {node.name: _attribute(node, "activation") for node in graph.node if node.op_type == "CoreFFN"}
+    if len(set(found.values())) > 1:
+        raise SurgeryError("CoreFFN nodes of several activations", where=f"{found}", fix="build the bundle again")
 
 
 def _core_rows(activation: str) -> onnx.FunctionProto:

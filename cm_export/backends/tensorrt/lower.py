@@ -185,9 +185,13 @@ def _own_ops(edit: Edit, target: Target) -> tuple[str, ...]:
     index = next((t for t in edit.graph.inputs if t.name == "core_neurons"), None)
     counted = edit.has_input("core_counts")
     batch, hidden = dims.BATCH, edit.input("inputs_embeds").shape[2]
-    activation = None
-    for node in [n for n in edit.graph.nodes if n.op == "CoreFFN"]:
-        layer, activation = node.attrs["layer"], node.attrs["activation"]
+    nodes = [n for n in edit.graph.nodes if n.op == "CoreFFN"]
+    activation = nodes[0].attrs["activation"]  # every layer of decode has a CoreFFN
+    if any(n.attrs["activation"] != activation for n in nodes):
+        fix = "build the bundle again: one function stands for all of them"
+        raise SurgeryError("CoreFFN nodes of several activations", where="decode", fix=fix)
+    for node in nodes:
+        layer = node.attrs["layer"]
         count = f"{dims.CORE_NEURONS}.{layer}" if counted else dims.CORE_NEURONS
         if not target.plugins:
             rows = [edit.add_input(f"ffn.{layer}.{part}", np.float32, [batch, count, hidden]) for part in ROWS]
@@ -195,7 +199,6 @@ def _own_ops(edit: Edit, target: Target) -> tuple[str, ...]:
             node.attrs.clear()
         elif counted:  # an input of its own for each layer, since a length that depends on data is no shape here
             node.inputs[4] = edit.add_input(f"core_neurons.{layer}", np.int32, [batch, count])
-    assert activation is not None  # every layer of decode has a CoreFFN
     if not target.plugins:
         edit.functions["CoreRows"] = written.core_rows(activation)
     _drop_inputs(

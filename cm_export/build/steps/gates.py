@@ -1,4 +1,4 @@
-"""Stage `gates`: graphs, weights and PyTorch's answers -> results of the gates; one that fails ends the build."""
+"""Stage `gates`: graphs, weights and PyTorch's answers -> results of the gates, one that fails ends the build; the drift."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 from ...backends.onnxruntime.backend import Backend
 from ...bundle import predictor, weights
 from ...bundle.names import core_row_names
+from ...host.runner import Runner
 from ...source import model
-from .. import gates
+from .. import drift, gates
 from ..stage import Stage
+from ..under_way import UnderWay
 
 if TYPE_CHECKING:
     from ..job import Job
@@ -23,11 +25,12 @@ def _run(folder: Path, job: "Job", stages: "Stages") -> dict[str, Any]:
     rows = core_row_names(job.family, job.shape.layers)
     backend = Backend(lambda n: stages.file("graphs", f"{n}.onnx"), file, job.threads, copies, rows)
     reference = model.read_reference(stages.folder / "weights")
-    subject = gates.Subject(
-        backend, job.family, job.shape, job.tower, job.recipe, job.inputs, reference, job.calibration
+    results = gates.run_gates(
+        gates.Subject(backend, job.family, job.shape, job.tower, job.recipe, job.inputs, reference)
     )
-    results = gates.run_gates(subject)
-    return {"gates": [g.to_dict() for g in results]}
+    runner = Runner(UnderWay(job, stages), job.threads, backend=backend.name)  # whatever the bundle will run on
+    found = drift.measure(runner, job.config, job.progress)
+    return {"gates": [g.to_dict() for g in [*results, *found.gates]], "drift": found.to_dict()}
 
 
 STAGE = Stage("gates", ("weights", "graphs"), lambda job: {"threads": job.threads}, _run)

@@ -27,6 +27,7 @@ TASKS = ByName("cm_export.evals.tasks", "task")
         "cm-export build --model ./my-qwen2-vl --out my.plan --backend tensorrt --max-batch 4 --no-dense-engines",
         "cm-export build --model demo --out demo.plan --backend tensorrt-rtx --architecture sm_86",
         "cm-export build --model ./my-qwen2-vl --out my.plan --require-retained 0.985 --data my.jsonl",
+        "cm-export build --model ./my-qwen2-vl --out my.plan --neurons griffin --require-agreement 0.9",
     ),
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The bundle directory to write.")
@@ -34,7 +35,12 @@ TASKS = ByName("cm_export.evals.tasks", "task")
 @recipe_options
 @click.option("--require-accuracy", type=Share(), help="Fail unless this share of --data or --task is answered right.")
 @click.option("--require-retained", type=Share(), help="Fail unless this share of the dense model's accuracy is kept.")
-@click.option("--data", type=click.Path(path_type=Path), help="Questions for the two above; see `cm-export eval`.")
+@click.option(
+    "--require-agreement",
+    type=Share(),
+    help="Fail unless the pruned model's next token is the dense model's at this share of text that the model writes.",
+)
+@click.option("--data", type=click.Path(path_type=Path), help="Questions for the first two; see `cm-export eval`.")
 @click.option("--task", type=TASKS, help=f"The same from a task: {', '.join(TASKS.known())}.")
 @click.option("--limit", type=Count(1), help="Questions of each kind, with --task.  [default: all]")
 @click.option(
@@ -52,8 +58,8 @@ TASKS = ByName("cm_export.evals.tasks", "task")
 @json_option
 def command(
     out: Path, recipe: str | None, force: bool, work_dir: Path | None, threads: int, quiet: bool, as_json: bool,
-    require_accuracy: float | None, require_retained: float | None, data: Path | None, task: str | None,
-    limit: int | None, **choices: Any,
+    require_accuracy: float | None, require_retained: float | None, require_agreement: float | None,
+    data: Path | None, task: str | None, limit: int | None, **choices: Any,
 ) -> None:  # fmt: skip
     """Export a checkpoint to a bundle of ONNX graphs.
 
@@ -87,8 +93,9 @@ def command(
     idle = _idle(choices, chosen)
     with progress(silent) as step:
         summary = build(
-            chosen.model, out, chosen, progress=step, force=force, work_dir=work_dir, threads=threads, required=required
-        )
+            chosen.model, out, chosen, progress=step, force=force, work_dir=work_dir, threads=threads, required=required,
+            require_agreement=require_agreement,
+        )  # fmt: skip
     if idle:
         summary["notes"] = [*idle, *summary["notes"]]
     if as_json:
@@ -96,9 +103,10 @@ def command(
     elif not quiet:
         from ..tables import print_build
 
-        for note in summary["notes"]:
-            click.echo(f"cm-export: note: {note}", err=True)
         print_build(summary)
+    if not quiet:
+        for note in summary["notes"]:
+            click.echo(f"cm-export: {note}", err=True)
 
 
 def _idle(choices: dict[str, Any], chosen: Recipe) -> list[str]:

@@ -1,0 +1,246 @@
+"""Drift: what a recipe changes in the text that the model itself writes, measured at the end of every build.
+
+prompt -> dense model writes t0 t1 t2 .. (greedy)      its logits   d0 d1 d2 ..
+       -> sparse model reads the same t0 t1 t2 ..      its logits   s0 s1 s2 ..
+
+agreement = share of places where d and s have the same first choice        KL = mean of KL(softmax d || softmax s), in nats
+
+The prompts are plain ones, through the model's own chat template; of a model that sees, most are about made-up pictures.
+It says how far the recipe moves this model, not how right its answers are: that takes questions (`cm-export eval`).
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ..base.errors import BundleError, GateFailed, InputError
+from ..base.metrics import check_floor, divergences, wilson
+from ..families import Config, Pictures
+from ..host.decode import decode, greedy, recorded, teacher_forced
+from ..host.request import Request
+from ..host.runner import Budget, Runner
+from ..recipe.recipe import Recipe
+from ..source.probe import probe
+from .gates import Gate
+
+WARN_BELOW = 0.9
+STEPS = 32  # tokens of one answer, at most
+PLACES = 256  # places compared, after which no further prompt is asked
+SECONDS = 30.0  # after which the dense model writes no more; the sparse one still reads the last answer
+LEAST = 4  # tokens of an answer, however long they take
+SIDES = (224, 112, 56, 28, 12)  # of a made-up picture, in pixels: the largest that becomes MOST image tokens or fewer
+MOST = 100
+TEXTS = (
+    "What is the capital of Italy?",
+    "Write three sentences about the sea.",
+    "How do I boil an egg?",
+    "Explain why the sky is blue.",
+    "List five animals and where they live.",
+    "Is eleven a prime number?",
+    "Write a short letter to a friend who is ill.",
+    "What does a carpenter do all day?",
+)
+ABOUT_PICTURES = (
+    "describe : what shape is in the image?",
+    "describe the image .",
+    "what color is the shape?",
+    "describe : what color is the shape?",
+    "how many shapes are there ?",
+    "describe : is there a red shape?",
+)
+_COLORS = ((200, 30, 30), (20, 120, 200), (0, 128, 128), (240, 200, 0), (30, 150, 60))
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What was measured: `agreement` with its 95 % Wilson interval over `places`, `kl` in nats; or why nothing was."""
+
+    agreement: float | None
+    ci: tuple[float, float] | None
+    kl: float | None
+    places: int
+    prompts: int
+    text: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @property
+    def gates(self) -> list[Gate]:
+        """The same as two rows among the gates, without a limit."""
+        if self.agreement is None or self.kl is None or self.ci is None:
+            return []
+        low, high = self.ci
+        detail = f"95 % [{low:.3f}, {high:.3f}], {self.text}" if self.places else self.text
+        return [
+            Gate("drift: top-1 agreement", self.agreement, None, True, detail),
+            Gate("drift: KL to dense", self.kl, None, True, self.text),
+        ]
+
+
+def prunes(recipe: Recipe) -> bool:
+    """Whether anything is left out: a share of 1 keeps everything, and the gates prove that it then equals dense."""
+    n, t = recipe.neurons, recipe.tokens
+    whole_tokens = t.policy == "dense" or (t.budget == "share" and t.share == 1)
+    return not (whole_tokens and (n.policy == "dense" or n.share == 1))
+
+
+def measure(runner: Runner, config: Config, progress: Callable[..., None], seconds: float = SECONDS) -> Drift:
+    """`runner` on the portable graphs. Raises CmExportError where a model's logits are no numbers."""
+    if not prunes(runner.recipe):
+        return Drift(
+            1.0, (1.0, 1.0), 0.0, 0, 0, "not measured: nothing is pruned, so the sparse graphs say what dense says"
+        )
+    started, prompts = time.perf_counter(), 0
+    same: list[bool] = []
+    kl: list[float] = []
+    about, stop, requests = _beginnings(runner, config)
+    for i, request in enumerate(requests):
+        if len(same) >= PLACES or (i and time.perf_counter() - started > seconds):
+            break
+        progress("compare with the dense model's own text: prompt", i + 1)
+        dense, sparse = _read(runner, request, stop, started + seconds)
+        same += (dense.argmax(-1) == sparse.argmax(-1)).tolist()
+        kl += divergences(dense, sparse).tolist()
+        prompts = i + 1
+    runner.backend.drop("vision", "prefill_dense", "decode_dense", "prefill", "decode")
+    if not same:
+        return Drift(None, None, None, 0, 0, "not measured: no prompt fits into this model")
+    right, n = sum(same), len(same)
+    text = f"{n} places in what the dense model wrote to {prompts} prompts ({about}), greedy"
+    return Drift(right / n, wilson(right, n), float(np.mean(kl)), n, prompts, text)
+
+
+def require(found: dict[str, Any], least: float | None) -> None:
+    """Raises GateFailed where the agreement is below `least`, or was not measured. None: nothing is required."""
+    check_floor(least, "required agreement")
+    if least is None:
+        return
+    if found["agreement"] is None:
+        raise GateFailed(f"agreement of at least {least:g} is required, and was {found['text']}", where="gate 'drift'")
+    if not found["agreement"] >= least:
+        fix = f"no bundle was written; {next_step()}"
+        raise GateFailed(f"{_figure(found)}, below the required {least:g}", where="gate 'drift'", fix=fix)
+
+
+def notes(found: dict[str, Any], recipe: Recipe) -> list[str]:
+    """What somebody who only reads that the build has ended should know."""
+    if not prunes(recipe):
+        return ["nothing is pruned; policies to prune with: --neurons, --tokens (docs/policies.md, docs/quality.md)"]
+    if found["agreement"] is None:
+        return [f"warning: how far this recipe moves the model was {found['text']}"]
+    if found["agreement"] < WARN_BELOW:
+        return [f"warning: {_figure(found)}; {next_step()}"]
+    return []
+
+
+def next_step() -> str:
+    """What to do about a low agreement."""
+    return (
+        "raise --neuron-share or --token-share, try --neurons predicted or another policy (docs/quality.md, "
+        "docs/policies.md), or let `cm-export tune` find a recipe for your questions"
+    )
+
+
+def _figure(found: dict[str, Any]) -> str:
+    low, high = found["ci"]
+    agreement = f"{found['agreement']:.3f} [{low:.3f}, {high:.3f}]"
+    return f"the pruned model's next token is the dense model's at {agreement} of {found['text']}"
+
+
+def _read(
+    runner: Runner, request: Request, stop: frozenset[int], deadline: float = math.inf
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [T,V] of both models at the same places: before each token that the dense one chose, a stop included."""
+    logits: list[np.ndarray] = []
+    room = (runner.bundle.shape.max_positions or request.tokens + STEPS) - request.tokens
+    row = runner.prefill(request, Budget(dense=True)).row(choose=recorded(greedy(stop), logits), limit=min(STEPS, room))
+    for _ in decode(runner.backend, [row]):
+        if len(row.ids) >= LEAST and time.perf_counter() > deadline:
+            break
+    # The last token of a row that met its limit was read by nobody; a stop was chosen from the last logits.
+    ids = row.ids if row.ended == "stop" else row.ids[:-1]
+    sparse = teacher_forced(runner.backend, runner.prefill(request, Budget()).row(), ids)
+    return np.stack(logits), sparse
+
+
+def _beginnings(runner: Runner, config: Config) -> tuple[str, frozenset[int], Iterator[Request]]:
+    """What the prompts are, where an answer ends, and the prompts."""
+    why, asked = "no built-in prompt fits", _asked(runner)
+    try:
+        if (first := next(asked, None)) is not None:
+            about = "plain ones, most about a made-up picture" if runner.bundle.tower else "plain ones"
+            return about, runner.chat.stop_ids, itertools.chain([first], asked)
+    except BundleError as e:  # no tokenizer, or no template that places pictures: `run` will say the same
+        why = e.what
+    return f"random words: {why}", frozenset(runner.bundle.shape.stop_ids), _made_up(runner, config)
+
+
+def _asked(runner: Runner) -> Iterator[Request]:
+    """The built-in prompts; of a model that sees, three of four are about a picture. Raises BundleError without a tokenizer."""
+    prompts = [(text, False) for text in TEXTS]
+    if runner.bundle.tower:
+        about = itertools.cycle(ABOUT_PICTURES)
+        prompts = [p for text in TEXTS for p in (*((next(about), True) for _ in range(3)), (text, False))]
+    rng = np.random.default_rng(0)
+    for text, sees in prompts:
+        seen = runner.see([_picture(runner, rng)]) if sees else Pictures()
+        try:
+            request = _request(runner, runner.chat.encode(text, None, seen.counts), seen)
+        except InputError:  # the tokenizer makes nothing of it, or ids that the model has no embedding for
+            continue
+        if _fits(runner, request):
+            yield request
+
+
+def _made_up(runner: Runner, config: Config) -> Iterator[Request]:
+    """Random words, with two pictures between them where the model sees: each another beginning."""
+    bundle = runner.bundle
+    for seed in range(1, 9):
+        asked = probe(bundle.shape, bundle.tower, config, seed)
+        seen = Pictures()
+        if bundle.tower:
+            found = runner.backend.vision(bundle.tower.feeds(asked.pictures))
+            seen = Pictures(found, tuple(picture.grid for picture in asked.pictures))
+        request = _request(runner, asked.ids, seen)
+        if _fits(runner, request):
+            yield request
+
+
+def _request(runner: Runner, ids: np.ndarray, pictures: Pictures) -> Request:
+    """Of any length; `Runner.request` refuses one that is too long, and here such a one is left out."""
+    bundle = runner.bundle
+    if bundle.tower and not pictures.grids:
+        pictures = bundle.tower.no_pictures()
+    return Request.of(ids, pictures, bundle.family, bundle.shape, bundle.weights)
+
+
+def _fits(runner: Runner, request: Request) -> bool:
+    limit = runner.bundle.shape.max_positions
+    return limit is None or request.tokens < limit
+
+
+def _picture(runner: Runner, rng: np.random.Generator) -> Image.Image:
+    """A coloured shape somewhere on a light ground, as large as makes few image tokens."""
+    canvas = Image.new("RGB", (SIDES[0], SIDES[0]), tuple(rng.integers(225, 256, 3).tolist()))
+    pen, color = ImageDraw.Draw(canvas), _COLORS[rng.integers(len(_COLORS))]
+    size = int(rng.integers(60, 110))
+    x, y = rng.integers(8, SIDES[0] - size - 8, 2).tolist()
+    draw: Sequence[Callable[[], None]] = (
+        lambda: pen.ellipse((x, y, x + size, y + size), fill=color),
+        lambda: pen.rectangle((x, y, x + size, y + size), fill=color),
+        lambda: pen.polygon(((x, y + size), (x + size // 2, y), (x + size, y + size)), fill=color),
+    )
+    draw[int(rng.integers(len(draw)))]()
+    for side in SIDES:
+        picture = canvas.resize((side, side))
+        if runner.tower.picture(picture, runner.picture_rule).tokens <= MOST:
+            break
+    return picture

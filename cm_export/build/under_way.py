@@ -1,0 +1,38 @@
+"""A bundle under way, read from the stages of its build: what can be asked of a finished one, asked before it is written.
+
+.engine.plan.stages/graphs/*.onnx, weights/*  ->  UnderWay(job, stages)  ->  Runner, Chat
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..bundle import predictor, weights
+from ..bundle.bundle import Bundle
+
+if TYPE_CHECKING:
+    from .job import Job
+    from .stages import Stages
+
+
+class UnderWay(Bundle):
+    """Nothing of it is sealed yet: it has no manifest, and the stages have checked their own files."""
+
+    def __init__(self, job: "Job", stages: "Stages"):
+        self.path, self._stages = stages.folder, stages
+        self.family, self.shape, self.tower, self.config = job.family, job.shape, job.tower, job.config
+        self.recipe, self.calibration = job.recipe, job.calibration
+        self.weights = weights.WeightFile(stages.file("weights", weights.FILE))
+        if job.recipe.neurons.in_decode:
+            self.predictor = weights.WeightFile(stages.file("graphs", predictor.FILE))
+
+    def graph(self, name: str) -> Path:
+        """The file of one graph."""
+        return self._stages.file("graphs", f"{name}.onnx")
+
+    def processor(self, name: str) -> Path | None:
+        """A tokenizer or processor file, or None if the checkpoint had none."""
+        file = self.path / "weights" / "processor" / name
+        return file if file.is_file() else None
+
+    def wait_verified(self) -> None:
+        """A stage is taken over only when its files match their hashes, so there is nothing to wait for."""
