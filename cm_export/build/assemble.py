@@ -54,6 +54,8 @@ def _manifest(job: Job, stages: Stages) -> dict[str, Any]:
             "embedding": job.family.embedding,  # the host looks token embeddings up in the weight file
         },
         "recipe": job.recipe.to_dict() | {"model": None, "calibration": CALIBRATION if job.calibration else None},
+        "generation": job.generation.settings,
+        "notes": list(job.generation.notes),
         "versions": {n: version(n) for n in _LIBRARIES}
         | {"python": platform.python_version(), "platform": platform.machine()},
         "graphs": graphs["graphs"],

@@ -17,8 +17,9 @@ from ..calibrating import prune_layers
 from ..families import Family, Shape, Tower
 from ..plugins.core_ffn.op import ACTIVATIONS
 from ..recipe.recipe import Recipe
-from ..source import model
+from ..source import generation, model
 from ..source.checkpoint import Checkpoint
+from ..source.generation import Generation
 from ..source.probe import Probe, probe
 from ..surgery import pipeline
 from . import engines
@@ -37,6 +38,7 @@ class Job:
     tower: Tower | None  # None: the model reads no pictures
     recipe: Recipe  # as the bundle records it: nothing is left for the model or the calibration to decide
     inputs: Probe
+    generation: Generation  # what the checkpoint says about its answers
     calibration: Calibration | None  # neurons in the order of the weight file
     order: np.ndarray | None  # [L,F] of the weight file: place -> neuron; None: the checkpoint's own
     measured: str | None  # sha256 of the calibration file
@@ -58,6 +60,7 @@ def prepare(source: Checkpoint, recipe: Recipe, threads: int, progress: Step) ->
         fix = by_name.nearest(shape.activation, [*ACTIVATIONS])
         raise InputError(f"unknown hidden_act {shape.activation!r}", where=source.path / "config.json", fix=fix)
     model.check_processor(source.path)
+    settings = generation.read(source.path, source.config)
     if tower:
         tower.rule(model.read_picture_rule(source.path))
     aim = engines.aim(recipe) if recipe.backend in engines.MODULES else None
@@ -67,7 +70,8 @@ def prepare(source: Checkpoint, recipe: Recipe, threads: int, progress: Step) ->
     measured = file_sha256(Path(recipe.calibration)) if recipe.calibration is not None else None
     inputs = probe(shape, tower, config)  # not the recipe's seed: the weights stage keeps PyTorch's answers to it
     return Job(
-        source, family, config, shape, tower, recipe, inputs, calibration, order, measured, aim, threads, progress
+        source, family, config, shape, tower, recipe, inputs, settings, calibration, order, measured, aim, threads,
+        progress,
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ def describe(path: Path) -> dict[str, Any]:
         "weights": {"file": WEIGHTS, "bytes": m["files"][WEIGHTS]["bytes"], "tensors": len(bundle.weights.tensors)},
         "engines": _engines(m),
         "gates": m["gates"],
+        "generation": m.get("generation") or {},
         "passes": m["passes"],
         "pruned": _pruned(recipe, bundle.shape),
         "links": m["links"],

@@ -12,6 +12,7 @@ from typing import Any
 from ..bundle.bundle import Bundle
 from .conversation import Answer, Conversation
 from .runner import Budget, Runner, check_converses
+from .sampling import Sampling
 
 
 class LoadedBundle(Runner):
@@ -25,11 +26,12 @@ class LoadedBundle(Runner):
         neuron_share: float | None = None,
         token_share: float | None = None,
         seed: int | None = None,
+        sampling: Sampling | None = None,
     ) -> Conversation:
         """Questions about the same PIL pictures, one after the other (see conversation.py). Raises InputError."""
         check_converses(self.recipe, dense)
         self.check_reads_several("a second question")
-        return Conversation(self, images, system, Budget(dense, neuron_share, token_share, seed))
+        return Conversation(self, images, system, Budget(dense, neuron_share, token_share, seed), sampling)
 
     def generate(
         self,
@@ -43,14 +45,16 @@ class LoadedBundle(Runner):
         seed: int | None = None,
         guard: int | None = None,
         on_text: Callable[[str], None] | None = None,
+        sampling: Sampling | None = None,
     ) -> Answer:
-        """Answer one question about PIL pictures, greedily; `on_text` gets the text as it comes.
+        """Answer one question about PIL pictures; `on_text` gets the text as it comes.
 
-        `guard`: check drafts of that many tokens against the dense model (see guard.py). Nothing is shown before the
-        weights match their hash. Raises InputError, BundleError.
+        `sampling`: how tokens are chosen (see sampling.py); None: greedily, as the checkpoint says. `guard`: check drafts
+        of that many tokens against the dense model (see guard.py). Nothing is shown before the weights match their hash.
+        Raises InputError, BundleError.
         """
         budget = Budget(dense, neuron_share, token_share, seed)
-        return Conversation(self, images, system, budget).ask(prompt, max_new_tokens, guard, on_text)
+        return Conversation(self, images, system, budget, sampling).ask(prompt, max_new_tokens, guard, on_text)
 
 
 def load(
