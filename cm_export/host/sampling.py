@@ -223,14 +223,14 @@ def drawn(scores: np.ndarray, seed: int, place: int) -> int:
 
     Every id has an arrival time of its own, so that similar scores mostly give the same id (see guard.py).
     """
-    kept = np.flatnonzero(scores > -np.inf)
+    kept = np.flatnonzero(scores != -np.inf)  # what is no number stays, so that it is seen
     times = np.random.default_rng((seed, place)).standard_exponential(len(scores))
     return int(kept[np.argmax(scores[kept] - np.log(times[kept]))]) if len(kept) else 0
 
 
 def _checked(scores: np.ndarray, token: int) -> int:
     """Raises CmExportError where nothing can be chosen: argmax answers something for NaN, too."""
-    if not scores[token] > -np.inf:
+    if not np.isfinite(scores[token]):
         what = "the model's logits are not numbers, or every token is forbidden"
         raise CmExportError(what, where="decode", fix="check the bundle with `cm-export eval`, or build it again")
     return token

@@ -61,9 +61,10 @@ class Writing:
     def _release(self, new: str) -> str:
         """The text up to a stop string, or to what may become one."""
         text = self._held + new
-        found = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        # The one that is complete first, however tokens part the text; of several that end together the longest.
+        found = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
-            at, self.stopped = min(found)
+            _, at, self.stopped = min(found)
             out, self._held = text[:at], ""
         else:
             begun = max((_begun(text, stop) for stop in self._stop), default=0)
