@@ -80,10 +80,9 @@ class Conversation:
         if guard:
             check_bundle(runner.recipe)
             runner.check_reads_several("the guard")
-        rule = runner.rule(self._sampling)
-        asked = self._sampling.max_new_tokens if self._sampling else None
-        limit = max_new_tokens if asked is None else asked
-        check_minimum(rule.min_new_tokens, limit)
+        rule, asked = runner.rule(self._sampling), self._sampling or Sampling()
+        limit = max_new_tokens if asked.max_new_tokens is None else asked.max_new_tokens
+        check_minimum(asked.min_new_tokens or 0, limit)  # the checkpoint's own minimum may be cut
         times, before = _Times(time.perf_counter()), self._context
         context = self._first(prompt, times) if before is None else self._later(prompt, before, times)
         times.prefilled = time.perf_counter()

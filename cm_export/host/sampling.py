@@ -13,6 +13,7 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -70,8 +71,8 @@ _FIX = {"temperature": "give 0 for greedy answers, or a number such as 0.7", "st
 
 def fault(name: str, value: Any) -> str | None:
     """What is wrong with the value of a setting, as the end of a sentence; None where nothing is."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    whole = number and isinstance(value, int)
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    whole = number and isinstance(value, Integral)  # numpy's are such, too
     if name == "sample":
         return None if isinstance(value, bool) else "is neither True nor False"
     if name == "temperature":

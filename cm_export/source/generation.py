@@ -117,8 +117,6 @@ def _sorted_out(values: dict[str, Any], file: Path) -> Generation:
             notes.append(f"{name} = {value!r} is not used" + (f": {_WHY[name]}" if name in _WHY else ""))
     if values.get("do_sample"):
         drawn = ", ".join(f"{n} {settings[n]:g}" for n in _SAMPLED if n in settings)
-        drawn = f", as do `run --sample` and generate(sampling=...) with {drawn}" if drawn else ""
-        notes.append(
-            f"do_sample: transformers draws unless told otherwise{drawn}; here answers are greedy unless asked"
-        )
+        drawn = f", with {drawn}" if drawn else ""
+        notes.append(f"do_sample = true: answers are greedy all the same; `run --sample` draws them{drawn}")
     return Generation(settings, tuple(f"{file.name}: {note}" for note in notes))
