@@ -20,9 +20,9 @@ TEXTS = (
 
 
 def byte_level() -> Tokenizer:
-    """Every byte is a token, and some pairs; so most characters beyond ASCII come in parts."""
+    """Every byte is a token, and some pairs, one of them a space with a first byte; most of what is not ASCII comes in parts."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("ä", "¸"), ("Ã", "©")]
+    merges = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("Ġ", "ä"), ("ä", "¸"), ("Ã", "©")]
     vocab = {token: i for i, token in enumerate([*alphabet, *("".join(m) for m in merges)])}
     tokenizer = Tokenizer(models.BPE(vocab, merges))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -157,6 +157,13 @@ def test_what_only_begins_like_a_stop_string_is_shown_in_the_end(tokenizer):
     ids = tokenizer.encode("a </s </sto").ids
     pieces, text, stopped, _ = written(tokenizer, ids, ("</stop>",))
     assert text == "a </s </sto" and stopped is None and pieces[-1] == "</sto"
+
+
+def test_the_stop_string_that_is_complete_first_ends_the_answer_also_within_one_token(tokenizer):
+    ids = tokenizer.encode("x the").ids
+    assert len(ids) < len("x the"), "`the` must be one token for this test to say anything"
+    assert written(tokenizer, ids, ("the", "h"))[1:3] == ("x t", "h")
+    assert written(tokenizer, ids, ("e", "the"))[1:3] == ("x ", "the")
 
 
 def test_a_character_of_several_tokens_can_be_a_stop_string(tokenizer):
