@@ -224,7 +224,7 @@ def penalised(tmp_path_factory):
     return path, folder / "p.plan", done.stdout
 
 
-QUESTION = "describe : what shape is in the image?"
+QUESTION = "what ?"  # of which the demo is unsure, so that a penalty changes its answer
 
 
 def run(bundle, *more, question=QUESTION):
