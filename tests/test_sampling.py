@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from cm_export.base.errors import CmExportError, InputError
+from cm_export.cli import sampling_options
 from cm_export.host.decode import decode
 from cm_export.host.sampling import PLAIN, Chooser, Rule, Sampling, drawn, settle
 
@@ -193,6 +194,17 @@ def test_without_a_seed_every_answer_has_another_one(monkeypatch):
 def test_a_value_that_means_nothing_is_refused_by_name(asked, words):
     with pytest.raises(InputError, match=words):
         Sampling(**asked)
+
+
+def test_every_option_of_run_reaches_the_rule_also_where_its_value_is_0():
+    left_out = dict.fromkeys(sampling_options.NAMES) | {"sample": False, "stop": ()}
+    assert sampling_options.asked(left_out, None) == Sampling()
+    zeros = {"temperature": 0.0, "top_k": 0, "top_p": 0.0, "min_p": 0.0, "min_new_tokens": 0}
+    for name, value in zeros.items():
+        assert sampling_options.asked(left_out | {name: value}, 5) == Sampling(seed=5, **{name: value})
+    given = {"sample": True, "temperature": 0.7, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1}
+    given |= {"stop": ("a", "b"), "min_new_tokens": 2}
+    assert set(given) == set(sampling_options.NAMES) and sampling_options.asked(given, 0) == Sampling(seed=0, **given)
 
 
 def test_one_stop_string_may_be_given_as_text():

@@ -58,5 +58,7 @@ def asked(choices: dict[str, Any], seed: int | None) -> "Sampling":
     """What the options and --seed ask for. Raises InputError."""
     from ..host.sampling import Sampling
 
-    given = {name: choices[name] for name in NAMES if choices[name] not in (None, (), False)}
+    values = {name: choices[name] for name in NAMES}
+    # Not `in (None, False, ())`: 0 equals False, and says something.
+    given = {name: v for name, v in values.items() if not (v is None or v is False or v == ())}
     return Sampling(seed=seed, **given)
