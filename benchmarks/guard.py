@@ -24,6 +24,7 @@ from cm_export.evals.tasks import easy_vqa
 from cm_export.host import guard
 from cm_export.host.images import open_image
 from cm_export.host.runner import Budget, Runner
+from cm_export.host.sampling import PLAIN, Chooser
 
 NEVER = frozenset({-1})
 
@@ -60,7 +61,7 @@ def both(runner, prefilled, limit, stop, every):
     report = guard.Report(every)
     runs = (
         lambda: list(runner.tokens(prefilled, limit, stop)),
-        lambda: list(guard.guarded(runner, prefilled, limit, stop, report)),
+        lambda: list(guard.guarded(runner, prefilled, limit, Chooser(PLAIN, prefilled.request.ids, stop), report)),
     )
     spent, said = [], []
     for run in runs:

@@ -319,7 +319,13 @@ def test_build_takes_the_model_of_the_recipe_and_drops_its_revision_for_another_
 
 
 STATS = {"prompt_tokens": 9, "image_tokens": 64, "image_tokens_kept": 16, "neurons": 1024, "neurons_kept": 410}
-STATS |= {"new_tokens": 2, "ttft_s": 0.125, "tokens_per_s": 40.0}
+STATS |= {
+    "new_tokens": 2,
+    "ttft_s": 0.125,
+    "tokens_per_s": 40.0,
+    "stopped": "stop token",
+    "sampling": {"rule": "greedy"},
+}
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from cm_export.host.decode import Reader, Row
 from cm_export.host.images import open_image
 from cm_export.host.request import prefill_feeds
 from cm_export.host.runner import Budget, Runner
+from cm_export.host.sampling import PLAIN, Chooser
 from cm_export.recipe.recipe import Recipe
 from cm_export.source import checkpoint
 
@@ -38,7 +39,8 @@ def answers(runner, question, every, **budget):
     stop, report = runner.chat.stop_ids, guard.Report(every)
     dense = list(runner.tokens(runner.prefill(asked, Budget(dense=True)), 20, stop))
     sparse = list(runner.tokens(runner.prefill(asked, Budget(**budget)), 20, stop))
-    guarded = list(guard.guarded(runner, runner.prefill(asked, Budget(**budget)), 20, stop, report))
+    choose = Chooser(PLAIN, asked.ids, stop)
+    guarded = list(guard.guarded(runner, runner.prefill(asked, Budget(**budget)), 20, choose, report))
     return dense, sparse, guarded, report
 
 

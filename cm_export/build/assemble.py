@@ -56,7 +56,8 @@ def _manifest(job: Job, stages: Stages) -> dict[str, Any]:
             "embedding": job.family.embedding,  # the host looks token embeddings up in the weight file
         },
         "recipe": job.recipe.to_dict() | {"model": None, "calibration": CALIBRATION if job.calibration else None},
-        "notes": [*job.notes, *_unread(stages.state("weights").get("unread", []))],
+        "generation": job.generation.settings,
+        "notes": [*job.notes, *job.generation.notes, *_unread(stages.state("weights").get("unread", []))],
         "versions": {n: version(n) for n in _LIBRARIES}
         | {"python": platform.python_version(), "platform": platform.machine()},
         "graphs": graphs["graphs"],

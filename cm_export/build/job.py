@@ -19,8 +19,9 @@ from ..families import Family, Shape, Tower
 from ..plugins.core_ffn.op import ACTIVATIONS
 from ..recipe.recipe import Recipe
 from ..recipe.unread import unread
-from ..source import model, processor
+from ..source import generation, model, processor
 from ..source.checkpoint import Checkpoint
+from ..source.generation import Generation
 from ..source.probe import Probe, probe
 from ..surgery import pipeline
 from . import engines
@@ -39,6 +40,7 @@ class Job:
     tower: Tower | None  # None: the model reads no pictures
     recipe: Recipe  # as the bundle records it: nothing is left for the model or the calibration to decide
     inputs: Probe
+    generation: Generation  # what the checkpoint says about its answers
     calibration: Calibration | None  # neurons in the order of the weight file
     order: np.ndarray | None  # [L,F] of the weight file: place -> neuron; None: the checkpoint's own
     measured: str | None  # sha256 of the calibration file
@@ -62,8 +64,9 @@ def prepare(source: Checkpoint, recipe: Recipe, threads: int, progress: Step) ->
         raise InputError(f"unknown hidden_act {shape.activation!r}", where=source.path / "config.json", fix=fix)
     with tempfile.TemporaryDirectory(prefix="cm-export-") as work:
         found = processor.check(source.path, source.config, shape, tower, Path(work))
+    settings = generation.read(source.path, source.config)
     notes = (*source.notes, *found, *unread(recipe))
-    for note in notes:
+    for note in (*notes, *settings.notes):
         progress(f"note: {note}")
     aim = engines.aim(recipe) if recipe.backend in engines.MODULES else None
     calibration, order = _calibration(recipe, source)
@@ -72,8 +75,8 @@ def prepare(source: Checkpoint, recipe: Recipe, threads: int, progress: Step) ->
     measured = file_sha256(Path(recipe.calibration)) if recipe.calibration is not None else None
     inputs = probe(shape, tower, config)  # not the recipe's seed: the weights stage keeps PyTorch's answers to it
     return Job(
-        source, family, config, shape, tower, recipe, inputs, calibration, order, measured, aim, threads, progress,
-        notes,
+        source, family, config, shape, tower, recipe, inputs, settings, calibration, order, measured, aim, threads,
+        progress, notes,
     )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ def describe(path: Path) -> dict[str, Any]:
         "engines": _engines(m),
         "gates": m["gates"],
         "drift": m.get("drift"),  # None in a bundle of an earlier version
+        "generation": m.get("generation") or {},
         "passes": m["passes"],
         "pruned": _pruned(recipe, bundle.shape),
         "links": m["links"],

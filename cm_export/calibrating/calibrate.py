@@ -28,7 +28,7 @@ from ..evals.other_policies import with_policies
 from ..evals.task import OWN_TASKS
 from ..families import Pictures
 from ..host.core_set import CoreSet
-from ..host.decode import Choose, decode, greedy, sampled, teacher_forced
+from ..host.decode import Row, decode, sampled, teacher_forced
 from ..host.images import given, opened
 from ..host.picture_notes import Note, counted
 from ..host.request import Request, prefill_feeds
@@ -136,6 +136,7 @@ def measure(
         "ran": {"data": what, "prompts": len(answers), "generated_tokens": total, "seed": seed}
         | {"max_new_tokens": max_new_tokens, "sensitivity_prompts": len(some)}
         | ({"notes": counted(notes, len(notes))} if any(notes.values()) else {})
+        | {"answers": str(runner.rule()) if prompts else "sampled at temperature 1"}
         | {"token_policy": tokens.policy, "tokens": {k: getattr(tokens, k) for k in prune_layers.MATTER}},
         "versions": {n: version(n) for n in _LIBRARIES},
     }
@@ -143,7 +144,7 @@ def measure(
 
 
 def _answers(runner, prompts, own, limit, seed, progress, notes) -> Iterator[tuple[Request, np.ndarray]]:
-    """Requests with the dense model's answers [T] (greedy; sampled where there is no prompt to answer)."""
+    """Requests with the dense model's answers [T], greedy under the bundle's rule; drawn where there is no prompt to answer."""
     rng, shape = np.random.default_rng(seed), runner.bundle.shape
     if not prompts:
         words = np.setdiff1d(np.arange(shape.vocab), [shape.image_token, *shape.stop_ids])
@@ -151,7 +152,9 @@ def _answers(runner, prompts, own, limit, seed, progress, notes) -> Iterator[tup
             progress("let the model write", i, own)
             request = runner.request(rng.choice(words, OWN_WORDS), Pictures())
             # Greedy text from a random beginning runs in circles.
-            yield request, _written(runner, request, limit, sampled(rng, frozenset(shape.stop_ids)))
+            row = runner.prefill(request, Budget(dense=True)).row(limit=limit)
+            row.choose = sampled(rng, frozenset(shape.stop_ids))
+            yield request, _written(runner, row)
         return
     seen: dict[tuple[Path, ...], Pictures] = {}
     for i, prompt in enumerate(prompts):
@@ -161,12 +164,12 @@ def _answers(runner, prompts, own, limit, seed, progress, notes) -> Iterator[tup
             seen = {prompt.images: runner.see(pictures)}
             notes |= {str(p): runner.notes_on(shown) for p, shown in zip(prompt.images, pictures, strict=True)}
         request = runner.ask(prompt.text, seen[prompt.images])
-        yield request, _written(runner, request, limit, greedy(runner.chat.stop_ids))
+        prefilled = runner.prefill(request, Budget(dense=True))
+        yield request, _written(runner, runner.answering(prefilled, runner.rule(), limit))
 
 
-def _written(runner: Runner, request: Request, limit: int, choose: Choose) -> np.ndarray:
-    """[T] int64: the dense model's answer."""
-    row = runner.prefill(request, Budget(dense=True)).row(choose=choose, limit=limit)
+def _written(runner: Runner, row: Row) -> np.ndarray:
+    """[T] int64: the answer of a row."""
     return np.array([token for _, token in decode(runner.backend, [row])], np.int64)
 
 

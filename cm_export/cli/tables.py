@@ -27,6 +27,8 @@ def print_build(manifest: Mapping[str, Any]) -> None:
     total = size(sum(entry["bytes"] for entry in files.values()))
     line = f"{manifest['path']}  {total} in {manifest['seconds']:.1f} s{reused}"
     console.print(line, markup=False, soft_wrap=True)
+    for note in manifest["notes"]:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_bundle(bundle: Mapping[str, Any]) -> None:

@@ -45,7 +45,8 @@ def measure(
     runner = Runner(bundle, threads, backend=backend)
     if image_tokens is None:
         image_tokens = IMAGE_TOKENS if bundle.shape.sees else 0
-    pictures = _pictures(runner, prompt_tokens, image_tokens) if image_tokens or vision else []
+    runner.check_length(prompt_tokens + image_tokens + new_tokens)  # before so many patches are made
+    pictures = _pictures(runner, image_tokens) if image_tokens or vision else []
     request = made_up_request(runner, prompt_tokens, pictures)
     seen = [runner.tower.feeds([picture]) for picture in pictures] if vision else []
     bundle.wait_verified()
@@ -82,7 +83,8 @@ def measure(
         "notes": [
             f"{request.tokens} prompt tokens of which {request.image_tokens} are image tokens; "
             f"sparse keeps {kept['sparse']['tokens']} tokens and {kept['sparse']['neurons']} of {bundle.shape.ffn} neurons",
-            "median and quartiles in ms; decode per token; dense and sparse alternate in one process",
+            "median and quartiles in ms; decode per token, the most likely one, of which the choice is not timed; "
+            "dense and sparse alternate in one process",
             *runner.backend.notes,
         ],
     }
@@ -104,10 +106,9 @@ def _timed(
     return prefilled
 
 
-def _pictures(runner: Runner, prompt_tokens: int, image_tokens: int) -> list[Picture]:
-    """Made-up pictures of so many image tokens together. Raises InputError, also where the prompt gets too long."""
+def _pictures(runner: Runner, image_tokens: int) -> list[Picture]:
+    """Made-up pictures of so many image tokens together. Raises InputError where the model takes none."""
     tower = runner.tower
-    runner.check_length(prompt_tokens + image_tokens)  # before so many patches are made
     return tower.sized(image_tokens, np.random.default_rng(0)) if image_tokens else []
 
 

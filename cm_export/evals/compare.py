@@ -128,6 +128,7 @@ def compare(
             "n": len(task.questions),
             "backend": runner.backend.name,
             "environment": environment.describe(threads, bundle.manifest["versions"]) | runner.backend.hardware,
+            "decoding": runner.rule().to_dict(),
             "dense": dense,
             "sparse": results[1],
             "random": next((r for r in results[1:] if r["is_random"]), None),  # none where nothing is pruned
@@ -135,9 +136,10 @@ def compare(
             "table": [_flat(r) for r in results],
             "peak_memory_bytes": environment.peak_memory_bytes(),
             "notes": [
-                f"accuracy: {task.rule}, greedy, free-running; in brackets: 95 % Wilson interval",
+                f"accuracy: {task.rule}, free-running, {runner.rule()}; in brackets: 95 % Wilson interval",
                 "of dense: 95 % interval over paired questions (above 1: right where dense is wrong); "
-                "KL and top-1 along the dense model's own answers",
+                "KL and top-1 along the dense model's own answers"
+                + (", of logits before any penalty" if runner.rule().repetition_penalty != 1 else ""),
                 *_ran_on(runner, [r["policies"] for r in results], rows),
                 *comparison.exam.notes,
             ],

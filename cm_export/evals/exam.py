@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..families import Pictures
-from ..host.decode import Spent, decode, forced, greedy, recorded
+from ..host.decode import Spent, decode, forced, recorded
 from ..host.images import Opened
 from ..host.picture_notes import counted
 from ..host.runner import Budget, Prefilled, Runner
@@ -38,11 +38,14 @@ class Written:
 
 
 def write(runner: Runner, prefilled: Prefilled, limit: int, ids: Sequence[int] | None = None) -> Written:
-    """The greedy answer to a prompt, or `ids` in its place."""
+    """The greedy answer to a prompt, under the bundle's own rule, or `ids` in its place.
+
+    The logits are the model's own, as they are before the rule's penalty.
+    """
     logits: list[np.ndarray] = []
     spent: list[Spent] = []
-    choose = greedy(runner.chat.stop_ids) if ids is None else forced(ids)
-    row = prefilled.row(choose=recorded(choose, logits), limit=limit)
+    row = runner.answering(prefilled, runner.rule(), limit)
+    row.choose = recorded(row.choose if ids is None else forced(ids), logits)
     for _ in decode(runner.backend, [row], spent.append):
         pass
     gather = 1000 * sum(s.gather for s in spent) if spent else None
@@ -74,7 +77,7 @@ class Exam:
         return runner.prefill(request, budget)
 
     def answer(self, runner: Runner, question: Question, budget: Budget) -> Written:
-        """Prefill and greedy answer, timed."""
+        """Prefill and greedy answer under the bundle's rule, timed."""
         started = time.perf_counter()
         prefilled = self.prefill(runner, question, budget)
         prefill_ms = 1000 * (time.perf_counter() - started)

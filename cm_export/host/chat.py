@@ -6,8 +6,9 @@ Text is data: what reads as a control token in it is encoded as text (see contro
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from ..base.errors import BundleError, InputError
 from ..bundle.bundle import Bundle
 from .control_tokens import ControlTokens, Rendering
+from .writing import Writing
 
 
 class Chat:
@@ -134,20 +136,21 @@ class Chat:
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-    def stream(self, ids: Iterator[int]) -> Iterator[tuple[int, str]]:
-        """Each id with the text that it completes; bytes of an unfinished character wait for the rest.
+    def writing(self, stop: tuple[str, ...] = ()) -> Writing:
+        """The text of one answer as its tokens come; a string of `stop` ends it."""
+        return Writing(self.decode, self._shows, stop)
 
-        What still waits at the end comes with a last id of -1.
-        """
-        seen, shown, text = [], 0, ""
-        for i in ids:
-            seen.append(i)
-            text = self.decode(seen)
-            ready = len(text) if not text.endswith("\ufffd") else shown
-            yield i, text[shown:ready]
-            shown = ready
-        if shown < len(text):
-            yield -1, text[shown:]
+    def _shows(self, token: int) -> bool:
+        """Whether `decode` writes anything for a token: not for control tokens, nor for ids that no token has."""
+        return token not in self._silent and self._tokenizer.id_to_token(token) is not None
+
+    @cached_property
+    def _silent(self) -> frozenset[int]:
+        return frozenset(i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special)
+
+    def stops(self, strings: tuple[str, ...] = ()) -> frozenset[int]:
+        """Ids that end an answer: the checkpoint's, and control tokens among `strings`, which are in no text."""
+        return self.stop_ids | {i for text in strings if (i := self._tokenizer.token_to_id(text)) in self._silent}
 
     def _compile(self, source: str) -> Any:
         from jinja2 import TemplateError

@@ -22,9 +22,11 @@ from ..base import environment
 from ..base.errors import BundleError
 from ..families import Pictures
 from . import picture_notes
+from .decode import decode
 from .guard import Report, check_bundle, guarded
 from .images import given
 from .runner import Budget, Prefilled, Runner
+from .sampling import Rule, Sampling, check_minimum
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,18 @@ class Conversation:
     """Questions about the same pictures, one after the other; `LoadedBundle.conversation` makes one."""
 
     def __init__(
-        self, runner: Runner, images: Sequence[Any], system: str | None, budget: Budget, control_tokens: bool = False
+        self,
+        runner: Runner,
+        images: Sequence[Any],
+        system: str | None,
+        budget: Budget,
+        control_tokens: bool = False,
+        sampling: Sampling | None = None,
     ):
-        """`control_tokens`: those typed in a text are tokens, not text."""
+        """`control_tokens`: those typed in a text are tokens, not text. `sampling`: as of `LoadedBundle.generate`."""
         self.runner, self._system, self._budget = runner, system, budget
         self._images = [given(image, f"picture {number}") for number, image in enumerate(images, 1)]
-        self._control_tokens = control_tokens
+        self._control_tokens, self._sampling = control_tokens, sampling
         self._prompts: list[str] = []
         self._answers: list[str] = []
         self._pictures = Pictures()
@@ -72,19 +80,23 @@ class Conversation:
         guard: int | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> Answer:
-        """Answer the next question, greedily; arguments and errors as of `LoadedBundle.generate`."""
+        """Answer the next question; arguments and errors as of `LoadedBundle.generate`."""
         runner = self.runner
         if guard:
             check_bundle(runner.recipe)
             runner.check_reads_several("the guard")
+        rule, asked = runner.rule(self._sampling), self._sampling or Sampling()
+        limit = max_new_tokens if asked.max_new_tokens is None else asked.max_new_tokens
+        check_minimum(asked.min_new_tokens or 0, limit)  # the checkpoint's own minimum may be cut
         times, before = _Times(time.perf_counter()), self._context
         context = self._first(prompt, times) if before is None else self._later(prompt, before, times)
         times.prefilled = time.perf_counter()
         runner.bundle.wait_verified()
         report = Report(guard) if guard else None
-        ids, text = self._write(context, max_new_tokens, report, times, on_text)
+        ids, text, ended = self._write(context, rule, limit, report, times, on_text)
         kept = kept_cells(context, self._pictures)
-        stats = _stats(context, ids, kept, times, max_new_tokens, runner.bundle.shape.ffn)
+        stats = _stats(context, ids, kept, times, runner.bundle.shape.ffn)
+        stats |= {"stopped": ended, "sampling": rule.to_dict(), "max_new_tokens": limit}
         if report:  # tokens come a draft at a time, the first ones after the first check
             spent = report.draft_s + report.check_s
             stats |= {"guard": report.to_dict(), "decode_s": spent, "tokens_per_s": len(ids) / spent if ids else None}
@@ -103,28 +115,37 @@ class Conversation:
     def _write(
         self,
         context: Prefilled,
+        rule: Rule,
         limit: int,
         report: Report | None,
         times: _Times,
         on_text: Callable[[str], None] | None,
-    ) -> tuple[list[int], str]:
-        """Ids and text of the answer."""
-        chat, ids, pieces = self.runner.chat, [], []
+    ) -> tuple[list[int], str, str]:
+        """Ids and text of the answer, and why it ended."""
+        runner, ids, shown = self.runner, list[int](), 0
+        row = runner.answering(context, rule, limit)
+        writing = row.writing
+        assert writing is not None  # `answering` gives every row one
         source: Iterator[int] = (
-            guarded(self.runner, context, limit, chat.stop_ids, report)
+            guarded(runner, context, row.limit, runner.chooser(context.request, rule), report, writing)
             if report
-            else self.runner.tokens(context, limit, chat.stop_ids)
+            else (token for _, token in decode(runner.backend, [row]))
         )
-        for token, text in chat.stream(source):
+        for token in source:
             times.first = times.first or time.perf_counter()
-            if token >= 0:
-                ids.append(token)
-            pieces.append(text)
-            if on_text and text:
-                on_text(text)
+            ids.append(token)
+            shown = _show(writing.text, shown, on_text)
+        writing.end()
+        _show(writing.text, shown, on_text)
         times.ended = time.perf_counter()
         times.first = times.first or times.ended
-        return ids, "".join(pieces)
+        if writing.stopped is not None:
+            ended = "stop string"
+        elif len(ids) < row.limit:
+            ended = "stop token"
+        else:
+            ended = "max-new-tokens" if row.limit == limit else "context length"
+        return ids, writing.text, ended
 
     def _first(self, prompt: str, times: _Times) -> Prefilled:
         """The pictures and the first question."""
@@ -150,9 +171,14 @@ class Conversation:
         return self.runner.chat.encode_turns(prompts, answers, self._system, counts, self._control_tokens)
 
 
-def _stats(
-    context: Prefilled, ids: list[int], kept: list[np.ndarray], times: _Times, limit: int, ffn: int
-) -> dict[str, Any]:
+def _show(text: str, shown: int, on_text: Callable[[str], None] | None) -> int:
+    """Hand out what is new in the text after `shown` characters; returns how many there are now."""
+    if on_text and len(text) > shown:
+        on_text(text[shown:])
+    return len(text)
+
+
+def _stats(context: Prefilled, ids: list[int], kept: list[np.ndarray], times: _Times, ffn: int) -> dict[str, Any]:
     """The figures of an answer."""
     decode = times.ended - times.first
     return {
@@ -169,7 +195,6 @@ def _stats(
         "prefill_s": times.prefilled - times.seen,
         "decode_s": decode,
         "tokens_per_s": (len(ids) - 1) / decode if len(ids) > 1 else None,
-        "stopped": "stop token" if len(ids) < limit else "max-new-tokens",
         "peak_memory_bytes": environment.peak_memory_bytes(),
     }
 

@@ -20,6 +20,7 @@ from ..base.metrics import check_numbers, log_softmax
 from .backend import Backend, Cache, Decoder, Tokens
 from .core_set import CoreSet
 from .request import Request
+from .writing import Writing
 
 # logits [V] of the next token, how many were chosen before -> a token id, or None where the answer ends
 Choose = Callable[[np.ndarray, int], int | None]
@@ -75,11 +76,12 @@ class Row:
     listed: np.ndarray | None = None  # [M] int32: rows of the prompt that decode reads; None: all that count
     few_rows: bool = False  # whether most reads are of 2 to 16 tokens
     choose: Choose = field(default_factory=greedy)
+    writing: Writing | None = None  # its text as it comes, which knows the strings that end it
     limit: int = 128  # tokens of the answer
     place: int = 0  # of this request in `cache`, which it may share
     read: int = 0  # tokens after the prompt that are in the cache
     ids: list[int] = field(default_factory=list)  # the answer so far
-    ended: str | None = None  # "stop" or "limit"
+    ended: str | None = None  # "stop", "string" or "limit"
 
     @property
     def last(self) -> np.ndarray:
@@ -222,14 +224,25 @@ class Batch:
         for row, token in chosen:
             if token is not None:
                 row.ids.append(token)
-            if token is None or len(row.ids) == row.limit:
-                row.ended = "stop" if len(row.ids) < row.limit else "limit"
+                if row.writing:
+                    row.writing.add(token)
+            row.ended = _ending(row, token)
+            if row.ended:
                 self.remove(row)
         return [(row, token) for row, token in chosen if token is not None]
 
     def read(self) -> Spent:
         """Read the token that each row has chosen last."""
         return self._reader.read(self.rows, [row.ids[-1:] for row in self.rows])
+
+
+def _ending(row: Row, token: int | None) -> str | None:
+    """Why the answer ends with its last token, or before it where that is None; None while it goes on."""
+    if row.writing and row.writing.stopped is not None:
+        return "string"
+    if len(row.ids) >= row.limit:
+        return "limit"
+    return "stop" if token is None else None
 
 
 def decode(

@@ -6,7 +6,9 @@
     next              t2'          its own choice goes on; keys and values of all kept tokens are the dense pass's
 
 A draft that fails often is answered in steps (`LADDER`): more neurons, the dropped tokens back, dense. Speculative
-decoding (arXiv 2211.17192) with the model's own sparse form as the draft, as in Draft&Verify (arXiv 2309.08168).
+decoding (arXiv 2211.17192) with the model's own sparse form as the draft, as in Draft&Verify (arXiv 2309.08168). Draft
+and check choose by the same rule, penalty included; drawn tokens are drawn in the same race (sampling.drawn), so the
+answer is the one that the dense model alone draws with that seed.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from ..recipe.recipe import Recipe
 from .core_set import CoreSet
 from .decode import Reader, Row
 from .runner import Prefilled, Runner
+from .sampling import Chooser
+from .writing import Writing
 
 EVERY = 16  # tokens of a draft: up to 16 rows a dense pass costs what one row costs, then it grows with them
 SHORTEST = 4  # a draft after several that failed
@@ -115,8 +119,19 @@ class _Draft:
         return action
 
 
-def guarded(runner: Runner, prefilled: Prefilled, limit: int, stop: frozenset[int], report: Report) -> Iterator[int]:
-    """Token ids of the dense model's greedy answer, until a stop id (not yielded) or `limit`; a draft at a time."""
+def guarded(
+    runner: Runner,
+    prefilled: Prefilled,
+    limit: int,
+    choose: Chooser,
+    report: Report,
+    writing: Writing | None = None,
+) -> Iterator[int]:
+    """Token ids of the dense model's own answer; a draft at a time.
+
+    Until a stop id (not yielded), `limit`, or a stop string of `writing`, which gets every token before it is yielded.
+    """
+    stop = choose.stop
     reader, draft, size = Reader(runner.backend), _Draft(runner, prefilled), report.every
     dense = prefilled.row(graph="decode_dense", few_rows=True, kept=None, listed=None)
     runner.backend.ready("decode")  # both made before anything is timed
@@ -125,7 +140,7 @@ def guarded(runner: Runner, prefilled: Prefilled, limit: int, stop: frozenset[in
     while len(ids) < limit:
         wanted = min(size if draft.ladder else 1, limit - len(ids))
         started = time.perf_counter()
-        drafted = _drafted(reader, draft.row(), dense, wanted, stop)
+        drafted = _drafted(reader, draft.row(), dense, wanted, choose, ids)
         if drafted[0] in stop:  # chosen from dense logits: it needs no check
             report.free += bool(ids)
             return
@@ -134,14 +149,18 @@ def guarded(runner: Runner, prefilled: Prefilled, limit: int, stop: frozenset[in
         # Nobody reads on after the last token of an answer.
         ends = drafted[-1] in stop or len(ids) + len(drafted) == limit
         read = drafted[:-1] if ends else drafted
-        right = _checked(reader, dense, drafted, read)
+        right = _checked(reader, dense, drafted, read, choose, ids)
         report.check_s += time.perf_counter() - checked_at
         report.add(drafted=len(drafted) - 1, kept=right - 1, read=len(read), is_first=not ids)
         for token in drafted[:right]:
             if token in stop:
                 return
             ids.append(token)
+            if writing:
+                writing.add(token)
             yield token
+            if writing and writing.stopped is not None:
+                return
         whole = right == len(drafted)
         size = min(report.every, 2 * size) if whole else max(min(SHORTEST, report.every), size // 2)
         if draft.ladder and right - 1 < DRIFT * (len(drafted) - 1):
@@ -149,24 +168,23 @@ def guarded(runner: Runner, prefilled: Prefilled, limit: int, stop: frozenset[in
             report.actions.append(f"{draft.widen()} after {len(ids)} tokens")
 
 
-def _drafted(reader: Reader, sparse: Row, dense: Row, wanted: int, stop: frozenset[int]) -> list[int]:
-    """Up to `wanted` tokens: the first as the dense model chose it, the others sparsely; a stop id ends them."""
+def _drafted(reader: Reader, sparse: Row, dense: Row, wanted: int, choose: Chooser, ids: list[int]) -> list[int]:
+    """Up to `wanted` tokens after `ids`: the first as the dense model has it, the others sparsely; a stop id ends them."""
     sparse.follow(dense)
-    out = [int(dense.last.argmax())]
-    while len(out) < wanted and out[-1] not in stop:
+    out = [choose.after(dense.last, ids)]
+    while len(out) < wanted and out[-1] not in choose.stop:
         reader.read([sparse], [out[-1:]])
-        out.append(int(sparse.last.argmax()))
+        out.append(choose.after(sparse.last, ids + out))
     return out
 
 
-def _checked(reader: Reader, dense: Row, drafted: list[int], read: list[int]) -> int:
-    """How many of the drafted tokens the dense model chooses, too; it has read those of them that are in `read`."""
+def _checked(reader: Reader, dense: Row, drafted: list[int], read: list[int], choose: Chooser, ids: list[int]) -> int:
+    """How many tokens drafted after `ids` the dense model chooses, too; it has read those of them that are in `read`."""
     right, before = 1, dense.read
     if read:
         reader.read([dense], [read])
         logits = np.atleast_2d(dense.logits)
-        chosen = logits.argmax(-1)
-        while right < len(drafted) and drafted[right] == chosen[right - 1]:
+        while right < len(drafted) and drafted[right] == choose.after(logits[right - 1], ids + drafted[:right]):
             right += 1
         if right < len(read):
             dense.back_to(before + right)

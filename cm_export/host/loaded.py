@@ -12,6 +12,7 @@ from typing import Any
 from ..bundle.bundle import Bundle
 from .conversation import Answer, Conversation
 from .runner import Budget, Runner, check_converses
+from .sampling import Sampling
 
 
 class LoadedBundle(Runner):
@@ -26,6 +27,7 @@ class LoadedBundle(Runner):
         token_share: float | None = None,
         seed: int | None = None,
         control_tokens: bool = False,
+        sampling: Sampling | None = None,
     ) -> Conversation:
         """Questions about the same pictures, one after the other (see conversation.py). Raises InputError.
 
@@ -34,7 +36,7 @@ class LoadedBundle(Runner):
         check_converses(self.recipe, dense)
         self.check_reads_several("a second question")
         budget = Budget(dense, neuron_share, token_share, seed)
-        return Conversation(self, images, system, budget, control_tokens)
+        return Conversation(self, images, system, budget, control_tokens, sampling)
 
     def generate(
         self,
@@ -49,14 +51,17 @@ class LoadedBundle(Runner):
         guard: int | None = None,
         on_text: Callable[[str], None] | None = None,
         control_tokens: bool = False,
+        sampling: Sampling | None = None,
     ) -> Answer:
-        """Answer one question about pictures (PIL, of any mode, or paths), greedily; `on_text` gets the text as it comes.
+        """Answer one question about pictures (PIL, of any mode, or paths); `on_text` gets the text as it comes.
 
-        `guard`: check drafts of that many tokens against the dense model (see guard.py). `control_tokens`: as of
-        `conversation`. Nothing is shown before the weights match their hash. Raises InputError, BundleError.
+        `sampling`: how tokens are chosen (see sampling.py); None: greedily, as the checkpoint says. `guard`: check drafts
+        of that many tokens against the dense model (see guard.py). `control_tokens`: as of `conversation`. Nothing is
+        shown before the weights match their hash. Raises InputError, BundleError.
         """
         budget = Budget(dense, neuron_share, token_share, seed)
-        return Conversation(self, images, system, budget, control_tokens).ask(prompt, max_new_tokens, guard, on_text)
+        conversation = Conversation(self, images, system, budget, control_tokens, sampling)
+        return conversation.ask(prompt, max_new_tokens, guard, on_text)
 
 
 def load(

@@ -27,6 +27,7 @@ class Request:
     inputs_embeds: np.ndarray  # [1,S,D]
     embedding: np.ndarray  # [V,D], the mapped token embedding
     rows: Arrays = field(default_factory=dict)  # the tower's further outputs [1,S,..], zero at text tokens
+    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [S]; a repetition penalty counts them
 
     @classmethod
     def of(
@@ -51,7 +52,7 @@ class Request:
                 rows[name] = np.zeros((1, len(ids), *found.shape[1:]), np.float32)
                 rows[name][0, is_image] = found
         positions, following = family.positions(picture, pictures)
-        return cls(picture[None], positions[:, None], following, embeds[None], embedding, rows)
+        return cls(picture[None], positions[:, None], following, embeds[None], embedding, rows, ids)
 
     @property
     def is_image(self) -> np.ndarray:
@@ -94,6 +95,7 @@ class Request:
             next_position=self.next_position + n,
             inputs_embeds=np.concatenate([self.inputs_embeds, self.embedded(ids)[None]], 1),
             rows={name: np.concatenate([rows, zeros[name]], 1) for name, rows in self.rows.items()},
+            ids=np.concatenate([self.ids, np.asarray(ids, np.int64)]),
         )
 
 

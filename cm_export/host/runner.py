@@ -6,6 +6,7 @@ images -> see -> Pictures -> request -> prefill -> Prefilled -> row -> decode lo
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,7 @@ from .decode import Reader, Row, decode, greedy
 from .images import Opened, check_size, given
 from .picture_notes import Note
 from .request import Request, kept_slots, prefill_feeds, sparse_feeds
+from .sampling import Chooser, Rule, Sampling, settle
 
 MEASURED = ("core_scores", "core_mean_z", "core_mean_y")  # what a prefill says about neurons
 
@@ -81,12 +83,23 @@ class Prefilled:
         """[L,1,K] int32, ascending; where layers differ in number, -1 behind the shorter ones."""
         return self.core_set.neurons
 
+    @property
+    def room(self) -> int:
+        """Tokens of an answer for which the model has positions left."""
+        most = self._runner.bundle.shape.max_positions
+        return sys.maxsize if most is None else most - self.request.tokens
+
     def row(self, core: CoreSet | None = None, **how: Any) -> Row:
-        """The request at the beginning of its answer. `core`: another core set; `how`: further fields of Row."""
+        """The request at the beginning of its answer. `core`: another core set; `how`: further fields of Row.
+
+        No answer is longer than `room`.
+        """
         graph = "decode_dense" if self.budget.dense else "decode"
         listed = None if self.budget.dense else self._listed
         fields: dict[str, Any] = {"graph": graph, "kept": self._kept_mask, "listed": listed} | how
-        return Row(self.request, core or self.core_set, self.cache, self.logits[0], **fields)
+        row = Row(self.request, core or self.core_set, self.cache, self.logits[0], **fields)
+        row.limit = min(row.limit, self.room)
+        return row
 
     def then(self, ids: list[int], question: int | None = None) -> Prefilled:
         """This context with these text tokens read after it, densely and in one pass: a later question.
@@ -215,11 +228,12 @@ class Runner:
             raise InputError(text, where=f"backend {self.backend.name}", fix="add --backend onnxruntime")
 
     def check_length(self, tokens: int) -> None:
-        """Raises InputError when a prompt is longer than the model can hold."""
-        limit = self.bundle.shape.max_positions or tokens
-        if tokens > limit:
+        """Raises InputError when a prompt leaves no room for an answer in what the model can hold."""
+        limit = self.bundle.shape.max_positions
+        if limit is not None and tokens >= limit:
             fix = "use smaller or fewer pictures, or a shorter text"
-            raise InputError(f"{tokens} tokens, the model holds {limit}", where="prompt", fix=fix)
+            what = f"{tokens} tokens, the model holds {limit}, of which the answer needs at least one"
+            raise InputError(what, where="prompt", fix=fix)
 
     def prefill(self, request: Request, budget: Budget) -> Prefilled:
         """Raises InputError for a budget that the bundle's policies do not know."""
@@ -241,7 +255,20 @@ class Runner:
         """Read tokens for rows, outside of any answer."""
         Reader(self.backend).read(rows, tokens)
 
+    def rule(self, asked: Sampling | None = None) -> Rule:
+        """How the tokens of an answer are chosen: as asked, else as the checkpoint says. Raises InputError."""
+        return settle(asked, self.bundle.manifest.get("generation") or {})
+
+    def chooser(self, request: Request, rule: Rule) -> Chooser:
+        """What chooses the tokens of one answer to a request."""
+        return Chooser(rule, request.ids, self.chat.stops(rule.stop))
+
+    def answering(self, prefilled: Prefilled, rule: Rule, limit: int) -> Row:
+        """A row that writes its answer under a rule: up to a stop id, a stop string or `limit` tokens."""
+        chooser, writing = self.chooser(prefilled.request, rule), self.chat.writing(rule.stop)
+        return prefilled.row(choose=chooser, writing=writing, limit=limit)
+
     def tokens(self, prefilled: Prefilled, limit: int, stop: frozenset[int]) -> Iterator[int]:
-        """Greedy token ids until a stop id (not yielded) or `limit` tokens."""
+        """The most likely token ids until a stop id (not yielded) or `limit` tokens, under no other rule."""
         row = prefilled.row(choose=greedy(stop), limit=limit)
         return (token for _, token in decode(self.backend, [row]))

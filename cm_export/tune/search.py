@@ -73,7 +73,7 @@ def tune(
     running = {n: version(n) for n in ("cm-export", "onnxruntime", "numpy", "optuna")}
     return {
         "task": task.name,
-        "rule": task.rule,
+        "rule": f"{task.rule}, {runner.rule()}",
         "bundle": str(path),
         "model": bundle.manifest["model"]["source"],
         "revision": bundle.manifest["model"]["revision"],

@@ -25,6 +25,7 @@ from ..console import (
     threads_option,
 )
 from ..recipe_options import recipe_option
+from ..sampling_options import asked, sampling_options
 
 
 @click.command(
@@ -37,6 +38,7 @@ from ..recipe_options import recipe_option
         'cm-export run engine.plan --image a.jpg --prompt "Describe it." --dense',
         'cm-export run engine.plan --image a.jpg --prompt "Describe it." --guard',
         'cm-export run engine.plan --image a.jpg --prompt "What is it?" --prompt "Which colour does it have?"',
+        'cm-export run engine.plan --image a.jpg --prompt "Write a poem." --temperature 0.8 --top-p 0.9 --seed 7',
     ),
 )
 @bundle_argument
@@ -52,6 +54,7 @@ from ..recipe_options import recipe_option
 @recipe_option("--token-share")
 @click.option("--guard", is_flag=True, help="Draft sparsely, check each draft with the dense model, give its answer.")
 @click.option("--guard-every", type=Count(2), default=16, show_default=True, help="Tokens of a draft, with --guard.")
+@sampling_options
 @click.option("--overlay", help="Write a picture of the image tokens that were kept (.png, .jpg, .webp).")
 @control_tokens_option
 @seed_option
@@ -63,7 +66,7 @@ def command(
     bundle: Path, paths: tuple[str, ...], prompts: tuple[str, ...], chat: bool, system: str | None,
     max_new_tokens: int, dense: bool, neuron_share: float | None, token_share: float | None, guard: bool,
     guard_every: int, overlay: str | None, control_tokens: bool, seed: int | None, backend: str | None, threads: int,
-    as_json: bool, quiet: bool,
+    as_json: bool, quiet: bool, **choices: Any,
 ) -> None:  # fmt: skip
     """Ask a bundle about pictures; the answer streams to stdout, one summary line goes to stderr."""
     if not (prompts or chat):
@@ -85,6 +88,7 @@ def command(
 
     from ...host.images import check_size
 
+    sampling = asked(choices, seed)
     images = _opened(paths)
     drawings = [] if overlay is None else _drawings(overlay, len(images), len(prompts))
     for drawing in drawings:
@@ -98,11 +102,11 @@ def command(
         check_size(picture.image, model.tower.min_side, model.tower.max_ratio, where=picture.name)
     several = chat or len(prompts) > 1
     if several:
-        ask = model.conversation(images, system, dense, neuron_share, token_share, seed, control_tokens).ask
+        ask = model.conversation(images, system, dense, neuron_share, token_share, seed, control_tokens, sampling).ask
     else:
         ask = partial(
             model.generate, images=images, system=system, dense=dense, neuron_share=neuron_share,
-            token_share=token_share, seed=seed, control_tokens=control_tokens,
+            token_share=token_share, seed=seed, control_tokens=control_tokens, sampling=sampling,
         )  # fmt: skip
     turns, first = [], None
     for number, prompt in enumerate(chain(prompts, _questions() if chat else ())):
@@ -176,7 +180,19 @@ def _summary(stats: dict[str, Any], first: dict[str, Any]) -> str:
         speed += f" (first question {first['ttft_s']:.2f} s)"
     if stats["tokens_per_s"]:  # None after a single token
         speed += f", then {stats['tokens_per_s']:.1f} tokens/s"
-    return ", ".join([*parts, speed]) + _guarded(stats.get("guard"))
+    return ", ".join([*parts, speed]) + _guarded(stats.get("guard")) + _chosen(stats)
+
+
+def _chosen(stats: dict[str, Any]) -> str:
+    """How drawn tokens can be drawn again, and that an answer was cut."""
+    rule, text = stats["sampling"], ""
+    if rule["rule"] == "sampled":
+        text = f"; sampled at temperature {rule['temperature']:g}, --seed {rule['seed']} repeats it"
+    if stats["stopped"] == "max-new-tokens":
+        text += f"; cut at {stats['new_tokens']} tokens (--max-new-tokens)"
+    if stats["stopped"] == "context length":
+        text += f"; cut: the model holds {stats['prompt_tokens'] + stats['new_tokens']} tokens of prompt and answer"
+    return text
 
 
 def _guarded(report: dict[str, Any] | None) -> str:
