@@ -11,18 +11,22 @@ new text judges; rows of text are always kept. Positions go on where the answer 
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..base import environment
-from ..base.errors import BundleError
+from ..base.errors import BundleError, InputError
 from ..families import Pictures
+from . import asking
+from .asking import Asked, Writing
+from .decode import Row, decode, greedy
 from .guard import Report, check_bundle, guarded
-from .runner import Budget, Prefilled, Runner
+from .runner import Prefilled, Runner
 
 
 @dataclass(frozen=True)
@@ -36,113 +40,196 @@ class Answer:
     notes: list[str]
 
 
-@dataclass
-class _Times:
-    """When each part of an answer was done, in seconds of time.perf_counter."""
+class Stream(Iterator[str]):
+    """The text of an answer, piece by piece as it is decoded; `answer` holds all of it once it has ended.
 
+    Nothing is computed before the first piece is asked for. `close` (or leaving its `with` block) ends it early and frees
+    what it holds; its conversation goes on as if the question had not been asked.
+    """
+
+    def __init__(self, pieces: Generator[str, None, Answer]):
+        self._pieces = pieces
+        self.answer: Answer | None = None
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            self.answer = end.value or self.answer
+            raise
+
+    def close(self) -> None:
+        """End it, wherever it is."""
+        self._pieces.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass
+class Answering:
+    """A question that is being answered: its context, what was written so far, and when each part was done.
+
+    Times are seconds of time.perf_counter.
+    """
+
+    prompt: str
+    writing: Writing
     started: float
+    before: Prefilled | None = None  # of the question before
+    prompt_ids: np.ndarray | None = None  # of everything up to this question
+    context: Prefilled | None = None
+    report: Report | None = None
     seen: float = 0.0
     prefilled: float = 0.0
     first: float = 0.0  # token
     ended: float = 0.0
+    paused: float = 0.0  # seconds for which whoever reads the stream let it wait
+
+    @property
+    def ready(self) -> Prefilled:
+        """The context after prefill."""
+        assert self.context is not None  # `begin` has set it
+        return self.context
+
+    def now(self) -> float:
+        """The time, without the pauses."""
+        return time.perf_counter() - self.paused
 
 
 class Conversation:
-    """Questions about the same pictures, one after the other; `LoadedBundle.conversation` makes one."""
+    """Questions about the same pictures, one after the other; `LoadedBundle.conversation` makes one.
 
-    def __init__(self, runner: Runner, images: Sequence[Any], system: str | None, budget: Budget):
-        self.runner, self._images, self._system, self._budget = runner, images, system, budget
-        self._prompts: list[str] = []
-        self._answers: list[str] = []
+    One question at a time: a second one that comes before the first is answered, or its stream closed, is refused.
+    """
+
+    def __init__(self, runner: Runner, asked: Asked):
+        """`asked`: pictures, system message, budget, and what was said before the first question."""
+        self.runner, self._system, self._budget = runner, asked.system, asked.budget
+        self._images = [image for _, image in asked.images]
+        self._prompts = asked.prompts[:-1]
+        self._answers = list(asked.answers)
         self._pictures = Pictures()
         self._ids = np.zeros(0, np.int64)  # of everything up to the last question
         self._context: Prefilled | None = None
+        self._busy = threading.Lock()
 
     def ask(
         self,
         prompt: str,
         max_new_tokens: int = 128,
-        guard: int | None = None,
+        guard: int | bool | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> Answer:
         """Answer the next question, greedily; arguments and errors as of `LoadedBundle.generate`."""
-        runner = self.runner
-        if guard:
-            check_bundle(runner.recipe)
-            runner.check_reads_several("the guard")
-        times, before = _Times(time.perf_counter()), self._context
-        context = self._first(prompt, times) if before is None else self._later(prompt, before, times)
-        times.prefilled = time.perf_counter()
-        runner.bundle.wait_verified()
-        report = Report(guard) if guard else None
-        ids, text = self._write(context, max_new_tokens, report, times, on_text)
+        return whole(self.stream(prompt, max_new_tokens, guard), on_text)
+
+    def stream(self, prompt: str, max_new_tokens: int = 128, guard: int | bool | None = None) -> Stream:
+        """The same, piece by piece."""
+        return self.written(asking.question(prompt), asking.writing(max_new_tokens, guard))
+
+    def written(self, prompt: str, writing: Writing) -> Stream:
+        """The answer to a question that was checked. Raises InputError where the bundle cannot do what is asked."""
+        self.runner.check_open()
+        if writing.guard:
+            check_bundle(self.runner.recipe)
+            self.runner.check_reads_several("the guard")
+        return Stream(self._pieces(prompt, writing))
+
+    def _pieces(self, prompt: str, writing: Writing) -> Generator[str, None, Answer]:
+        if not self._busy.acquire(blocking=False):
+            fix = "read or close its stream first; in several threads, let each have a conversation of its own"
+            raise InputError("is still answering the question before", where="conversation", fix=fix)
+        try:
+            one, ids, pieces = self.begin(prompt, writing), [], []
+            for token, text in self.runner.chat.stream(self._tokens(one)):
+                self.runner.check_open()
+                one.first = one.first or one.now()
+                if token >= 0:
+                    ids.append(token)
+                if text:
+                    pieces.append(text)
+                    shown = time.perf_counter()
+                    yield text
+                    one.paused += time.perf_counter() - shown
+            return self.end(one, ids, "".join(pieces))
+        finally:
+            self._busy.release()
+
+    def begin(self, prompt: str, writing: Writing) -> Answering:
+        """Pictures seen and the prompt read. Nothing of the conversation changes before `end`."""
+        self.runner.check_open()
+        one = Answering(prompt, writing, time.perf_counter(), self._context)
+        one.context = self._first(one) if one.before is None else self._later(one, one.before)
+        one.prefilled = time.perf_counter()
+        one.report = Report(writing.guard) if writing.guard else None
+        self.runner.bundle.wait_verified()
+        return one
+
+    def row(self, one: Answering) -> Row:
+        """What the decode loop takes for it."""
+        return one.ready.row(choose=greedy(self.runner.chat.stop_ids), limit=one.writing.max_new_tokens)
+
+    def _tokens(self, one: Answering) -> Iterator[int]:
+        if one.report:
+            return guarded(self.runner, one.ready, one.writing.max_new_tokens, self.runner.chat.stop_ids, one.report)
+        return (token for _, token in decode(self.runner.backend, [self.row(one)]))
+
+    def end(self, one: Answering, ids: list[int], text: str) -> Answer:
+        """The answer, now a part of the conversation."""
+        runner, context = self.runner, one.ready
+        one.ended = one.now()
+        one.first = one.first or one.ended
         kept = kept_cells(context, self._pictures)
-        stats = _stats(context, ids, kept, times, max_new_tokens, runner.bundle.shape.ffn)
-        if report:  # tokens come a draft at a time, the first ones after the first check
-            spent = report.draft_s + report.check_s
-            stats |= {"guard": report.to_dict(), "decode_s": spent, "tokens_per_s": len(ids) / spent if ids else None}
-        if before is not None:
-            stats |= {"read_tokens": context.request.tokens - before.request.tokens}
-        unknown = runner.chat.unknown_words(prompt)
+        stats = _stats(one, ids, kept, runner.bundle.shape.ffn)
+        if one.before is not None:
+            stats |= {"read_tokens": context.request.tokens - one.before.request.tokens}
+        unknown = runner.chat.unknown_words(one.prompt)
         notes = [f"unknown to this model's vocabulary: {', '.join(unknown)}"] if unknown else []
-        self._context = context
-        self._prompts.append(prompt)
+        assert one.prompt_ids is not None  # set with the context
+        self._context, self._ids = context, one.prompt_ids
+        self._prompts.append(one.prompt)
         self._answers.append(text)
         return Answer(text, ids, stats, kept, notes + runner.backend.notes)
 
-    def _write(
-        self,
-        context: Prefilled,
-        limit: int,
-        report: Report | None,
-        times: _Times,
-        on_text: Callable[[str], None] | None,
-    ) -> tuple[list[int], str]:
-        """Ids and text of the answer."""
-        chat, ids, pieces = self.runner.chat, [], []
-        source: Iterator[int] = (
-            guarded(self.runner, context, limit, chat.stop_ids, report)
-            if report
-            else self.runner.tokens(context, limit, chat.stop_ids)
-        )
-        for token, text in chat.stream(source):
-            times.first = times.first or time.perf_counter()
-            if token >= 0:
-                ids.append(token)
-            pieces.append(text)
-            if on_text and text:
-                on_text(text)
-        times.ended = time.perf_counter()
-        times.first = times.first or times.ended
-        return ids, "".join(pieces)
-
-    def _first(self, prompt: str, times: _Times) -> Prefilled:
-        """The pictures and the first question."""
+    def _first(self, one: Answering) -> Prefilled:
+        """The pictures, what was said before, and the first question."""
         self._pictures = self.runner.see(self._images)
-        times.seen = time.perf_counter()
-        self._ids = self.runner.chat.encode(prompt, self._system, self._pictures.counts)
-        return self.runner.prefill(self.runner.request(self._ids, self._pictures), self._budget)
+        one.seen = time.perf_counter()
+        prompts, counts = [*self._prompts, one.prompt], self._pictures.counts
+        one.prompt_ids = self.runner.chat.encode_turns(prompts, self._answers, self._system, counts)
+        return self.runner.prefill(self.runner.request(one.prompt_ids, self._pictures), self._budget)
 
-    def _later(self, prompt: str, before: Prefilled, times: _Times) -> Prefilled:
+    def _later(self, one: Answering, before: Prefilled) -> Prefilled:
         """What was said since the last question, and the next one, read over the cache; no picture is seen again."""
         chat, counts = self.runner.chat, self._pictures.counts
-        times.seen = times.started
-        ids = chat.encode_turns([*self._prompts, prompt], self._answers, self._system, counts)
+        one.seen = one.started
+        ids = chat.encode_turns([*self._prompts, one.prompt], self._answers, self._system, counts)
         new = added(self._ids, ids, self.runner.bundle.path)
         self.runner.check_length(len(ids))
         # The question begins where what was said before it, rendered alone, ends.
         said = chat.encode_turns(self._prompts, self._answers, self._system, counts)
-        context = before.then(new.tolist(), len(ids) - _alike(said, ids))
-        self._ids = ids
-        return context
+        one.prompt_ids = ids
+        return before.then(new.tolist(), len(ids) - _alike(said, ids))
 
 
-def _stats(
-    context: Prefilled, ids: list[int], kept: list[np.ndarray], times: _Times, limit: int, ffn: int
-) -> dict[str, Any]:
+def whole(stream: Stream, on_text: Callable[[str], None] | None = None) -> Answer:
+    """The answer at the end of a stream; `on_text` gets each piece."""
+    with stream:  # whatever `on_text` raises, the conversation is free again
+        for text in stream:
+            if on_text:
+                on_text(text)
+    assert stream.answer is not None  # it has ended
+    return stream.answer
+
+
+def _stats(one: Answering, ids: list[int], kept: list[np.ndarray], ffn: int) -> dict[str, Any]:
     """The figures of an answer."""
-    decode = times.ended - times.first
-    return {
+    context, report, decode_s = one.ready, one.report, one.ended - one.first
+    stats = {
         "dense": context.budget.dense,
         "prompt_tokens": context.request.tokens,
         "image_tokens": context.request.image_tokens,
@@ -151,14 +238,18 @@ def _stats(
         "neurons": ffn,
         "neurons_kept": context.neurons,
         "new_tokens": len(ids),
-        "ttft_s": times.first - times.started,
-        "vision_s": times.seen - times.started,
-        "prefill_s": times.prefilled - times.seen,
-        "decode_s": decode,
-        "tokens_per_s": (len(ids) - 1) / decode if len(ids) > 1 else None,
-        "stopped": "stop token" if len(ids) < limit else "max-new-tokens",
+        "ttft_s": one.first - one.started,
+        "vision_s": one.seen - one.started,
+        "prefill_s": one.prefilled - one.seen,
+        "decode_s": decode_s,
+        "tokens_per_s": (len(ids) - 1) / decode_s if len(ids) > 1 else None,
+        "stopped": "stop token" if len(ids) < one.writing.max_new_tokens else "max-new-tokens",
         "peak_memory_bytes": environment.peak_memory_bytes(),
     }
+    if report:  # tokens come a draft at a time, the first ones after the first check
+        spent = report.draft_s + report.check_s
+        stats |= {"guard": report.to_dict(), "decode_s": spent, "tokens_per_s": len(ids) / spent if ids else None}
+    return stats
 
 
 def added(before: np.ndarray, ids: np.ndarray, bundle: Any) -> np.ndarray:

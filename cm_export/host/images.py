@@ -1,12 +1,18 @@
 """Opens the pictures that a user names: any common format becomes upright 8-bit RGB, anything else one clear line."""
 
+import io
 import math
+import os
 import re
 import struct
+import threading
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..base.errors import InputError
@@ -24,22 +30,72 @@ def open_image(path: str | Path) -> Image.Image:
     if re.match(r"(?:[A-Za-z][A-Za-z0-9+.-]+://|data:)", text):
         raise InputError("URLs are not fetched", where=text[:80], fix="download the picture and give its path")
     path = Path(path).expanduser()
-    try:
+    with _in_words(path):
         _check_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()  # of an animation: the first frame
-                return _to_rgb(ImageOps.exif_transpose(image), path)
+        return _decoded(path, path)
+
+
+def picture(given: object, where: str) -> Image.Image:
+    """What a program hands over as a picture, converted as `open_image` does.
+
+    A path, the bytes of a picture file, a PIL image of any mode, or a numpy array uint8 [H,W,3]. Raises InputError.
+    """
+    if isinstance(given, str | os.PathLike):
+        return open_image(os.fsdecode(given))
+    with _in_words(where):
+        if isinstance(given, bytes | bytearray | memoryview):
+            if not len(given):
+                raise InputError("is empty", where=where, fix="give the bytes of a picture file")
+            return _decoded(io.BytesIO(given), where)
+        if isinstance(given, Image.Image):
+            _check_pixels(given, where)
+            return _to_rgb(ImageOps.exif_transpose(given), where)
+        if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.ndim == 3 and given.shape[2] == 3:
+            image = Image.fromarray(np.ascontiguousarray(given))
+            _check_pixels(image, where)
+            return image
+    what = f"an array of {given.dtype}{list(given.shape)}" if isinstance(given, np.ndarray) else type(given).__name__
+    fix = "give a path, the bytes of a picture file, a PIL image, or a numpy array uint8 [height,width,3]"
+    raise InputError(f"{what} is not taken as a picture", where=where, fix=fix)
+
+
+# Which warnings are errors is a fact of the whole process, so one thread at a time may change it and change it back.
+_WARNINGS = threading.Lock()
+
+
+def _decoded(source: Path | io.BytesIO, where: object) -> Image.Image:
+    """The picture in a file, as RGB. Raises what `_in_words` puts into words."""
+    with _WARNINGS, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(source) as image:
+            image.load()  # of an animation: the first frame
+            return _to_rgb(ImageOps.exif_transpose(image), where)
+
+
+@contextmanager
+def _in_words(where: object) -> Iterator[None]:
+    """What goes wrong with a picture becomes an InputError of one line."""
+    try:
+        yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        limit = (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
-        raise InputError(f"more than {limit} million pixels", where=path, fix="scale the picture down first") from e
+        raise _too_large(where) from e
     except UnidentifiedImageError as e:
-        raise InputError("is not a picture that can be read", where=path, fix="give a PNG, JPEG, WebP, BMP...") from e
+        raise InputError("is not a picture that can be read", where=where, fix="give a PNG, JPEG, WebP, BMP...") from e
     except PermissionError as e:
-        raise InputError("no permission to read it", where=path, fix="check its owner and mode") from e
+        raise InputError("no permission to read it", where=where, fix="check its owner and mode") from e
     except DAMAGE as e:
-        raise InputError(f"damaged or truncated ({e})", where=path, fix="get the picture again") from e
+        raise InputError(f"damaged or truncated ({e})", where=where, fix="get the picture again") from e
+
+
+def _check_pixels(image: Image.Image, where: object) -> None:
+    """Raises InputError for a picture of which Pillow would not open the file."""
+    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise _too_large(where)
+
+
+def _too_large(where: object) -> InputError:
+    limit = (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
+    return InputError(f"more than {limit} million pixels", where=where, fix="scale the picture down first")
 
 
 def check_size(image: Image.Image, min_side: int, max_ratio: float = math.inf, where: object = "image") -> None:
@@ -69,15 +125,15 @@ def _check_file(path: Path) -> None:
         raise InputError("is empty", where=path, fix="get the picture again")
 
 
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+def _to_rgb(image: Image.Image, where: object) -> Image.Image:
     """8-bit RGB of any Pillow mode; Pillow's own convert() clips 16-bit grey instead of scaling it."""
     if image.mode.startswith("I;16") or image.mode == "I":
         _, high = image.getextrema()
         if isinstance(high, (int, float)) and high > 65535:  # one band, so its extrema are two numbers
-            raise InputError("has 32 bits per pixel", where=path, fix="save it with 8 or 16 bits")
+            raise InputError("has 32 bits per pixel", where=where, fix="save it with 8 or 16 bits")
         return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L").convert("RGB")
     if image.mode == "F":
-        raise InputError("holds float pixels of unknown range", where=path, fix="save it with 8 or 16 bits")
+        raise InputError("holds float pixels of unknown range", where=where, fix="save it with 8 or 16 bits")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
