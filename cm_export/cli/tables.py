@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .console import wants_plain_text
+
 TOP_OPS = 6  # operators named per graph; --json and --graph have them all
 
 
@@ -101,7 +103,7 @@ def size(count: int) -> str:
 
 
 def _console() -> Console:
-    console = Console(highlight=False, soft_wrap=False)
+    console = Console(highlight=False, soft_wrap=False, color_system=None if wants_plain_text() else "auto")
     if not console.is_terminal:
         console.width = 160  # a pipe or a file has no width; rich would cut names at 80 columns
     return console

@@ -11,6 +11,7 @@ The command line checks its options itself, under their own names, before it loa
 from __future__ import annotations
 
 import inspect
+import io
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -155,7 +156,7 @@ def listed(images: Any) -> list[Any]:
     """The pictures that were given: none, one, or several. Raises InputError."""
     if images is None:
         return []
-    if isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray):
+    if isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | io.IOBase | Image.Image | np.ndarray):
         return [images]
     if isinstance(images, Mapping) or not isinstance(images, Iterable):
         raise InputError(f"is a {type(images).__name__}", where="images", fix="give a list of pictures")
