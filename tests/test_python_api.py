@@ -236,7 +236,7 @@ def test_a_pil_picture_of_any_mode_is_what_its_file_is(mode, model, tmp_path):
     saved = given.convert("RGBA") if mode == "PA" else given.convert("RGB") if mode in ("HSV", "RGBX") else given
     saved.save(tmp_path / f"x.{suffix}")
     read = pictures.open_image(tmp_path / f"x.{suffix}")
-    assert np.array_equal(np.asarray(pictures.picture(given, "x")), np.asarray(read))
+    assert np.array_equal(np.asarray(pictures.given(given, "x").image), np.asarray(read))
     assert given.tobytes() == before, "the caller's picture stays as it is"
     assert model.generate(QUESTION, given).token_ids == model.generate(QUESTION, tmp_path / f"x.{suffix}").token_ids
 
@@ -257,8 +257,8 @@ def test_a_picture_that_stands_on_its_side_is_turned_as_its_file_says(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (60, 40)).save(tmp_path / "x.jpg", exif=exif)
     with Image.open(tmp_path / "x.jpg") as given:
-        assert pictures.picture(given, "x").size == (40, 60) == pictures.open_image(tmp_path / "x.jpg").size
-    assert pictures.picture((tmp_path / "x.jpg").read_bytes(), "x").size == (40, 60)
+        assert pictures.given(given, "x").image.size == (40, 60) == pictures.open_image(tmp_path / "x.jpg").size
+    assert pictures.given((tmp_path / "x.jpg").read_bytes(), "x").image.size == (40, 60)
 
 
 def a_closed_picture() -> Image.Image:
@@ -308,7 +308,7 @@ def test_a_picture_in_memory_has_the_same_limit_of_pixels_as_a_file(monkeypatch)
     Image.new("RGB", (2001, 1000)).save(buffer, "png")
     for given in (Image.new("L", (2001, 1000)), np.zeros((1000, 2001, 3), np.uint8), buffer.getvalue()):
         with pytest.raises(InputError, match="x: more than 2 million pixels"):
-            pictures.picture(given, "x")
+            pictures.given(given, "x")
 
 
 # ---------------------------------------------------------------- arguments

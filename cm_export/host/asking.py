@@ -26,6 +26,7 @@ from ..base.by_name import nearest
 from ..base.errors import InputError
 from . import images as pictures
 from .guard import EVERY
+from .images import Opened
 from .runner import Budget
 
 Messages = Sequence[Mapping[str, Any]]
@@ -35,8 +36,8 @@ _BLOCK = 'give {"type": "text", "text": ...} or {"type": "image", "image": ...}'
 
 
 @dataclass(frozen=True)
-class Writing:
-    """How an answer is written."""
+class Limits:
+    """How far an answer goes, and how it is checked."""
 
     max_new_tokens: int = 128
     guard: int | None = None  # tokens of a draft that is checked against the dense model; None: no checks
@@ -44,14 +45,14 @@ class Writing:
 
 @dataclass(frozen=True)
 class Asked:
-    """Something to answer: what was said, pictures as RGB with the names to call them by in errors, and how to answer."""
+    """Something to answer: what was said, pictures, and how to answer."""
 
     prompts: list[str]  # the last one is to be answered
     answers: list[str] = field(default_factory=list)  # to all others
     system: str | None = None
-    images: list[tuple[str, Image.Image]] = field(default_factory=list)
+    images: list[Opened] = field(default_factory=list)
     budget: Budget = field(default_factory=Budget)
-    writing: Writing = field(default_factory=Writing)
+    limits: Limits = field(default_factory=Limits)
 
 
 def asked(
@@ -66,8 +67,8 @@ def asked(
     guard: int | bool | None = None,
 ) -> Asked:
     """The arguments of `LoadedBundle.generate`, checked. Raises InputError."""
-    how = Asked([], budget=budget(dense, neuron_share, token_share, seed), writing=writing(max_new_tokens, guard))
-    if how.writing.guard and dense:
+    how = Asked([], budget=budget(dense, neuron_share, token_share, seed), limits=limits(max_new_tokens, guard))
+    if how.limits.guard and dense:
         raise InputError("a dense answer needs no guard", where="guard", fix="leave it out")
     if isinstance(prompt, str):
         return replace(how, prompts=[question(prompt)], system=_system(system), images=shown(images))
@@ -108,7 +109,7 @@ def several(requests: Iterable[str | Messages | Mapping[str, Any]]) -> list[Aske
             one = asked(**given)
         except InputError as e:
             raise of_request(i, e) from e
-        if one.writing.guard:
+        if one.limits.guard:
             fix = "leave it out, or ask this one by itself with generate"
             raise InputError("checks one request at a time", where=f"request {i}: guard", fix=fix)
         out.append(one)
@@ -141,15 +142,15 @@ def budget(dense: bool, neuron_share: float | None, token_share: float | None, s
     return Budget(bool(dense), _share(neuron_share, "neuron_share"), _share(token_share, "token_share"), seed)
 
 
-def writing(max_new_tokens: int, guard: int | bool | None) -> Writing:
-    """How an answer is written; guard True: drafts of the usual length. Raises InputError."""
+def limits(max_new_tokens: int, guard: int | bool | None) -> Limits:
+    """How far an answer goes; guard True: drafts of the usual length. Raises InputError."""
     every = None if guard is None or guard is False else EVERY if guard is True else whole_number(guard, "guard", 2)
-    return Writing(whole_number(max_new_tokens, "max_new_tokens", 1), every)
+    return Limits(whole_number(max_new_tokens, "max_new_tokens", 1), every)
 
 
-def shown(images: Any) -> list[tuple[str, Image.Image]]:
-    """Pictures as RGB, in order, with the name of each. Raises InputError."""
-    return [_shown(given, f"images[{i}]") for i, given in enumerate(listed(images))]
+def shown(images: Any) -> list[Opened]:
+    """Pictures as RGB, in order. Raises InputError."""
+    return [pictures.given(picture, f"images[{i}]") for i, picture in enumerate(listed(images))]
 
 
 def listed(images: Any) -> list[Any]:
@@ -161,10 +162,6 @@ def listed(images: Any) -> list[Any]:
     if isinstance(images, Mapping) or not isinstance(images, Iterable):
         raise InputError(f"is a {type(images).__name__}", where="images", fix="give a list of pictures")
     return list(images)
-
-
-def _shown(given: Any, where: str) -> tuple[str, Image.Image]:
-    return str(given) if isinstance(given, str | os.PathLike) else where, pictures.picture(given, where)
 
 
 def _system(text: object) -> str | None:
@@ -184,7 +181,7 @@ def _said(messages: Messages) -> Asked:
     if len(turns) % 2 == 0 or turns != ["user" if i % 2 == 0 else "assistant" for i in range(len(turns))]:
         found = ", ".join(str(role) for role in roles) or "none"
         raise InputError(f"the roles are {found}", where="messages", fix=_TURNS)
-    seen: list[tuple[str, Image.Image]] = []
+    seen: list[Opened] = []
     texts = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
@@ -200,7 +197,7 @@ def _said(messages: Messages) -> Asked:
     return Asked(rest[::2], rest[1::2], system, seen)
 
 
-def _content(content: object, where: str) -> tuple[str, list[tuple[str, Image.Image]]]:
+def _content(content: object, where: str) -> tuple[str, list[Opened]]:
     """Text and pictures of one message, whose content is a text or a list of blocks."""
     if isinstance(content, str):
         return content, []
@@ -217,7 +214,7 @@ def _content(content: object, where: str) -> tuple[str, list[tuple[str, Image.Im
             if text:
                 fix = "put pictures before the text of their message"
                 raise InputError("is a picture after text, which no prompt of ours has", where=place, fix=fix)
-            seen.append(_shown(block["image"], place))
+            seen.append(pictures.given(block["image"], place))
         else:
             raise InputError(f"is not a block that can be read (type {kind!r})", where=place, fix=_BLOCK)
     return text, seen

@@ -23,7 +23,7 @@ from ..base import environment
 from ..base.errors import BundleError, InputError
 from ..families import Pictures
 from . import asking
-from .asking import Asked, Writing
+from .asking import Asked, Limits
 from .decode import Row, decode, greedy
 from .guard import Report, check_bundle, guarded
 from .runner import Prefilled, Runner
@@ -77,7 +77,7 @@ class Answering:
     """
 
     prompt: str
-    writing: Writing
+    limits: Limits
     started: float
     before: Prefilled | None = None  # of the question before
     prompt_ids: np.ndarray | None = None  # of everything up to this question
@@ -109,7 +109,7 @@ class Conversation:
     def __init__(self, runner: Runner, asked: Asked):
         """`asked`: pictures, system message, budget, and what was said before the first question."""
         self.runner, self._system, self._budget = runner, asked.system, asked.budget
-        self._images = [image for _, image in asked.images]
+        self._images = [picture.image for picture in asked.images]
         self._prompts = asked.prompts[:-1]
         self._answers = list(asked.answers)
         self._pictures = Pictures()
@@ -129,22 +129,22 @@ class Conversation:
 
     def stream(self, prompt: str, max_new_tokens: int = 128, guard: int | bool | None = None) -> Stream:
         """The same, piece by piece."""
-        return self.written(asking.question(prompt), asking.writing(max_new_tokens, guard))
+        return self.written(asking.question(prompt), asking.limits(max_new_tokens, guard))
 
-    def written(self, prompt: str, writing: Writing) -> Stream:
+    def written(self, prompt: str, limits: Limits) -> Stream:
         """The answer to a question that was checked. Raises InputError where the bundle cannot do what is asked."""
         self.runner.check_open()
-        if writing.guard:
+        if limits.guard:
             check_bundle(self.runner.recipe)
             self.runner.check_reads_several("the guard")
-        return Stream(self._pieces(prompt, writing))
+        return Stream(self._pieces(prompt, limits))
 
-    def _pieces(self, prompt: str, writing: Writing) -> Generator[str, None, Answer]:
+    def _pieces(self, prompt: str, limits: Limits) -> Generator[str, None, Answer]:
         if not self._busy.acquire(blocking=False):
             fix = "read or close its stream first; in several threads, let each have a conversation of its own"
             raise InputError("is still answering the question before", where="conversation", fix=fix)
         try:
-            one, ids, pieces = self.begin(prompt, writing), [], []
+            one, ids, pieces = self.begin(prompt, limits), [], []
             for token, text in self.runner.chat.stream(self._tokens(one)):
                 self.runner.check_open()
                 one.first = one.first or one.now()
@@ -159,23 +159,23 @@ class Conversation:
         finally:
             self._busy.release()
 
-    def begin(self, prompt: str, writing: Writing) -> Answering:
+    def begin(self, prompt: str, limits: Limits) -> Answering:
         """Pictures seen and the prompt read. Nothing of the conversation changes before `end`."""
         self.runner.check_open()
-        one = Answering(prompt, writing, time.perf_counter(), self._context)
+        one = Answering(prompt, limits, time.perf_counter(), self._context)
         one.context = self._first(one) if one.before is None else self._later(one, one.before)
         one.prefilled = time.perf_counter()
-        one.report = Report(writing.guard) if writing.guard else None
+        one.report = Report(limits.guard) if limits.guard else None
         self.runner.bundle.wait_verified()
         return one
 
     def row(self, one: Answering) -> Row:
         """What the decode loop takes for it."""
-        return one.ready.row(choose=greedy(self.runner.chat.stop_ids), limit=one.writing.max_new_tokens)
+        return one.ready.row(choose=greedy(self.runner.chat.stop_ids), limit=one.limits.max_new_tokens)
 
     def _tokens(self, one: Answering) -> Iterator[int]:
         if one.report:
-            return guarded(self.runner, one.ready, one.writing.max_new_tokens, self.runner.chat.stop_ids, one.report)
+            return guarded(self.runner, one.ready, one.limits.max_new_tokens, self.runner.chat.stop_ids, one.report)
         return (token for _, token in decode(self.runner.backend, [self.row(one)]))
 
     def end(self, one: Answering, ids: list[int], text: str) -> Answer:
@@ -243,7 +243,7 @@ def _stats(one: Answering, ids: list[int], kept: list[np.ndarray], ffn: int) -> 
         "prefill_s": one.prefilled - one.seen,
         "decode_s": decode_s,
         "tokens_per_s": (len(ids) - 1) / decode_s if len(ids) > 1 else None,
-        "stopped": "stop token" if len(ids) < one.writing.max_new_tokens else "max-new-tokens",
+        "stopped": "stop token" if len(ids) < one.limits.max_new_tokens else "max-new-tokens",
         "peak_memory_bytes": environment.peak_memory_bytes(),
     }
     if report:  # tokens come a draft at a time, the first ones after the first check

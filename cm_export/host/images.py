@@ -10,6 +10,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,14 @@ from ..base.errors import InputError
 
 # What Pillow's decoders raise on damaged files, besides OSError: the formats differ, and none of it is our bug.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeError, struct.error, zlib.error)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A picture that was read: 8-bit RGB, and what to call it."""
+
+    image: Image.Image
+    name: str
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -35,28 +44,34 @@ def open_image(path: str | Path) -> Image.Image:
         return _decoded(path, path)
 
 
-def picture(given: object, where: str) -> Image.Image:
-    """What a program hands over as a picture, converted as `open_image` does.
+def given(picture: object, name: str) -> Opened:
+    """What a program hands over as a picture, converted as `open_image` does. `name`: for one that has no path.
 
     A path, the bytes of a picture file, a PIL image of any mode, or a numpy array uint8 [H,W,3]. Raises InputError.
     """
-    if isinstance(given, str | os.PathLike):
-        return open_image(os.fsdecode(given))
-    with _in_words(where):
-        if isinstance(given, bytes | bytearray | memoryview):
-            if not len(given):
-                raise InputError("is empty", where=where, fix="give the bytes of a picture file")
-            return _decoded(io.BytesIO(given), where)
-        if isinstance(given, Image.Image):
-            _check_pixels(given, where)
-            return _to_rgb(ImageOps.exif_transpose(given), where)
-        if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.ndim == 3 and given.shape[2] == 3:
-            image = Image.fromarray(np.ascontiguousarray(given))
-            _check_pixels(image, where)
-            return image
-    what = f"an array of {given.dtype}{list(given.shape)}" if isinstance(given, np.ndarray) else type(given).__name__
+    if isinstance(picture, str | os.PathLike):
+        path = os.fsdecode(picture)
+        return Opened(open_image(path), path)
+    with _in_words(name):
+        if isinstance(picture, bytes | bytearray | memoryview):
+            if not len(picture):
+                raise InputError("is empty", where=name, fix="give the bytes of a picture file")
+            return Opened(_decoded(io.BytesIO(picture), name), name)
+        if (
+            isinstance(picture, np.ndarray)
+            and picture.dtype == np.uint8
+            and picture.ndim == 3
+            and picture.shape[2] == 3
+        ):
+            picture = Image.fromarray(np.ascontiguousarray(picture))
+        if isinstance(picture, Image.Image):
+            _check_pixels(picture, name)
+            return Opened(_to_rgb(ImageOps.exif_transpose(picture), name), name)
+    what = type(picture).__name__
+    if isinstance(picture, np.ndarray):
+        what = f"an array of {picture.dtype}{list(picture.shape)}"
     fix = "give a path, the bytes of a picture file, a PIL image, or a numpy array uint8 [height,width,3]"
-    raise InputError(f"{what} is not taken as a picture", where=where, fix=fix)
+    raise InputError(f"{what} is not taken as a picture", where=name, fix=fix)
 
 
 # Which warnings are errors is a fact of the whole process, so one thread at a time may change it and change it back.

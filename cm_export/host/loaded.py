@@ -79,7 +79,7 @@ class LoadedBundle(Runner):
         self.check_open()
         how = images, system, max_new_tokens, dense, neuron_share, token_share, seed, guard
         asked = asking.asked(prompt, *how)
-        return self._talk(asked).written(asked.prompts[-1], asked.writing)
+        return self._talk(asked).written(asked.prompts[-1], asked.limits)
 
     def batch(self, requests: Iterable[str | Messages | Mapping[str, Any]], at_once: int = AT_ONCE) -> list[Answer]:
         """Answer several requests, at most `at_once` of them together; each gets what `generate` gives it alone.
@@ -113,8 +113,8 @@ class LoadedBundle(Runner):
         return Conversation(self, asked)
 
     def _check_sizes(self, asked: Asked) -> None:
-        for where, image in asked.images:
-            check_size(image, self.tower.min_side, self.tower.max_ratio, where=where)
+        for picture in asked.images:
+            check_size(picture.image, self.tower.min_side, self.tower.max_ratio, where=picture.name)
 
 
 class _Closed:

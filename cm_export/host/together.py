@@ -44,7 +44,7 @@ def answered(runner: Runner, requests: Sequence[Asked], at_once: int) -> list[An
 def _begun(runner: Runner, request: Asked, i: int) -> tuple[Row, Conversation, Answering]:
     try:
         talk = Conversation(runner, request)
-        one = talk.begin(request.prompts[-1], request.writing)
+        one = talk.begin(request.prompts[-1], request.limits)
     except InputError as e:
         raise asking.of_request(i, e) from e
     return talk.row(one), talk, one
