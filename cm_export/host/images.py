@@ -66,12 +66,21 @@ def given(picture: object, name: str) -> Opened:
             picture = Image.fromarray(np.ascontiguousarray(picture))
         if isinstance(picture, Image.Image):
             _check_pixels(picture, name)
+            _load(picture, name)
             return Opened(_to_rgb(ImageOps.exif_transpose(picture), name), name)
     what = type(picture).__name__
     if isinstance(picture, np.ndarray):
         what = f"an array of {picture.dtype}{list(picture.shape)}"
     fix = "give a path, the bytes of a picture file, a PIL image, or a numpy array uint8 [height,width,3]"
     raise InputError(f"{what} is not taken as a picture", where=name, fix=fix)
+
+
+def _load(picture: Image.Image, name: str) -> None:
+    try:
+        picture.load()
+    except (*DAMAGE, AssertionError) as e:  # Pillow asserts that the file of a picture is open
+        what = f"its pixels cannot be read ({str(e) or 'its file was closed'})"
+        raise InputError(what, where=name, fix="open it again, and call its load() before its file is closed") from e
 
 
 # Which warnings are errors is a fact of the whole process, so one thread at a time may change it and change it back.
