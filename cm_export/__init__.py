@@ -9,30 +9,25 @@ What is named here is imported when it is first used, so that `import cm_export`
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .base.errors import BundleError as BundleError
-    from .base.errors import CmExportError as CmExportError
-    from .base.errors import InputError as InputError
-    from .host.conversation import Answer as Answer
-    from .host.conversation import Conversation as Conversation
-    from .host.conversation import Stream as Stream
-    from .host.loaded import LoadedBundle as LoadedBundle
-    from .host.loaded import load as load
-
 __version__ = "0.1.0"
+__all__ = ["Answer", "BundleError", "CmExportError", "Conversation", "InputError", "LoadedBundle", "Stream", "load"]
 _PLACES = {
     ".base.errors": ("BundleError", "CmExportError", "InputError"),
     ".host.conversation": ("Answer", "Conversation", "Stream"),
     ".host.loaded": ("LoadedBundle", "load"),
 }
-__all__ = ["Answer", "BundleError", "CmExportError", "Conversation", "InputError", "LoadedBundle", "Stream", "load"]
 
+if TYPE_CHECKING:
+    from .base.errors import BundleError, CmExportError, InputError
+    from .host.conversation import Answer, Conversation, Stream
+    from .host.loaded import LoadedBundle, load
+else:
 
-def __getattr__(name: str) -> Any:
-    for place, names in _PLACES.items():
-        if name in names:
-            return getattr(importlib.import_module(place, __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        for place, names in _PLACES.items():
+            if name in names:
+                return getattr(importlib.import_module(place, __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -163,6 +163,8 @@ def test_messages_with_answers_are_what_a_conversation_says(whole):
         {"role": "user", "content": "describe : is there a red shape?"},
     ]
     found = whole.generate(said, dense=True)
+    silent = [said[0], {"role": "assistant", "content": ""}, said[2]]  # as an answer may be
+    assert whole.generate(silent, dense=True).stats["prompt_tokens"] < found.stats["prompt_tokens"]
     assert found.token_ids == second.token_ids
     assert found.stats["prompt_tokens"] == second.stats["prompt_tokens"] > first.stats["prompt_tokens"]
 

@@ -94,3 +94,39 @@ def test_opening_pictures_in_several_threads_leaves_the_warnings_of_the_process_
     before = list(warnings.filters)
     assert together(lambda k: [pictures.open_image(tmp_path / "x.png") for _ in range(60)]) == []
     assert warnings.filters == before
+
+
+def test_threads_that_read_one_stream_share_its_pieces(demo_bundle):
+    model = load(demo_bundle, threads=1)
+    expected = model.generate(QUESTION, IMAGES[:1])
+    stream, found = model.stream(QUESTION, IMAGES[:1]), []
+    assert together(lambda k: found.extend(stream)) == []
+    assert sorted(found) == sorted(model.stream(QUESTION, IMAGES[:1])) and stream.answer.text == expected.text
+
+
+def closed_under_threads(model) -> list:
+    """What requests end with that are made or under way while another thread closes the bundle."""
+    asked_once, closed = threading.Barrier(THREADS), threading.Event()
+
+    def work(k):
+        model.generate(**asked(k))
+        asked_once.wait()
+        if k == 0:
+            model.close()
+            closed.set()
+        while not closed.is_set():
+            model.generate(**asked(k))
+        model.generate(**asked(k))
+
+    return together(work)
+
+
+def test_closing_a_bundle_ends_the_requests_of_other_threads_in_words(demo_bundle):
+    failed = closed_under_threads(load(demo_bundle, threads=1))
+    assert len(failed) == THREADS and all("was closed; load it again" in str(e) for e in failed), failed
+
+
+@pytest.mark.parametrize("version", ["10.16.1.11"])
+def test_closing_engines_ends_the_requests_of_other_threads_in_words(sit, version):
+    failed = closed_under_threads(engines_of(sit(version)))
+    assert len(failed) == THREADS and all("was closed; load it again" in str(e) for e in failed), failed

@@ -189,7 +189,7 @@ def _said(messages: Messages) -> Asked:
         if images and i != first:
             fix = "put all pictures into the first user message, before its text"
             raise InputError("has a picture; they stand before the first question", where=where, fix=fix)
-        if not text.strip():
+        if roles[i] == "user" and not text.strip():
             raise InputError("has no text", where=where, fix=_BLOCK)
         seen += images
         texts.append(text)

@@ -48,19 +48,21 @@ class Stream(Iterator[str]):
     """
 
     def __init__(self, pieces: Generator[str, None, Answer]):
-        self._pieces = pieces
+        self._pieces, self._reading = pieces, threading.RLock()  # a generator runs for one thread at a time
         self.answer: Answer | None = None
 
     def __next__(self) -> str:
-        try:
-            return next(self._pieces)
-        except StopIteration as end:
-            self.answer = end.value or self.answer
-            raise
+        with self._reading:
+            try:
+                return next(self._pieces)
+            except StopIteration as end:
+                self.answer = end.value or self.answer
+                raise
 
     def close(self) -> None:
         """End it, wherever it is."""
-        self._pieces.close()
+        with self._reading:
+            self._pieces.close()
 
     def __enter__(self) -> Stream:
         return self
