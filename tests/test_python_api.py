@@ -360,7 +360,9 @@ WRONG = [
         {"guard": 4},
         "token-cache index|guard: checks one request at a time",
     ),  # this bundle drops the cache of cut tokens
-    ({"prompt": "what \ud800 ?"}, "is not valid text"),
+    ({"prompt": "what \ud800 ?"}, "prompt: is not valid text"),
+    ({"system": "\ud800"}, "system: is not valid text"),
+    ({"prompt": [{"role": "user", "content": "\ud800"}]}, r"messages\[0\]: is not valid text"),
 ]
 
 
@@ -373,7 +375,7 @@ def test_an_argument_that_is_wrong_is_refused_in_one_line(given, words, model):
 
 
 def test_a_stream_refuses_arguments_before_its_first_piece(model):
-    for given, words in WRONG[:-1]:
+    for given, words in WRONG:
         with pytest.raises(InputError, match=words):
             model.stream(**{"prompt": QUESTION} | given)
 
@@ -430,6 +432,8 @@ def test_load_refuses_what_is_no_bundle(tmp_path, demo_bundle):
         ({"path": tmp_path}, "not a bundle"),
         ({"path": demo_bundle, "threads": -1}, "threads: is -1; give 0 or more"),
         ({"path": demo_bundle, "threads": "2"}, "threads: '2' is not a whole number"),
+        ({"path": "x" * 5000}, "cannot be opened .File name too long"),
+        ({"path": demo_bundle, "backend": 3}, "backend: is a int; give a name"),
         ({"path": demo_bundle, "backend": "onnx"}, "unknown backend 'onnx'; did you mean 'onnxruntime'"),
     ]:
         with pytest.raises(InputError, match=words):
@@ -450,6 +454,7 @@ def test_a_closed_bundle_says_so_whatever_is_asked(whole_bundle):
         lambda: model.stream(QUESTION),
         lambda: model.batch([QUESTION]),
         lambda: model.conversation(),
+        model.__enter__,
         lambda: talk.ask(QUESTION),
         lambda: talk.stream(QUESTION),
         lambda: list(stream),
@@ -458,6 +463,15 @@ def test_a_closed_bundle_says_so_whatever_is_asked(whole_bundle):
     ):
         with pytest.raises(InputError, match="was closed; load it again"):
             use()
+
+
+def test_a_loaded_bundle_is_not_sent_to_another_process(model):
+    import pickle
+
+    with pytest.raises(
+        InputError, match="cannot be copied or sent to another process; load it in the process that asks"
+    ):
+        pickle.dumps(model)
 
 
 def test_closing_frees_the_sessions(demo_bundle):

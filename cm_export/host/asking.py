@@ -128,7 +128,7 @@ def question(prompt: object) -> str:
         raise InputError(f"is a {type(prompt).__name__}", where="prompt", fix="give a text")
     if not prompt.strip():
         raise InputError("is empty", where="prompt", fix='ask something, such as "Describe the picture."')
-    return prompt
+    return _text(prompt, "prompt")
 
 
 def budget(dense: bool, neuron_share: float | None, token_share: float | None, seed: int | None) -> Budget:
@@ -167,6 +167,14 @@ def listed(images: Any) -> list[Any]:
 def _system(text: object) -> str | None:
     if text is not None and not isinstance(text, str):
         raise InputError(f"is a {type(text).__name__}", where="system", fix="give a text")
+    return text if text is None else _text(text, "system")
+
+
+def _text(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise InputError("is not valid text (UTF-8)", where=where, fix="leave out its lone surrogates") from e
     return text
 
 
@@ -192,7 +200,7 @@ def _said(messages: Messages) -> Asked:
         if roles[i] == "user" and not text.strip():
             raise InputError("has no text", where=where, fix=_BLOCK)
         seen += images
-        texts.append(text)
+        texts.append(_text(text, where))
     system, rest = (texts[0], texts[1:]) if first else (None, texts)
     return Asked(rest[::2], rest[1::2], system, seen)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..base.errors import InputError
 from ..bundle.bundle import Bundle
@@ -103,10 +103,15 @@ class LoadedBundle(Runner):
             backend.drop(*self.bundle.manifest["graphs"])
 
     def __enter__(self) -> LoadedBundle:
+        self.check_open()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        fix = "load it in the process that asks"
+        raise InputError("a loaded bundle cannot be copied or sent to another process", where=self.bundle.path, fix=fix)
 
     def _talk(self, asked: Asked) -> Conversation:
         self._check_sizes(asked)
@@ -139,6 +144,12 @@ def load(
     """
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"a bundle is a directory, not a {type(path).__name__}", where="load", fix="give its path")
+    if backend is not None and not isinstance(backend, str):
+        raise InputError(f"is a {type(backend).__name__}", where="backend", fix='give a name, such as "onnxruntime"')
     threads = asking.whole_number(threads, "threads", 0)
     progress("open the bundle")
-    return LoadedBundle(Bundle(Path(path)), threads, backend=backend)
+    try:
+        bundle = Bundle(Path(path))
+    except OSError as e:
+        raise InputError(f"cannot be opened ({e.strerror})", where=path, fix="give a directory that can be read") from e
+    return LoadedBundle(bundle, threads, backend=backend)
