@@ -213,7 +213,7 @@ class FakeCuda(Recorded):
         return (self._code("cudaGetDevice"), 0)
 
     def cudaSetDevice(self, device: int) -> tuple:
-        return (self._code("cudaSetDevice") if device == 0 else INVALID,)
+        return (OK if device == 0 else INVALID,)  # nothing that a stream does
 
     def cudaGetDeviceProperties(self, device: int) -> tuple:
         name, major, minor = self._gpu

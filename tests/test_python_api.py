@@ -457,7 +457,7 @@ def test_a_closed_bundle_says_so_whatever_is_asked(whole_bundle):
         model.__enter__,
         lambda: talk.ask(QUESTION),
         lambda: talk.stream(QUESTION),
-        lambda: list(stream),
+        lambda: next(stream),
         lambda: list(unread),
         lambda: model.see([Image.new("RGB", (64, 64))]),
     ):
