@@ -212,6 +212,9 @@ class FakeCuda(Recorded):
     def cudaGetDevice(self) -> tuple:
         return (self._code("cudaGetDevice"), 0)
 
+    def cudaSetDevice(self, device: int) -> tuple:
+        return (OK if device == 0 else INVALID,)  # nothing that a stream does
+
     def cudaGetDeviceProperties(self, device: int) -> tuple:
         name, major, minor = self._gpu
         return (OK, SimpleNamespace(name=name.encode(), major=major, minor=minor))

@@ -2,14 +2,16 @@
 
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_cuda import FakeCuda
+from fake_cuda import OK, FakeCuda
 from test_tensorrt_api import CUDA, installed
 
-from cm_export.backends.tensorrt.cuda import Buffer, Buffers, Cuda, Pinned, Pool, laid_out, open_cuda
+from cm_export.backends.tensorrt.cuda import Buffer, Buffers, Cuda, Pinned, Pool, laid_out, one_at_a_time, open_cuda
 from cm_export.base.errors import CmExportError
 
 
@@ -82,3 +84,33 @@ def on_this_machine() -> None:
         return
     exercise(cuda)
     print(f"ran on {cuda.gpu}")
+
+
+def test_a_thread_that_uses_the_stream_has_it_alone_and_on_the_device_of_the_bundle(monkeypatch):
+    """CUDA gives every new thread device 0, whatever the thread that opened the bundle had chosen."""
+    fake, devices, inside, most = FakeCuda(), {}, [], []
+    monkeypatch.setattr(FakeCuda, "cudaGetDevice", lambda self: (OK, 1))
+    monkeypatch.setattr(
+        FakeCuda, "cudaSetDevice", lambda self, device: (devices.update({threading.get_ident(): device}), (OK,))[1]
+    )
+
+    class User:
+        def __init__(self):
+            self._cuda = Cuda(fake)
+
+        @one_at_a_time
+        def use(self, again: bool = True) -> None:
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.002)
+            if again:  # one call may make another
+                self.use(False)
+            inside.pop()
+
+    user = User()
+    threads = [threading.Thread(target=user.use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 2 and len(devices) == 4 and set(devices.values()) == {1}

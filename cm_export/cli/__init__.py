@@ -52,7 +52,7 @@ def group() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; the console script of pyproject.toml calls it."""
-    if "_CM_EXPORT_COMPLETE" in os.environ:  # the shell asks for completions
+    if os.environ.get("_CM_EXPORT_COMPLETE"):  # the shell asks for completions
         group.main(prog_name="cm-export")
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     state: dict[str, Any] = {"debug": False, "args": args, "printed": False}

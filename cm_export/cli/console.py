@@ -5,6 +5,7 @@ Nothing heavy is imported here: `--help` must answer at once.
 
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -193,12 +194,17 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
 
+def wants_plain_text() -> bool:
+    """Whether even a terminal is to get no escape codes (https://no-color.org), or cannot read any."""
+    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+
+
 @contextmanager
 def progress(silent: bool) -> Iterator[Step]:
     """Yields `step(what, done=None, total=None)`: on stderr, spinners on a terminal, else one plain line per `what`."""
     if silent:
         yield lambda what, done=None, total=None: None
-    elif sys.stderr.isatty():
+    elif sys.stderr.isatty() and not wants_plain_text():
         with _bars() as step:
             yield step
     else:

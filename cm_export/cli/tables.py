@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..base.units import size
+from .console import wants_plain_text
 
 TOP_OPS = 6  # operators named per graph; --json and --graph have them all
 
@@ -106,7 +107,7 @@ class _Console(Console):
 
 
 def _console() -> Console:
-    console = _Console(highlight=False, soft_wrap=False)
+    console = _Console(highlight=False, soft_wrap=False, color_system=None if wants_plain_text() else "auto")
     if not console.is_terminal:
         console.width = 160  # a pipe or a file has no width; rich would cut names at 80 columns
     return console

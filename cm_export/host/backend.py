@@ -6,6 +6,7 @@
     regroup([(cache, 0), (other, 2)])                   requests join and leave between steps
 
 Nothing of a request is kept in a backend: what a request needs lies in its Row (decode.py), its Cache and its CoreSet.
+Several threads may call a backend and its decoders at once, each for its own requests; what cannot bear that locks itself.
 """
 
 from __future__ import annotations

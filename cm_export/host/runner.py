@@ -146,6 +146,8 @@ def check_converses(recipe: Recipe, dense: bool) -> None:
 class Runner:
     """A bundle with its sessions, ready for requests."""
 
+    is_closed = False
+
     def __init__(
         self,
         bundle: Bundle,
@@ -220,6 +222,11 @@ class Runner:
     def ask(self, text: str, pictures: Pictures, system: str | None = None, control_tokens: bool = False) -> Request:
         """The prompt of one question about pictures that were seen. Raises InputError."""
         return self.request(self.chat.encode(text, system, pictures.counts, control_tokens), pictures)
+
+    def check_open(self) -> None:
+        """Raises InputError once it was closed."""
+        if self.is_closed:
+            raise InputError("was closed", where=self.bundle.path, fix="load it again")
 
     def check_reads_several(self, what: str) -> None:
         """Raises InputError where the backend cannot do `what`, for which several tokens are read at once."""

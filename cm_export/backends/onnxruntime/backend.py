@@ -8,6 +8,7 @@ A cache of several requests is padded on the left, where its mask is 0; every st
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,6 +68,9 @@ class Backend:
         self._sessions: dict[Key, ort.InferenceSession] = {}
         self._views: dict[str, ort.OrtValue] = {}  # sessions read these buffers as long as they live
         self._inputs: dict[Key, list[str]] = {}  # weights that a session takes as inputs
+        # A session runs for several threads at once. Making one does not: a view that another session reads would be
+        # replaced, and its memory freed.
+        self._making = threading.RLock()
 
     @cached_property
     def rows(self) -> CoreRows:
@@ -85,9 +89,10 @@ class Backend:
         Raises BundleError if ONNX Runtime refuses the graph.
         """
         key = (name, rows_as_inputs, few_rows)
-        if key not in self._sessions:
-            self._sessions[key] = self._load(self._graph(name), key)
-        return self._sessions[key]
+        with self._making:
+            if key not in self._sessions:
+                self._sessions[key] = self._load(self._graph(name), key)
+            return self._sessions[key]
 
     def bound(self, name: str, rows_as_inputs: bool = True, few_rows: bool = False) -> dict[str, ort.OrtValue]:
         """Weights that the session of graph `name` takes as inputs, the same at every run; mostly none."""
@@ -95,8 +100,9 @@ class Backend:
 
     def drop(self, *names: str) -> None:
         """Free the sessions of these graphs, and the memory of weights that only they have read."""
-        for key in [k for k in self._sessions if k[0] in names]:
-            del self._sessions[key]
+        with self._making:
+            for key in [k for k in self._sessions if k[0] in names]:
+                del self._sessions[key]
         self.weights.release()
 
     def _load(self, graph: Path | onnx.ModelProto, key: Key) -> ort.InferenceSession:
@@ -266,6 +272,7 @@ class Decoder:
     """Reads tokens for some requests; what stays the same for all their steps is bound once."""
 
     def __init__(self, backend: Backend, graph: str, cores: Sequence[CoreSet], few_rows: bool):
+        self._backend = backend  # whose views the session reads, as long as it runs
         self._session = backend.session(graph, True, few_rows)
         self._binding = self._session.io_binding()
         self._outputs = [o.name for o in self._session.get_outputs()]

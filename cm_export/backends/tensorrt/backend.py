@@ -21,7 +21,7 @@ from ...host.core_rows import CoreRows
 from ...host.core_set import CoreSet
 from ...recipe.recipe import Recipe
 from .cache import CacheMemory, StaticCache
-from .cuda import Buffers, Cuda, Pinned, Pool, open_cuda
+from .cuda import Buffers, Cuda, Pinned, Pool, one_at_a_time, open_cuda
 from .decode import Decoder
 from .session import ELSEWHERE, Library, Session, read
 
@@ -61,7 +61,10 @@ def open_as(
 
 
 class Backend:
-    """Sessions over the engines of one bundle, made when first asked for; see host/backend.py."""
+    """Sessions over the engines of one bundle, made when first asked for; see host/backend.py.
+
+    Their engines share a stream, scratch memory and buffers, so each call is one thread's alone, down to its last copy.
+    """
 
     reads_several = False
 
@@ -114,6 +117,7 @@ class Backend:
         """Load the engine of `graph` now. Raises BundleError."""
         self.session(graph)
 
+    @one_at_a_time
     def session(self, graph: str) -> Session:
         """The session of an engine. Raises BundleError where the bundle has none for `graph`."""
         if graph not in self._sessions:
@@ -139,6 +143,7 @@ class Backend:
         for session in sessions:
             session.use_scratch(scratch)
 
+    @one_at_a_time
     def drop(self, *graphs: str) -> None:
         """Free the engines of these graphs and their buffers; a decoder that is still held keeps its own."""
         for graph in graphs:
@@ -148,10 +153,12 @@ class Backend:
                 for name in [n for n in self._pinned if n.startswith(f"{graph}/")]:
                     del self._pinned[name]
 
+    @one_at_a_time
     def vision(self, feeds: Feeds) -> Arrays:
         """Every output of the vision engine."""
         return read(self._cuda, self.session("vision").run(feeds))
 
+    @one_at_a_time
     def prefill(self, feeds: Feeds, graph: str = "prefill") -> tuple[Arrays, StaticCache]:
         """A prefill engine's outputs, and its cache on the device. Raises InputError for a prompt that does not fit."""
         session = self.session(graph)
@@ -166,6 +173,7 @@ class Backend:
         """Raises InputError."""
         raise InputError("a later question is read by no engine yet", where=f"backend {self.name}", fix=ELSEWHERE)
 
+    @one_at_a_time
     def decoder(self, graph: str, cores: Sequence[CoreSet], few_rows: bool = False) -> Decoder:
         """A decoder for these requests. Raises InputError with `few_rows`, which the guard asks for."""
         if few_rows:
@@ -177,6 +185,7 @@ class Backend:
         """A list of neurons has one length for all requests of a step."""
         return tuple(core.counts.tolist())
 
+    @one_at_a_time
     def regroup(self, rows: Sequence[tuple[Cache, int]]) -> StaticCache:
         """One cache of the requests at these places of others, copied on the device."""
         return StaticCache.regrouped(self.memory, rows)

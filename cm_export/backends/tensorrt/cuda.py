@@ -4,12 +4,15 @@ cuda.call("cudaMalloc", n)   (cudaSuccess, pointer) -> pointer      (cudaErrorMe
 """
 
 import ctypes
+import functools
 import importlib
 import math
+import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -52,14 +55,22 @@ class Cuda:
     """One stream of one device. `runtime`: the module cuda.bindings.runtime."""
 
     def __init__(self, runtime: Any):
-        self.runtime = runtime
-        properties = self.call("cudaGetDeviceProperties", self.call("cudaGetDevice"))
+        self.runtime, self._lock = runtime, threading.RLock()
+        self._device = self.call("cudaGetDevice")
+        properties = self.call("cudaGetDeviceProperties", self._device)
         name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
         self.gpu = Gpu(name.rstrip("\0"), f"sm_{properties.major}{properties.minor}")
         self.stream = int(self.call("cudaStreamCreate"))  # TensorRT takes a number
         kinds = runtime.cudaMemcpyKind
         self._up, self._down = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
         self._across = kinds.cudaMemcpyDeviceToDevice
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One thread at a time; it gets this device, for CUDA gives every new thread the first one."""
+        with self._lock:
+            self.call("cudaSetDevice", self._device)
+            yield
 
     def call(self, name: str, *args: Any) -> Any:
         """What the function returns besides its code: nothing or one value. Raises CmExportError unless it succeeded."""
@@ -120,6 +131,20 @@ class Cuda:
     def forget(self, graph: Any) -> None:
         """Free a recorded graph."""
         self.call("cudaGraphExecDestroy", graph)
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def one_at_a_time(method: _Method) -> _Method:
+    """A method of something with a `_cuda`, during which no other thread uses its stream, bindings and buffers."""
+
+    @functools.wraps(method)
+    def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._cuda.alone():
+            return method(self, *args, **kwargs)
+
+    return locked  # type: ignore[return-value]  # the same signature
 
 
 class Buffer:

@@ -17,7 +17,7 @@ from ...families import Arrays
 from ...host.backend import Cache, Tokens
 from ...host.core_set import CoreSet
 from .cache import StaticCache, own
-from .cuda import laid_out
+from .cuda import laid_out, one_at_a_time
 from .session import ELSEWHERE, Session
 
 BUCKET = 128  # core_tokens is padded to a multiple of this, so that few shapes occur
@@ -65,6 +65,7 @@ class Decoder:
         self._down, self._out = self._backend.pinned(logits, size), session.buffers.get(logits, size)
         self._logits = self._down.array(0, (self._batch, *row), session.dtypes["logits"])
 
+    @one_at_a_time
     def read(self, tokens: Tokens, cache: Cache) -> tuple[np.ndarray, StaticCache]:
         """Logits [B,1,V], and the cache. Raises InputError for several tokens, and when the cache is full."""
         session = self._session
