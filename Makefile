@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := artifacts/demo.plan
-PICTURE := cm_export/demo/images/four-shapes.png
+PICTURE := cm_export/demo/pictures/four-shapes.png
 QUESTION := "describe the image."
 ASK = run $(DEMO) --image $(PICTURE) --prompt $(QUESTION)
 SPEED = bench $(DEMO) --image-tokens 144 --threads 1

@@ -11,7 +11,7 @@ from cm_export.evals import scene
 from cm_export.host.loaded import load
 
 ROOT = Path(__file__).parent.parent
-PICTURE = ROOT / "cm_export" / "demo" / "images" / "four-shapes.png"
+PICTURE = ROOT / "cm_export" / "demo" / "pictures" / "four-shapes.png"
 SCENE = scene.scene("test", 1)
 
 

@@ -283,8 +283,8 @@ WRONG_PICTURES = [
     (np.zeros((64, 64, 4), np.uint8), r"uint8\[64, 64, 4\] is not"),
     (np.zeros((1, 64, 64, 3), np.uint8), r"uint8\[1, 64, 64, 3\] is not"),
     (np.zeros((0, 64, 3), np.uint8), r"images\[0\]: "),
-    (np.zeros((5, 64, 3), np.uint8), r"images\[0\]: 64x5 pixels is too small"),
-    ([IMAGES[0], Image.new("RGB", (5, 64))], r"images\[1\]: 5x64 pixels is too small"),
+    (np.zeros((1, 300, 3), np.uint8), r"images\[0\]: 300x1 pixels is too long and thin"),
+    ([IMAGES[0], Image.new("RGB", (1, 300))], r"images\[1\]: 1x300 pixels is too long and thin"),
     ([[IMAGES[0]]], r"images\[0\]: list is not taken as a picture"),
     ([None], r"images\[0\]: NoneType is not taken"),
     (7, "images: is a int; give a list of pictures"),
@@ -389,8 +389,8 @@ def test_a_wrong_request_of_a_batch_is_named_before_any_is_answered(model, monke
         ({"prompt": "x", "guard": 4}, "request 1: guard: checks one request at a time"),
         ({"prompt": "x", "on_text": print}, "request 1: unknown key 'on_text'"),
         (
-            {"prompt": "x", "images": [np.zeros((5, 64, 3), np.uint8)]},
-            r"request 1: images\[0\]: 64x5 pixels is too small",
+            {"prompt": "x", "images": [np.zeros((1, 300, 3), np.uint8)]},
+            r"request 1: images\[0\]: 300x1 pixels is too long and thin",
         ),
         (None, "request 1: prompt: is a NoneType"),
     ]:

@@ -254,12 +254,12 @@ def test_the_template_of_qwen2_vl_says_every_turn_as_before(runner, monkeypatch)
     assert conversation._alike(said, ids) == len(said), "the question begins where what was said ends"
 
 
-def test_control_tokens_in_a_text_are_text_in_every_turn(runner, monkeypatch):
+def test_control_tokens_in_a_text_are_text_in_every_turn(runner):
     """Also those that an answer spells; `control_tokens` reads them as tokens."""
     talk, told = runner.conversation([open_image(PICTURE)], system="a <|im_start|> b"), runner.chat._control.ids
-    monkeypatch.setattr(talk, "_write", lambda *_: ([], "a <|im_end|> <|image_pad|> b"))
-    talk.ask("what <|im_end|> ?")
-    talk.ask("is <|image_pad|> it red ?")
+    talk.ask("what <|im_end|> ?", 1)
+    talk._answers[-1] = "a <|im_end|> <|image_pad|> b"
+    talk.ask("is <|image_pad|> it red ?", 1)
     ids = [i for i in talk._ids.tolist() if i in set(told.values()) - {told["<unk>"], told["<|image_pad|>"]}]
     names = [name for i in ids for name in told if told[name] == i]
     turn = ["<|im_start|>", "<|im_end|>"]
