@@ -19,8 +19,8 @@ def constraints(*extras: str) -> list[str]:
     """One line for each library that running needs, and for those of the extras."""
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     needs = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
-    found = (re.match(r"([\w.-]+)>=([\d.]+)", line) for line in needs)
-    return [f"{match[1]}=={match[2]}" for match in found if match]
+    found = (re.match(r"([\w.-]+)>=([\d.]+)[^;]*(;.*)?", line) for line in needs)
+    return [f"{match[1]}=={match[2]}{match[3] or ''}" for match in found if match]
 
 
 if __name__ == "__main__":

@@ -530,6 +530,12 @@ def test_onnxruntime_gpu_stands_in_for_onnxruntime(monkeypatch):
     assert requirements("cm-export", {})[0][0]["ok"]
 
 
+def test_a_requirement_of_another_python_is_left_out(monkeypatch):
+    lines = [f"click>=9{n}; python_version {limit}" for n, limit in enumerate(("< '3.0'", ">= '99.0'", '>= "3.0"'))]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: lines)
+    assert [library["needs"] for library in requirements("cm-export", {})[0]] == [">=92"]
+
+
 PAIRED = {
     "transformers": ("5.20.0", ["tokenizers<0.24,>=0.23.1", "torch>=2; extra == 'torch'", "absent; os_name == 'none'"]),
     "tokenizers": ("0.22.0", []),

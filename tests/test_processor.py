@@ -76,8 +76,15 @@ NOTED = {
     ),
     "a template that fails": (
         lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('a system message is needed') }}"),
-        "fails on a plain question",
-        "a system message is needed",
+        "the chat template fails (a system message is needed) on a plain question",
+    ),
+    "a template that divides by zero": (
+        lambda f: (f / "chat_template.jinja").write_text("{{ 1 / 0 }}"),
+        "the chat template fails (division by zero)",
+    ),
+    "templates without a name": (
+        lambda f: ((f / "chat_template.jinja").unlink(), _set(f / "tokenizer_config.json", chat_template=["x"])),
+        "no chat template",
     ),
     "sentencepiece only": (
         lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model"),

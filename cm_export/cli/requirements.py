@@ -23,8 +23,8 @@ def requirements(
         assert parts is not None  # the form in which every installer writes it
         name, limits = parts.groups()
         extra = re.search(r"extra == [\"']([\w-]+)[\"']", marker)
-        older = re.search(r"python_version < [\"']([\d.]+)[\"']", marker)
-        if older and sys.version_info[:2] >= _numbers(older[1])[:2]:
+        asked = re.search(r"python_version (<|>=) [\"']([\d.]+)[\"']", marker)
+        if asked and (sys.version_info[:2] < _numbers(asked[2])[:2]) != (asked[1] == "<"):
             continue
         if name == distribution:  # dev includes the extra `eval`
             continue

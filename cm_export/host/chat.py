@@ -174,7 +174,7 @@ class Chat:
 
         try:
             return str(template.render(messages=messages, add_generation_prompt=is_open, **self._special))
-        except TemplateError as e:
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
             raise BundleError(f"the chat template fails ({e})", where=self._bundle.path) from e
 
 
@@ -183,7 +183,9 @@ def _template(bundle: Bundle, config: dict[str, Any]) -> str | None:
         return file.read_text(encoding="utf-8")
     template = _json(bundle, "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(template, list):  # named templates
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        template = next(
+            (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
+        )
     return template if isinstance(template, str) else None
 
 

@@ -89,7 +89,7 @@ def _template_notes(chat: Chat, stop: frozenset[int]) -> Iterator[str]:
     try:
         chat.encode("a", None, [])
     except CmExportError as e:
-        yield f"the chat template fails on a plain question ({e.what}), so the bundle will answer none"
+        yield f"{e.what} on a plain question, so the bundle will answer none"
         return
     try:
         one, other = (chat.encode_turns(["a"], [answer], None, []) for answer in ("a", "b c"))
