@@ -16,7 +16,11 @@ from pathlib import Path
 from .errors import CmExportError, InputError
 from .units import size
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: a limit on the size of one file, such as FAT's 4 GB
+FULL = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "no space left of the quota",
+    errno.EFBIG: "a file grew beyond what the file system or a limit allows",  # such as FAT's 4 GB
+}
 TEMPORARY = "cm-export-"  # how our own directories in the temporary one begin
 
 
@@ -58,9 +62,7 @@ def writing(folder: Path) -> Iterator[None]:
     except OSError as e:
         if e.errno not in FULL:
             raise
-        left = size(shutil.disk_usage(existing(folder)).free)
-        fix = f"{left} are free there: free some and run again"
-        raise CmExportError(f"cannot write more into it ({e.strerror})", where=folder, fix=fix) from e
+        raise CmExportError(FULL[e.errno], where=folder, fix="free some, or write elsewhere, and run again") from e
 
 
 @contextlib.contextmanager
