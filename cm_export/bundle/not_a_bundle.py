@@ -68,8 +68,9 @@ def _is_unpacked(path: Path) -> bool:
     return (path / "build_on_device.sh").is_file() and "seal" not in _manifest(path)
 
 
-def _manifest(path: Path) -> Any:
+def _manifest(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((path / MANIFEST).read_bytes())
+        found = json.loads((path / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):  # whoever opens it says what is wrong
         return {}
+    return found if isinstance(found, dict) else {}
