@@ -1,6 +1,6 @@
 """What lies where a bundle was looked for, in words that help: an archive, a checkpoint, a file of a bundle, a typing error.
 
-demo.plan/manifest.json   ->   is a file of a bundle; give the directory demo.plan
+demo.plan/manifest.json   ->   not a bundle: it is a file of one; give the directory demo.plan
 dmeo.plan                 ->   no such bundle; did you mean demo.plan?
 """
 
@@ -41,18 +41,18 @@ def _nothing(path: Path) -> tuple[str, str]:
 
 def _file(path: Path) -> tuple[str, str]:
     if path.name.endswith(_ARCHIVES):
-        return "is a file, an archive for a device and not a bundle", f"unpack it there and {_ON_DEVICE}"
+        return "not a bundle: it is a file, an archive for a device", f"unpack it there and {_ON_DEVICE}"
     for folder in list(path.absolute().parents)[:2]:  # graphs lie in it, tokenizer.json one deeper
         if may_be(folder):
-            return "is a file of a bundle", f"give the directory, {folder}"
-    return "is a file, not a bundle directory", "give a directory made by cm-export build"
+            return "not a bundle: it is a file of one", f"give the directory, {folder}"
+    return "not a bundle: it is a file", "give a directory made by cm-export build"
 
 
 def _directory(path: Path) -> tuple[str, str]:
     if _is_unpacked(path):
-        return "is an unpacked archive for a device, not a bundle", _ON_DEVICE
+        return "not a bundle: it is an unpacked archive for a device", _ON_DEVICE
     if (path / "config.json").is_file():
-        return "is a checkpoint, not a bundle", f"build it first: cm-export build --model {path} --out NAME.plan"
+        return "not a bundle: it is a checkpoint", f"build it first: cm-export build --model {path} --out NAME.plan"
     try:
         inside = sorted(p.name for p in path.iterdir() if may_be(p))
     except OSError as e:
@@ -68,8 +68,9 @@ def _is_unpacked(path: Path) -> bool:
     return (path / "build_on_device.sh").is_file() and "seal" not in _manifest(path)
 
 
-def _manifest(path: Path) -> Any:
+def _manifest(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((path / MANIFEST).read_bytes())
+        found = json.loads((path / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):  # whoever opens it says what is wrong
         return {}
+    return found if isinstance(found, dict) else {}

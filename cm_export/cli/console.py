@@ -130,7 +130,9 @@ bundle_argument = click.argument("bundle", type=click.Path(path_type=Path), call
 seed_option = click.option(
     "--seed", type=Count(0, 2**31 - 1), help="Seed of random choices.  [default: the recipe's; 0 for drawing questions]"
 )
-threads_option = click.option("--threads", type=Count(0), default=0, help="CPU threads; 0 takes all cores.")
+threads_option = click.option(
+    "--threads", type=Count(0), default=0, help="CPU threads, up to the processors allowed here; 0 takes all."
+)
 _BACKENDS = ByName("cm_export.backends", "backend")
 backend_option = click.option(
     "--backend", type=_BACKENDS, help=f"Run on {' or '.join(_BACKENDS.known())}.  [default: what it was built for]"
