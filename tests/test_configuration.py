@@ -30,7 +30,7 @@ from cm_export.bundle import weights
 from cm_export.host.chat import Chat
 from cm_export.recipe.aliases import DEMO
 from cm_export.recipe.recipe import Recipe
-from cm_export.source import checkpoint, model, processor
+from cm_export.source import checkpoint, model, processor_files
 
 transformers.logging.set_verbosity_error()
 
@@ -78,7 +78,7 @@ def _theirs(folder: Path, image: Image.Image) -> tuple[np.ndarray, np.ndarray] |
 
 
 def _ours(folder: Path, image: Image.Image) -> tuple[np.ndarray, tuple[int, ...]]:
-    found, _ = processor.picture_rules(folder)
+    found, _ = processor_files.picture_rules(folder)
     picture = tower.picture(image, tower.rule(found or {}))
     t, h, w = picture.grid
     return picture.pixels, (t, 2 * h, 2 * w)
@@ -170,11 +170,11 @@ def test_rules_inside_the_processors_own_file_go_before_the_others_and_into_the_
     source, target = tmp_path / "model", tmp_path / "processor"
     source.mkdir()
     _write(source, preprocessor_config={"min_pixels": 1}, processor_config={"image_processor": {"min_pixels": 2}})
-    assert processor.picture_rules(source)[0] == {"min_pixels": 2}
-    processor.copy(source, target)
+    assert processor_files.picture_rules(source)[0] == {"min_pixels": 2}
+    processor_files.copy(source, target)
     assert json.loads((target / RULES).read_text()) == {"min_pixels": 2}
     _write(source, preprocessor_config={"min_pixels": 1}, processor_config={"processor_class": "Qwen2VLProcessor"})
-    assert processor.picture_rules(source)[0] == {"min_pixels": 1}
+    assert processor_files.picture_rules(source)[0] == {"min_pixels": 1}
 
 
 # ---------------------------------------------------------------- config.json

@@ -14,7 +14,7 @@ from cm_export.base.errors import InputError
 from cm_export.bundle import weights
 from cm_export.families.qwen2_vl import image_rule
 from cm_export.source import model as hf
-from cm_export.source import processor
+from cm_export.source import processor_files
 from cm_export.source.probe import probe, reference
 
 
@@ -79,7 +79,7 @@ def test_a_head_that_differs_from_the_embedding_is_not_tied(tmp_path):
 def test_the_picture_rule_of_a_newer_processor_file_is_used(tmp_path):
     rule = {"image_mean": [0.1, 0.2, 0.3], "size": {"shortest_edge": 64, "longest_edge": 4096}}
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": rule, "processor_class": "x"}))
-    processor.copy(tmp_path, tmp_path / "processor")
+    processor_files.copy(tmp_path, tmp_path / "processor")
     read = image_rule(json.loads((tmp_path / "processor" / "preprocessor_config.json").read_text()))
     assert (read.mean, read.min_pixels, read.max_pixels) == ((0.1, 0.2, 0.3), 64, 4096)
 

@@ -13,7 +13,7 @@ from cm_export import families
 from cm_export.base.errors import InputError
 from cm_export.host.chat import Chat
 from cm_export.recipe.aliases import DEMO
-from cm_export.source import model, processor
+from cm_export.source import model, processor, processor_files
 
 IM_END = 2
 
@@ -145,7 +145,7 @@ def test_a_file_that_run_could_not_use_is_refused_at_the_start(demo, name):
 
 def test_a_template_inside_the_processors_own_file_goes_before_the_others(demo, tmp_path):
     (demo / "processor_config.json").write_text('{"chat_template": "{{ 1 }}"}')
-    processor.copy(demo, tmp_path / "out")
+    processor_files.copy(demo, tmp_path / "out")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ 1 }}"
 
 

@@ -17,7 +17,7 @@ from ..base.errors import GateFailed, InputError
 from ..bundle import weights
 from ..bundle.names import is_neuron_major, stored_name
 from ..families import Family, Tower
-from . import processor
+from . import processor_files
 from .directory import weight_files
 from .probe import Probe, reference
 from .quiet import in_short, quiet
@@ -157,7 +157,7 @@ def write_weights(
     del stock
     np.savez(folder / REFERENCE, **found)  # type: ignore[arg-type]  # the stub takes one for allow_pickle
     gc.collect()
-    processor.copy(path, folder / "processor")
+    processor_files.copy(path, folder / "processor")
     return {"sha256": {weights.FILE: digest}, "unread": unread}
 
 
