@@ -297,7 +297,8 @@ def test_next_tokens_drift_further_from_dense_as_the_budget_shrinks(report):
 
 
 def test_policies_and_budgets_are_compared_with_each_other_and_share_controls(demo_bundle, tmp_path):
-    data = _lines(tmp_path, GOOD, GOOD | {"answer": "red"})
+    shutil.copy(PICTURE, tmp_path / "again.png")  # the same question about the same file twice is refused
+    data = _lines(tmp_path, GOOD, GOOD | {"image": "again.png", "answer": "red"})
     sweep = [
         "--neurons",
         "griffin,coreinfer",
@@ -318,9 +319,9 @@ def test_policies_and_budgets_are_compared_with_each_other_and_share_controls(de
 
 
 def test_a_killed_evaluation_goes_on_and_reports_the_same(demo_bundle, tmp_path):
-    data = _lines(
-        tmp_path, *[GOOD | {"question": f"describe : what {w} is the shape?"} for w in ("color", "shape")] * 6
-    )
+    pictures = [shutil.copy(PICTURE, tmp_path / f"{i}.png").name for i in range(6)]
+    asked = [(p, f"describe : what {w} is the shape?") for p in pictures for w in ("color", "shape")]
+    data = _lines(tmp_path, *(GOOD | {"image": p, "question": q} for p, q in asked))
     command = ["eval", demo_bundle, "--data", data, "--threads", "1", "--quiet"]
     assert cm_export(*command, "--out", tmp_path / "whole.json").returncode == 0
     words = [str(Path(sys.executable).parent / "cm-export"), *map(str, command), "--out", str(tmp_path / "r.json")]

@@ -30,7 +30,8 @@ MOMENTS = (
 
 def command(bare_checkpoint: Path, out: Path, *options: str) -> list[str]:
     program = str(Path(sys.executable).parent / "cm-export")
-    return [program, "build", "--model", str(bare_checkpoint), "--out", str(out), "--prune-layer", "1", *options]
+    own = ["--neurons", "griffin", "--prune-layer", "1"]  # as the fixture bare_bundle was built
+    return [program, "build", "--model", str(bare_checkpoint), "--out", str(out), *own, *options]
 
 
 def finish(bare_checkpoint: Path, out: Path, *options: str) -> dict:

@@ -80,7 +80,7 @@ def build(
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": max(environment.peak_memory_bytes(), children),
         "stages_reused": stages.reused,
-        "notes": [*manifest["notes"], *notes, *drift.notes(manifest["drift"], job.recipe)],
+        "notes": [*notes, *manifest["notes"]],
     }
 
 
@@ -126,7 +126,8 @@ def _run(job: Job, out: Path, stages: Stages, required: Requirement | None, agre
                 beside.close()  # processes that wait for nothing would keep their memory
             if stage is gates.STAGE:  # before engines, which may take an hour
                 drift.require(stages.state(stage.name)["drift"], agreement)
-    return write_bundle(out, job, stages, required)
+    manifest = write_bundle(out, job, stages, required)
+    return manifest | {"notes": [*manifest["notes"], *drift.notes(manifest["drift"], job.recipe)]}
 
 
 def stage_keys(job: Job) -> dict[str, str]:
