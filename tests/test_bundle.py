@@ -475,7 +475,7 @@ def test_two_builds_of_one_output_at_once_finish_one_and_refuse_one(tmp_path, mo
     def slow(*_args):
         inside.set()
         go_on.wait(30)
-        return {"ok": True}
+        return {"ok": True, "notes": []}
 
     monkeypatch.setattr(builds, "_run", slow)
 

@@ -58,9 +58,9 @@ def test_measured_means_equal_a_plain_pytorch_run(bare_bundle, bare_checkpoint, 
     runner, requests, answers = load(bare_bundle, 1), [], []
     write = calibrate._written
 
-    def remember(runner, request, *rest):
-        requests.append(request)
-        answers.append(write(runner, request, *rest))
+    def remember(runner, row):
+        requests.append(row.request)
+        answers.append(write(runner, row))
         return answers[-1]
 
     monkeypatch.setattr(calibrate, "_written", remember)
@@ -198,6 +198,9 @@ def test_remarks_on_the_pictures_of_prompts_are_gathered_by_name(tmp_path, monke
         see=lambda pictures: None,
         ask=lambda text, seen: None,
         notes_on=lambda picture: picture.notes,
+        prefill=lambda *_: None,
+        rule=lambda: None,
+        answering=lambda *_: None,
     )
     notes: dict = {}
     list(calibrate._answers(runner, read_prompts(tmp_path / "p.jsonl"), 0, 1, 0, lambda *_: None, notes))

@@ -98,7 +98,11 @@ def _plain(values: dict[str, Any]) -> bool:
     size = values.get("size")
     numbers = [values.get("min_pixels"), values.get("max_pixels"), *(size.values() if isinstance(size, dict) else [])]
     right = all(n is None or (type(n) in (int, float) and 0 < n < 1e300) for n in numbers)
-    sound = type(values.get("resample", 3)) is int and not isinstance(values.get("image_mean"), str)
+    sound = (
+        type(values.get("resample", 3)) is int
+        and values.get("resample", 3) in range(6)
+        and not isinstance(values.get("image_mean"), str)
+    )
     return flags and right and sound and values.get("image_std") != [1, 1, 0]
 
 

@@ -50,4 +50,5 @@ def test_make_demo_asks_what_these_tests_ask():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     demo = makefile[makefile.index("\ndemo:") : makefile.index("\ntest:")]
     assert re.findall(r"--recipe (\S+)", demo) == ["first-look"]
-    assert f"PICTURE := {PICTURE.relative_to(ROOT)}" in makefile and '--prompt "describe the image."' in makefile
+    assert f"PICTURE := {PICTURE.relative_to(ROOT)}" in makefile
+    assert 'QUESTION := "describe the image."' in makefile and "--prompt $(QUESTION)" in makefile

@@ -25,7 +25,7 @@ from cm_export.build import drift, gates, gates_lowered, quality
 from cm_export.build.quality import Requirement
 from cm_export.build.stages import Stages
 from cm_export.bundle import bundle as bundles
-from cm_export.bundle import predictor, weights
+from cm_export.bundle import directory, predictor, weights
 from cm_export.bundle.names import core_row_names
 from cm_export.evals import user_data
 from cm_export.evals.task import Question, Task
@@ -158,7 +158,7 @@ def changed(file: Path, folder: Path, name: str, change, in_place: bool = False)
 def whole_bundle(planted: Planted) -> Path:
     """A bundle of the export, so small that every row can have its own."""
     x, out = planted.x, planted.folder / "x.plan"
-    with bundles.assemble(out) as folder:
+    with directory.assemble(out) as folder:
         for name, model in planted.graphs.items():
             (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
         (folder / weights.FILE).write_bytes(x.weights.path.read_bytes())

@@ -479,7 +479,8 @@ def test_the_command_is_on_the_page_once_and_too_few_questions_are_told(made, de
     text = re.sub(r"<[^>]+>", "", made[0].read_text())
     assert text.count("cm-export report") == 1
     data = tmp_path / "q.jsonl"
-    data.write_text('{"question": "what shape is present?", "answer": "circle"}\n' * 3)
+    lines = [f'{{"question": "what {what} is present?", "answer": "circle"}}\n' for what in ("shape", "color", "thing")]
+    data.write_text("".join(lines))
     asked = ["--data", str(data), "--examples", "0", "--threads", "1", "--out", str(tmp_path / "r.html"), "--json"]
     assert main(["report", str(demo_bundle), *asked]) == 0
     assert "3 questions cannot show a floor of 0.985" in capfd.readouterr().err

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import families
-from ..base import by_name
+from ..base import by_name, disk
 from ..base.errors import InputError
 from ..base.hashes import file_sha256
 from ..bundle.calibration import Calibration, belongs
@@ -62,7 +62,7 @@ def prepare(source: Checkpoint, recipe: Recipe, threads: int, progress: Step) ->
     if shape.activation not in ACTIVATIONS:
         fix = by_name.nearest(shape.activation, [*ACTIVATIONS])
         raise InputError(f"unknown hidden_act {shape.activation!r}", where=source.path / "config.json", fix=fix)
-    with tempfile.TemporaryDirectory(prefix="cm-export-") as work:
+    with tempfile.TemporaryDirectory(prefix="cm-export-") as work, disk.writing(Path(work)):
         found = processor.check(source.path, source.config, shape, tower, Path(work))
     settings = generation.read(source.path, source.config)
     notes = (*source.notes, *found, *unread(recipe))

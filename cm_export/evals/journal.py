@@ -34,7 +34,8 @@ class Journal:
         # Written anew: a line that was cut short by a kill must not have another line glued to it.
         temporary = path.with_name(f"{path.name}.{os.getpid()}")
         try:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            with disk.writing(path.parent):
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             temporary.replace(path)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the journal
         except OSError as e:

@@ -27,7 +27,8 @@ MAX_LINES = 4  # of the caption
 def check_output(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> Path:
     """`path`, if a file can be written there; raises InputError, so that no long work is done for nothing."""
     path = expanded(path)
-    atomic.check_name(path)
+    if suffixes is not SUFFIXES:  # a picture's temporary name is cut, others are longer than the final one
+        atomic.check_name(path)
     if path.suffix.lower() not in suffixes:
         raise InputError(f"cannot write {path.suffix or 'a file without a suffix'}", where=path, fix=_one_of(suffixes))
     try:

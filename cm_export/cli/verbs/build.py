@@ -97,7 +97,7 @@ def command(
             require_agreement=require_agreement,
         )  # fmt: skip
     if idle:
-        summary["notes"] = [*idle, *summary["notes"]]
+        summary["notes"] = [*idle, *summary.get("notes", ())]
     if as_json:
         emit_json(summary)
     elif not quiet:
@@ -105,7 +105,7 @@ def command(
 
         print_build(summary)
     if not quiet:
-        for note in summary["notes"]:
+        for note in summary.get("notes", ()):
             click.echo(f"cm-export: {note}", err=True)
 
 
