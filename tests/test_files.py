@@ -235,7 +235,7 @@ def test_two_builds_of_one_out_with_two_work_directories_exclude_each_other(tmp_
     def slow(*_args):
         inside.set()
         go_on.wait(30)
-        return {"ok": True}
+        return {"ok": True, "notes": []}
 
     monkeypatch.setattr(builds, "_run", slow)
     (tmp_path / "link.plan").symlink_to("x.plan")

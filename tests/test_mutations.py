@@ -32,6 +32,7 @@ from cm_export.evals.task import Question, Task
 from cm_export.host import guard
 from cm_export.host.core_rows import ROWS, CoreRows
 from cm_export.host.runner import Budget, Prefilled, Runner
+from cm_export.host.sampling import Chooser, Rule
 from cm_export.quant import packing
 from cm_export.quant.rounding import nearest
 from cm_export.quant.scheme import Scheme
@@ -487,7 +488,8 @@ def _asking(planted, decoded):
 
     planted.patch.setattr(onnxruntime.Decoder, "__init__", init)
     planted.patch.setattr(onnxruntime.Decoder, "read", read)
-    found = list(guard.guarded(runner, runner.prefill(asked, Budget()), 12, frozenset(), guard.Report(4)))
+    choose = Chooser(Rule(), asked.ids, frozenset())
+    found = list(guard.guarded(runner, runner.prefill(asked, Budget()), 12, choose, guard.Report(4)))
     return "the answer stays the dense one" if found == dense and len(found) == 12 else f"{found} beside {dense}"
 
 

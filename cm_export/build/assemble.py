@@ -92,10 +92,10 @@ def _files(folder: Path, job: Job, stages: Stages) -> dict[str, str]:
         shutil.copyfile(stages.file("graphs", name), folder / name)
         known[name] = stages.state("graphs")["sha256"][name]
     stored = stages.file("weights", weights.FILE)
-    if stored.is_symlink():  # of an older bundle of links, whose target is not ours to give a second name
-        shutil.copyfile(stored, folder / weights.FILE)
-    else:
+    if stored.parent in (stages.folder / "weights", stages.bundle):
         disk.link_or_copy(stored, folder / weights.FILE)
+    else:  # behind a link of an older bundle: not ours to give a second name
+        shutil.copyfile(stored, folder / weights.FILE)
     known[weights.FILE] = stages.state("weights")["sha256"][weights.FILE]
     shutil.copytree(stages.folder / "weights" / "processor", folder / "processor")
     for name, digest in (stages.state("engines")["sha256"] if job.aim else {}).items():

@@ -18,6 +18,7 @@ from typing import Any
 from ..base import disk, lock
 from ..base.errors import InputError
 from ..base.hashes import file_sha256
+from ..base.links import behind_links
 
 _KEY = "key.json"
 _LOCK = "lock"
@@ -69,9 +70,12 @@ class Stages:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def file(self, stage: str, name: str) -> Path:
-        """A file of a finished stage, or of the finished bundle: the weights move there and are not kept twice."""
+        """A file of a finished stage, or of the finished bundle: the weights move there and are not kept twice.
+
+        Of a bundle of links it is the file behind one: ONNX Runtime reads no weights outside the folder it is told.
+        """
         own = self.folder / stage / name
-        return own if self.bundle is None or own.exists() else self.bundle / name
+        return own if self.bundle is None or own.exists() else behind_links(self.bundle / name)
 
     def state(self, stage: str) -> dict[str, Any]:
         """What the work of a stage returned, with `sha256` of its files by name; the stage has run by now."""

@@ -6,7 +6,6 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..base.links import behind_links
 from ..bundle import predictor, weights
 from ..bundle.bundle import Bundle
 
@@ -22,8 +21,7 @@ class UnderWay(Bundle):
         self.path, self._stages = stages.folder, stages
         self.family, self.shape, self.tower, self.config = job.family, job.shape, job.tower, job.config
         self.recipe, self.calibration = job.recipe, job.calibration
-        # ONNX Runtime refuses a file behind a link that leads out of its folder.
-        self.weights = weights.WeightFile(behind_links(stages.file("weights", weights.FILE)))
+        self.weights = weights.WeightFile(stages.file("weights", weights.FILE))
         if job.recipe.neurons.in_decode:
             self.predictor = weights.WeightFile(stages.file("graphs", predictor.FILE))
 
