@@ -42,7 +42,8 @@ inline int64_t column_tiles(const FfnSizes& s) { return tiles(s.columns, 32 * ch
 // per multiprocessor that `grid_blocks` stands for, registers leave three, and two with low-bit weights (docs/gpu.md).
 inline int32_t down_splits(const FfnSizes& s, int tile, int32_t grid_blocks) {
     const int64_t without = column_tiles(s) * s.groups * tiles(s.rows_per_group, tile);
-    const int64_t wanted = std::min<int64_t>(int64_t{grid_blocks} * (s.bits ? 2 : 3) / 4 / without, tiles(s.neurons, kLeastPerSplit));
+    const int64_t at_once = static_cast<int64_t>(grid_blocks) * (s.bits ? 2 : 3) / 4;
+    const int64_t wanted = std::min<int64_t>(at_once / without, tiles(s.neurons, kLeastPerSplit));
     return static_cast<int32_t>(std::max<int64_t>(1, wanted));
 }
 
