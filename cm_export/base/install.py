@@ -14,9 +14,11 @@ DISTRIBUTION = "cm-export"
 
 def pip_install(extra: str = "", options: str = "") -> str:
     """The command, as it can be typed; `options` stand before the name. What an installer recorded says where it came from."""
+    # Several may be found: a checkout that is the working directory has metadata of its own, which no installer wrote.
+    records = (found.read_text("direct_url.json") for found in metadata.distributions(name=DISTRIBUTION))
     try:
-        record = json.loads(metadata.distribution(DISTRIBUTION).read_text("direct_url.json") or "{}")
-    except (metadata.PackageNotFoundError, ValueError):
+        record = json.loads(next(filter(None, records), "{}"))
+    except ValueError:
         record = {}
     name, url = f"{DISTRIBUTION}[{extra}]" if extra else DISTRIBUTION, record.get("url", "")
     if url.startswith("file:"):
