@@ -29,6 +29,11 @@ def _take_one_processor() -> None:
 _take_one_processor()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest comes first; last, it would keep one process busy while the others have no work left."""
+    items.sort(key=lambda item: item.path.name != "test_kill.py")
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """seed -> Exported of a random configuration, made once."""
