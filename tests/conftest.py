@@ -79,42 +79,38 @@ def bare_checkpoint(tmp_path_factory) -> Path:
     return random_checkpoint(config, tmp_path_factory.mktemp("bare") / "model")
 
 
-@pytest.fixture(scope="session")
-def bare_bundle(bare_checkpoint, tmp_path_factory) -> Path:
-    """That checkpoint built by the real command, on one thread: repeatable to the byte. Its stages lie beside it."""
-    out = tmp_path_factory.mktemp("bare") / "x.plan"
-    options = ["--neurons", "griffin", "--prune-layer", "1", "--quiet"]
-    done = cm_export("build", "--model", bare_checkpoint, "--out", out, *options, env=ONE_THREAD)
+def built(out: Path, *options: object, **how) -> Path:
+    """The bundle that the real command builds there."""
+    done = cm_export("build", "--out", out, "--quiet", *options, **how)
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def bare_bundle(bare_checkpoint, tmp_path_factory) -> Path:
+    """That checkpoint built on one thread: repeatable to the byte. Its stages lie beside it."""
+    options = ["--model", bare_checkpoint, "--neurons", "griffin", "--prune-layer", "1"]
+    return built(tmp_path_factory.mktemp("bare") / "x.plan", *options, env=ONE_THREAD)
 
 
 @pytest.fixture(scope="session")
 def demo_bundle(tmp_path_factory) -> Path:
     """The demo model built by `cm-export build --recipe demo`."""
-    out = tmp_path_factory.mktemp("demo") / "demo.plan"
-    done = cm_export("build", "--recipe", "demo", "--out", out, "--quiet")
-    assert done.returncode == 0, done.stderr
-    return out
+    return built(tmp_path_factory.mktemp("demo") / "demo.plan", "--recipe", "demo")
 
 
 @pytest.fixture(scope="session")
 def first_look(tmp_path_factory) -> Path:
     """The bundle of `make demo`."""
-    out = tmp_path_factory.mktemp("first") / "demo.plan"
-    done = cm_export("build", "--recipe", "first-look", "--out", out, "--quiet")
-    assert done.returncode == 0, done.stderr
-    return out
+    return built(tmp_path_factory.mktemp("first") / "demo.plan", "--recipe", "first-look")
 
 
 @pytest.fixture(scope="session")
 def whole_bundle(demo_bundle, tmp_path_factory) -> Path:
     """The same with a cache that stays whole, for the guard and for later questions; traced and loaded once for both."""
-    out = tmp_path_factory.mktemp("whole") / "demo.plan"
     work = demo_bundle.with_name(f".{demo_bundle.name}.stages")
-    done = cm_export("build", "--recipe", "demo", "--token-cache", "index", "--out", out, "--quiet", "--work-dir", work)
-    assert done.returncode == 0, done.stderr
-    return out
+    out = tmp_path_factory.mktemp("whole") / "demo.plan"
+    return built(out, "--recipe", "demo", "--token-cache", "index", "--work-dir", work)
 
 
 @pytest.fixture(scope="session")
