@@ -53,9 +53,8 @@ def threads_note(asked: int) -> list[str]:
 def _quotas(groups: Path, own: Path) -> Iterator[float]:
     """Processors that the control groups of this process allow it: its own one, and those that it lies in."""
     for line in _lines(own):
-        _, kinds, path = line.split(
-            ":", 2
-        )  # version 1 has a group for each kind of limit, version 2 one without a name
+        # Version 1 has a group for each kind of limit, version 2 one without a name.
+        _, kinds, path = line.split(":", 2)
         if kinds and "cpu" not in kinds.split(","):
             continue
         base = groups / "cpu" if kinds else groups

@@ -160,8 +160,7 @@ def _read(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits [T,V] of both models at the same places: before each token that the dense one chose, a stop included."""
     logits: list[np.ndarray] = []
-    room = (runner.bundle.shape.max_positions or request.tokens + STEPS) - request.tokens
-    row = runner.prefill(request, Budget(dense=True)).row(choose=recorded(greedy(stop), logits), limit=min(STEPS, room))
+    row = runner.prefill(request, Budget(dense=True)).row(choose=recorded(greedy(stop), logits), limit=STEPS)
     for _ in decode(runner.backend, [row]):
         if len(row.ids) >= LEAST and time.perf_counter() > deadline:
             break
@@ -193,11 +192,10 @@ def _asked(runner: Runner) -> Iterator[Request]:
     for text, sees in prompts:
         seen = runner.see([_picture(runner, rng)]) if sees else Pictures()
         try:
-            request = _request(runner, runner.chat.encode(text, None, seen.counts), seen)
-        except InputError:  # the tokenizer makes nothing of it, or ids that the model has no embedding for
+            request = runner.ask(text, seen)
+        except InputError:  # too long, or the tokenizer makes nothing of it, or ids that the model has no embedding for
             continue
-        if _fits(runner, request):
-            yield request
+        yield request
 
 
 def _made_up(runner: Runner, config: Config) -> Iterator[Request]:
@@ -209,22 +207,11 @@ def _made_up(runner: Runner, config: Config) -> Iterator[Request]:
         if bundle.tower:
             found = runner.backend.vision(bundle.tower.feeds(asked.pictures))
             seen = Pictures(found, tuple(picture.grid for picture in asked.pictures))
-        request = _request(runner, asked.ids, seen)
-        if _fits(runner, request):
-            yield request
-
-
-def _request(runner: Runner, ids: np.ndarray, pictures: Pictures) -> Request:
-    """Of any length; `Runner.request` refuses one that is too long, and here such a one is left out."""
-    bundle = runner.bundle
-    if bundle.tower and not pictures.grids:
-        pictures = bundle.tower.no_pictures()
-    return Request.of(ids, pictures, bundle.family, bundle.shape, bundle.weights)
-
-
-def _fits(runner: Runner, request: Request) -> bool:
-    limit = runner.bundle.shape.max_positions
-    return limit is None or request.tokens < limit
+        try:
+            request = runner.request(asked.ids, seen)
+        except InputError:  # too long
+            continue
+        yield request
 
 
 def _picture(runner: Runner, rng: np.random.Generator) -> Image.Image:

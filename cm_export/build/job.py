@@ -62,7 +62,7 @@ def prepare(source: Checkpoint, recipe: Recipe, threads: int, progress: Step) ->
     if shape.activation not in ACTIVATIONS:
         fix = by_name.nearest(shape.activation, [*ACTIVATIONS])
         raise InputError(f"unknown hidden_act {shape.activation!r}", where=source.path / "config.json", fix=fix)
-    with tempfile.TemporaryDirectory(prefix="cm-export-") as work, disk.writing(Path(work)):
+    with tempfile.TemporaryDirectory(prefix=disk.TEMPORARY) as work, disk.writing(Path(work)):
         found = processor.check(source.path, source.config, shape, tower, Path(work))
     settings = generation.read(source.path, source.config)
     notes = (*source.notes, *found, *unread(recipe))

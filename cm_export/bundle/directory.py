@@ -6,7 +6,6 @@
 import contextlib
 import ctypes
 import glob
-import json
 import os
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 
 from ..base import atomic, disk
 from ..base.errors import InputError
+from . import not_a_bundle
 from .bundle import GRAPHS, MANIFEST
 from .weights import FILE as WEIGHTS
 
@@ -146,12 +146,8 @@ def model_of(out: Path) -> dict[str, Any] | None:
 
 def _manifest(out: Path) -> dict[str, Any]:
     """The manifest of a bundle that will be replaced, whatever its seal and format; {} where there is none to read."""
-    try:
-        found = json.loads((out / MANIFEST).read_bytes())
-        whole = isinstance(found, dict) and "seal" in found and isinstance(found["files"], dict)
-        return found if whole else {}
-    except (OSError, ValueError, KeyError, RecursionError):
-        return {}
+    found = not_a_bundle.manifest(out)
+    return found if "seal" in found and isinstance(found.get("files"), dict) else {}
 
 
 def sweep(out: Path) -> None:

@@ -65,10 +65,11 @@ def _directory(path: Path) -> tuple[str, str]:
 
 def _is_unpacked(path: Path) -> bool:
     """Whether it is what `pack` writes: it has a manifest of its own kind."""
-    return (path / "build_on_device.sh").is_file() and "seal" not in _manifest(path)
+    return (path / "build_on_device.sh").is_file() and "seal" not in manifest(path)
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def manifest(path: Path) -> dict[str, Any]:
+    """What manifest.json in a directory says, whoever wrote it and whatever its seal; {} where no object can be read."""
     try:
         found = json.loads((path / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):  # whoever opens it says what is wrong

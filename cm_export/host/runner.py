@@ -189,9 +189,8 @@ class Runner:
         Raises InputError for one that cannot be read, cannot be cut into patches or does not fit in memory.
         """
         seen = []
-        for number, image in enumerate(
-            images, 1
-        ):  # patches attend within their picture: one at a time needs least memory
+        # Patches attend within their own picture, so one at a time needs the least memory.
+        for number, image in enumerate(images, 1):
             shown = given(image, f"picture {number}")
             check_size(shown.image, self.tower.min_side, self.tower.max_ratio, shown.name)
             picture = self.tower.picture(shown.image, self.picture_rule)

@@ -137,9 +137,6 @@ def _shadowed(model: str) -> tuple[str, ...]:
 def _verified(folder: Path, commit: str | None, source: str, notes: tuple[str, ...]) -> Checkpoint:
     """`folder` as a Checkpoint after all checks, the cheap ones first and hashing last."""
     folder = folder.resolve()
-    for file in sorted(p for pattern in PATTERNS for p in folder.glob(pattern)):
-        if gone := dead(file):
-            raise InputError(gone, where=file, fix="copy it with the files that it links to, or download it again")
     config, readable = directory.check(folder)
     files = {p.name: file_sha256(p) for p in readable}
     records = _hub_records(folder, readable)

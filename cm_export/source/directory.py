@@ -13,6 +13,7 @@ from typing import Any
 from .. import families
 from ..base.errors import InputError
 from ..base.json_file import check_content, read_object
+from ..base.links import dead
 from .safetensors_check import FLOATS, INTEGERS, damaged, tensor_types
 
 INDEX = "model.safetensors.index.json"
@@ -155,9 +156,9 @@ def _no_weights(folder: Path) -> InputError:
 
 def _there(path: Path) -> bool:
     """Whether `path` is a file. Raises InputError for a link that leads nowhere, such as into a pruned cache."""
-    if path.is_symlink() and not path.exists():
-        fix = _half_download(path.parent) or "download the checkpoint again"
-        raise InputError(f"is a link to {path.readlink()}, where nothing is", where=path, fix=fix)
+    if gone := dead(path):
+        fix = _half_download(path.parent) or "copy it with the files that it links to, or download it again"
+        raise InputError(gone, where=path, fix=fix)
     return path.is_file()
 
 
