@@ -12,7 +12,7 @@ from typing import Any
 from .. import __version__
 from ..base import disk
 from ..bundle import bundle as bundles
-from ..bundle import directory, predictor, weights
+from ..bundle import directory, predictor, thresholds, weights
 from ..bundle.calibration import FILE as CALIBRATION
 from ..bundle.graph_facts import links
 from ..source.checkpoint import Checkpoint
@@ -66,6 +66,7 @@ def _manifest(job: Job, stages: Stages) -> dict[str, Any]:
         "drift": stages.state("gates")["drift"],
         "engines": {k: v for k, v in built.items() if k not in ("sha256", "gates")} or None,
         "links": links(job.shape.layers, graphs["graphs"]),
+        "thresholds": stages.state("thresholds")["about"] if job.recipe.neurons.by_threshold else None,
         "stages": {name: stages.keys[name] for name in ("trace", "weights", "graphs")},
     }
 
@@ -96,6 +97,9 @@ def _files(folder: Path, job: Job, stages: Stages) -> dict[str, str]:
         disk.link_or_copy(stored, folder / weights.FILE)
     else:  # behind a link of an older bundle: not ours to give a second name
         shutil.copyfile(stored, folder / weights.FILE)
+    if job.recipe.neurons.by_threshold:
+        shutil.copyfile(stages.file("thresholds", thresholds.FILE), folder / thresholds.FILE)
+        known[thresholds.FILE] = stages.state("thresholds")["sha256"][thresholds.FILE]
     known[weights.FILE] = stages.state("weights")["sha256"][weights.FILE]
     shutil.copytree(stages.folder / "weights" / "processor", folder / "processor")
     for name, digest in (stages.state("engines")["sha256"] if job.aim else {}).items():

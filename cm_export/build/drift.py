@@ -12,7 +12,7 @@ It says how far the recipe moves this model, not how right its answers are: that
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -179,7 +179,7 @@ def _beginnings(runner: Runner, config: Config) -> tuple[str, frozenset[int], It
             return about, runner.chat.stop_ids, itertools.chain([first], asked)
     except BundleError as e:  # no tokenizer, or no template that places pictures: `run` will say the same
         why = e.what
-    return f"random words: {why}", frozenset(runner.bundle.shape.stop_ids), _made_up(runner, config)
+    return f"random words: {why}", frozenset(runner.bundle.shape.stop_ids), made_up(runner, config)
 
 
 def _asked(runner: Runner) -> Iterator[Request]:
@@ -198,10 +198,10 @@ def _asked(runner: Runner) -> Iterator[Request]:
         yield request
 
 
-def _made_up(runner: Runner, config: Config) -> Iterator[Request]:
+def made_up(runner: Runner, config: Config, seeds: Iterable[int] = range(1, 9)) -> Iterator[Request]:
     """Random words, with two pictures between them where the model sees: each another beginning."""
     bundle = runner.bundle
-    for seed in range(1, 9):
+    for seed in seeds:
         asked = probe(bundle.shape, bundle.tower, config, seed)
         seen = Pictures()
         if bundle.tower:

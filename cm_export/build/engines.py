@@ -77,6 +77,10 @@ def check_recipe(recipe: Recipe, what: Target) -> None:
     """Raises InputError for what no engine of this version does; the lowering would find it after all other work."""
     if recipe.neurons.in_decode:
         no_predictor(f"recipe: neurons.policy = {recipe.neurons.policy!r}")
+    if recipe.neurons.by_threshold:
+        fix = "build with --backend onnxruntime, or with another neuron policy"
+        what_not = f"neurons.policy = {recipe.neurons.policy!r}, for which there is no engine yet"
+        raise InputError(what_not, where="recipe", fix=fix)
     if recipe.engine.precision == "int8" and not what.plugins:
         int8_needs_the_plugin()
     if recipe.engine.plugins and not what.plugins:

@@ -174,7 +174,7 @@ class _Proofs:
         listed = full["kept_tokens"][0] if of.recipe.tokens.cache == "index" and "kept_tokens" in full else None
         if of.recipe.neurons.in_decode:  # at full budget nothing depends on them
             self._predictor()
-        else:  # nor on which rows are named
+        elif not of.recipe.neurons.by_threshold:  # nor on which rows are named
             core = self._made_up_core()
             self._core_rows(core)
             self._functions(Row(request, core, cache, dense["logits"][0], listed=listed))

@@ -3,10 +3,11 @@
 .engine.plan.stages/graphs/*.onnx, weights/*  ->  UnderWay(job, stages)  ->  Runner, Chat
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bundle import predictor, weights
+from ..bundle import predictor, thresholds, weights
 from ..bundle.bundle import Bundle
 
 if TYPE_CHECKING:
@@ -15,15 +16,21 @@ if TYPE_CHECKING:
 
 
 class UnderWay(Bundle):
-    """Nothing of it is sealed yet: it has no manifest, and the stages have checked their own files."""
+    """Nothing of it is sealed yet: its manifest says only how answers are chosen, and the stages have checked their own files."""
 
     def __init__(self, job: "Job", stages: "Stages"):
         self.path, self._stages = stages.folder, stages
         self.family, self.shape, self.tower, self.config = job.family, job.shape, job.tower, job.config
         self.recipe, self.calibration = job.recipe, job.calibration
         self.weights = weights.WeightFile(stages.file("weights", weights.FILE))
+        self.manifest = {"generation": job.generation.settings}
         if job.recipe.neurons.in_decode:
             self.predictor = weights.WeightFile(stages.file("graphs", predictor.FILE))
+
+    @cached_property
+    def thresholds(self) -> thresholds.Thresholds | None:
+        """Those of the stage that measured them, which has run by now."""
+        return thresholds.read(self._stages.file("thresholds", thresholds.FILE))
 
     def graph(self, name: str) -> Path:
         """The file of one graph."""

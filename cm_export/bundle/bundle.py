@@ -6,6 +6,7 @@ engine.plan/
   *.onnx                   vision (of a model that sees pictures), prefill, decode, prefill_dense, decode_dense;
                            turn where the cache stays whole
   calibration.safetensors  if the recipe named one
+  thresholds.safetensors   if decode leaves out what is below them (policy `active`)
   predictor.safetensors    if decode chooses its neurons itself: low-bit copies of gate and up
   engines/*                *.plan and libcm_plugins.so, if it was built for TensorRT: for one GPU, version and library
   processor/*              tokenizer.json, chat template, preprocessor_config.json
@@ -35,6 +36,9 @@ from .calibration import read as read_calibration
 from .predictor import FILE as PREDICTOR
 from .predictor import copy_bytes
 from .predictor import write as write_predictor
+from .thresholds import FILE as THRESHOLDS
+from .thresholds import Thresholds
+from .thresholds import read as read_thresholds
 from .weights import FILE as WEIGHTS
 from .weights import WeightFile
 
@@ -115,6 +119,13 @@ class Bundle:
             return None
         found = read_calibration(self.path / CALIBRATION)
         return found.reordered() if self.manifest["recipe"]["neurons"].get("block", 1) > 1 else found
+
+    @cached_property
+    def thresholds(self) -> Thresholds | None:
+        """What channels must weigh to be read (policy `active`): its own, else the calibration's; None where nobody measured."""
+        if THRESHOLDS in self.manifest["files"]:
+            return read_thresholds(self.path / THRESHOLDS)
+        return self.calibration.active if self.calibration else None
 
     @cached_property
     def predictor(self) -> WeightFile:

@@ -10,6 +10,7 @@ calibration.safetensors                                          n runs over gen
   prune_kl    [N,Q] f32   KL to dense when the image tokens are cut after layer prune_layers[n] to prune_shares[q]
   prune_layers [N]  i32   ascending; none (N = 0) where no prompt had a picture
   prune_shares [Q]  f32   ascending
+  active_*                what thresholds.py holds, under the names it has there
 
 Ids are those of the checkpoint. One metadata entry holds the checkpoint's hashes, what was run and the versions.
 """
@@ -25,13 +26,23 @@ import numpy as np
 
 from ..base import atomic
 from ..base.errors import InputError
+from .thresholds import Thresholds
 
 FILE = "calibration.safetensors"
-FORMAT = 2
+FORMAT = 3
 _META = "cm_export"  # one entry: the order of several is not fixed, and the file must be repeatable to the byte
 _FLOATS = {"energy": "LF", "mean_z": "LF", "mean_y": "LD", "sensitivity": "LP", "shares": "P"}
 _FLOATS |= {"prune_kl": "NQ", "prune_shares": "Q"}
+_FLOATS |= {"active_levels": "W", "active_thresholds": "TW", "active_sensitivity": "T", "active_sizes": "T"}
 _INTEGERS = {"order": "LF", "prune_layers": "N"}
+
+_ACTIVE = "active_"
+_NO_THRESHOLDS = {
+    "levels": np.zeros(0),
+    "thresholds": np.zeros((0, 0)),
+    "sensitivity": np.zeros(0),
+    "sizes": np.zeros(0),
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,7 @@ class Calibration:
     prune_layers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     prune_shares: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     prune_kl: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    active: Thresholds | None = None
 
     @cached_property
     def inverse(self) -> np.ndarray:
@@ -72,7 +84,10 @@ def write(path: Path, calibration: Calibration) -> None:
     """Write the file under a temporary name, then rename it. Raises InputError when that is impossible."""
     from safetensors.numpy import save
 
-    arrays = {n: np.ascontiguousarray(getattr(calibration, n), np.float32) for n in _FLOATS}
+    own = {n: getattr(calibration, n) for n in _FLOATS if not n.startswith(_ACTIVE)}
+    for name, none in _NO_THRESHOLDS.items():
+        own[_ACTIVE + name] = none if calibration.active is None else getattr(calibration.active, name)
+    arrays = {n: np.ascontiguousarray(a, np.float32) for n, a in own.items()}
     arrays |= {n: np.ascontiguousarray(getattr(calibration, n), np.int32) for n in _INTEGERS}
     about = json.dumps({"format": FORMAT, **calibration.about}, sort_keys=True)
     atomic.write(path, save(arrays, {_META: about}))
@@ -94,7 +109,8 @@ def read(path: Path) -> Calibration:
     except (SafetensorError, OSError, ValueError) as e:
         raise InputError(f"cannot be read ({e})", where=path, fix=again) from e
     _check(path, arrays, again)
-    return Calibration(**arrays, about=about)
+    active = {n.removeprefix(_ACTIVE): arrays.pop(n) for n in _FLOATS if n.startswith(_ACTIVE)}
+    return Calibration(**arrays, about=about, active=Thresholds(**active) if len(active["sizes"]) else None)
 
 
 def belongs(calibration: Calibration, files: dict[str, str], where: object) -> None:

@@ -7,74 +7,36 @@ prompt -> dense greedy answer a_1..a_T -> one prefill over prompt + answer, z of
 Only generated tokens count: an offline prior from prompts says little about decode (GLASS, arXiv 2508.14302, section 3).
 """
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import onnx
 
-from ..base import by_name, json_lines
 from ..base.core_index import neuron_count, select_core_neurons
 from ..base.errors import InputError
 from ..base.metrics import divergences
 from ..bundle.calibration import Calibration, checkpoint_id
 from ..bundle.names import core_row_names
 from ..evals.other_policies import with_policies
-from ..evals.task import OWN_TASKS
-from ..families import Pictures
 from ..host.core_set import CoreSet
-from ..host.decode import Row, decode, sampled, teacher_forced
-from ..host.images import given, opened
+from ..host.decode import teacher_forced
 from ..host.picture_notes import Note, counted
 from ..host.request import Request, prefill_feeds
 from ..host.runner import Budget, Runner
 from ..recipe.recipe import Recipe
 from ..surgery.neuron_constants import neuron_constants
 from ..surgery.report_activations import report_activations
-from . import prune_layers
+from . import prune_layers, thresholds
+from .answers import Prompt, answering, asking, own_text
 from .cluster import cluster
 
 SHARES = (0.1, 0.2, 0.4, 0.6, 0.8)  # of one layer's neurons, at which its sensitivity is measured
 PROFILE_TOKENS = 512  # tokens whose energies are kept for clustering: [512,F] float16 per layer
 SENSITIVITY_TOKENS = 64  # of one answer, at most
-OWN_WORDS = 8  # length of the random beginnings from which a model without prompts writes
+ACTIVE_TOKENS = 256  # of all answers, on which each product's sensitivity is measured for thresholds
 _LIBRARIES = ("numpy", "onnxruntime")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What is asked, and the pictures it is about."""
-
-    text: str
-    images: tuple[Path | str, ...] = ()  # what `open` opens
-    open: Callable[[Any], Any] = opened
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts of a JSON Lines file: {"prompt": text, "image": path or list of paths, relative to the file}.
-
-    Raises InputError that names the line.
-    """
-    out = []
-    for number, line in json_lines.numbered(path):
-        try:
-            entry = json.loads(line)
-            images = entry.get("image") or []
-            images = [images] if isinstance(images, str) else images
-            text = entry.get("prompt", entry.get("question"))
-            if not isinstance(text, str) or not all(isinstance(i, str) for i in images):
-                raise ValueError('needs "prompt": text, and may have "image": path')
-            out.append(Prompt(text, tuple(path.parent / i for i in images)))
-        except (ValueError, AttributeError) as e:
-            raise InputError(f"line {number}: {e}", where=path, fix='write {"prompt": "..."} on every line') from e
-    if not out:
-        raise InputError("holds no prompt", where=path, fix='write {"prompt": "..."} on every line')
-    return out
 
 
 def measure(
@@ -96,7 +58,8 @@ def measure(
         raise InputError("its neurons are reordered", where=bundle.path, fix="calibrate a bundle with neurons.block 1")
     bundle.wait_verified()
     notes: dict[str, list[Note]] = {}  # on pictures, by their names
-    answers = list(_answers(runner, prompts, own, max_new_tokens, seed, progress, notes))
+    asked = asking(runner, prompts, progress, notes) if prompts else own_text(runner, own, seed, progress)
+    answers = list(answering(runner, asked, max_new_tokens, drawn=not prompts, seed=seed))
     total = sum(len(a) for _, a in answers)
     if not total:
         raise InputError("the model answered nothing to every prompt", where="calibrate", fix="give other --data")
@@ -124,6 +87,7 @@ def measure(
         order.append(cluster(np.concatenate(profiles[layer]).astype(np.float32)))
     energy, mean_z = energy / np.maximum(energy.sum(1, keepdims=True), 1e-60), mean_z / total
     down = [bundle.weights[names[2]] for names in core_row_names(bundle.family, shape.layers)]
+    active = thresholds.measure(runner, answers, ACTIVE_TOKENS, progress)
     mean_y = [z @ rows.astype(np.float64) for z, rows in zip(mean_z, down, strict=True)]
     some = [a for a in answers if len(a[1])][:sensitivity_prompts]
     sensitivity = _sensitivity(runner, some, energy, progress)
@@ -140,37 +104,9 @@ def measure(
         | {"token_policy": tokens.policy, "tokens": {k: getattr(tokens, k) for k in prune_layers.MATTER}},
         "versions": {n: version(n) for n in _LIBRARIES},
     }
-    return Calibration(energy, mean_z, np.stack(mean_y), sensitivity, np.array(SHARES), np.stack(order), about, **prune)
-
-
-def _answers(runner, prompts, own, limit, seed, progress, notes) -> Iterator[tuple[Request, np.ndarray]]:
-    """Requests with the dense model's answers [T], greedy under the bundle's rule; drawn where there is no prompt to answer."""
-    rng, shape = np.random.default_rng(seed), runner.bundle.shape
-    if not prompts:
-        words = np.setdiff1d(np.arange(shape.vocab), [shape.image_token, *shape.stop_ids])
-        for i in range(own):
-            progress("let the model write", i, own)
-            request = runner.request(rng.choice(words, OWN_WORDS), Pictures())
-            # Greedy text from a random beginning runs in circles.
-            row = runner.prefill(request, Budget(dense=True)).row(limit=limit)
-            row.choose = sampled(rng, frozenset(shape.stop_ids))
-            yield request, _written(runner, row)
-        return
-    seen: dict[tuple[Path, ...], Pictures] = {}
-    for i, prompt in enumerate(prompts):
-        progress("let the model answer", i, len(prompts))
-        if prompt.images not in seen:
-            pictures = [given(prompt.open(p), str(p)) for p in prompt.images]
-            seen = {prompt.images: runner.see(pictures)}
-            notes |= {str(p): runner.notes_on(shown) for p, shown in zip(prompt.images, pictures, strict=True)}
-        request = runner.ask(prompt.text, seen[prompt.images])
-        prefilled = runner.prefill(request, Budget(dense=True))
-        yield request, _written(runner, runner.answering(prefilled, runner.rule(), limit))
-
-
-def _written(runner: Runner, row: Row) -> np.ndarray:
-    """[T] int64: the answer of a row."""
-    return np.array([token for _, token in decode(runner.backend, [row])], np.int64)
+    return Calibration(
+        energy, mean_z, np.stack(mean_y), sensitivity, np.array(SHARES), np.stack(order), about, **prune, active=active
+    )
 
 
 def _watching(runner: Runner) -> Callable[[str], Path | onnx.ModelProto]:
@@ -214,32 +150,3 @@ def _sensitivity(runner: Runner, answers: list, energy: np.ndarray, progress: Ca
                 found = teacher_forced(judge.backend, row, answer.tolist())[1:]
                 kl[layer, p] += divergences(expected, found).sum()
     return kl / max(1, tokens)
-
-
-def task_prompts(task: ModuleType, count: int, seed: int) -> list[Prompt]:
-    """Calibration prompts of an eval task, from its training half. Raises InputError if it has none."""
-    if not hasattr(task, "calibration_prompts"):
-        name = task.__name__.rpartition(".")[2]
-        raise InputError(f"the task {name} has no training questions", where="--data", fix="give a .jsonl file")
-    return [Prompt(text, (image,), task.open_picture) for text, image in task.calibration_prompts(count, seed)]
-
-
-def prompts_of(data: str | None, model: str, count: int, seed: int) -> tuple[list[Prompt], str]:
-    """The prompts that `data` names and how to call them: a .jsonl file, an eval task, or None (the model's default).
-
-    The demo models are asked their own task; any other model writes from random beginnings.
-    """
-    if data is None:
-        data = OWN_TASKS.get(model, "own text")
-    if data == "own text":
-        return [], data
-    name = data.replace("-", "_")
-    if name in by_name.names_in("cm_export.evals.tasks"):
-        return task_prompts(by_name.load("cm_export.evals.tasks", name, "task"), count, seed), f"{data}, training half"
-    path = Path(data)
-    if not path.is_file():
-        known = [n.replace("_", "-") for n in by_name.names_in("cm_export.evals.tasks")]
-        raise InputError(
-            "no such file or task", where=f"--data {data}", fix=by_name.nearest(data, ["own text", *known])
-        )
-    return read_prompts(path)[:count], path.name

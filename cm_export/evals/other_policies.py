@@ -24,7 +24,7 @@ def with_policies(runner: Runner, recipe: Recipe) -> LoadedBundle:
         dense = onnx.load(bundle.graph(source), load_external_data=False)
         if name == "decode":
             copies = bundle.predictor.tensors if recipe.neurons.in_decode else None
-            return pipeline.sparse_decode(dense, bundle.family, bundle.shape, recipe, copies)[0]
+            return pipeline.sparse_decode(dense, bundle.family, bundle.shape, recipe, copies, bundle.weights)[0]
         constants = neuron_constants(recipe, bundle.weights, bundle.family, bundle.shape, bundle.calibration)
         rewrite = pipeline.turn if name == "turn" else pipeline.sparse_prefill
         return rewrite(dense, bundle.family, bundle.shape, recipe, constants)[0]

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..base.core_index import check_core_neurons, select_core_neurons
+from ..base.errors import InputError
 from ..bundle.calibration import Calibration
+from ..bundle.thresholds import FFN_OUT, SIDES, Thresholds
 from ..families import Arrays, Shape
 from ..recipe import facts
-from ..recipe.recipe import Neurons
+from ..recipe.recipe import LEAST_ACTIVE, Neurons
 from .layer_budgets import layer_counts
 from .request import Request
 
@@ -34,6 +36,9 @@ class CoreSet:
     ffn: int
     mean_z: np.ndarray | None = None  # [L,1,F]
     mean_y: np.ndarray | None = None  # [L,1,D]
+    thresholds: np.ndarray | None = (
+        None  # [4L+1] float32: what a channel must weigh to be read; counts are expected then
+    )
 
     def __post_init__(self) -> None:
         """Raises InputError for ids that are not ascending, distinct and in range."""
@@ -62,7 +67,7 @@ class CoreSet:
 
     @property
     def chosen_in_decode(self) -> bool:
-        """Whether the graph names the neurons, anew for every token."""
+        """Whether the graph decides, anew for every token."""
         return self.neurons is None
 
     def of_layer(self, layer: int) -> np.ndarray:
@@ -83,12 +88,20 @@ class CoreSet:
 
 
 def choose(
-    outputs: Arrays, neurons: Neurons, shape: Shape, calibration: Calibration | None, share: float | None = None
+    outputs: Arrays,
+    neurons: Neurons,
+    shape: Shape,
+    calibration: Calibration | None,
+    share: float | None = None,
+    thresholds: Thresholds | None = None,
 ) -> CoreSet:
     """The core set of a prefill's outputs (numpy) under a recipe's [neurons]. Raises InputError.
 
-    `share` replaces the recipe's. Without scores (policy "dense") every neuron is kept.
+    `share` replaces the recipe's. Without scores (policy "dense") every neuron is kept. `thresholds`: of a policy that
+    compares with them.
     """
+    if neurons.by_threshold:
+        return _above(neurons, shape, share, thresholds)
     scores = outputs.get("core_scores")
     if scores is None and not neurons.in_decode:
         return CoreSet.whole(shape)
@@ -102,6 +115,23 @@ def choose(
     elif neurons.fill == "calibrated" and calibration is not None:
         mean_z, mean_y = calibration.mean_z[:, None], calibration.mean_y[:, None]
     return CoreSet(index, counts, shape.ffn, mean_z, mean_y)
+
+
+def _above(neurons: Neurons, shape: Shape, share: float | None, table: Thresholds | None) -> CoreSet:
+    """Thresholds for a share of the FFNs' weights; what the other products leave out shrinks and grows with it."""
+    if table is None or table.layers != shape.layers:
+        fix = "build with --neurons active, or with a --calibration that measured thresholds"
+        raise InputError("no thresholds were measured for this bundle", where="policy active", fix=fix)
+    wanted = neurons.share if share is None else share
+    left_out = (1 - wanted) / (1 - neurons.share) if neurons.share < 1 else float(wanted < 1)
+    rest = min(1.0, max(LEAST_ACTIVE, 1 - (1 - neurons.rest_share) * left_out))
+    if wanted < LEAST_ACTIVE:
+        what, fix = f"a share of {wanted:g}", f"give {LEAST_ACTIVE} or more: nothing was measured below"
+        raise InputError(what, where="policy active", fix=fix)
+    shares = table.shares(wanted, rest)
+    of_z = shares[FFN_OUT : SIDES * shape.layers : SIDES]
+    counts = np.clip(np.rint(of_z * shape.ffn), 1, shape.ffn).astype(np.int64)
+    return CoreSet(None, counts, shape.ffn, thresholds=table.at(shares))
 
 
 def combined(before: Arrays, fresh: Arrays, context: Request, kept: np.ndarray, new: int, neurons: Neurons) -> Arrays:

@@ -71,7 +71,8 @@ class Prefilled:
     def core_of(self, share: float | None) -> CoreSet:
         """The neurons that decode computes under the recipe, or at another share; all of them where nothing was scored."""
         bundle, neurons = self._runner.bundle, self._runner.recipe.neurons
-        return choose(self.measured, neurons, bundle.shape, bundle.calibration, share)
+        thresholds = bundle.thresholds if neurons.by_threshold else None
+        return choose(self.measured, neurons, bundle.shape, bundle.calibration, share, thresholds)
 
     @property
     def neurons(self) -> int:

@@ -28,10 +28,11 @@ class Facts:
     attributes: tuple[str, ...]  # its attributes, by the name of the value they take
     adds: bool = False  # whether scores of two texts add up to those of both
     scores: bool = True  # whether prefill scores; if not, FUNCTION is None
-    in_decode: bool = False  # whether the decode graph itself chooses, anew for every token
+    in_decode: bool = False  # whether the decode graph itself lists neurons, anew for every token
+    by_threshold: bool = False  # whether decode reads what is above a threshold, in every product
 
 
-_TYPES = {"WIRES": tuple, "ATTRIBUTES": tuple, "ADDS": bool, "SCORES": bool, "IN_DECODE": bool}
+_TYPES = {"WIRES": tuple, "ATTRIBUTES": tuple, "ADDS": bool, "SCORES": bool, "IN_DECODE": bool, "BY_THRESHOLD": bool}
 
 
 def neuron_policy(name: str) -> Facts:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 BACKENDS = "cm_export.backends"
 VOTERS = ("all", "text", "last")
 BLOCKS = (1, 8, 16, 32)
+LEAST_ACTIVE = 0.2  # share that a policy of thresholds can be asked for
 BEFORE_LAYERS = {"embeds", "image_mask", "vote", "seed"}  # what a token policy can read before the first layer
 
 
@@ -41,6 +42,12 @@ class Neurons:
         what="neuron policy",
     )
     share: float = option(0.6, "--neuron-share", "Share of FFN neurons that decode computes", share=True)
+    rest_share: float = option(
+        0.8,
+        "--rest-share",
+        "Share of the weights of attention's products and of the head that decode reads (active)",
+        share=True,
+    )
     voters: str = option("all", "", "Whose activations choose the neurons", choices=VOTERS)
     counted: str = option(
         "kept",
@@ -77,8 +84,13 @@ class Neurons:
 
     @property
     def in_decode(self) -> bool:
-        """Whether the decode graph itself chooses, anew for every token."""
+        """Whether the decode graph itself lists neurons, anew for every token."""
         return facts.neuron_policy(self.policy).in_decode
+
+    @property
+    def by_threshold(self) -> bool:
+        """Whether decode reads what is above a threshold, in every product."""
+        return facts.neuron_policy(self.policy).by_threshold
 
 
 @dataclass(frozen=True)
@@ -256,9 +268,11 @@ def check(recipe: Recipe, where: str = "recipe") -> Recipe:
     if n.image_weight != 1 and n.policy == "coreinfer":
         fix = "use neurons.voters, or another policy"
         raise InputError("neurons.image_weight with coreinfer, which counts whole tokens", where=where, fix=fix)
-    if n.fill != "none" and n.in_decode:
+    if n.fill != "none" and (n.in_decode or n.by_threshold):
         fix = "leave neurons.fill out: what a token's own set drops is small for this token, not on average"
         raise InputError(f"neurons.fill with {n.policy}, which chooses anew for every token", where=where, fix=fix)
+    if n.by_threshold:
+        _check_active(n, where)
     needs = {"neurons.fill": n.fill == "calibrated", "neurons.layers": n.layers == "calibrated"}
     needs[f"neurons.policy = {n.policy!r}"] = "prior" in policy.wires
     needs["tokens.prune_layer = 0"] = t.prune_layer == 0
@@ -273,6 +287,18 @@ def check(recipe: Recipe, where: str = "recipe") -> Recipe:
     _check_first(t, where)
     check_engine(recipe.engine, where)
     return recipe
+
+
+def _check_active(n: Neurons, where: str) -> None:
+    """What a policy of thresholds cannot be combined with."""
+    for name, wrong in (("layers", n.layers != "uniform"), ("block", n.block != 1)):
+        if wrong:
+            fix = f"leave neurons.{name} out: thresholds are allotted to layers by sensitivity, channel by channel"
+            raise InputError(f"neurons.{name} with {n.policy}", where=where, fix=fix)
+    for name, share in (("share", n.share), ("rest_share", n.rest_share)):
+        if share < LEAST_ACTIVE:
+            fix = f"give {LEAST_ACTIVE} or more: nothing was measured below"
+            raise InputError(f"neurons.{name} = {share:g} with {n.policy}", where=where, fix=fix)
 
 
 def _check_first(t: Tokens, where: str) -> None:

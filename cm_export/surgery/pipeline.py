@@ -4,6 +4,7 @@ traced --bind_weights--> dense
 dense prefill --replace_ffn, replace_attention, choose_tokens, cut_tokens, score_neurons, report_means--> prefill
 dense decode  --replace_ffn, replace_attention (indexed), add_bias--------------------------------------> decode
                  or, where the graph itself chooses: predict_neurons, replace_ffn (per token), bind_predictor
+                 or, by thresholds: keep_active, in the FFNs, attention's products and the head
 dense decode  --replace_ffn, replace_attention, choose_tokens, score_neurons, report_means, last_logits-> turn
 """
 
@@ -16,7 +17,7 @@ import onnx
 from ..base import by_name, dims
 from ..base.errors import InputError
 from ..bundle.predictor import group_of
-from ..bundle.weights import Tensor
+from ..bundle.weights import Tensor, WeightFile
 from ..families import Family, Shape
 from ..recipe import facts
 from ..recipe.recipe import Recipe
@@ -26,6 +27,7 @@ from .cut_tokens import cut_tokens, leave_out
 from .edit import Edit
 from .fill_ffn import add_bias, report_means
 from .find_sites import FFN
+from .keep_active import keep_active
 from .new_rows import last_logits, of_new_rows, of_question
 from .predict_neurons import bind_predictor, predict_neurons
 from .replace_attention import replace_attention
@@ -136,17 +138,24 @@ def sparse_decode(
     shape: Shape,
     recipe: Recipe,
     predictor: dict[str, Tensor] | None = None,
+    file: WeightFile | None = None,
 ) -> tuple[onnx.ModelProto, list[Pass]]:
     """Dense decode -> decode with core_neurons [L,B,K] (and core_tokens [B,M]) as inputs. Raises SurgeryError.
 
     Where decode chooses its neurons itself (policy `predicted`), core_counts [L] takes the place of core_neurons, and
-    `predictor` says where its copies lie.
+    `predictor` says where its copies lie. Where it keeps what is above thresholds (`active`), core_thresholds [B,4L+1]
+    does, and `file` is where the norms of the weights are read.
     """
     edit = Edit(model)
     neuron_policy = by_name.load(facts.NEURONS, recipe.neurons.policy, "neuron policy")
     indexed = facts.token_policy(recipe.tokens.policy).scores and recipe.tokens.cache == "index"
+    attentions = replace_attention(edit, family, shape.layers, indexed)
     log = []
-    if recipe.neurons.in_decode:
+    if recipe.neurons.by_threshold:
+        assert file is not None  # a recipe with thresholds brings the weights
+        ffns = keep_active(edit, family, shape.layers, shape.activation, file)
+        log.append(Pass("decode", "keep_active", len(ffns)))
+    elif recipe.neurons.in_decode:
         group, block = group_of(shape.hidden), recipe.neurons.block
 
         def rows(site: FFN) -> Any:
@@ -157,7 +166,6 @@ def sparse_decode(
     else:
         counted = recipe.neurons.layers != "uniform"
         ffns = replace_ffn(edit, family, shape.layers, shape.activation, indexed=True, counted=counted)
-    attentions = replace_attention(edit, family, shape.layers, indexed)
     log += [Pass("decode", "replace_ffn", len(ffns)), Pass("decode", "replace_attention", len(attentions))]
     if recipe.neurons.fill != "none" and recipe.neurons.policy != "dense":
         log.append(Pass("decode", "add_bias", add_bias(edit, ffns, shape.hidden)))

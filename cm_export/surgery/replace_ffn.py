@@ -24,19 +24,22 @@ def replace_ffn(
     indexed: bool,
     counted: bool = False,
     predicted: Callable[[FFN], gs.Variable] | None = None,
+    active: Callable[[FFN], list[gs.Tensor]] | None = None,
 ) -> list[FFN]:
     """Rewrite all layers; the returned sites carry the new node's z. `indexed`: rows named by core_neurons [L,B,K].
 
     `counted`: layers differ in K, so only the first core_counts[l] ids of a row are read.
     `predicted`: makes the rows [B,N,K] of a site inside the graph, one set for every token; instead of `indexed`.
+    `active`: makes the norms and thresholds of a site (form "active"); instead of both.
     """
     sites = ffn_sites(edit, family, layers)
-    form = {"index": "token" if predicted else "request" if indexed else "none", "activation": activation}
+    index_form = "active" if active else "token" if predicted else "request" if indexed else "none"
+    form = {"index": index_form, "activation": activation}
     index = edit.add_input("core_neurons", np.int32, [layers, dims.BATCH, dims.CORE_NEURONS]) if indexed else None
     counts = edit.add_input("core_counts", np.int64, [layers]) if counted else None
     out = []
     for s in sites:
-        rows = [predicted(s)] if predicted else []
+        rows: list[gs.Tensor] = active(s) if active else [predicted(s)] if predicted else []
         s.y.inputs.clear()
         z = gs.Variable(f"ffn.{s.layer}.z", dtype=np.float32)
         if indexed:

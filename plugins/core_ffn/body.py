@@ -2,7 +2,8 @@
 
     core_neurons [..,K] -> neurons [..,K*block] -> rows of the three weights (words -> numbers if bits) -> z -> y
 
-The rows are gathered before they are unpacked: what nobody lists is never read.
+The rows are gathered before they are unpacked: what nobody lists is never read. In the form "active" nothing is listed:
+channels of x, and then of z, that are below a threshold count as zero (plugins/threshold.py).
 """
 
 import onnx
@@ -12,6 +13,7 @@ from cm_export.base.errors import InputError, SurgeryError
 from cm_export.base.onnx_text import function as parse
 
 from ..contract import declared
+from ..threshold import above
 
 # ONNX text that reads gate_out and writes activated, named as in transformers.activations.ACT2FN. ONNX Runtime and
 # TensorRT know these ops as they stand; CastLike keeps the text free of the element type.
@@ -41,14 +43,16 @@ WEIGHTS = ("w_gate", "w_up", "w_down_t")
 SCALES = ("gate_scale", "up_scale", "down_scale")
 BITS = (0, 4, 8)
 
-FORMS = {  # index form: (how gate_out and up_out are made from the rows, how y is made from z)
+_PRODUCT = "z = Mul (activated, up_out)"
+
+FORMS = {  # index form: (how gate_out and up_out are made from the rows, how z and y are made from activated and up_out)
     "none": (
         """
         gate_DF = Transpose <perm = [1, 0]> (gate_rows)
         up_DF = Transpose <perm = [1, 0]> (up_rows)
         gate_out = MatMul (x, gate_DF)
         up_out = MatMul (x, up_DF)""",
-        "y = MatMul (z, down_rows)",
+        f"{_PRODUCT}  y = MatMul (z, down_rows)",
     ),
     "request": (
         """
@@ -56,7 +60,7 @@ FORMS = {  # index form: (how gate_out and up_out are made from the rows, how y 
         up_BDN = Transpose <perm = [0, 2, 1]> (up_rows)
         gate_out = MatMul (x, gate_BDN)
         up_out = MatMul (x, up_BDN)""",
-        "y = MatMul (z, down_rows)",
+        f"{_PRODUCT}  y = MatMul (z, down_rows)",
     ),
     "token": (
         """
@@ -65,11 +69,24 @@ FORMS = {  # index form: (how gate_out and up_out are made from the rows, how y 
         up_BSN1 = MatMul (up_rows, x_BSD1)
         gate_out = Squeeze (gate_BSN1, last)
         up_out = Squeeze (up_BSN1, last)""",
-        """
+        f"""
+        {_PRODUCT}
         token_axis = Constant <value_ints = [2]> ()
         z_BS1N = Unsqueeze (z, token_axis)
         y_BS1D = MatMul (z_BS1N, down_rows)
         y = Squeeze (y_BS1D, token_axis)""",
+    ),
+    "active": (
+        f"""
+        {above("x", "x_norm", "x_threshold", "x_kept")}
+        gate_DF = Transpose <perm = [1, 0]> (gate_rows)
+        up_DF = Transpose <perm = [1, 0]> (up_rows)
+        gate_out = MatMul (x_kept, gate_DF)
+        up_out = MatMul (x_kept, up_DF)""",
+        f"""
+        z_all = Mul (activated, up_out)
+        {above("z_all", "z_norm", "z_threshold", "z")}
+        y = MatMul (z, down_rows)""",
     ),
 }
 
@@ -87,18 +104,22 @@ _NEURONS = """
         neurons = Reshape (neighbours, neurons_shape)"""
 
 # How many dimensions stand before D in the rows of each form: [F,D], [B,N,D], [B,S,N,D].
-_LEADING = {"none": 1, "request": 2, "token": 3}
+_LEADING = {"none": 1, "active": 1, "request": 2, "token": 3}
+LISTED = ("request", "token")
+LIMITS = ("x_norm", "z_norm", "x_threshold", "z_threshold")
 
 
 def inputs(index: str, bits: int) -> list[str]:
     """The inputs of a form, in the order in which every node has them."""
-    return ["x", *WEIGHTS, *(SCALES if bits else ()), *(["core_neurons"] if index != "none" else [])]
+    chosen = {"none": (), "active": LIMITS}.get(index, ("core_neurons",))
+    return ["x", *WEIGHTS, *(SCALES if bits else ()), *chosen]
 
 
 def function(index: str, activation: str, bits: int = 0) -> onnx.FunctionProto:
     """The body of CoreFFN for a graph, whose nodes all share it: (x, weights x 3[, scales x 3][, core_neurons]) => (y, z).
 
-    `index`: "none" (all neurons), "request" (core_neurons [B,K]) or "token" (core_neurons [B,S,K]).
+    `index`: "none" (all neurons), "request" (core_neurons [B,K]), "token" (core_neurons [B,S,K]) or "active" (norms [D] and
+    [F] and thresholds [B,1] of both sides).
     `bits`: 0 (weights in x's type) or 8 or 4 (int32 words). The block and the group are read from the node.
     Float32 or float16. Raises InputError for an unknown activation, SurgeryError for an unknown form.
     """
@@ -109,7 +130,7 @@ def function(index: str, activation: str, bits: int = 0) -> onnx.FunctionProto:
     if bits not in BITS:
         raise SurgeryError(f"weights of {bits} bits", where="CoreFFN", fix=f"known: {', '.join(map(str, BITS))}")
     project, combine = FORMS[index]
-    listed = index != "none"
+    listed = index in LISTED
     rows = [_rows(weight.split("_")[1], weight, listed, _LEADING[index], bits) for weight in WEIGHTS]
     return parse(
         f"""CoreFFN {declared("activation", "block", "bits", "group")} ({", ".join(inputs(index, bits))}) => (y, z) {{
@@ -119,7 +140,6 @@ def function(index: str, activation: str, bits: int = 0) -> onnx.FunctionProto:
         {" ".join(rows)}
         {project}
         {ACTIVATIONS[activation]}
-        z = Mul (activated, up_out)
         {combine}
         }}"""
     )

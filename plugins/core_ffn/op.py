@@ -12,6 +12,10 @@ one given twice is summed twice.
 
 bits = 0: weights in x's type. bits = 8 or 4: weights are int32 words [F,D*bits/32] (pack.py) and three more inputs come
 after them, gate_scale, up_scale, down_scale [F,D/group] in x's type; a weight is its integer times its group's scale.
+Form "active": instead of core_neurons, norms [D] and [F] and thresholds [B,1] of both sides. Channels of x with
+|x_d| * x_norm_d below x_threshold count as zero, then neurons with |z_n| * z_norm_n below z_threshold; z is what is left.
+Float weights only.
+
 An output that nobody reads is named "", not left out: ONNX shape inference refuses a shorter list.
 Source: CoreMatching, arXiv 2505.19235, section 3 (sparse decode); CoreInfer, arXiv 2410.18311.
 """
@@ -24,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from ..contract import Arrays, Op
-from .body import ACTIVATIONS, FORMS, SCALES, WEIGHTS, function
+from .body import ACTIVATIONS, FORMS, LIMITS, LISTED, SCALES, WEIGHTS, function
 from .pack import quantize
 
 
@@ -67,11 +71,24 @@ def _numbers(feeds: Arrays, weight: str, attributes: Mapping[str, Any]) -> np.nd
     return out
 
 
+def _without_low(values: np.ndarray, norm: np.ndarray, threshold: np.ndarray) -> np.ndarray:
+    """One channel at a time: zero where it weighs less than the request's threshold."""
+    out = values.copy()
+    for b, s, n in np.ndindex(values.shape):
+        if abs(values[b, s, n]) * norm[n] < threshold[b, 0]:
+            out[b, s, n] = 0
+    return out
+
+
 def oracle(feeds: Arrays, attributes: Mapping[str, Any]) -> Arrays:
     """Law (e): the dense FFN with the z of every neuron that is not listed set to zero. Gathers no weight."""
     x, block = feeds["x"].astype(np.float64), attributes["block"]
     w_gate, w_up, w_down_t = (_numbers(feeds, n, attributes) for n in WEIGHTS)
+    if "x_threshold" in feeds:
+        x = _without_low(x, feeds["x_norm"], feeds["x_threshold"])
     dense = MEANINGS[attributes["activation"]](np.einsum("bsd,fd->bsf", x, w_gate)) * np.einsum("bsd,fd->bsf", x, w_up)
+    if "z_threshold" in feeds:
+        dense = _without_low(dense, feeds["z_norm"], feeds["z_threshold"])
     if "core_neurons" not in feeds:
         return {"y": np.einsum("bsf,fd->bsd", dense, w_down_t), "z": dense}
     ids = feeds["core_neurons"]
@@ -115,10 +132,11 @@ class Case:
 
     @property
     def axes(self) -> dict[str, str]:
-        ids = {"none": {}, "request": {"core_neurons": "B,K"}, "token": {"core_neurons": "B,S,K"}}[self.index]
+        ids = {"request": {"core_neurons": "B,K"}, "token": {"core_neurons": "B,S,K"}}.get(self.index, {})
+        limits = dict(zip(LIMITS, ("D", "F", "B,1", "B,1"), strict=True)) if self.index == "active" else {}
         weights = dict.fromkeys(WEIGHTS, "F,W" if self.bits else "F,D")
         scales = dict.fromkeys(SCALES, "F,G") if self.bits else {}
-        return {"x": "B,S,D", **weights, **scales, **ids, "y": "B,S,D", "z": "B,S,N" if ids else "B,S,F"}
+        return {"x": "B,S,D", **weights, **scales, **ids, **limits, "y": "B,S,D", "z": "B,S,N" if ids else "B,S,F"}
 
     def feeds(self) -> Arrays:
         rng = np.random.default_rng(self.seed)
@@ -128,11 +146,40 @@ class Case:
         if self.bits:
             for weight, scales in zip(WEIGHTS, SCALES, strict=True):
                 out[weight], out[scales] = quantize(out[weight], self.bits, self.group)
-        if self.index != "none":
+        if self.index == "active":
+            out |= self._limits(out, rng)
+        if self.index in LISTED:
             rows, blocks = (self.B, self.S) if self.index == "token" else (self.B,), self.F // self.block
             ids = rng.permuted(np.broadcast_to(np.arange(blocks), (*rows, blocks)), axis=-1)[..., : self.K]
             out["core_neurons"] = (np.sort(ids, axis=-1) if self.ascending else ids).astype(np.int32)
         return out
+
+    def _limits(self, feeds: Arrays, rng: np.random.Generator) -> Arrays:
+        """Norms, and thresholds that K of F neurons (and as large a share of the channels) are above, no value at the limit."""
+        out = {"x_norm": np.ones(self.D, self.dtype), "z_norm": rng.uniform(0.5, 2, self.F).astype(self.dtype)}
+        kept = self.K / self.F
+        out["x_threshold"] = _between(np.abs(feeds["x"].astype(np.float64)), kept).astype(self.dtype)
+        x = _without_low(feeds["x"].astype(np.float64), out["x_norm"], out["x_threshold"])
+        w_gate, w_up = (feeds[n].astype(np.float64) for n in WEIGHTS[:2])
+        z = MEANINGS[self.activation](np.einsum("bsd,fd->bsf", x, w_gate)) * np.einsum("bsd,fd->bsf", x, w_up)
+        out["z_threshold"] = _between(np.abs(z) * out["z_norm"], kept).astype(self.dtype)
+        return out
+
+
+def _between(weights: np.ndarray, kept: float) -> np.ndarray:
+    """[B,1]: thresholds that about a share `kept` of each request's weights [B,S,N] is above, in the widest gap nearby.
+
+    Float16 computes z to a thousandth, so a threshold close to a value would keep it in one place and not in another.
+    """
+    out = np.zeros((len(weights), 1))
+    for b, of_request in enumerate(weights):
+        ordered = np.sort(of_request.ravel())
+        at = round((1 - kept) * len(ordered))
+        near = range(max(1, at - 6), min(len(ordered), at + 7))
+        if 0 < at < len(ordered):
+            best = max(near, key=lambda i: ordered[i] / max(ordered[i - 1], 1e-9) if ordered[i - 1] else 0.0)
+            out[b] = (ordered[best - 1] + ordered[best]) / 2
+    return out
 
 
 _SIZES = (
@@ -166,7 +213,7 @@ OP = Op(
     cases=(
         *(Case(index, **sizes) for index in FORMS for sizes in _SIZES),
         *(Case("request", S=2, activation=name, dtype=t) for name in ACTIVATIONS for t in ("float32", "float16")),
-        *(Case(index, **sizes) for index in ("request", "token") for sizes in _BLOCKS),
-        *(Case(index, bits=bits, **sizes) for index in FORMS for bits in (8, 4) for sizes in _PACKED),
+        *(Case(index, **sizes) for index in LISTED for sizes in _BLOCKS),
+        *(Case(index, bits=bits, **sizes) for index in ("none", *LISTED) for bits in (8, 4) for sizes in _PACKED),
     ),
 )

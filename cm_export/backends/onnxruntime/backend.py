@@ -22,6 +22,7 @@ import onnxruntime as ort
 from ...base import environment
 from ...base.errors import BundleError
 from ...bundle.names import core_row_names
+from ...bundle.thresholds import SIDES
 from ...bundle.weights import WeightFile
 from ...families import Arrays
 from ...host.backend import Cache, Feeds, Graphs, Tokens
@@ -203,6 +204,8 @@ class Backend:
 
     def together(self, core: CoreSet) -> Hashable:
         """Rows of unequal number are filled up with zeros; a graph that chooses takes one number for all requests."""
+        if core.thresholds is not None:
+            return "thresholds"  # each request brings its own
         return tuple(core.counts.tolist()) if core.chosen_in_decode else core.is_whole
 
     def regroup(self, rows: Sequence[tuple[Cache, int]]) -> Rows:
@@ -291,6 +294,9 @@ class Decoder:
         if any(name.startswith("ffn.") for name in self._inputs):
             gathered = backend.rows.gather(cores)
             out |= {n: rows for n, rows in gathered.rows.items() if n in self._inputs}
+        if "core_thresholds" in self._inputs:
+            none = np.zeros(SIDES * len(cores[0].counts) + 1, np.float32)  # nothing weighs less
+            out["core_thresholds"] = np.stack([none if c.thresholds is None else c.thresholds for c in cores])
         if "core_counts" in self._inputs:
             out["core_counts"] = cores[0].counts
         if "core_bias" in self._inputs:

@@ -5,6 +5,7 @@
     CoreFFN(x, Wg, Wu, Wd_t, core_neurons)        -> CoreRows(x, ffn.i.gate, ffn.i.up, ffn.i.down)
                                                      three inputs [B,K,D] that the host gathers once per request
     CoreFFN(x, Wg, Wu, Wd_t, PredictNeurons(...)) -> CoreMasked(x, Wg, Wu, Wd_t, ids), ids by MatMulNBits on the int4 bytes
+    CoreFFN, CoreLinear with thresholds           -> the same, their products as above
 
 Gathering inside every step is slower than dense (a gather of 40 % costs more than the products it saves). So a set that
 is new for every token buys no time here: every row is read, those that are not listed are multiplied by zero.
@@ -20,10 +21,12 @@ import onnx
 from ...base.errors import SurgeryError
 from ...base.onnx_text import DOMAIN, OPSET
 from ...host.core_rows import ROWS
-from ...plugins.core_ffn.body import ACTIVATIONS
+from ...plugins.core_ffn.body import ACTIVATIONS, inputs
+from ...plugins.threshold import above
 from ...policies.choose_neurons import choose_text
 
 _MICROSOFT = "com.microsoft"
+ACTIVE_INPUTS = len(inputs("active", 0))
 
 
 def lower(model: onnx.ModelProto, rows_as_inputs: bool, few_rows: bool = False) -> onnx.ModelProto:
@@ -33,11 +36,18 @@ def lower(model: onnx.ModelProto, rows_as_inputs: bool, few_rows: bool = False) 
     """
     graph = model.graph
     shapes = {t.name: list(t.dims) for t in graph.initializer}
-    nodes, activation = [], None
+    nodes, activation, by_threshold = [], None, None
     chosen = {n.output[0] for n in graph.node if n.op_type == "PredictNeurons"}
     for node in graph.node:
         if node.op_type == "PredictNeurons":
             nodes.append(node)
+            continue
+        if node.op_type == "CoreFFN" and len(node.input) == ACTIVE_INPUTS:
+            by_threshold = _attribute(node, "activation")
+            nodes.append(onnx.helper.make_node("CoreActive", node.input, node.output[:1], node.name, domain=DOMAIN))
+            continue
+        if node.op_type == "CoreLinear":
+            nodes.append(onnx.helper.make_node("ActiveLinear", node.input, node.output, node.name, domain=DOMAIN))
             continue
         if chosen & set(node.input):
             activation = _attribute(node, "activation")
@@ -61,6 +71,9 @@ def lower(model: onnx.ModelProto, rows_as_inputs: bool, few_rows: bool = False) 
     if activation is not None:
         _check_one_activation(graph)
         model.functions.append(_core_rows(activation))
+    if by_threshold is not None:
+        _check_one_activation(graph)
+        model.functions.extend([_core_active(by_threshold), _active_linear()])
     if chosen:
         assert activation is not None  # the loop has met the CoreFFN that reads what is chosen
         model.functions.append(_core_masked(activation))
@@ -85,6 +98,27 @@ def _core_rows(activation: str) -> onnx.FunctionProto:
         {ACTIVATIONS[activation]}
         z = Mul (activated, up_out)
         y = MatMul (z, down)
+    }}""")
+
+
+def _core_active(activation: str) -> onnx.FunctionProto:
+    """CoreFFN in its form "active", whose own function would make a transposed copy of two weights."""
+    return _function(f"""CoreActive ({", ".join(inputs("active", 0))}) => (y) {{
+        {above("x", "x_norm", "x_threshold", "x_kept")}
+        gate_out = com.microsoft.FusedMatMul <transB = 1> (x_kept, w_gate)
+        up_out = com.microsoft.FusedMatMul <transB = 1> (x_kept, w_up)
+        {ACTIVATIONS[activation]}
+        z = Mul (activated, up_out)
+        {above("z", "z_norm", "z_threshold", "z_kept")}
+        y = MatMul (z_kept, w_down_t)
+    }}""")
+
+
+def _active_linear() -> onnx.FunctionProto:
+    """CoreLinear without a transposed copy of its weight."""
+    return _function(f"""ActiveLinear (x, w, norm, threshold) => (y) {{
+        {above("x", "norm", "threshold", "x_kept")}
+        y = com.microsoft.FusedMatMul <transB = 1> (x_kept, w)
     }}""")
 
 

@@ -40,14 +40,13 @@ def _run(folder: Path, job: "Job", stages: "Stages") -> dict[str, Any]:
         predictor.write(folder / predictor.FILE, file, family, shape)
         copies = weights.index(folder / predictor.FILE)
     traced = {name: stages.file("trace", f"{name}.onnx") for name in shape.traced}
-    index = weights.index(stages.file("weights", weights.FILE))
-    return _rewrite(traced, folder, index, family, shape, recipe, constants, copies)
+    return _rewrite(traced, folder, file, family, shape, recipe, constants, copies)
 
 
 def _rewrite(
     traced: dict[str, Path],
     folder: Path,
-    index: dict,
+    file: weights.WeightFile,
     family: Family,
     shape: Shape,
     recipe: Recipe,
@@ -56,13 +55,13 @@ def _rewrite(
 ) -> dict:
     """Every graph into `folder`; returns their description and the log of passes."""
     passes, models = [], {}
-    for name, file in traced.items():
-        bound, log = pipeline.dense(name, onnx.load(file), index, family)
+    for name, graph in traced.items():
+        bound, log = pipeline.dense(name, onnx.load(graph), file.tensors, family)
         models["vision" if name == "vision" else f"{name}_dense"] = bound
         passes += log
     models["prefill"], log = pipeline.sparse_prefill(models["prefill_dense"], family, shape, recipe, constants)
     passes += log
-    models["decode"], log = pipeline.sparse_decode(models["decode_dense"], family, shape, recipe, copies)
+    models["decode"], log = pipeline.sparse_decode(models["decode_dense"], family, shape, recipe, copies, file)
     passes += log
     if recipe.has_turn:
         models["turn"], log = pipeline.turn(models["decode_dense"], family, shape, recipe, constants)

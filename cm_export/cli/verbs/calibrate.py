@@ -56,7 +56,8 @@ def command(
         raise InputError("no such directory", where=out.parent, fix="make it, or give another --out")
     check_apart(out, [data] if data else [])
     from ...bundle import calibration
-    from ...calibrating.calibrate import measure, prompts_of
+    from ...calibrating.answers import prompts_of
+    from ...calibrating.calibrate import measure
     from ...host.loaded import load
 
     with progress(quiet or as_json) as step, tempfile.TemporaryDirectory(prefix=disk.TEMPORARY) as temporary:

@@ -1,0 +1,165 @@
+"""Measure thresholds: what the channels of every product weigh while the dense model writes, and what leaving some out costs.
+
+prompt -> dense greedy (or drawn) answer a_1..a_T -> one dense read of the answer that reports what every product reads
+          weights of channels |x_i| norm_i over all tokens -> a threshold for each share
+                                                  -> one read with one site at half: KL to dense, its sensitivity
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from ..base.errors import InputError
+from ..base.metrics import divergences
+from ..bundle.names import core_row_names
+from ..bundle.thresholds import ATTENTION_IN, ATTENTION_OUT, FFN_IN, FFN_OUT, SIDES, Thresholds
+from ..evals.other_policies import with_policies
+from ..host.core_set import CoreSet
+from ..host.decode import Reader, Row
+from ..host.request import Request
+from ..host.runner import Budget, Prefilled, Runner
+from ..recipe.recipe import LEAST_ACTIVE, Recipe
+from ..surgery.edit import Edit
+from ..surgery.keep_active import norms_of, row_norm
+from ..surgery.products import head_product, layer_products
+from ..surgery.report_channels import report_channels
+
+LEVELS = np.round(np.arange(LEAST_ACTIVE, 1.001, 0.05), 3)
+SENSITIVITY_PROMPTS = 16  # at most, whose answers the sites are measured on
+HALF = 0.5  # of its channels, at which a site's sensitivity is measured
+Answer = tuple[Request, np.ndarray]
+
+
+def measure(
+    runner: Runner,
+    answers: Sequence[Answer],
+    sensitivity_tokens: int,
+    progress: Callable[..., None],
+    seconds: float = float("inf"),
+) -> Thresholds:
+    """Thresholds of a bundle's model on answers that its dense form has written.
+
+    `sensitivity_tokens`: of all answers together, on which each site is measured. Where that would take longer than
+    `seconds`, on fewer; where not even one answer can be read per site in that time, every site counts the same. Raises
+    InputError for answers without a token.
+    """
+    answers = [(request, answer) for request, answer in answers if len(answer)]
+    if not answers:
+        raise InputError("the model answered nothing", where="thresholds", fix="give other prompts")
+    norms, sizes = norms_and_sizes(runner)
+    watch, read = _watching(runner), []
+    gathered: list[list[np.ndarray]] = [[] for _ in norms]
+    for i, (request, answer) in enumerate(answers):
+        progress("watch what products read", i, len(answers))
+        prefilled = runner.prefill(request, Budget(dense=True))
+        read += [(prefilled, answer)] if i < SENSITIVITY_PROMPTS else []  # a cache each
+        for site, values in enumerate(_channels(watch, prefilled, answer)):
+            gathered[site].append((np.abs(values) * norms[site]).astype(np.float32).ravel())
+    watch.backend.drop("turn")
+    runner.backend.drop("prefill_dense")
+    thresholds = np.stack([_quantiles(np.concatenate(own)) for own in gathered])
+    even = Thresholds(LEVELS, thresholds, np.ones(len(norms), np.float32), sizes)
+    sensitivity = _sensitivity(runner, even, read, sensitivity_tokens, progress, seconds)
+    return replace(even, sensitivity=sensitivity)
+
+
+def _quantiles(weights: np.ndarray) -> np.ndarray:
+    """[P] float32: the threshold that a share LEVELS[p] of these weights is not below; 0 for all of them."""
+    out = np.quantile(weights, 1 - LEVELS).astype(np.float32)
+    out[-1] = 0
+    return np.minimum.accumulate(out)
+
+
+def norms_and_sizes(runner: Runner) -> tuple[list[np.ndarray], np.ndarray]:
+    """For each site the norms [C] of its channels, and the number of weights that it reads."""
+    bundle, shape = runner.bundle, runner.bundle.shape
+    edit = Edit(onnx.load(bundle.graph("decode_dense"), load_external_data=False))
+    norm, file = norms_of(bundle.weights), bundle.weights
+    norms: list[np.ndarray] = [np.zeros(0)] * (SIDES * shape.layers + 1)
+    sizes = np.zeros(len(norms), np.float32)
+
+    def note(site: int, found: np.ndarray, *names: str) -> None:
+        norms[site], sizes[site] = found, sum(file[name].size for name in names)
+
+    for layer, (gate, up, down) in enumerate(core_row_names(bundle.family, shape.layers)):
+        note(SIDES * layer + FFN_IN, norm([gate, up]), gate, up)
+        note(SIDES * layer + FFN_OUT, row_norm(file[down]), down)
+    for own in layer_products(edit, bundle.family, shape.layers):
+        into = [p.weight.name for p in own.into]
+        note(SIDES * own.layer + ATTENTION_IN, norm(into), *into)
+        note(SIDES * own.layer + ATTENTION_OUT, norm([own.out.weight.name]), own.out.weight.name)
+    head = head_product(edit).weight.name
+    note(-1, norm([head]), head)
+    return norms, sizes
+
+
+def _watching(runner: Runner) -> Runner:
+    """The same bundle; what it reads as a later turn is its dense decode, which reports what every site reads."""
+    bundle = runner.bundle
+
+    def graph(name: str) -> Path | onnx.ModelProto:
+        if name != "turn":
+            return bundle.graph(name)
+        dense = onnx.load(bundle.graph("decode_dense"), load_external_data=False)
+        return report_channels(dense, bundle.family, bundle.shape)
+
+    return Runner(bundle, runner.backend.threads, runner.recipe, graph)
+
+
+def _channels(watch: Runner, prefilled: Prefilled, answer: np.ndarray) -> list[np.ndarray]:
+    """What every site reads [T,C] at the answer's tokens, the dense model reading them at once."""
+    request = prefilled.request
+    feeds = {
+        "inputs_embeds": request.embedded(answer.tolist())[None],
+        "position_ids": request.positions_after(0, len(answer))[:, None],
+        "attention_mask": prefilled.row().mask(len(answer))[None],
+    }
+    found, _ = watch.backend.turn(feeds, prefilled.cache)
+    return [found[f"site.{site}"][0] for site in range(SIDES * watch.bundle.shape.layers + 1)]
+
+
+def _sensitivity(
+    runner: Runner,
+    table: Thresholds,
+    read: Sequence[tuple[Prefilled, np.ndarray]],
+    tokens: int,
+    progress: Callable[..., None],
+    seconds: float,
+) -> np.ndarray:
+    """[T] float32: mean KL per token with one site at HALF. All ones where not even one answer can be read in time."""
+    shape, sites = runner.bundle.shape, len(table.sizes)
+    recipe = Recipe().replace(neurons__policy="active", tokens__policy="dense")
+    backend = with_policies(runner, recipe).backend
+    at_half, whole = table.at(np.full(sites, HALF)), np.zeros(sites, np.float32)
+    counts = np.full(shape.layers, shape.ffn, np.int64)
+
+    def logits(prefilled: Prefilled, ids: list[int], thresholds: np.ndarray) -> np.ndarray:
+        core = CoreSet(None, counts, shape.ffn, thresholds=thresholds)
+        row = Row(prefilled.request, core, prefilled.cache, prefilled.logits[0], "decode")
+        Reader(backend).read([row], [ids])
+        return np.atleast_2d(row.logits)
+
+    kl, counted, spent = np.zeros(sites), 0, 0.0
+    for i, (prefilled, answer) in enumerate(read):
+        ids = answer[: max(0, tokens - counted)].tolist()
+        if not ids:
+            break
+        if not i:
+            logits(prefilled, ids, whole)  # makes the session
+        started = time.perf_counter()
+        expected = logits(prefilled, ids, whole)
+        one = time.perf_counter() - started
+        if spent + one * sites > seconds:
+            break
+        for site in range(sites):
+            progress("measure what each product can leave out", i * sites + site, len(read) * sites)
+            one_alone = np.where(np.arange(sites) == site, at_half, whole).astype(np.float32)
+            kl[site] += divergences(expected, logits(prefilled, ids, one_alone)).sum()
+        counted += len(ids)
+        spent += time.perf_counter() - started
+    backend.drop("decode")
+    return np.asarray(kl / counted if counted else np.ones(sites), np.float32)
