@@ -18,6 +18,7 @@ HEADINGS = {
     "": "Options",
     "neurons": "Core neurons, [neurons] of a recipe",
     "tokens": "Core tokens, [tokens] of a recipe",
+    "weights": "Low-bit weights on ONNX Runtime, [weights] of a recipe",
     "engine": "TensorRT engines, [engine] of a recipe",
 }
 Decorator = Callable[[Any], Any]

@@ -19,6 +19,7 @@ from ..base.errors import InputError
 from . import facts
 from .engine import EngineSettings, check_engine
 from .option import check_fields, kind, option
+from .stored import StoredWeights, check_stored
 
 if TYPE_CHECKING:
     from ..families import Shape
@@ -172,6 +173,7 @@ class Recipe:
     revision: str | None = option(None, "--revision", "Commit, branch or tag of a hub id")
     neurons: Neurons = field(default_factory=Neurons)
     tokens: Tokens = field(default_factory=Tokens)
+    weights: StoredWeights = field(default_factory=StoredWeights)
     engine: EngineSettings = field(default_factory=EngineSettings)
     dtype: str = option("float32", "", "Type of the graphs' weights", choices=("float32",))
     backend: str = option("onnxruntime", "--backend", "What the bundle runs on", registry=BACKENDS, what="backend")
@@ -286,6 +288,11 @@ def check(recipe: Recipe, where: str = "recipe") -> Recipe:
         raise InputError("tokens.budget is 'count' without a count", where=where, fix="give tokens.count, 1 or more")
     _check_first(t, where)
     check_engine(recipe.engine, where)
+    check_stored(recipe.weights, where)
+    if recipe.weights.of("ffn") < 32 and not (n.policy == "dense" or n.by_threshold):
+        what = f"weights.ffn of {recipe.weights.of('ffn')} bits with neurons.policy = {n.policy!r}"
+        fix = "give --neurons active (or dense): sets of rows are gathered from float32 weights only"
+        raise InputError(what, where=where, fix=fix)
     return recipe
 
 

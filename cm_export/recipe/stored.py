@@ -1,0 +1,64 @@
+"""The table [weights] of a recipe: in how many bits ONNX Runtime reads each kind of weight; one stored copy serves every graph.
+
+    precision = "int4"  ->  ffn, attention 4 bits      head, embedding, vision 8 bits (small, and answers depend on them)
+    ffn = "int8"        ->  that kind alone is another
+
+A TensorRT engine has its own precision ([engine]); its graphs are made from the float32 weights in either case.
+"""
+
+from dataclasses import dataclass
+
+from ..base.errors import InputError
+from .option import check_fields, option
+
+PRECISIONS = ("fp32", "int8", "int4")
+BITS = {"fp32": 32, "int8": 8, "int4": 4}
+KINDS = ("ffn", "attention", "head", "embedding", "vision")
+_AS_PRECISION = ("", *PRECISIONS)
+_SENSITIVE = ("head", "embedding", "vision")  # kinds that stay at 8 bits where 4 are asked for all
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """The settings of [weights]; a kind that is "" follows `precision`."""
+
+    precision: str = option(
+        "fp32",
+        "--weights",
+        "Bits of the weights on ONNX Runtime; int4 keeps head, embedding and vision at 8",
+        choices=PRECISIONS,
+    )
+    ffn: str = option("", "", "Bits of the FFNs' weights", choices=_AS_PRECISION)
+    attention: str = option("", "", "Bits of the weights of attention's products", choices=_AS_PRECISION)
+    head: str = option("", "", "Bits of the LM head", choices=_AS_PRECISION)
+    embedding: str = option("", "", "Bits of the embedding, of which a token reads one row", choices=_AS_PRECISION)
+    vision: str = option("", "", "Bits of the products of the vision tower", choices=_AS_PRECISION)
+    group: int = option(32, "--weight-group", "Weights along the inputs that share a scale", choices=(32, 64, 128))
+    zeros: bool = option(True, "", "Whether a group has a zero point besides its scale, at 4 bits")
+    least_agreement: float = option(
+        0.0,
+        "--least-agreement",
+        "A build fails where fewer next tokens than this share are as with float32 weights, 0: it only says how many",
+        low=0,
+        high=1,
+    )
+
+    def of(self, kind: str) -> int:
+        """Bits of a kind of weight: 4, 8 or 32."""
+        own = getattr(self, kind)
+        if not own:
+            own = "int8" if self.precision == "int4" and kind in _SENSITIVE else self.precision
+        return BITS[own]
+
+    @property
+    def packs(self) -> bool:
+        """Whether any kind is stored in fewer bits."""
+        return any(self.of(kind) < 32 for kind in KINDS)
+
+
+def check_stored(w: StoredWeights, where: str) -> None:
+    """Raises InputError naming the first field that cannot hold."""
+    check_fields(w, "weights.", where)
+    if w.least_agreement and not w.packs:
+        fix = "give a precision of int8 or int4, or use --require-agreement, which judges the pruning"
+        raise InputError("weights.least_agreement with float32 weights", where=where, fix=fix)
