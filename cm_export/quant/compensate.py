@@ -5,7 +5,7 @@ H [F,F] = X^T X of inputs X [T,F];  H = R R^T, R upper triangular;  U = R / its 
     w'[k] = w[k] + sum over j < k of U[j,k] (w[j] - w^[j])       what is rounded at input k; w^[k] = what is stored of it
 
 That is GPTQ (arXiv 2210.17323) in the form of QuIP's LDLQ (2307.13304, theorem 6: the two are equal): one Cholesky factor
-and no inverse. Groups lie along the inputs, and the scales of a group are fitted when it is reached, to w'.
+and no inverse. Groups lie along the inputs, and the scales of a group are fitted when it is reached.
 """
 
 from collections.abc import Callable
@@ -48,24 +48,26 @@ def _compensated(
     found = []
     for start in range(0, len(weight), scheme.group):
         rows = slice(start, start + scheme.group)
-        moved = weight[rows].astype(np.float32) + feedback[:start, rows].T @ errors[:start]
-        group = fit(moved, scheme, name, importance=importance[rows])
-        errors[rows], codes = _rounded(weight[rows], moved, group, feedback[rows, rows])
+        own, within = weight[rows].astype(np.float32), feedback[rows, rows]
+        left_over = feedback[:start, rows].T @ errors[:start]
+        # What the rows of the group will be asked for if none of them is rounded.
+        group = fit(own + np.linalg.solve(within.T, left_over), scheme, name, importance=importance[rows])
+        errors[rows], codes = _rounded(own, left_over, group, within)
         found.append(Quantised(codes, group.scale, scheme, group.zero))
     zero = None if scheme.symmetric else np.concatenate([g.zero for g in found])
     return Quantised(np.concatenate([g.codes for g in found]), np.concatenate([g.scale for g in found]), scheme, zero)
 
 
 def _rounded(
-    weight: np.ndarray, moved: np.ndarray, group: Quantised, feedback: np.ndarray
+    weight: np.ndarray, left_over: np.ndarray, group: Quantised, feedback: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Round one group input by input -> (weight - what is stored, codes). `moved` has what earlier groups left over."""
+    """Round one group input by input -> (weight - what is stored, codes). `left_over`: what earlier groups ask of it."""
     lowest, step = group.scheme.lowest, group.scale[0].astype(np.float32)
     zero = np.float32(0) if group.zero is None else group.zero[0].astype(np.float32)
-    errors, codes, inverse = np.empty(moved.shape, np.float32), np.empty(moved.shape, np.int8), 1 / step
-    for k in range(len(moved)):
-        wanted = moved[k] + feedback[:k, k] @ errors[:k]
-        code = np.clip(np.rint(wanted * inverse) + zero, lowest, -lowest - 1)
+    errors, codes = np.empty(weight.shape, np.float32), np.empty(weight.shape, np.int8)
+    for k in range(len(weight)):
+        wanted = weight[k] + left_over[k] + feedback[:k, k] @ errors[:k]
+        code = np.clip(np.rint(wanted / step) + zero, lowest, -lowest - 1)
         codes[k], errors[k] = code, weight[k] - (code - zero) * step
     return errors, codes
 

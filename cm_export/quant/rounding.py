@@ -63,7 +63,7 @@ def least_squares(
         some = groups[piece]
         part = None if counts is None else counts[piece[0] if scheme.axis == 0 else slice(None)]
         least, scale[piece], zero[piece], codes[piece] = _search(some, part, scheme, try_)
-        _check_finite(least, "a weight is too large for its error to be squared", name, "check the checkpoint")
+        _check_finite(least, f"a weight is too large for a scale of {scheme.scale}", name, "check the checkpoint")
     return _assembled(weight, codes, scale.astype(scheme.scale), zero, scheme)
 
 
