@@ -293,7 +293,7 @@ def measure(model: Model, prompts: dict[str, list[str]], shares: list[float]) ->
             model.ffn,
             model.ffn,
             0.0,
-            [_compare(d, d, a) for d, (_, _, a, _) in zip(dense, asked, strict=True)],
+            [compare(d, d, a) for d, (_, _, a, _) in zip(dense, asked, strict=True)],
             asked,
         )
     ]
@@ -305,7 +305,7 @@ def measure(model: Model, prompts: dict[str, list[str]], shares: list[float]) ->
             figures = []
             for reference, (_, ids, answer, prompt) in zip(dense, asked, strict=True):
                 keep = sparse(method, method.scorer(prompt), kept, calibration.mean)
-                figures.append(_compare(reference, model.read(ids, answer, keep).log_softmax(-1), answer))
+                figures.append(compare(reference, model.read(ids, answer, keep).log_softmax(-1), answer))
             rows.append(_row(method.name, method.kind, share, kept, model.ffn, method.predictor_share, figures, asked))
             print(
                 f"{method.name:36s} {share:.0%} K {kept} agreement {rows[-1]['agreement']:.3f}",
@@ -315,17 +315,24 @@ def measure(model: Model, prompts: dict[str, list[str]], shares: list[float]) ->
     return rows
 
 
-def _compare(reference: torch.Tensor, logs: torch.Tensor, answer: torch.Tensor) -> tuple[float, float, float]:
+def compare(reference: torch.Tensor, logs: torch.Tensor, answer: torch.Tensor) -> tuple[float, float, float]:
+    """Agreement of the first choices, KL(reference || logs) in nats, and the answer's loss; logs of softmax [T,V]."""
     agree = (logs.argmax(-1) == reference.argmax(-1)).float().mean().item()
     kl = (reference.exp() * (reference - logs)).sum(-1).mean().item()
     return agree, kl, F.nll_loss(logs, answer[0]).item()
 
 
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over prompts."""
+    draws = np.random.default_rng(0).integers(0, len(values), (4000, len(values)))
+    low, high = np.quantile(np.asarray(values)[draws].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
 def _row(name: str, kind: str, share: float, kept: int, ffn: int, predictor: float, figures: list, asked: list) -> dict:
     """Means over prompts (all answers are equally long) with a 95 % bootstrap interval over prompts."""
     values, lengths = np.array(figures), np.array([a[0] for a in asked])
-    draws = np.random.default_rng(0).integers(0, len(values), (4000, len(values)))
-    low, high = np.quantile(values[draws, 0].mean(1), [0.025, 0.975])
+    low, high = interval(values[:, 0])
     agreement, kl, nll = values.mean(0)
     return {
         "method": name,
@@ -335,7 +342,7 @@ def _row(name: str, kind: str, share: float, kept: int, ffn: int, predictor: flo
         "ffn": ffn,
         "predictor_share": round(predictor, 4),
         "agreement": round(float(agreement), 4),
-        "ci": [round(float(low), 4), round(float(high), 4)],
+        "ci": [round(low, 4), round(high, 4)],
         "kl": round(float(kl), 4),
         "perplexity": round(float(np.exp(nll)), 3),
         "agreement_short": round(float(values[lengths == "short", 0].mean()), 4),

@@ -1,8 +1,10 @@
 """How a weight is stored in few bits, and the weight in that form: codes, and a scale for each group of them.
 
-w [F,D] float  ->  codes [F,D] int8 in -2^(bits-1) .. 2^(bits-1) - 1,  w ~ codes * scale of the group
+w [F,D] float  ->  codes [F,D] int8 in -2^(bits-1) .. 2^(bits-1) - 1,  w ~ (codes - zero) * scale of the group
 
 axis 1: groups lie along a row,    scale [F,D/group]           axis 0: along a column,  scale [F/group,D]
+symmetric: the zero of every group is 0 and is not stored      otherwise a code of its own, so that 0 stays exactly 0
+Kernels that count from 0 read codes and zeros 2^(bits-1) higher: `Quantised.unsigned`.
 """
 
 from dataclasses import dataclass
@@ -17,12 +19,13 @@ _FLOAT32 = np.dtype(np.float32)
 
 @dataclass(frozen=True)
 class Scheme:
-    """Bits of a code, weights that share a scale, the axis along which they lie, and the scale's type."""
+    """Bits of a code, weights that share a scale, the axis along which they lie, the scale's type, and whether zero is 0."""
 
     bits: int
     group: int
     axis: int = 1
     scale: np.dtype = _FLOAT32
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
         if self.bits not in _BITS:
@@ -39,8 +42,8 @@ class Scheme:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits that a weight takes, its part of a scale included."""
-        return self.bits + 8 * self.scale.itemsize / self.group
+        """Bits that a weight takes, its part of a scale and of a zero (a byte) included."""
+        return self.bits + 8 * (self.scale.itemsize + (not self.symmetric)) / self.group
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Shape of the scales of a weight [F,D]. Raises InputError where it is not made of whole groups."""
@@ -60,8 +63,20 @@ class Quantised:
     codes: np.ndarray  # int8 [F,D]
     scale: np.ndarray  # of the scheme's type and `scale_shape`
     scheme: Scheme
+    zero: np.ndarray | None = None  # int8, of the same shape as `scale`; None where the scheme is symmetric
 
     def numbers(self) -> np.ndarray:
         """What the codes stand for: float32 [F,D]."""
-        each = np.repeat(self.scale.astype(np.float32), self.scheme.group, axis=self.scheme.axis)
-        return self.codes.astype(np.float32) * each
+        return (self.codes.astype(np.float32) - self._each(self.zero)) * self._each(self.scale)
+
+    def unsigned(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Codes uint8 [F,D] and zeros uint8 counted from 0 up; zeros are None, and 2^(bits-1), where it is symmetric."""
+        return self._from_zero(self.codes), None if self.zero is None else self._from_zero(self.zero)
+
+    def _each(self, values: np.ndarray | None) -> np.ndarray | np.float32:
+        if values is None:
+            return np.float32(0)
+        return np.repeat(values.astype(np.float32), self.scheme.group, axis=self.scheme.axis)
+
+    def _from_zero(self, codes: np.ndarray) -> np.ndarray:
+        return (codes.astype(np.int16) - self.scheme.lowest).astype(np.uint8)

@@ -1,0 +1,277 @@
+"""What weights in few bits cost a model: every way to round them, in agreement, KL and right answers, beside bits per weight.
+
+    python benchmarks/precision.py --smollm2 DIR --out benchmarks/quality/precision.json --docs docs/precision.md
+
+A weight [K,N] becomes the numbers that its codes stand for, and the model runs in float32 with those. SmolLM2 reads its own
+dense answers to held-out prompts again (teacher forcing, prompt and answer with the rounded weights), as in
+neuron_quality.py; the demo models answer their tasks' questions.
+
+    agreement  how often the first choice is the dense model's     KL  nats, dense against rounded     of dense  right answers
+
+What a method knows of its inputs comes from the model's own answers to other prompts. SmolLM2's weights are those of a file
+of 4 bits: asymmetric groups of 32 find that file's grid again. `off grid` is the same model with noise as wide as the file's
+steps on its weights, and is compared with itself only: that is what choices are made by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import neuron_quality as nq
+import numpy as np
+import torch
+from _page import between, write_report
+from torch.nn import functional as F
+
+from cm_export.base import environment
+from cm_export.quant.choose import Inputs, by_inputs, quantise
+from cm_export.quant.compensate import compensated
+from cm_export.quant.rounding import Quantiser, least_squares, nearest, weighted
+from cm_export.quant.scheme import Scheme
+
+FILE_GROUP = 32  # of the 4-bit file that SmolLM2's weights come from
+KINDS = {"gate": "ffn", "up": "ffn", "down": "ffn", "q": "attention", "k": "attention", "v": "attention", "o": "attention"}
+EIGHT = {"ffn": 8, "attention": 8, "head": 8}
+
+
+@dataclass(frozen=True)
+class Product:
+    """A weight [N,K] of torch, and where its inputs are seen."""
+
+    name: str  # layers.3.down, head
+    kind: str  # ffn, attention, head
+    module: torch.nn.Linear
+
+
+@dataclass(frozen=True)
+class Way:
+    """How every weight of a model is stored."""
+
+    name: str
+    bits: dict[str, int] = field(default_factory=dict)  # kind -> bits; kinds that are absent stay float32
+    group: int = 32
+    symmetric: bool = True
+    method: str = "search"  # of METHODS
+    eight: Callable[[str], bool] = lambda name: False  # products in 8 bits, whatever their kind has
+    inputs: bool = False  # x is rounded to 8 bits as well, by token and group, as the kernel does
+
+    def scheme(self, product: Product) -> Scheme | None:
+        bits = self.bits.get(product.kind, 0)
+        return by_inputs(8 if self.eight(product.name) else bits, self.group, self.symmetric) if bits else None
+
+
+def products(layers: Any, head: torch.nn.Linear) -> list[Product]:
+    """The products of a Llama-like decoder, by name."""
+    found = []
+    for i, layer in enumerate(layers):
+        for name, kind in KINDS.items():
+            module = getattr(layer.mlp if kind == "ffn" else layer.self_attn, f"{name}_proj")
+            found.append(Product(f"layers.{i}.{name}", kind, module))
+    return [*found, Product("head", "head", head)]
+
+
+class Rounding:
+    """A model whose weights are replaced: keeps the dense ones and what was seen of the inputs."""
+
+    def __init__(self, found: list[Product]):
+        self.products = found
+        self.dense = {p.name: p.module.weight.data.clone() for p in found}
+        self.grams: dict[str, torch.Tensor] = {}
+        self.seen: dict[str, int] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Whatever runs inside adds its inputs to `grams`. gate and up, and q, k and v, have the same."""
+
+        def add(product: Product, x: torch.Tensor) -> None:
+            # The first place of a text holds inputs a thousand times as large as others, and is always the same.
+            rows = x.reshape(-1, x.shape[-1])[1:] if x.dim() == 3 and x.shape[1] > 1 else x.reshape(-1, x.shape[-1])
+            own = self.grams.setdefault(product.name, torch.zeros(x.shape[-1], x.shape[-1]))
+            own.addmm_(rows.T, rows)
+            self.seen[product.name] = self.seen.get(product.name, 0) + len(rows)
+
+        watched = [p for p in self.products if not p.name.endswith((".up", ".k", ".v"))]
+        hooks = [p.module.register_forward_pre_hook(lambda m, a, p=p: add(p, a[0])) for p in watched]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def inputs(self, product: Product) -> Inputs:
+        name = product.name
+        for same, first in ((".up", ".gate"), (".k", ".q"), (".v", ".q")):
+            name = name.removesuffix(same) + first if name.endswith(same) else name
+        gram = self.grams[name].numpy() / self.seen[name]
+        return Inputs(np.diagonal(gram).copy(), gram)
+
+    @contextmanager
+    def stored(self, way: Way) -> Iterator[float]:
+        """Inside, every weight is what `way` stores of it. Yields the bits per weight of all rounded weights together."""
+        bits = weights = 0.0
+        hooks = []
+        for product in self.products:
+            if (scheme := way.scheme(product)) is None:
+                continue
+            weight = self.dense[product.name]
+            product.module.weight.data.copy_(torch.from_numpy(rounded(weight.numpy(), scheme, way, self.inputs(product))))
+            bits, weights = bits + scheme.bits_per_weight * weight.numel(), weights + weight.numel()
+            if way.inputs:
+                hooks.append(product.module.register_forward_pre_hook(lambda m, a: (in_8_bits(a[0], way.group),)))
+        try:
+            yield bits / weights
+        finally:
+            for product in self.products:
+                product.module.weight.data.copy_(self.dense[product.name])
+            for hook in hooks:
+                hook.remove()
+
+
+def rounded(weight: np.ndarray, scheme: Scheme, way: Way, inputs: Inputs) -> np.ndarray:
+    """[N,K] -> the numbers that are stored of it, [N,K]."""
+    more = -weight.shape[1] % scheme.group
+    filled = np.pad(weight.T, ((0, more), (0, 0)))
+    seen = Inputs(np.pad(inputs.square, (0, more)), np.pad(inputs.gram, (0, more)))
+    found = METHODS[way.method](filled, scheme, seen)
+    return np.ascontiguousarray(found[: weight.shape[1]].T)
+
+
+def in_8_bits(x: torch.Tensor, group: int) -> torch.Tensor:
+    """x [..,K] rounded by token and group of channels to 127 steps of its largest."""
+    more = -x.shape[-1] % group
+    groups = F.pad(x, (0, more)).unflatten(-1, (-1, group))
+    step = (groups.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)
+    return ((groups / step).round() * step).flatten(-2)[..., : x.shape[-1]]
+
+
+def _scaled(weight: np.ndarray, scheme: Scheme, inputs: Inputs) -> np.ndarray:
+    """AWQ (arXiv 2306.00978): inputs that are large get weights of finer steps, x / s times W * s, s = (mean x^2)^(a/2).
+
+    a is the best of four in squared error of the outputs.
+    """
+    best, least = None, np.inf
+    for power in (0.0, 0.125, 0.25, 0.375):
+        factor = np.maximum(inputs.square, inputs.square.mean() * 1e-4) ** power
+        factor = (factor / np.exp(np.log(factor).mean())).astype(np.float32)[:, None]
+        tried = weighted(inputs.square / factor[:, 0] ** 2)(weight * factor, scheme, "weight").numbers() / factor
+        off = tried - weight
+        error = float((off * (inputs.gram @ off)).sum())
+        if error < least:
+            best, least = tried, error
+    return best
+
+
+def _plain(make: Callable[[Inputs], Quantiser]) -> Callable[[np.ndarray, Scheme, Inputs], np.ndarray]:
+    return lambda weight, scheme, inputs: make(inputs)(weight, scheme, "weight").numbers()
+
+
+METHODS: dict[str, Callable[[np.ndarray, Scheme, Inputs], np.ndarray]] = {
+    "nearest": _plain(lambda i: nearest),
+    "search": _plain(lambda i: least_squares),
+    "search, weighted": _plain(lambda i: weighted(i.square)),
+    "AWQ": _scaled,
+    "GPTQ": _plain(lambda i: compensated(i.gram)),
+    "default": lambda weight, scheme, inputs: quantise(weight, scheme, "weight", inputs).numbers(),
+}
+
+
+# ---------------------------------------------------------------- SmolLM2
+class Reader:
+    """A language model that reads its own dense answers again."""
+
+    def __init__(self, path: Path, prompts: dict[str, list[str]], off_grid: bool = False):
+        self.model = nq.Model(path)
+        if off_grid:
+            blur(products(self.model.model.model.layers, self.model.model.lm_head)[:-1])
+        self.rounding = Rounding(products(self.model.model.model.layers, self.model.model.lm_head))
+        with self.rounding.watching():
+            for ids, answer in self._answers(prompts["calibration"]):
+                self.model.model(torch.cat([ids, answer], 1))
+        self.asked = self._answers(prompts["short"] + prompts["long"])
+        self.dense = [self._logs(*a) for a in self.asked]
+
+    def figures(self, way: Way) -> dict[str, Any]:
+        with self.rounding.stored(way) as bits:
+            rows = [nq.compare(d, self._logs(*a), a[1]) for d, a in zip(self.dense, self.asked, strict=True)]
+        agreement, kl, _ = np.mean(rows, 0)
+        low, high = nq.interval([r[0] for r in rows])
+        return {
+            "bits": round(bits, 3),
+            "agreement": round(float(agreement), 4),
+            "ci": [round(low, 4), round(high, 4)],
+            "kl": round(float(kl), 5),
+        }
+
+    def _answers(self, prompts: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(ids, self.model.answer(ids)) for ids in map(self.model.ids, prompts)]
+
+    def _logs(self, ids: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+        return self.model.read(ids, answer, None).log_softmax(-1)
+
+
+def blur(found: list[Product]) -> None:
+    """Noise as wide as a step of the 4-bit file on every weight, so that no weight is on its grid any more."""
+    generator = torch.Generator().manual_seed(0)
+    for product in found:
+        groups = product.module.weight.data.view(-1, FILE_GROUP)
+        step = (groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True)) / 15
+        groups += (torch.rand(groups.shape, generator=generator) - 0.5) * step
+
+
+# ---------------------------------------------------------------- demo models
+class Answerer:
+    """A demo model that answers its task's questions, greedily and with every image token."""
+
+    def __init__(self, folder: Path, task: Any, each: int, calibration: int):
+        from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        self.task = task
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.images = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        self.model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.rounding = Rounding(products(self.model.model.language_model.layers, self.model.lm_head))
+        with self.rounding.watching():
+            for text, picture in task.calibration_prompts(calibration, seed=1):
+                self._answer(picture, text, 48)
+        kinds = {k: task.questions(k) for k in task.KINDS}
+        self.asked = [q for k, some in kinds.items() for q in random.Random(3).sample(some, min(each, len(some)))]
+        self.right = sum(self._is_right(q) for q in self.asked)
+
+    def figures(self, way: Way) -> dict[str, Any]:
+        with self.rounding.stored(way) as bits:
+            right = sum(self._is_right(q) for q in self.asked)
+        return {"bits": round(bits, 3), "right": right, "of_dense": round(right / self.right, 4)}
+
+    def _is_right(self, question: Any) -> bool:
+        found = self._answer(question.pictures[0], question.text, self.task.KINDS[question.kind])
+        return found in question.answers
+
+    def _answer(self, picture: str, text: str, tokens: int) -> str:
+        pixels = self.images(images=[self.task.open_picture(picture)], return_tensors="pt")
+        grid = pixels["image_grid_thw"]
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        chat = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        pads = "<|image_pad|>" * int(grid.prod() // self.images.merge_size**2)
+        ids = self.tokenizer(chat.replace("<|image_pad|>", pads), return_tensors="pt", add_special_tokens=False).input_ids
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=pixels["pixel_values"],
+            image_grid_thw=grid,
+            mm_token_type_ids=(ids == self.model.config.image_token_id).int(),
+            max_new_tokens=tokens,
+            do_sample=False,
+        )
+        return self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()

@@ -1,0 +1,56 @@
+"""How a weight of the portable backend becomes codes: the one place that picks a quantiser.
+
+    W [K,N] by inputs, bits, group, what is known of its inputs  ->  Quantised: codes [Kp,N], scale and zero [Kp/group,N]
+
+Kp is K made up to whole groups with rows of zeros, which are stored exactly. The more is known of the inputs, the closer:
+
+    nothing          least squares of the weights
+    `square`         of the outputs, as if inputs were independent of each other (AWQ's and llama.cpp's importance)
+    `gram`           GPTQ: of the outputs, each input's error taken up by the inputs after it
+
+docs/precision.md has what each is worth.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..base.errors import InputError
+from .compensate import compensated
+from .rounding import Quantiser, least_squares, weighted
+from .scheme import Quantised, Scheme
+
+HALF = np.dtype(np.float16)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What calibration saw of the inputs x [T,K] of a product. Either may be unknown."""
+
+    square: np.ndarray | None = None  # mean of x^2, [K]
+    gram: np.ndarray | None = None  # X^T X [K,K], in any unit
+
+
+UNKNOWN = Inputs()
+
+
+def by_inputs(bits: int, group: int, symmetric: bool = False) -> Scheme:
+    """The scheme of weights [K,N] whose groups lie along the inputs, with 16-bit scales. Raises InputError."""
+    return Scheme(bits, group, axis=0, scale=HALF, symmetric=symmetric)
+
+
+def quantise(weight: np.ndarray, scheme: Scheme, name: str, inputs: Inputs = UNKNOWN) -> Quantised:
+    """weight [K,N] of any float type -> what is stored of it; rows up to a whole group are zeros. Raises InputError."""
+    if scheme.axis != 0:
+        raise InputError(f"groups along axis {scheme.axis}", where=name, fix="give a scheme of `by_inputs`")
+    more = -len(weight) % scheme.group
+    return quantiser(scheme, inputs, more)(np.pad(weight, ((0, more), (0, 0))), scheme, name)
+
+
+def quantiser(scheme: Scheme, inputs: Inputs, more: int = 0) -> Quantiser:
+    """The best quantiser for what is known of the inputs, of which `more` are zeros that fill the last group."""
+    if inputs.gram is not None and scheme.bits < 8:  # at 8 bits there is nothing left to take up
+        return compensated(np.pad(inputs.gram, (0, more)))
+    if inputs.square is not None:
+        return weighted(np.pad(inputs.square, (0, more)))
+    return least_squares
