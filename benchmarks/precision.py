@@ -15,11 +15,7 @@ steps on its weights, and is compared with itself only: that is what choices are
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,10 +25,8 @@ from typing import Any
 import neuron_quality as nq
 import numpy as np
 import torch
-from _page import between, write_report
 from torch.nn import functional as F
 
-from cm_export.base import environment
 from cm_export.quant.choose import Inputs, by_inputs, quantise
 from cm_export.quant.compensate import compensated
 from cm_export.quant.rounding import Quantiser, least_squares, nearest, weighted

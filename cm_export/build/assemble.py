@@ -12,7 +12,7 @@ from typing import Any
 from .. import __version__
 from ..base import disk
 from ..bundle import bundle as bundles
-from ..bundle import directory, predictor, thresholds, weights
+from ..bundle import directory, packed, predictor, thresholds, weights
 from ..bundle.calibration import FILE as CALIBRATION
 from ..bundle.graph_facts import links
 from ..source.checkpoint import Checkpoint
@@ -37,6 +37,7 @@ def write_bundle(out: Path, job: Job, stages: Stages, required: Requirement | No
             manifest["gates"] = manifest["gates"] + found
             (folder / bundles.MANIFEST).unlink()
             bundles.write_manifest(folder, manifest | {"known_sha256": known})
+    (stages.folder / "packed" / packed.FILE).unlink(missing_ok=True)
     # One name is left for the weights: readers of external data refuse files with several hard links.
     (stages.folder / "weights" / weights.FILE).unlink(missing_ok=True)
     return bundles.read_manifest(out)
@@ -66,7 +67,8 @@ def _manifest(job: Job, stages: Stages) -> dict[str, Any]:
         "drift": stages.state("gates")["drift"],
         "engines": {k: v for k, v in built.items() if k not in ("sha256", "gates")} or None,
         "links": links(job.shape.layers, graphs["graphs"]),
-        "thresholds": stages.state("thresholds")["about"] if job.recipe.neurons.by_threshold else None,
+        "measured": stages.state("measured")["about"] if "measured" in stages.keys else None,
+        "packed": stages.state("packed")["entries"] if job.recipe.weights.packs else None,
         "stages": {name: stages.keys[name] for name in ("trace", "weights", "graphs")},
     }
 
@@ -98,8 +100,11 @@ def _files(folder: Path, job: Job, stages: Stages) -> dict[str, str]:
     else:  # behind a link of an older bundle: not ours to give a second name
         shutil.copyfile(stored, folder / weights.FILE)
     if job.recipe.neurons.by_threshold:
-        shutil.copyfile(stages.file("thresholds", thresholds.FILE), folder / thresholds.FILE)
-        known[thresholds.FILE] = stages.state("thresholds")["sha256"][thresholds.FILE]
+        shutil.copyfile(stages.file("measured", thresholds.FILE), folder / thresholds.FILE)
+        known[thresholds.FILE] = stages.state("measured")["sha256"][thresholds.FILE]
+    if job.recipe.weights.packs:
+        disk.link_or_copy(stages.file("packed", packed.FILE), folder / packed.FILE)
+        known[packed.FILE] = stages.state("packed")["sha256"][packed.FILE]
     known[weights.FILE] = stages.state("weights")["sha256"][weights.FILE]
     shutil.copytree(stages.folder / "weights" / "processor", folder / "processor")
     for name, digest in (stages.state("engines")["sha256"] if job.aim else {}).items():

@@ -30,9 +30,9 @@ from .engines import lowered_bytes
 from .job import Job, Step, prepare
 from .quality import Requirement
 from .stages import Stages
-from .steps import engines, gates, graphs, thresholds, trace, weights
+from .steps import engines, gates, graphs, measured, packed, trace, weights
 
-STAGES = (weights.STAGE, trace.STAGE, graphs.STAGE, thresholds.STAGE, gates.STAGE, engines.STAGE)
+STAGES = (weights.STAGE, trace.STAGE, graphs.STAGE, measured.STAGE, packed.STAGE, gates.STAGE, engines.STAGE)
 
 
 def build(

@@ -30,7 +30,7 @@ class UnderWay(Bundle):
     @cached_property
     def thresholds(self) -> thresholds.Thresholds | None:
         """Those of the stage that measured them, which has run by now."""
-        return thresholds.read(self._stages.file("thresholds", thresholds.FILE))
+        return thresholds.read(self._stages.file("measured", thresholds.FILE))
 
     def graph(self, name: str) -> Path:
         """The file of one graph."""

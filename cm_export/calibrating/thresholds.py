@@ -1,18 +1,20 @@
 """Measure thresholds: what the channels of every product weigh while the dense model writes, and what leaving some out costs.
 
-prompt -> dense greedy (or drawn) answer a_1..a_T -> one dense read of the answer that reports what every product reads
+prompt -> dense greedy (or drawn) answer a_1..a_T -> one dense read of both that reports what every product reads
           weights of channels |x_i| norm_i over all tokens -> a threshold for each share
                                                   -> one read with one site at half: KL to dense, its sensitivity
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 
+from ..backends.onnxruntime.backend import Rows
+from ..base import dims
 from ..base.errors import InputError
 from ..base.metrics import divergences
 from ..bundle.names import core_row_names
@@ -29,14 +31,46 @@ from ..surgery.products import head_product, layer_products
 from ..surgery.report_channels import report_channels
 
 LEVELS = np.round(np.arange(LEAST_ACTIVE, 1.001, 0.05), 3)
+SOME = 1024  # rows of x that are kept of each site
 SENSITIVITY_PROMPTS = 16  # at most, whose answers the sites are measured on
 HALF = 0.5  # of its channels, at which a site's sensitivity is measured
 Answer = tuple[Request, np.ndarray]
 
 
+@dataclass(frozen=True)
+class Watched:
+    """What every site reads: the weights of its channels in answers, and some rows of x in prompts and answers."""
+
+    weights: list[np.ndarray]  # [T*C] float32, |x| norm
+    some: list[np.ndarray]  # [up to SOME,C] float32
+    sizes: np.ndarray  # [T] weights that a site's product reads
+
+
+def watch(runner: Runner, answers: Sequence[Answer], progress: Callable[..., None]) -> Watched:
+    """The dense model reads prompts with the answers that it gave to them. Raises InputError for answers without a token."""
+    answers = [(request, answer) for request, answer in answers if len(answer)]
+    if not answers:
+        raise InputError("the model answered nothing", where="thresholds", fix="give other prompts")
+    norms, sizes = norms_and_sizes(runner)
+    watcher, rng = _watching(runner), np.random.default_rng(0)
+    each = max(1, SOME // (2 * len(answers)))  # half from prompts, half from answers
+    weights: list[list[np.ndarray]] = [[] for _ in norms]
+    some: list[list[np.ndarray]] = [[] for _ in norms]
+    for i, (request, answer) in enumerate(answers):
+        progress("watch what products read", i, len(answers))
+        parts = np.arange(request.tokens), np.arange(request.tokens, request.tokens + len(answer))
+        rows = np.concatenate([rng.permutation(part)[:each] for part in parts])
+        for site, x in enumerate(_channels(watcher, request.extended(answer.tolist()))):
+            weights[site].append((np.abs(x[request.tokens :]) * norms[site]).astype(np.float32).ravel())
+            some[site].append(x[rows])
+    watcher.backend.drop("turn")
+    return Watched([np.concatenate(w) for w in weights], [np.concatenate(x) for x in some], sizes)
+
+
 def measure(
     runner: Runner,
     answers: Sequence[Answer],
+    watched: Watched,
     sensitivity_tokens: int,
     progress: Callable[..., None],
     seconds: float = float("inf"),
@@ -44,27 +78,13 @@ def measure(
     """Thresholds of a bundle's model on answers that its dense form has written.
 
     `sensitivity_tokens`: of all answers together, on which each site is measured. Where that would take longer than
-    `seconds`, on fewer; where not even one answer can be read per site in that time, every site counts the same. Raises
-    InputError for answers without a token.
+    `seconds`, on fewer; where not even one answer can be read per site in that time, every site counts the same.
     """
-    answers = [(request, answer) for request, answer in answers if len(answer)]
-    if not answers:
-        raise InputError("the model answered nothing", where="thresholds", fix="give other prompts")
-    norms, sizes = norms_and_sizes(runner)
-    watch, read = _watching(runner), []
-    gathered: list[list[np.ndarray]] = [[] for _ in norms]
-    for i, (request, answer) in enumerate(answers):
-        progress("watch what products read", i, len(answers))
-        prefilled = runner.prefill(request, Budget(dense=True))
-        read += [(prefilled, answer)] if i < SENSITIVITY_PROMPTS else []  # a cache each
-        for site, values in enumerate(_channels(watch, prefilled, answer)):
-            gathered[site].append((np.abs(values) * norms[site]).astype(np.float32).ravel())
-    watch.backend.drop("turn")
+    thresholds = np.stack([_quantiles(weights) for weights in watched.weights])
+    even = Thresholds(LEVELS, thresholds, np.ones(len(thresholds), np.float32), watched.sizes)
+    read = [(runner.prefill(r, Budget(dense=True)), a) for r, a in answers[:SENSITIVITY_PROMPTS] if len(a)]
     runner.backend.drop("prefill_dense")
-    thresholds = np.stack([_quantiles(np.concatenate(own)) for own in gathered])
-    even = Thresholds(LEVELS, thresholds, np.ones(len(norms), np.float32), sizes)
-    sensitivity = _sensitivity(runner, even, read, sensitivity_tokens, progress, seconds)
-    return replace(even, sensitivity=sensitivity)
+    return replace(even, sensitivity=_sensitivity(runner, even, read, sensitivity_tokens, progress, seconds))
 
 
 def _quantiles(weights: np.ndarray) -> np.ndarray:
@@ -110,16 +130,17 @@ def _watching(runner: Runner) -> Runner:
     return Runner(bundle, runner.backend.threads, runner.recipe, graph)
 
 
-def _channels(watch: Runner, prefilled: Prefilled, answer: np.ndarray) -> list[np.ndarray]:
-    """What every site reads [T,C] at the answer's tokens, the dense model reading them at once."""
-    request = prefilled.request
+def _channels(watcher: Runner, context: Request) -> list[np.ndarray]:
+    """What every site reads [T,C] at the tokens of a context, the dense model reading them at once."""
+    shape = watcher.bundle.shape
+    none = np.zeros((1, shape.kv_heads, 0, shape.head_dim), np.float32)
     feeds = {
-        "inputs_embeds": request.embedded(answer.tolist())[None],
-        "position_ids": request.positions_after(0, len(answer))[:, None],
-        "attention_mask": prefilled.row().mask(len(answer))[None],
+        "inputs_embeds": context.inputs_embeds,
+        "position_ids": context.position_ids,
+        "attention_mask": np.ones((1, context.tokens), np.int64),
     }
-    found, _ = watch.backend.turn(feeds, prefilled.cache)
-    return [found[f"site.{site}"][0] for site in range(SIDES * watch.bundle.shape.layers + 1)]
+    found, _ = watcher.backend.turn(feeds, Rows.of(dict.fromkeys(dims.cache_names(shape.layers, "past"), none)))
+    return [found[f"site.{site}"][0] for site in range(SIDES * shape.layers + 1)]
 
 
 def _sensitivity(

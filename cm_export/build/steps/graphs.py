@@ -10,6 +10,7 @@ from ...bundle import predictor, weights
 from ...bundle.graph_facts import describe
 from ...families import Family, Shape
 from ...recipe.recipe import Recipe
+from ...recipe.stored import StoredWeights
 from ...surgery import pipeline
 from ...surgery.neuron_constants import neuron_constants
 from ..stage import Stage
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 def _recipe(job: "Job") -> Recipe:
     """The recipe without what no portable graph depends on: reading `engine` here fails, so that no key can miss it."""
-    recipe = dataclasses.replace(job.recipe, model=None, revision=None, calibration=None, backend="")
+    recipe = dataclasses.replace(
+        job.recipe, model=None, revision=None, calibration=None, backend="", weights=StoredWeights()
+    )
     return dataclasses.replace(recipe, engine=None)  # type: ignore[arg-type]  # reading it is to fail
 
 

@@ -1,0 +1,84 @@
+"""Stage `measured`, where decode leaves out what weighs little or weights are stored in few bits: what the model's products read.
+
+the dense model writes -> thresholds.safetensors (policy `active`; a calibration's own are taken over)
+                       -> channels.safetensors, x of every product at some tokens: how weights are rounded depends on it
+"""
+
+import itertools
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...bundle import thresholds, weights
+from ...bundle.weights import Planned
+from ...calibrating.answers import answering, asking, own_text, prompts_of
+from ...calibrating.thresholds import measure, watch
+from ...host.request import Request
+from ...host.runner import Runner
+from .. import drift
+from ..assemble import named
+from ..stage import Stage
+from ..under_way import UnderWay
+
+if TYPE_CHECKING:
+    from ..job import Job
+    from ..stages import Stages
+
+CHANNELS = "channels.safetensors"
+PROMPTS = 24
+TOKENS = 48  # of one answer
+WRITING = 45.0  # seconds, after which no further prompt is answered
+SENSITIVITY_TOKENS, SENSITIVITY_SECONDS = 64, 60.0
+
+
+def _run(folder: Path, job: "Job", stages: "Stages") -> dict[str, Any]:
+    known = job.calibration.active if job.calibration else None
+    if known is not None and not job.recipe.weights.packs:
+        thresholds.write(folder / thresholds.FILE, known)
+        return {"about": "calibration"}
+    job.progress("watch the model's products while it answers")
+    runner = Runner(UnderWay(job, stages), job.threads, backend="onnxruntime")
+    written = list(_written(job, runner))
+    watched = watch(runner, written, job.progress)
+    about = f"{sum(len(answer) for _, answer in written)} tokens of {len(written)} answers, in the build"
+    if job.recipe.neurons.by_threshold:
+        found = known or measure(runner, written, watched, SENSITIVITY_TOKENS, job.progress, SENSITIVITY_SECONDS)
+        thresholds.write(folder / thresholds.FILE, found)
+    if job.recipe.weights.packs:
+        planned = [
+            Planned(f"site.{i}", np.dtype("<f4"), x.shape, partial(list, [x])) for i, x in enumerate(watched.some)
+        ]
+        weights.write(folder / CHANNELS, planned)
+    return {"about": "calibration" if known else about}
+
+
+def _written(job: "Job", runner: Runner) -> Iterator[tuple[Request, np.ndarray]]:
+    """Answers of the dense model: to the training questions of a demo model, else to beginnings that are made up."""
+    started, (prompts, _) = time.perf_counter(), prompts_of(None, named(job.source), PROMPTS, seed=0)
+    asked: Iterator[Any]
+    if prompts:
+        asked = asking(runner, prompts)
+    else:
+        seen = drift.made_up(runner, job.config, range(1000, 1000 + PROMPTS)) if job.tower else iter(())
+        both = itertools.zip_longest(seen, own_text(runner, PROMPTS))
+        asked = (request for pair in both for request in pair if request is not None)
+    for request, answer in answering(runner, asked, TOKENS, drawn=not prompts):
+        yield request, answer
+        if time.perf_counter() - started > WRITING:
+            return
+
+
+def _needed(job: "Job") -> bool:
+    return job.recipe.neurons.by_threshold or job.recipe.weights.packs
+
+
+def _inputs(job: "Job") -> dict[str, Any]:
+    wanted = {"thresholds": job.recipe.neurons.by_threshold, "channels": job.recipe.weights.packs}
+    return {"calibration": job.measured, "model": named(job.source), **wanted}
+
+
+STAGE = Stage("measured", ("weights", "graphs"), _inputs, _run, needed=_needed)

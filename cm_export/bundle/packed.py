@@ -1,0 +1,63 @@
+"""The file of low-bit weights: what ONNX Runtime's graphs multiply in their place, one copy for prefill, decode and tower.
+
+    packed.safetensors: layers.0.ffn_in.codes, .scale, .zero, ...          quant/rows.py has the layout
+    manifest: packed    layers.0.ffn_in = {weights: [gate, up], bits: 4, group: 32, inputs: D, outputs: [F, F]}
+
+An entry holds every weight that reads the same x (gate and up; q, k and v) side by side along its outputs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..base.errors import BundleError
+from ..quant.rows import PackedRows
+from .weights import WeightFile
+
+FILE = "packed.safetensors"
+PARTS = ("codes", "scale", "zero")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One packed matrix. `outputs`: of each weight, in the order of `weights`, names in the weight file."""
+
+    weights: tuple[str, ...]
+    bits: int
+    group: int
+    inputs: int
+    outputs: tuple[int, ...]
+    padded: bool = False  # whether each weight begins a panel of its own, as gate and up must
+    turned: bool = True  # whether the weight file holds them as [outputs, inputs]
+    site: int | None = None  # of bundle/thresholds.py
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the manifest."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Entry":
+        """From `to_dict`."""
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**given)
+
+
+class Packed:
+    """The file with what its entries are; `entry_of[weight]` names the entry that holds a weight."""
+
+    def __init__(self, path: Path, entries: Mapping[str, Mapping[str, Any]]):
+        """Raises BundleError for a file without one of the entries' tensors."""
+        self.file = WeightFile(path)
+        self.entries = {name: Entry.of(values) for name, values in entries.items()}
+        self.entry_of = {weight: name for name, entry in self.entries.items() for weight in entry.weights}
+        for name in self.entries:
+            for part in PARTS:
+                if f"{name}.{part}" not in self.file:
+                    raise BundleError(f"it has no {name}.{part}", where=path, fix="build the bundle again")
+
+    def rows(self, name: str) -> PackedRows:
+        """The stored matrix of an entry."""
+        entry = self.entries[name]
+        codes, scale, zero = (self.file[f"{name}.{part}"] for part in PARTS)
+        return PackedRows(codes, scale, zero, entry.bits, entry.group, entry.inputs, scale.shape[1])

@@ -1,0 +1,72 @@
+"""Which weights of a model are stored in few bits, under which names, and what reads them together.
+
+decode_dense: gate, up -> layers.0.ffn_in      down -> layers.0.ffn_out      q, k, v -> layers.0.attention_in      o, head
+vision:       every MatMul and Gemm with a weight -> vision.<its name>
+"""
+
+from collections.abc import Iterator
+
+import onnx
+
+from ..bundle.names import core_row_names
+from ..bundle.packed import Entry
+from ..bundle.thresholds import ATTENTION_IN, ATTENTION_OUT, FFN_IN, FFN_OUT, SIDES
+from ..bundle.weights import WeightFile
+from ..families import Family, Shape
+from ..recipe.stored import StoredWeights
+from .edit import Edit
+from .products import head_product, layer_products
+
+
+def entries(
+    decode: onnx.ModelProto, vision: onnx.ModelProto | None, file: WeightFile, family: Family, shape: Shape,
+    stored: StoredWeights,
+) -> dict[str, Entry]:  # fmt: skip
+    """Name -> entry, of the kinds that the recipe stores in 8 or 4 bits. Raises SurgeryError."""
+
+    def entry(kind: str, weights: list[str], turned: bool = True, site: int | None = None) -> Entry:
+        shapes = [file.tensors[name].shape for name in weights]
+        inputs, outputs = shapes[0][turned], tuple(s[not turned] for s in shapes)
+        return Entry(tuple(weights), stored.of(kind), stored.group, inputs, outputs, kind == "ffn", turned, site)
+
+    found: dict[str, Entry] = {}
+    if stored.of("ffn") < 32:
+        for i, (gate, up, down) in enumerate(core_row_names(family, shape.layers)):
+            found[f"layers.{i}.ffn_in"] = entry("ffn", [gate, up], site=SIDES * i + FFN_IN)
+            found[f"layers.{i}.ffn_out"] = entry("ffn", [down], turned=False, site=SIDES * i + FFN_OUT)
+    edit = Edit(decode)
+    if stored.of("attention") < 32:
+        for own in layer_products(edit, family, shape.layers):
+            at, into = SIDES * own.layer, [p.weight.name for p in own.into]
+            found[f"layers.{own.layer}.attention_in"] = entry("attention", into, site=at + ATTENTION_IN)
+            found[f"layers.{own.layer}.attention_out"] = entry(
+                "attention", [own.out.weight.name], site=at + ATTENTION_OUT
+            )
+    if stored.of("head") < 32:
+        found["head"] = entry("head", [head_product(edit).weight.name], site=SIDES * shape.layers)
+    if stored.of("vision") < 32 and vision is not None:
+        found |= {f"vision.{name}": entry("vision", [name]) for name in _weights_of_products(vision)}
+    return found
+
+
+def _weights_of_products(model: onnx.ModelProto) -> Iterator[str]:
+    """Weights [N,K] that one product reads, each once: through a Transpose, or by a Gemm that turns them itself."""
+    known = {t.name for t in model.graph.initializer if len(t.dims) == 2}
+    turned = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "Transpose" and n.input[0] in known}
+    seen = set()
+    for node in model.graph.node:
+        name = None
+        if node.op_type == "Gemm" and is_plain_gemm(node):
+            name = node.input[1] if node.input[1] in known else None
+        elif node.op_type == "MatMul":
+            name = turned.get(node.input[1])
+        if name is not None and name not in seen:
+            seen.add(name)
+            yield name
+
+
+def is_plain_gemm(node: onnx.NodeProto) -> bool:
+    """Whether a Gemm is x w^T + b, nothing scaled and x not turned."""
+    values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    plain = values.get("alpha", 1.0) == 1 and values.get("beta", 1.0) == 1
+    return bool(plain and values.get("transB", 0) == 1 and values.get("transA", 0) == 0)
