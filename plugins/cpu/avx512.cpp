@@ -1,0 +1,86 @@
+// AVX-512 with VNNI: Intel since Ice Lake (servers) and Tiger Lake, AMD since Zen 4.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "kernels.h"
+#include "target.h"
+
+CM_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+namespace cm::cpu::avx512 {
+
+struct Isa {
+    using Int = __m512i;
+    using Float = __m512;
+    static constexpr int kLanes = 16, kRows = 3, kColumns = 4, kOffset = 0;
+
+    static CM_INLINE Int all(int32_t v) { return _mm512_set1_epi32(v); }
+    static CM_INLINE Float all(float v) { return _mm512_set1_ps(v); }
+    static CM_INLINE Float load(const float* p) { return _mm512_loadu_ps(p); }
+    static CM_INLINE void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
+    static CM_INLINE Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+    static CM_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+    static CM_INLINE Float number(Int v) { return _mm512_cvtepi32_ps(v); }
+    static CM_INLINE Float half(const uint16_t* p) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static CM_INLINE Int quad(const int8_t* x) {
+        int32_t four;
+        std::memcpy(&four, x, sizeof four);
+        return _mm512_set1_epi32(four);
+    }
+    template <int bits>
+    static CM_INLINE Int zeros(const uint8_t* p) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    // A product of 16 bits with 16 takes one step, one of 32 with 32 three; the upper halves of `zeros` are 0.
+    static CM_INLINE Int times(Int zeros, int32_t n) { return _mm512_madd_epi16(zeros, _mm512_set1_epi32(n & 0xffff)); }
+
+    template <int bits>
+    static CM_INLINE Int dot(Int sums, Int w, Int x) {
+        return _mm512_dpbusd_epi32(sums, w, x);
+    }
+    static CM_INLINE void interleave(Int a, Int b, Int c, Int d, Int* out) {
+        const Int ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
+        const Int cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
+        out[0] = _mm512_unpacklo_epi16(ab_low, cd_low), out[1] = _mm512_unpackhi_epi16(ab_low, cd_low);
+        out[2] = _mm512_unpacklo_epi16(ab_high, cd_high), out[3] = _mm512_unpackhi_epi16(ab_high, cd_high);
+    }
+    template <int bits>
+    static CM_INLINE void unpack(const uint8_t* p0, const uint8_t* p1, const uint8_t* p2, const uint8_t* p3, Int* out) {
+        const Int a = _mm512_loadu_si512(p0), b = _mm512_loadu_si512(p1);
+        const Int c = _mm512_loadu_si512(p2), d = _mm512_loadu_si512(p3);
+        if constexpr (bits == 8) {
+            interleave(a, b, c, d, out);
+            interleave(_mm512_loadu_si512(p0 + 64), _mm512_loadu_si512(p1 + 64), _mm512_loadu_si512(p2 + 64),
+                       _mm512_loadu_si512(p3 + 64), out + 4);
+        } else {
+            const Int low = _mm512_set1_epi8(15);
+            const auto upper = [&](Int v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), low); };
+            interleave(_mm512_and_si512(a, low), _mm512_and_si512(b, low), _mm512_and_si512(c, low),
+                       _mm512_and_si512(d, low), out);
+            interleave(upper(a), upper(b), upper(c), upper(d), out + 4);
+        }
+    }
+};
+
+#include "quantise.h"
+#include "activate.h"
+#include "product.h"
+
+}  // namespace cm::cpu::avx512
+CM_TARGET_END
+
+namespace cm::cpu {
+static bool usable() {
+    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+}
+extern const Kernels kAvx512;
+const Kernels kAvx512 = {"avx512-vnni",    usable, avx512::keep, avx512::quantise,
+                         avx512::multiply, avx512::gate};
+}  // namespace cm::cpu
+#endif

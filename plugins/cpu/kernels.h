@@ -1,0 +1,78 @@
+// What the ops and the kernels of every instruction set agree on.
+//
+//     y[r, n] = sum over listed k of x[r, k] * W[k, n]        W[k, n] = scale[k / group, n] * (code[k, n] - zero[k / group, n])
+//
+// W is stored by inputs: all outputs of one k are neighbours ("a row of W"), so a k that is not listed is not read.
+// Outputs come in panels of 128. x is rounded to int8 with one scale per row and group, and its listed k are taken four at
+// a time ("a quad"): one dot product instruction with 32-bit lanes multiplies a quad for as many outputs as it has lanes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "../core_ffn/activations.h"
+
+namespace cm::cpu {
+
+constexpr int kPanel = 128;  // outputs
+constexpr int kQuad = 4;     // inputs
+constexpr int kMaxGroup = 128;
+constexpr int kFewRows = 16;      // rows of x up to which reading W decides the time, not arithmetic
+constexpr int kManyRows = 256;    // taken at once, at most
+constexpr int kTileInputs = 128;  // of W, unpacked at once for many rows: 16 KB of the first cache
+
+struct Matrix {
+    int bits = 0;   // 4, 8 or 32
+    int group = 0;  // inputs that share a scale
+    int64_t inputs = 0, panels = 0;
+    const uint8_t* codes = nullptr;   // whole rows; floats with 32 bits
+    const uint16_t* scale = nullptr;  // float16 [groups, panels * 128]
+    const uint8_t* zero = nullptr;    // the same shape; null: 8 or 128 everywhere
+
+    int64_t groups() const { return (inputs + group - 1) / group; }
+    size_t row_bytes() const { return static_cast<size_t>(panels) * kPanel * bits / 8; }
+};
+
+// A block of rows of x, made ready for a product. The listed k are those that any of its rows keeps.
+struct Rows {
+    int count = 0;
+    int64_t groups = 0, kept = 0;
+    size_t words = 0;              // of 64 bits, per row of `keep`
+    std::vector<uint64_t> keep;    // [count, words] one bit for each k
+    std::vector<int32_t> ids;      // listed k, a multiple of four in every group: the last is filled up with its first
+    std::vector<int32_t> first;    // [groups + 1] quad with which a group begins
+    std::vector<int8_t> codes;     // [count, ids]; 0 where a row does not keep k
+    std::vector<float> values;     // the same, with 32 bits
+    std::vector<float> scale;      // [count, groups]
+    std::vector<int32_t> sum;      // [count, groups] of codes
+
+    const int8_t* codes_of(int row) const { return codes.data() + static_cast<size_t>(row) * ids.size(); }
+    const float* values_of(int row) const { return values.data() + static_cast<size_t>(row) * ids.size(); }
+};
+
+// Neighbouring panels, and where their outputs go.
+struct Span {
+    int64_t begin = 0, end = 0;
+    float* y = nullptr;  // of panel `begin`; rows of y are `stride` floats apart
+    size_t stride = 0;
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+    const char* name;
+    bool (*usable)();
+    // One bit for each k of a row: not (|x| * norm < threshold), so NaN counts. norm null: all.
+    void (*keep)(const float* x, const float* norm, float threshold, int64_t inputs, uint64_t* bits);
+    // Fills codes, scale and sum (or values) of one row, when keep, ids and first are there.
+    void (*quantise)(const float* x, const Matrix&, Rows&, int row);
+    // Writes all outputs of the spans.
+    void (*multiply)(const Matrix&, const Rows&, const Span* spans, int count);
+    // z = activation(gate) * up
+    void (*gate)(Activation, const float* gate, const float* up, float* z, int64_t count);
+};
+
+const Kernels* const* all_kernels();  // best first, ends with null
+extern const Kernels kPortable;
+
+}  // namespace cm::cpu

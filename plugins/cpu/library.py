@@ -1,0 +1,103 @@
+"""Where the compiled CPU ops lie on this machine, and what they say about themselves.
+
+    find()       beside this file (made by `pip install`) -> in the user's cache (made by `built`) -> None
+    built()      the same, compiled into the user's cache if it is nowhere and a compiler is there
+
+Only a library of exactly these sources is found: its name carries their hash.
+"""
+
+import ctypes
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from cm_export.base.errors import CmExportError, InputError
+from cm_export.base.install import pip_install
+
+from . import build
+
+DOMAIN = "com.cm_export.native"
+
+
+def find() -> Path | None:
+    """The library of these sources, if it was built."""
+    name = build.library_name()
+    return next((place / name for place in (build.SOURCES, cache()) if (place / name).is_file()), None)
+
+
+def built() -> Path:
+    """The library, compiled now if need be (half a minute, once). Raises InputError where that is not possible."""
+    return find() or build.compile_library(cache())
+
+
+def cache() -> Path:
+    """The user's folder of compiled libraries."""
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "cm-export" / "native"
+
+
+def why_missing() -> str | None:
+    """One line for `doctor` on why there is no usable library and what to do, None if there is one."""
+    if sys.platform not in ("linux", "darwin"):
+        return f"the CPU ops are not made for {sys.platform}"
+    if find() is None:
+        if build.compiler() is None:
+            names = ", ".join(build.COMPILERS)
+            return (
+                f"the CPU ops are not built and there is no C++ compiler; install one of {names}, then {pip_install()}"
+            )
+        return f"the CPU ops are not built; {pip_install()} compiles them"
+    try:
+        info()
+    except CmExportError as error:
+        return str(error)
+    return None
+
+
+def counts() -> tuple[int, int]:
+    """Bytes of weights that the ops read in this process since the last `reset`, and that dense products would have read."""
+    both = (ctypes.c_uint64 * 2)()
+    _loaded(_path()).cm_native_counts(both)
+    return both[0], both[1]
+
+
+def reset() -> None:
+    """Counts begin at nothing again."""
+    _loaded(_path()).cm_native_reset()
+
+
+def info() -> dict[str, Any]:
+    """{"version": 1, "instructions": the set in use, "usable": [every set that this processor has, best first]}"""
+    library = _loaded(_path())
+    library.cm_native_info.restype = ctypes.c_char_p
+    return json.loads(library.cm_native_info().decode())
+
+
+def use(instructions: str, library: Path | None = None) -> None:
+    """For tests and benchmarks: the kernels of this name from now on, the best with "". Raises InputError."""
+    if not _loaded(library or _path()).cm_native_use(instructions.encode()):
+        raise InputError(
+            "this processor does not have these instructions", where=instructions, fix="see library.info()"
+        )
+
+
+def _path() -> Path:
+    found = find()
+    if found is None:
+        raise InputError("the CPU ops are not built", where="cm_export.plugins.cpu", fix=why_missing())
+    return found
+
+
+@functools.cache
+def _loaded(path: Path) -> ctypes.CDLL:
+    """Loaded once per process: ONNX Runtime, which opens the same file, gets the same library and the same counts."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise CmExportError(f"cannot be loaded ({error})", where=path, fix="delete it and install again") from error

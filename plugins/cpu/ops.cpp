@@ -1,0 +1,535 @@
+// The two ops of the domain "com.cm_export.native" for ONNX Runtime, and what the library tells about itself.
+//
+//     PackedMatMul(x, codes, scale, zero, norm, threshold) -> y = x W
+//     PackedFFN(x, gate_up codes/scale/zero, down codes/scale/zero, x_norm, z_norm, x_threshold, z_threshold) -> y
+//
+// A call with several rows of x is cut into blocks of rows, and the outputs of a block into spans for the session's threads.
+// Each output is computed by one of them, in one order, so the number of threads changes nothing.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+#include "kernels.h"
+#include "ort.h"
+
+#define CM_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace cm::cpu {
+namespace {
+
+constexpr const char* kDomain = "com.cm_export.native";
+constexpr const char* kVersion = "1";
+
+std::atomic<uint64_t> bytes_read{0}, bytes_dense{0};
+std::atomic<const Kernels*> in_use{nullptr};
+
+const Kernels* best() {
+    const Kernels* const* kernels = all_kernels();
+    while (!(*kernels)->usable()) ++kernels;  // the last is always usable
+    return *kernels;
+}
+
+const Kernels& kernels() {
+    const Kernels* chosen = in_use.load(std::memory_order_relaxed);
+    if (chosen == nullptr) in_use.store(chosen = best(), std::memory_order_relaxed);
+    return *chosen;
+}
+
+// Processors that this process may use. ONNX Runtime does not tell how many threads a session has.
+int processors() {
+    static const int count = [] {
+#if defined(__linux__)
+        cpu_set_t set;
+        if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+        return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+    }();
+    return count;
+}
+
+// ---------------------------------------------------------------- errors and inputs
+
+struct Error {
+    std::string what;
+};
+
+void check(ort::Status* status) {
+    // Only calls that cannot fail on the arguments given here come through this; the runtime's own message would be lost.
+    if (status == nullptr) return;
+    ort::Api::release_status(status);
+    throw Error{"ONNX Runtime refused a call of its C interface"};
+}
+
+[[noreturn]] void fail(const std::string& op, const std::string& what) { throw Error{op + ": " + what}; }
+
+std::string text_of(const std::vector<int64_t>& shape) {
+    std::string text = "[";
+    for (size_t i = 0; i < shape.size(); ++i) text += (i ? "," : "") + std::to_string(shape[i]);
+    return text + "]";
+}
+
+struct Tensor {
+    void* data = nullptr;
+    int type = 0;
+    std::vector<int64_t> shape;
+
+    int64_t count() const {
+        int64_t product = 1;
+        for (int64_t size : shape) product *= size;
+        return product;
+    }
+};
+
+Tensor read_shape_and_data(ort::Value* value) {
+    Tensor tensor;
+    ort::ShapeInfo* info = nullptr;
+    check(ort::Api::shape_info(value, &info));
+    const std::unique_ptr<ort::ShapeInfo, void (*)(ort::ShapeInfo*)> owner(info, ort::Api::release_shape_info);
+    size_t rank = 0;
+    check(ort::Api::element_type(info, &tensor.type));
+    check(ort::Api::rank(info, &rank));
+    tensor.shape.resize(rank);
+    check(ort::Api::dimensions(info, tensor.shape.data(), rank));
+    check(ort::Api::tensor_data(value, &tensor.data));
+    return tensor;
+}
+
+Tensor input(const ort::Context* context, size_t index) {
+    ort::Value* value = nullptr;
+    check(ort::Api::input(context, index, &value));
+    return read_shape_and_data(value);
+}
+
+float* output(ort::Context* context, const std::vector<int64_t>& shape) {
+    ort::Value* value = nullptr;
+    void* data = nullptr;
+    check(ort::Api::output(context, 0, shape.data(), shape.size(), &value));
+    check(ort::Api::tensor_data(value, &data));
+    return static_cast<float*>(data);
+}
+
+int64_t integer(const ort::Info* info, const char* op, const char* name) {
+    int64_t value = 0;
+    if (ort::Status* status = ort::Api::int_attribute(info, name, &value)) {
+        ort::Api::release_status(status);
+        fail(op, std::string("the attribute ") + name + " (an integer) is missing");
+    }
+    return value;
+}
+
+std::string text(const ort::Info* info, const char* op, const char* name) {
+    char value[64] = {};
+    size_t size = sizeof value;
+    if (ort::Status* status = ort::Api::string_attribute(info, name, value, &size)) {
+        ort::Api::release_status(status);
+        fail(op, std::string("the attribute ") + name + " (a short string) is missing");
+    }
+    return value;
+}
+
+// The three tensors of a packed weight, beginning at input `index`, as a matrix of `inputs` by panels of outputs.
+Matrix matrix(const ort::Context* context, const std::string& op, size_t index, int bits, int group, int64_t inputs,
+              int64_t panels) {
+    const Tensor codes = input(context, index), scale = input(context, index + 1), zero = input(context, index + 2);
+    Matrix m;
+    m.bits = bits, m.group = bits == 32 ? 32 : group, m.inputs = inputs, m.panels = panels;
+    const int64_t padded = (inputs + group - 1) / group * group;
+    const int64_t columns = bits == 32 ? panels * kPanel : static_cast<int64_t>(m.row_bytes());
+    const std::string place = "input " + std::to_string(index) + " (codes)";
+    if (codes.type != (bits == 32 ? ort::kFloat : ort::kUint8))
+        fail(op, place + " must be " + (bits == 32 ? "float32" : "uint8") + " with bits " + std::to_string(bits));
+    const bool rows_fit = codes.shape.size() == 2 && (codes.shape[0] == padded || (bits == 32 && codes.shape[0] == inputs));
+    if (!rows_fit || codes.shape[1] != columns)
+        fail(op, place + " is " + text_of(codes.shape) + ", expected " + text_of({padded, columns}));
+    m.codes = static_cast<const uint8_t*>(codes.data);
+    if (bits == 32) return m;
+    const std::vector<int64_t> expected{padded / group, panels * kPanel};
+    if (scale.shape != expected)
+        fail(op, "input " + std::to_string(index + 1) + " (scale) is " + text_of(scale.shape) + ", expected " + text_of(expected));
+    if (zero.count() != 0 && zero.shape != expected)
+        fail(op, "input " + std::to_string(index + 2) + " (zero) is " + text_of(zero.shape) + ", expected " + text_of(expected) +
+                     " or no elements");
+    m.scale = static_cast<const uint16_t*>(scale.data);
+    m.zero = zero.count() ? static_cast<const uint8_t*>(zero.data) : nullptr;
+    return m;
+}
+
+void check_form(const char* op, int64_t bits, int64_t group) {
+    if (bits != 4 && bits != 8 && bits != 32) fail(op, "bits are " + std::to_string(bits) + ", not 4, 8 or 32");
+    if (group != 32 && group != 64 && group != 128) fail(op, "a group of " + std::to_string(group) + ", not 32, 64 or 128");
+}
+
+// Which k count: a norm for each k (none: all), a threshold for each request.
+struct Selection {
+    const float* norm = nullptr;
+    const float* threshold = nullptr;
+    int64_t rows_of_a_request = 1;
+
+    float of(int64_t row) const { return threshold == nullptr ? 0.0f : threshold[row / rows_of_a_request]; }
+};
+
+Selection selection(const ort::Context* context, const char* op, size_t norm_index, size_t threshold_index, int64_t inputs,
+                    int64_t requests, int64_t rows_of_a_request) {
+    const Tensor norm = input(context, norm_index), threshold = input(context, threshold_index);
+    Selection s;
+    s.rows_of_a_request = rows_of_a_request;
+    if (norm.count() == 0) return s;
+    if (norm.count() != inputs)
+        fail(op, "input " + std::to_string(norm_index) + " (norm) is " + text_of(norm.shape) + ", expected " + text_of({inputs}) +
+                     " or [0]");
+    if (threshold.count() != requests)
+        fail(op, "input " + std::to_string(threshold_index) + " (threshold) is " + text_of(threshold.shape) + " for " +
+                     std::to_string(requests) + " requests");
+    s.norm = static_cast<const float*>(norm.data), s.threshold = static_cast<const float*>(threshold.data);
+    return s;
+}
+
+// ---------------------------------------------------------------- products
+
+// Buffers of a call. ONNX Runtime may run one node in several threads at once: each call borrows a set of its own.
+struct Scratch {
+    Rows x, z;
+    std::vector<float> activated;
+};
+
+class Pool {
+public:
+    std::unique_ptr<Scratch> take() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (free_.empty()) return std::make_unique<Scratch>();
+        std::unique_ptr<Scratch> scratch = std::move(free_.back());
+        free_.pop_back();
+        return scratch;
+    }
+    void give_back(std::unique_ptr<Scratch> scratch) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        free_.push_back(std::move(scratch));
+    }
+
+private:
+    std::mutex mutex_;
+    std::vector<std::unique_ptr<Scratch>> free_;
+};
+
+struct Loan {
+    explicit Loan(Pool& p) : pool(p), scratch(p.take()) {}
+    ~Loan() { pool.give_back(std::move(scratch)); }
+    Pool& pool;
+    std::unique_ptr<Scratch> scratch;
+};
+
+// Calls function(0 .. total - 1) on the session's threads.
+template <class Function>
+void in_parallel(const ort::Context* context, size_t total, Function& function) {
+    if (total == 1) return function(0);
+    const auto call = [](void* data, size_t i) { (*static_cast<Function*>(data))(i); };
+    check(ort::Api::parallel_for(context, call, total, &function));
+}
+
+// ids and first from the bits of all rows.
+void list(Rows& rows, const Matrix& m) {
+    rows.ids.clear();
+    rows.first.assign(rows.groups + 1, 0);
+    rows.kept = 0;
+    for (int64_t g = 0; g < rows.groups; ++g) {
+        const size_t begin = rows.ids.size();
+        for (int64_t at = g * m.group; at < (g + 1) * m.group && at < m.inputs; at += 32) {
+            uint32_t any = 0;  // a group begins at a multiple of 32
+            for (int row = 0; row < rows.count; ++row)
+                any |= static_cast<uint32_t>(rows.keep[row * rows.words + at / 64] >> (at % 64));
+            for (; any != 0; any &= any - 1) rows.ids.push_back(static_cast<int32_t>(at) + __builtin_ctz(any));
+        }
+        rows.kept += static_cast<int64_t>(rows.ids.size() - begin);
+        const size_t last = begin + (rows.ids.size() - begin) / kQuad * kQuad;
+        while (rows.ids.size() % kQuad) rows.ids.push_back(rows.ids[last]);
+        rows.first[g + 1] = static_cast<int32_t>(rows.ids.size() / kQuad);
+    }
+}
+
+void count_bytes(const Rows& rows, const Matrix& m) {
+    int64_t groups = 0;
+    for (int64_t g = 0; g < rows.groups; ++g) groups += rows.first[g] != rows.first[g + 1];
+    const uint64_t scales = m.bits == 32 ? 0 : static_cast<uint64_t>(m.panels) * kPanel * (m.zero ? 3 : 2);
+    bytes_read += static_cast<uint64_t>(rows.kept) * m.row_bytes() + groups * scales;
+    bytes_dense += static_cast<uint64_t>(m.inputs) * m.row_bytes() + rows.groups * scales;
+}
+
+// Makes a block of `count` rows of x, `stride` floats apart, ready to be multiplied with `m`.
+void prepare(const ort::Context* context, const Kernels& k, Rows& rows, const float* x, size_t stride, int64_t first_row, int count,
+             const Matrix& m, const Selection& selection) {
+    rows.count = count;
+    rows.groups = m.groups();
+    rows.words = static_cast<size_t>(m.inputs + 63) / 64;
+    rows.keep.resize(count * rows.words);
+    rows.scale.resize(count * rows.groups);
+    rows.sum.resize(count * rows.groups);
+    const size_t tasks = count <= kFewRows ? 1 : 4 * processors();
+    const auto rows_of = [&](size_t task, auto&& each) {
+        for (size_t row = count * task / tasks; row < count * (task + 1) / tasks; ++row) each(static_cast<int>(row));
+    };
+    auto keep = [&](size_t task) {
+        rows_of(task, [&](int row) {
+            k.keep(x + row * stride, selection.norm, selection.of(first_row + row), m.inputs, rows.keep.data() + row * rows.words);
+        });
+    };
+    in_parallel(context, tasks, keep);
+    list(rows, m);
+    if (m.bits == 32) {
+        rows.values.resize(count * rows.ids.size());
+    } else {
+        rows.codes.resize(count * rows.ids.size());
+    }
+    auto quantise = [&](size_t task) { rows_of(task, [&](int row) { k.quantise(x + row * stride, m, rows, row); }); };
+    in_parallel(context, tasks, quantise);
+    count_bytes(rows, m);
+}
+
+// How many spans the panels are cut into. Few rows: long ones, so that each row of W is read in long stretches.
+size_t spans_of(int64_t panels, int count) {
+    const int64_t wanted = count <= kFewRows ? processors() : panels;
+    return static_cast<size_t>(std::max<int64_t>(1, std::min(panels, wanted)));
+}
+
+std::vector<float>& local() {
+    static thread_local std::vector<float> buffer;
+    return buffer;
+}
+
+// y [count, outputs] = rows W
+void product(const ort::Context* context, const Kernels& k, const Matrix& m, const Rows& rows, float* y, int64_t outputs) {
+    const size_t spans = spans_of(m.panels, rows.count);
+    auto task = [&](size_t i) {
+        Span span{static_cast<int64_t>(m.panels * i / spans), static_cast<int64_t>(m.panels * (i + 1) / spans)};
+        const int64_t first = span.begin * kPanel, width = (span.end - span.begin) * kPanel;
+        if (first + width <= outputs) {
+            span.y = y + first, span.stride = static_cast<size_t>(outputs);
+            return k.multiply(m, rows, &span, 1);
+        }
+        // the last panel is wider than y
+        std::vector<float>& buffer = local();
+        buffer.resize(std::max(buffer.size(), static_cast<size_t>(rows.count * width)));
+        span.y = buffer.data(), span.stride = static_cast<size_t>(width);
+        k.multiply(m, rows, &span, 1);
+        for (int row = 0; row < rows.count; ++row)
+            std::memcpy(y + row * outputs + first, buffer.data() + row * width, (outputs - first) * sizeof(float));
+    };
+    in_parallel(context, spans, task);
+}
+
+// z [count, panels / 2 * 128] = activation(x W_gate) * (x W_up); the first half of the panels are gates.
+void gated_product(const ort::Context* context, const Kernels& k, const Matrix& m, const Rows& rows, Activation activation,
+                   float* z) {
+    const int64_t half = m.panels / 2;
+    const size_t spans = spans_of(half, rows.count);
+    auto task = [&](size_t i) {
+        const int64_t begin = half * static_cast<int64_t>(i) / spans, end = half * static_cast<int64_t>(i + 1) / spans;
+        const int64_t width = (end - begin) * kPanel;
+        std::vector<float>& buffer = local();
+        buffer.resize(std::max(buffer.size(), static_cast<size_t>(2 * rows.count * width)));
+        float *gate = buffer.data(), *up = gate + rows.count * width;
+        const Span both[] = {{begin, end, gate, static_cast<size_t>(width)},
+                             {half + begin, half + end, up, static_cast<size_t>(width)}};
+        k.multiply(m, rows, both, 2);
+        for (int row = 0; row < rows.count; ++row)
+            k.gate(activation, gate + row * width, up + row * width, z + row * half * kPanel + begin * kPanel, width);
+    };
+    in_parallel(context, spans, task);
+}
+
+// ---------------------------------------------------------------- ops
+
+struct Shape {
+    int64_t requests, rows_of_a_request, columns;
+    int64_t rows() const { return requests * rows_of_a_request; }
+};
+
+Shape shape_of_x(const Tensor& x, const char* op) {
+    if (x.shape.size() != 3) fail(op, "x is " + text_of(x.shape) + ", expected [B,S,K]");
+    return {x.shape[0], x.shape[1], x.shape[2]};
+}
+
+int64_t panels_of(int64_t outputs) { return (outputs + kPanel - 1) / kPanel; }
+
+struct PackedMatMul {
+    static constexpr const char* kName = "PackedMatMul";
+    static constexpr ort::ElementType kTypes[] = {ort::kFloat, ort::kAny,   ort::kFloat16,
+                                                  ort::kUint8, ort::kFloat, ort::kFloat};
+    int64_t bits, group, outputs;
+    Pool pool;
+
+    explicit PackedMatMul(const ort::Info* info)
+        : bits(integer(info, kName, "bits")), group(integer(info, kName, "group")), outputs(integer(info, kName, "N")) {
+        check_form(kName, bits, group);
+        if (outputs < 1) fail(kName, "N is " + std::to_string(outputs));
+    }
+
+    void compute(ort::Context* context) {
+        const Tensor x = input(context, 0);
+        const Shape shape = shape_of_x(x, kName);
+        const Matrix m = matrix(context, kName, 1, bits, group, shape.columns, panels_of(outputs));
+        const Selection kept = selection(context, kName, 4, 5, shape.columns, shape.requests, shape.rows_of_a_request);
+        float* y = output(context, {shape.requests, shape.rows_of_a_request, outputs});
+        const Loan loan(pool);
+        const Kernels& k = kernels();
+        for (int64_t row = 0; row < shape.rows(); row += kManyRows) {
+            const int count = static_cast<int>(std::min<int64_t>(kManyRows, shape.rows() - row));
+            const float* from = static_cast<const float*>(x.data) + row * shape.columns;
+            prepare(context, k, loan.scratch->x, from, shape.columns, row, count, m, kept);
+            product(context, k, m, loan.scratch->x, y + row * outputs, outputs);
+        }
+    }
+};
+
+Activation activation_of(const char* op, const std::string& name) {
+    for (const NamedActivation& known : kActivations)
+        if (name == known.name) return known.activation;
+    fail(op, "the activation '" + name + "' is not known");
+}
+
+struct PackedFFN {
+    static constexpr const char* kName = "PackedFFN";
+    static constexpr ort::ElementType kTypes[] = {ort::kFloat, ort::kAny,   ort::kFloat16, ort::kUint8, ort::kAny,  ort::kFloat16,
+                                                  ort::kUint8, ort::kFloat, ort::kFloat,   ort::kFloat, ort::kFloat};
+    int64_t bits_in, group_in, bits_out, group_out, columns, neurons;
+    Activation activation;
+    Pool pool;
+
+    explicit PackedFFN(const ort::Info* info)
+        : bits_in(integer(info, kName, "bits_in")),
+          group_in(integer(info, kName, "group_in")),
+          bits_out(integer(info, kName, "bits_out")),
+          group_out(integer(info, kName, "group_out")),
+          columns(integer(info, kName, "D")),
+          neurons(integer(info, kName, "F")),
+          activation(activation_of(kName, text(info, kName, "activation"))) {
+        check_form(kName, bits_in, group_in);
+        check_form(kName, bits_out, group_out);
+        if (columns < 1 || neurons < 1) fail(kName, "D is " + std::to_string(columns) + ", F is " + std::to_string(neurons));
+    }
+
+    void compute(ort::Context* context) {
+        const Tensor x = input(context, 0);
+        const Shape shape = shape_of_x(x, kName);
+        if (shape.columns != columns)
+            fail(kName, "x is " + text_of(x.shape) + ", its last dimension should be D = " + std::to_string(columns));
+        const int64_t panels = panels_of(neurons), stride = panels * kPanel;
+        const Matrix gate_up = matrix(context, kName, 1, bits_in, group_in, columns, 2 * panels);
+        const Matrix down = matrix(context, kName, 4, bits_out, group_out, neurons, panels_of(columns));
+        const Selection x_kept = selection(context, kName, 7, 9, columns, shape.requests, shape.rows_of_a_request);
+        const Selection z_kept = selection(context, kName, 8, 10, neurons, shape.requests, shape.rows_of_a_request);
+        float* y = output(context, x.shape);
+        const Loan loan(pool);
+        Scratch& scratch = *loan.scratch;
+        const Kernels& k = kernels();
+        for (int64_t row = 0; row < shape.rows(); row += kManyRows) {
+            const int count = static_cast<int>(std::min<int64_t>(kManyRows, shape.rows() - row));
+            scratch.activated.resize(static_cast<size_t>(count * stride));
+            prepare(context, k, scratch.x, static_cast<const float*>(x.data) + row * columns, columns, row, count, gate_up, x_kept);
+            gated_product(context, k, gate_up, scratch.x, activation, scratch.activated.data());
+            prepare(context, k, scratch.z, scratch.activated.data(), stride, row, count, down, z_kept);
+            product(context, k, down, scratch.z, y + row * columns, columns);
+        }
+    }
+};
+
+// No exception may leave the library: each becomes a status that ONNX Runtime reports.
+template <class Function>
+ort::Status* as_status(Function function) {
+    try {
+        function();
+        return nullptr;
+    } catch (const Error& error) {
+        return ort::Api::create_status(ort::kInvalidArgument, error.what.c_str());
+    } catch (const std::exception& error) {  // no memory
+        return ort::Api::create_status(ort::kFail, error.what());
+    }
+}
+
+template <class Op>
+const ort::CustomOp* described() {
+    static const ort::CustomOp op = [] {
+        ort::CustomOp o{};
+        o.version = 17;
+        o.CreateKernel = [](const ort::CustomOp*, const void*, const ort::Info*) -> void* { return nullptr; };
+        o.GetName = [](const ort::CustomOp*) { return Op::kName; };
+        o.GetExecutionProviderType = [](const ort::CustomOp*) -> const char* { return nullptr; };
+        o.GetInputType = [](const ort::CustomOp*, size_t i) { return Op::kTypes[i]; };
+        o.GetInputTypeCount = [](const ort::CustomOp*) { return std::size(Op::kTypes); };
+        o.GetOutputType = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
+        o.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return 1; };
+        o.KernelCompute = [](void*, ort::Context*) {};
+        o.KernelDestroy = [](void* kernel) { delete static_cast<Op*>(kernel); };
+        o.GetInputCharacteristic = o.GetOutputCharacteristic = o.GetInputMemoryType = [](const ort::CustomOp*, size_t) { return 0; };
+        o.GetVariadicInputMinArity = o.GetVariadicOutputMinArity = o.GetStartVersion = [](const ort::CustomOp*) { return 1; };
+        o.GetVariadicInputHomogeneity = o.GetVariadicOutputHomogeneity = [](const ort::CustomOp*) { return 1; };
+        o.CreateKernelV2 = [](const ort::CustomOp*, const void*, const ort::Info* info, void** kernel) {
+            return as_status([&] { *kernel = new Op(info); });
+        };
+        o.KernelComputeV2 = [](void* kernel, ort::Context* context) {
+            return as_status([&] { static_cast<Op*>(kernel)->compute(context); });
+        };
+        o.GetEndVersion = [](const ort::CustomOp*) { return 0x7fffffff; };
+        return o;
+    }();
+    return &op;
+}
+
+}  // namespace
+}  // namespace cm::cpu
+
+// ---------------------------------------------------------------- exports
+
+CM_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
+    using namespace cm::cpu;
+    const void* table = base->GetApi(ort::kApiVersion);
+    if (table == nullptr) {
+        // Slot 0, CreateStatus, is the same in every version since the first.
+        ort::Api::table = static_cast<void* const*>(base->GetApi(1));
+        const std::string what = std::string("the CPU ops of cm_export need ONNX Runtime 1.20 or newer, this one is ") +
+                                 base->GetVersionString();
+        return ort::Api::create_status(ort::kFail, what.c_str());
+    }
+    ort::Api::table = static_cast<void* const*>(table);
+    ort::Domain* domain = nullptr;  // lives as long as the process: sessions keep pointing to it
+    if (ort::Status* status = ort::Api::create_domain(kDomain, &domain)) return status;
+    for (const ort::CustomOp* op : {described<PackedMatMul>(), described<PackedFFN>()})
+        if (ort::Status* status = ort::Api::add_op(domain, op)) return status;
+    return ort::Api::add_domain(options, domain);
+}
+
+// Bytes of weights that products read, and that they would have read with every k listed; since the last reset.
+CM_EXPORT void cm_native_counts(uint64_t out[2]) {
+    out[0] = cm::cpu::bytes_read, out[1] = cm::cpu::bytes_dense;
+}
+
+CM_EXPORT void cm_native_reset() { cm::cpu::bytes_read = cm::cpu::bytes_dense = 0; }
+
+// JSON: which instructions are used, which could be.
+CM_EXPORT const char* cm_native_info() {
+    static thread_local std::string text;
+    text = std::string("{\"version\": ") + cm::cpu::kVersion + ", \"instructions\": \"" + cm::cpu::kernels().name +
+           "\", \"usable\": [";
+    const char* comma = "";
+    for (const cm::cpu::Kernels* const* k = cm::cpu::all_kernels(); *k; ++k)
+        if ((*k)->usable()) text += std::string(comma) + "\"" + (*k)->name + "\"", comma = ", ";
+    return (text += "]}").c_str();
+}
+
+// For tests: use the kernels of this name, or the best with ""; 1 if this processor has them.
+CM_EXPORT int cm_native_use(const char* name) {
+    using namespace cm::cpu;
+    if (*name == 0) return in_use = best(), 1;
+    for (const Kernels* const* k = all_kernels(); *k; ++k)
+        if (std::strcmp((*k)->name, name) == 0 && (*k)->usable()) return in_use = *k, 1;
+    return 0;
+}

@@ -1,0 +1,93 @@
+// x -> which k a row keeps, and int8 codes with one scale per group:  code = round(x / scale), scale = max |kept x| / 127.
+//
+// Included by the file of every instruction set, in its namespace; plain loops that compilers turn into its vectors.
+
+// A group whose largest number is below this counts as zeros: 127 / it would overflow.
+constexpr float kSmallest = 1e-36f;
+
+static void keep(const float* x, const float* norm, float threshold, int64_t inputs, uint64_t* bits) {
+    for (int64_t begin = 0; begin < inputs; begin += 64, ++bits) {
+        const int count = static_cast<int>(inputs - begin < 64 ? inputs - begin : 64);
+        if (norm == nullptr) {
+            *bits = count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
+            continue;
+        }
+        uint8_t flags[64] = {};
+        for (int i = 0; i < count; ++i) flags[i] = !(std::fabs(x[begin + i]) * norm[begin + i] < threshold);
+        uint64_t word = 0;
+        for (int byte = 0; byte < 8; ++byte) {
+            uint64_t eight = 0;  // bytes of 0 and 1 -> 8 bits: the product moves bit 0 of byte i to bit 56 + i
+            for (int i = 0; i < 8; ++i) eight |= static_cast<uint64_t>(flags[8 * byte + i]) << (8 * i);
+            word |= ((eight * 0x0102040810204080u) >> 56) << (8 * byte);
+        }
+        *bits = word;
+    }
+}
+
+static CM_INLINE int32_t bits_of(float value) {
+    int32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static CM_INLINE float float_of(int32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static void quantise(const float* x, const Matrix& m, Rows& rows, int row) {
+    const size_t listed = rows.ids.size();
+    const uint64_t* keep = rows.keep.data() + row * rows.words;
+    for (int64_t g = 0; g < rows.groups; ++g) {
+        const int64_t first = rows.first[g], quads = rows.first[g + 1] - first;
+        float* scale = rows.scale.data() + row * rows.groups + g;
+        int32_t* sum = rows.sum.data() + row * rows.groups + g;
+        *scale = 0.0f, *sum = 0;
+        if (quads == 0) continue;
+        const int64_t begin = g * m.group;
+        const int count = static_cast<int>(m.inputs - begin < m.group ? m.inputs - begin : m.group);
+        float kept[kMaxGroup] = {};
+        for (int i = 0; i < count; ++i) {
+            const uint64_t bit = keep[(begin + i) >> 6] >> ((begin + i) & 63) & 1;
+            kept[i] = bit ? x[begin + i] : 0.0f;
+        }
+        const int32_t* ids = rows.ids.data() + first * kQuad;
+        const int numbers = static_cast<int>(quads) * kQuad;
+        if (m.bits == 32) {
+            float* out = rows.values.data() + row * listed + first * kQuad;
+            for (int i = 0; i < numbers; ++i) out[i] = kept[ids[i] - begin];
+            for (int i = numbers - 1; i > numbers - kQuad && ids[i] == ids[numbers - kQuad]; --i) out[i] = 0.0f;
+            continue;
+        }
+        // As integers, magnitudes of floats are in the order of the floats, with Inf and NaN on top.
+        int32_t top = 0;
+        for (int i = 0; i < m.group; ++i) {
+            const int32_t magnitude = bits_of(kept[i]) & 0x7fffffff;
+            top = magnitude > top ? magnitude : top;
+        }
+        const float largest = float_of(top);
+        if (top >= 0x7f800000) *scale = std::numeric_limits<float>::quiet_NaN();  // so every output is NaN: nothing is hidden
+        if (top >= 0x7f800000 || largest < kSmallest) {
+            std::memset(rows.codes.data() + row * listed + first * kQuad, 0, numbers);
+            continue;
+        }
+        const float inverse = 127.0f / largest;
+        int8_t codes[kMaxGroup];
+        int32_t total = 0;
+        for (int i = 0; i < m.group; ++i) {
+            // 1.5 * 2^23 leaves no bits for a fraction: adding it rounds to the nearest whole number
+            const int32_t code = bits_of(kept[i] * inverse + 12582912.0f) - bits_of(12582912.0f);
+            codes[i] = static_cast<int8_t>(code);
+            total += code;
+        }
+        *scale = largest / 127.0f, *sum = total;
+        int8_t* out = rows.codes.data() + row * listed + first * kQuad;
+        if (numbers == m.group && ids[numbers - 1] != ids[numbers - kQuad]) {  // all are listed, nothing is filled up
+            std::memcpy(out, codes, numbers);
+            continue;
+        }
+        for (int i = 0; i < numbers; ++i) out[i] = codes[ids[i] - begin];
+        for (int i = numbers - 1; i > numbers - kQuad && ids[i] == ids[numbers - kQuad]; --i) out[i] = 0;
+    }
+}
