@@ -103,7 +103,7 @@ def test_prompts_that_do_not_fit_are_left_out(x):
     length = len(probe(x.shape, x.tower, x.config).ids)
     runner.bundle.shape = SimpleNamespace(**{**vars(x.shape), "max_positions": length})
     found = drift.measure(runner, x.config, quiet)
-    assert found.agreement is None and not found.gates
+    assert found.agreement is None and not found.gates()
     with pytest.raises(GateFailed, match="was not measured"):
         drift.require(found.to_dict(), 0.1)
     runner.bundle.shape.max_positions = length + 1

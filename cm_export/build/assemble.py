@@ -65,6 +65,7 @@ def _manifest(job: Job, stages: Stages) -> dict[str, Any]:
         "passes": graphs["passes"],
         "gates": stages.state("gates")["gates"] + built.get("gates", []),
         "drift": stages.state("gates")["drift"],
+        "weights_drift": stages.state("gates").get("weights_drift"),
         "engines": {k: v for k, v in built.items() if k not in ("sha256", "gates")} or None,
         "links": links(job.shape.layers, graphs["graphs"]),
         "measured": stages.state("measured")["about"] if "measured" in stages.keys else None,

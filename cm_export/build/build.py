@@ -136,7 +136,7 @@ def stage_keys(job: Job) -> dict[str, str]:
     for stage in (s for s in STAGES if s.needed(job)):
         code = stage.run.__module__
         keys[stage.name] = key_of(
-            reads={name: keys[name] for name in stage.reads},
+            reads={name: keys[name] for name in stage.reads if name in keys},  # others were not needed
             inputs=stage.inputs(job),
             versions=sources.libraries(code) | {name: sources.version(name) for name in stage.libraries},
             program=sources.digest(code),

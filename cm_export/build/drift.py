@@ -72,16 +72,20 @@ class Drift:
         """Plain values."""
         return asdict(self)
 
-    @property
-    def gates(self) -> list[Gate]:
-        """The same as two rows among the gates, without a limit."""
+    def gates(self, name: str = "drift", of: str = "dense", least: float = 0.0) -> list[Gate]:
+        """The same as two rows among the gates. Raises GateFailed for an agreement below `least`; 0: without a limit."""
+        if least and not (self.agreement is not None and self.agreement >= least):
+            fix = "no bundle was written; give more bits ([weights] of the recipe), or a smaller --weight-group"
+            found = f"{self.agreement:.3f} of {self.text}" if self.agreement is not None else self.text
+            what = f"the next token is that of {of} at {found}, below the required {least:g}"
+            raise GateFailed(what, where=f"gate {name!r}", fix=fix)
         if self.agreement is None or self.kl is None or self.ci is None:
             return []
         low, high = self.ci
         detail = f"95 % [{low:.3f}, {high:.3f}], {self.text}" if self.places else self.text
         return [
-            Gate("drift: top-1 agreement", self.agreement, None, True, detail),
-            Gate("drift: KL to dense", self.kl, None, True, self.text),
+            Gate(f"{name}: top-1 agreement", self.agreement, least or None, True, detail),
+            Gate(f"{name}: KL to {of}", self.kl, None, True, self.text),
         ]
 
 
@@ -98,19 +102,35 @@ def measure(runner: Runner, config: Config, progress: Callable[..., None], secon
         return Drift(
             1.0, (1.0, 1.0), 0.0, 0, 0, "not measured: nothing is pruned, so the sparse graphs say what dense says"
         )
+    return _compared(runner, runner, Budget(), config, progress, seconds)
+
+
+def of_weights(reference: Runner, runner: Runner, config: Config, progress: Callable[..., None]) -> Drift:
+    """The dense model with low-bit weights, `runner`, in the text that the one with float32 weights writes."""
+    return _compared(reference, runner, Budget(dense=True), config, progress, SECONDS)
+
+
+def _compared(
+    writer: Runner, reader: Runner, budget: Budget, config: Config, progress: Callable[..., None], seconds: float
+) -> Drift:
+    """`reader` under a budget, in the text that the dense `writer` writes; the same prompts, each sees them by itself."""
     started, prompts = time.perf_counter(), 0
     same: list[bool] = []
     kl: list[float] = []
-    about, stop, requests = _beginnings(runner, config)
-    for i, request in enumerate(requests):
+    about, stop, requests = _beginnings(writer, config)
+    others = requests if reader is writer else _beginnings(reader, config)[2]
+    asked = ((r, r) for r in requests) if reader is writer else zip(requests, others, strict=False)
+    for i, (request, again) in enumerate(asked):
         if len(same) >= PLACES or (i and time.perf_counter() - started > seconds):
             break
         progress("compare with the dense model's own text: prompt", i + 1)
-        dense, sparse = _read(runner, request, stop, started + seconds)
-        same += (dense.argmax(-1) == sparse.argmax(-1)).tolist()
-        kl += divergences(dense, sparse).tolist()
+        ids, dense = _written(writer, request, stop, started + seconds)
+        other = teacher_forced(reader.backend, reader.prefill(again, budget).row(), ids)
+        same += (dense.argmax(-1) == other.argmax(-1)).tolist()
+        kl += divergences(dense, other).tolist()
         prompts = i + 1
-    runner.backend.drop("vision", "prefill_dense", "decode_dense", "prefill", "decode")
+    for runner in (writer, reader):
+        runner.backend.drop("vision", "prefill_dense", "decode_dense", "prefill", "decode")
     if not same:
         return Drift(None, None, None, 0, 0, "not measured: no prompt fits into this model")
     right, n = sum(same), len(same)
@@ -155,19 +175,17 @@ def _figure(found: dict[str, Any]) -> str:
     return f"the pruned model's next token is the dense model's at {agreement} of {found['text']}"
 
 
-def _read(
+def _written(
     runner: Runner, request: Request, stop: frozenset[int], deadline: float = math.inf
-) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [T,V] of both models at the same places: before each token that the dense one chose, a stop included."""
+) -> tuple[list[int], np.ndarray]:
+    """The dense model's answer, and its logits [T,V] before each of its tokens, a stop included."""
     logits: list[np.ndarray] = []
     row = runner.prefill(request, Budget(dense=True)).row(choose=recorded(greedy(stop), logits), limit=STEPS)
     for _ in decode(runner.backend, [row]):
         if len(row.ids) >= LEAST and time.perf_counter() > deadline:
             break
     # The last token of a row that met its limit was read by nobody; a stop was chosen from the last logits.
-    ids = row.ids if row.ended == "stop" else row.ids[:-1]
-    sparse = teacher_forced(runner.backend, runner.prefill(request, Budget()).row(), ids)
-    return np.stack(logits), sparse
+    return row.ids if row.ended == "stop" else row.ids[:-1], np.stack(logits)
 
 
 def _beginnings(runner: Runner, config: Config) -> tuple[str, frozenset[int], Iterator[Request]]:

@@ -35,7 +35,7 @@ class Stages:
         self.folder, self.force, self.bundle = folder, force, bundle
         self.reused: list[str] = []
         self.keys: dict[str, str] = {}  # of stages that ran, now or before
-        self._states: dict[str, dict[str, Any]] = {}
+        self.states: dict[str, dict[str, Any]] = {}  # of stages that have run
         self._stack = contextlib.ExitStack()  # takes the directory away again if nothing came of it
         self._stack.enter_context(disk.made(folder, "directory of stages"))
 
@@ -79,7 +79,7 @@ class Stages:
 
     def state(self, stage: str) -> dict[str, Any]:
         """What the work of a stage returned, with `sha256` of its files by name; the stage has run by now."""
-        return self._states[stage]
+        return self.states[stage]
 
     def run(self, name: str, key: str, work: Work) -> tuple[Path, dict[str, Any]]:
         """The stage's directory and what `work(directory)` returned, now or when it last ran with this key."""
@@ -89,7 +89,7 @@ class Stages:
             self.reused.append(name)
         else:
             state = self._redo(name, key, work)
-        self._states[name] = state
+        self.states[name] = state
         return done, state
 
     def pieces(self, stage: str) -> Callable[[str, Work], tuple[Path, dict[str, Any]]]:

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..bundle import predictor, thresholds, weights
+from ..bundle import packed, predictor, thresholds, weights
 from ..bundle.bundle import Bundle
 
 if TYPE_CHECKING:
@@ -18,14 +18,22 @@ if TYPE_CHECKING:
 class UnderWay(Bundle):
     """Nothing of it is sealed yet: its manifest says only how answers are chosen, and the stages have checked their own files."""
 
-    def __init__(self, job: "Job", stages: "Stages"):
-        self.path, self._stages = stages.folder, stages
+    def __init__(self, job: "Job", stages: "Stages", with_packed: bool = True):
+        """`with_packed`: False reads float32 weights where low-bit ones are there."""
+        self.path, self._stages, self._with_packed = stages.folder, stages, with_packed
         self.family, self.shape, self.tower, self.config = job.family, job.shape, job.tower, job.config
         self.recipe, self.calibration = job.recipe, job.calibration
         self.weights = weights.WeightFile(stages.file("weights", weights.FILE))
         self.manifest = {"generation": job.generation.settings}
         if job.recipe.neurons.in_decode:
             self.predictor = weights.WeightFile(stages.file("graphs", predictor.FILE))
+
+    @cached_property
+    def packed(self) -> packed.Packed | None:
+        """Those of the stage that has written them; None before it has run."""
+        if not self._with_packed or "packed" not in self._stages.states:
+            return None
+        return packed.Packed(self._stages.file("packed", packed.FILE), self._stages.state("packed")["entries"])
 
     @cached_property
     def thresholds(self) -> thresholds.Thresholds | None:

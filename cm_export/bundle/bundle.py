@@ -7,6 +7,7 @@ engine.plan/
                            turn where the cache stays whole
   calibration.safetensors  if the recipe named one
   thresholds.safetensors   if decode leaves out what is below them (policy `active`)
+  packed.safetensors       if the recipe stores weights in few bits
   predictor.safetensors    if decode chooses its neurons itself: low-bit copies of gate and up
   engines/*                *.plan and libcm_plugins.so, if it was built for TensorRT: for one GPU, version and library
   processor/*              tokenizer.json, chat template, preprocessor_config.json
@@ -33,6 +34,8 @@ from . import not_a_bundle
 from .calibration import FILE as CALIBRATION
 from .calibration import Calibration
 from .calibration import read as read_calibration
+from .packed import FILE as PACKED
+from .packed import Packed
 from .predictor import FILE as PREDICTOR
 from .predictor import copy_bytes
 from .predictor import write as write_predictor
@@ -121,6 +124,12 @@ class Bundle:
         return found.reordered() if self.manifest["recipe"]["neurons"].get("block", 1) > 1 else found
 
     @cached_property
+    def packed(self) -> Packed | None:
+        """Its low-bit weights; None where the recipe stores none."""
+        found = self.manifest.get("packed")
+        return Packed(behind_links(self.path / PACKED), found) if found else None
+
+    @cached_property
     def thresholds(self) -> Thresholds | None:
         """What channels must weigh to be read (policy `active`): its own, else the calibration's; None where nobody measured."""
         if THRESHOLDS in self.manifest["files"]:
@@ -169,7 +178,7 @@ class Bundle:
 
 def _is_large(name: str) -> bool:
     """Whether a file is verified in the background."""
-    return name in (WEIGHTS, PREDICTOR) or name.endswith(".plan")
+    return name in (WEIGHTS, PREDICTOR, PACKED) or name.endswith(".plan")
 
 
 _REBUILD = "it was edited or corrupted: build the bundle again"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import BundleError
-from ..quant.rows import PackedRows
+from ..quant.rows import PANEL, PackedRows
 from .weights import WeightFile
 
 FILE = "packed.safetensors"
@@ -31,6 +31,23 @@ class Entry:
     padded: bool = False  # whether each weight begins a panel of its own, as gate and up must
     turned: bool = True  # whether the weight file holds them as [outputs, inputs]
     site: int | None = None  # of bundle/thresholds.py
+
+    @property
+    def rows(self) -> int:
+        """Inputs, made up to whole groups."""
+        return -(-self.inputs // self.group) * self.group
+
+    @property
+    def panels(self) -> int:
+        """Stored outputs, in panels."""
+        if self.padded:
+            return sum(-(-n // PANEL) for n in self.outputs)
+        return -(-sum(self.outputs) // PANEL)
+
+    @property
+    def columns(self) -> int:
+        """Outputs of the product: all of them, or with those between that fill panels."""
+        return self.panels * PANEL if self.padded else sum(self.outputs)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the manifest."""
@@ -56,8 +73,13 @@ class Packed:
                 if f"{name}.{part}" not in self.file:
                     raise BundleError(f"it has no {name}.{part}", where=path, fix="build the bundle again")
 
+    @property
+    def has_ffns(self) -> bool:
+        """Whether the FFNs of the decoder are among the entries."""
+        return "layers.0.ffn_in" in self.entries
+
     def rows(self, name: str) -> PackedRows:
         """The stored matrix of an entry."""
         entry = self.entries[name]
         codes, scale, zero = (self.file[f"{name}.{part}"] for part in PARTS)
-        return PackedRows(codes, scale, zero, entry.bits, entry.group, entry.inputs, scale.shape[1])
+        return PackedRows(codes, scale, zero, entry.bits, entry.group, entry.rows, entry.columns)

@@ -354,7 +354,8 @@ struct Shape {
 };
 
 Shape shape_of_x(const Tensor& x, const char* op) {
-    if (x.shape.size() != 3) fail(op, "x is " + text_of(x.shape) + ", expected [B,S,K]");
+    if (x.shape.size() == 2) return {1, x.shape[0], x.shape[1]};
+    if (x.shape.size() != 3) fail(op, "x is " + text_of(x.shape) + ", expected [B,S,K] or [S,K]");
     return {x.shape[0], x.shape[1], x.shape[2]};
 }
 
@@ -378,7 +379,9 @@ struct PackedMatMul {
         const Shape shape = shape_of_x(x, kName);
         const Matrix m = matrix(context, kName, 1, bits, group, shape.columns, panels_of(outputs));
         const Selection kept = selection(context, kName, 4, 5, shape.columns, shape.requests, shape.rows_of_a_request);
-        float* y = output(context, {shape.requests, shape.rows_of_a_request, outputs});
+        std::vector<int64_t> of_y = x.shape;
+        of_y.back() = outputs;
+        float* y = output(context, of_y);
         const Loan loan(pool);
         const Kernels& k = kernels();
         for (int64_t row = 0; row < shape.rows(); row += kManyRows) {

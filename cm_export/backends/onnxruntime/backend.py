@@ -22,15 +22,18 @@ import onnxruntime as ort
 from ...base import environment
 from ...base.errors import BundleError
 from ...bundle.names import core_row_names
+from ...bundle.packed import Packed
 from ...bundle.thresholds import SIDES
 from ...bundle.weights import WeightFile
-from ...families import Arrays
+from ...families import Arrays, Family, Shape
 from ...host.backend import Cache, Feeds, Graphs, Tokens
 from ...host.core_rows import CoreRows
 from ...host.core_set import CoreSet
+from ...plugins.cpu import library as native
 from ...quant.packing import blocks
 from ...recipe.recipe import Recipe
 from .lower import lower
+from .pack import Packing, gather_ffns
 
 Key = tuple[str, bool, bool]  # graph, rows as inputs, few rows
 
@@ -39,13 +42,28 @@ def open(bundle: Any, threads: int = 0, recipe: Recipe | None = None, graph: Gra
     """The sessions of an open bundle; `recipe` and `graph` replace its own, on the same weights."""
     chooses = (recipe or bundle.recipe).neurons.in_decode
     names = core_row_names(bundle.family, bundle.shape.layers)
-    return Backend(graph or bundle.graph, bundle.weights, threads, bundle.predictor if chooses else None, names)
+    low_bits = None
+    if bundle.packed is not None:
+        every_neuron = (recipe or bundle.recipe).neurons.policy == "dense"
+        low_bits = LowBits(bundle.packed, bundle.family, bundle.shape, every_neuron)
+    predictor = bundle.predictor if chooses else None
+    return Backend(graph or bundle.graph, bundle.weights, threads, predictor, names, low_bits)
 
 
 def _disabled() -> list[str]:
     """Before 1.26 this fusion makes products in float64, in which policies add up, for which there is no kernel."""
     version = tuple(int(part) for part in ort.__version__.split(".")[:2])
     return ["MatmulTransposeFusion"] if version < (1, 26) else []
+
+
+@dataclass(frozen=True)
+class LowBits:
+    """What a backend needs to multiply packed weights; see pack.Packing for `every_neuron`."""
+
+    packed: Packed
+    family: Family
+    shape: Shape
+    every_neuron: bool
 
 
 class Backend:
@@ -60,9 +78,13 @@ class Backend:
         threads: int = 0,
         predictor: WeightFile | None = None,
         row_names: list[tuple[str, str, str]] | None = None,
+        low_bits: LowBits | None = None,
     ):
         """`predictor`: the file of low-bit copies, where the decode graph reads one; `row_names`: see CoreRows."""
         self.notes = environment.threads_note(threads)
+        self._low_bits, self.native = low_bits, native.find() if low_bits else None
+        if low_bits and self.native is None:
+            self.notes.append(f"low-bit products run on ONNX Runtime's own: {native.why_missing()}")
         self.hardware: dict[str, str] = {}
         self._row_names, self.threads = row_names, environment.usable(threads)
         self._graph, self.weights, self.predictor = graph, weights, predictor
@@ -109,19 +131,22 @@ class Backend:
     def _load(self, graph: Path | onnx.ModelProto, key: Key) -> ort.InferenceSession:
         where = graph if isinstance(graph, Path) else "a graph made in memory"
         model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph
-        model = lower(model, rows_as_inputs=key[1], few_rows=key[2])
         options = ort.SessionOptions()
+        model, arrays = self._packed(model, key[0], options)
+        model = lower(model, rows_as_inputs=key[1], few_rows=key[2])
         # Left to itself, ONNX Runtime takes every core of the machine, also in a container that allows two.
         options.intra_op_num_threads = self.threads or environment.default_threads()
         options.log_severity_level = 3
         external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        external = [t for t in external if t.name not in arrays]
         missing = [t.name for t in external if t.name not in self.weights and t.name not in (self.predictor or ())]
         if missing:
             raise BundleError(f"the weight file has no {missing[0]}", where=where, fix="build the bundle again")
         for tensor in external:
             if tensor.name not in self._views:
                 self._views[tensor.name] = ort.OrtValue.ortvalue_from_numpy(self._view(tensor))
-        if any(t.name not in self.weights for t in external):
+        prepacks = bool(arrays) and self.native is None
+        if prepacks or any(t.name not in self.weights for t in external):
             # Low-bit copies are 100 times slower unless packed; what must not be packed becomes an input instead.
             external = self._bind(key, model, external)
         else:
@@ -131,6 +156,12 @@ class Backend:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.weights.path.parent)
         )
+        for tensor in (t for t in model.graph.initializer if t.name in arrays):
+            tensor.external_data[0].value = self.weights.path.name
+        for name, array in arrays.items():
+            if name not in self._views:
+                self._views[name] = ort.OrtValue.ortvalue_from_numpy(array)
+            options.add_initializer(name, self._views[name])
         for tensor in external:
             # What is given here is never looked for, but its path is checked all the same.
             tensor.external_data[0].value = self.weights.path.name
@@ -141,6 +172,19 @@ class Backend:
             )
         except Exception as e:
             raise BundleError(f"ONNX Runtime refuses the graph ({e})", where=where) from e
+
+    def _packed(self, model: onnx.ModelProto, name: str, options: ort.SessionOptions) -> tuple[onnx.ModelProto, Arrays]:
+        """The graph with packed products, and the arrays that they read."""
+        of = self._low_bits
+        if of is None:
+            return model, {}
+        if name in ("prefill_dense", "decode_dense") and of.packed.has_ffns:
+            model = gather_ffns(model, of.family, of.shape)
+        packing = Packing(model, of.packed, self.native is not None, of.every_neuron)
+        model = packing.run()
+        if self.native is not None and packing.arrays:
+            options.register_custom_ops_library(str(self.native))
+        return model, packing.arrays
 
     def _bind(self, key: Key, model: onnx.ModelProto, external: list) -> list[onnx.TensorProto]:
         """Make inputs of the initializers in the weight file; returns those that are left."""

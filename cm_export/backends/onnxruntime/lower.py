@@ -43,25 +43,25 @@ def lower(model: onnx.ModelProto, rows_as_inputs: bool, few_rows: bool = False) 
             nodes.append(node)
             continue
         if node.op_type == "CoreFFN" and len(node.input) == ACTIVE_INPUTS:
-            by_threshold = _attribute(node, "activation")
+            by_threshold = attribute(node, "activation")
             nodes.append(onnx.helper.make_node("CoreActive", node.input, node.output[:1], node.name, domain=DOMAIN))
             continue
         if node.op_type == "CoreLinear":
             nodes.append(onnx.helper.make_node("ActiveLinear", node.input, node.output, node.name, domain=DOMAIN))
             continue
         if chosen & set(node.input):
-            activation = _attribute(node, "activation")
+            activation = attribute(node, "activation")
             nodes.append(onnx.helper.make_node("CoreMasked", node.input, node.output[:1], node.name, domain=DOMAIN))
             continue
         indexed = node.op_type == "CoreFFN" and len(node.input) == 5
         # Words and blocks of neurons are for kernels that read them; here their own function runs.
-        as_it_stands = _attribute(node, "bits") or (_attribute(node, "block") or 1) > 1
+        as_it_stands = attribute(node, "bits") or (attribute(node, "block") or 1) > 1
         if node.op_type != "CoreFFN" or as_it_stands or (indexed and not rows_as_inputs):
             nodes.append(node)
             continue
-        activation, weights = _attribute(node, "activation"), list(node.input[1:4])
+        activation, weights = attribute(node, "activation"), list(node.input[1:4])
         if indexed:
-            layer = _attribute(node, "layer")
+            layer = attribute(node, "layer")
             shape = ["batch", f"core_neurons.{layer}", shapes[weights[0]][1]]  # each layer may have its own number
             weights = [f"ffn.{layer}.{part}" for part in ROWS]
             graph.input.extend(onnx.helper.make_tensor_value_info(w, onnx.TensorProto.FLOAT, shape) for w in weights)
@@ -85,14 +85,14 @@ def lower(model: onnx.ModelProto, rows_as_inputs: bool, few_rows: bool = False) 
 
 def _check_one_activation(graph: onnx.GraphProto) -> None:
     """Raises SurgeryError for layers of unlike activations: one function here stands for all of them."""
-    found = {node.name: _attribute(node, "activation") for node in graph.node if node.op_type == "CoreFFN"}
+    found = {node.name: attribute(node, "activation") for node in graph.node if node.op_type == "CoreFFN"}
     if len(set(found.values())) > 1:
         raise SurgeryError("CoreFFN nodes of several activations", where=f"{found}", fix="build the bundle again")
 
 
 def _core_rows(activation: str) -> onnx.FunctionProto:
     """CoreFFN over rows that are already gathered (or all rows): weights [K,D] or [B,K,D], neuron-major."""
-    return _function(f"""CoreRows (x, gate, up, down) => (y, z) {{
+    return local_function(f"""CoreRows (x, gate, up, down) => (y, z) {{
         gate_out = com.microsoft.FusedMatMul <transB = 1> (x, gate)
         up_out = com.microsoft.FusedMatMul <transB = 1> (x, up)
         {ACTIVATIONS[activation]}
@@ -103,7 +103,7 @@ def _core_rows(activation: str) -> onnx.FunctionProto:
 
 def _core_active(activation: str) -> onnx.FunctionProto:
     """CoreFFN in its form "active", whose own function would make a transposed copy of two weights."""
-    return _function(f"""CoreActive ({", ".join(inputs("active", 0))}) => (y) {{
+    return local_function(f"""CoreActive ({", ".join(inputs("active", 0))}) => (y) {{
         {above("x", "x_norm", "x_threshold", "x_kept")}
         gate_out = com.microsoft.FusedMatMul <transB = 1> (x_kept, w_gate)
         up_out = com.microsoft.FusedMatMul <transB = 1> (x_kept, w_up)
@@ -116,7 +116,7 @@ def _core_active(activation: str) -> onnx.FunctionProto:
 
 def _active_linear() -> onnx.FunctionProto:
     """CoreLinear without a transposed copy of its weight."""
-    return _function(f"""ActiveLinear (x, w, norm, threshold) => (y) {{
+    return local_function(f"""ActiveLinear (x, w, norm, threshold) => (y) {{
         {above("x", "norm", "threshold", "x_kept")}
         y = com.microsoft.FusedMatMul <transB = 1> (x_kept, w)
     }}""")
@@ -124,7 +124,7 @@ def _active_linear() -> onnx.FunctionProto:
 
 def _core_masked(activation: str) -> onnx.FunctionProto:
     """CoreFFN over every row, z of the rows that a token does not list being zero: ids [B,N,K], weights [F,D]."""
-    return _function(f"""CoreMasked (x, gate, up, down, ids) => (y) {{
+    return local_function(f"""CoreMasked (x, gate, up, down, ids) => (y) {{
         gate_out = com.microsoft.FusedMatMul <transB = 1> (x, gate)
         up_out = com.microsoft.FusedMatMul <transB = 1> (x, up)
         {ACTIVATIONS[activation]}
@@ -145,7 +145,7 @@ def _multiply_low_bits(model: onnx.ModelProto, activation: str) -> None:
     sizes = {t.name: list(t.dims) for t in model.graph.initializer}
     node = next(n for n in model.graph.node if n.op_type == "PredictNeurons")
     ffn, hidden = sizes[node.input[1]]
-    group = _attribute(node, "group")
+    group = attribute(node, "group")
     # accuracy_level 4 rounds x to int8 with a scale per group: less than what the 4 bits of the copies cost already.
     bits = f"com.microsoft.MatMulNBits <K = {hidden}, N = {ffn}, bits = 4, block_size = {group}, accuracy_level = 4>"
     body = f"""
@@ -154,14 +154,15 @@ def _multiply_low_bits(model: onnx.ModelProto, activation: str) -> None:
         {choose_text(activation, ascending=False)}"""
     inputs = "x, gate, gate_scale, up, up_scale, norm, count"
     known = next(f for f in model.functions if f.name == "PredictNeurons")
-    known.CopyFrom(_function(f"PredictNeurons <group, block> ({inputs}) => (core_neurons) {{ {body} }}"))
+    known.CopyFrom(local_function(f"PredictNeurons <group, block> ({inputs}) => (core_neurons) {{ {body} }}"))
     for tensor in model.graph.initializer:
         if tensor.data_type == onnx.TensorProto.INT4:
             tensor.data_type = onnx.TensorProto.UINT8
             tensor.dims[:] = [ffn, hidden // group, group // 2]
 
 
-def _function(text: str) -> onnx.FunctionProto:
+def local_function(text: str) -> onnx.FunctionProto:
+    """A function of ours that may call ONNX Runtime's own ops."""
     header = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}, "{_MICROSOFT}" : 1]> '
     return onnx.parser.parse_function(header + text)
 
@@ -170,7 +171,7 @@ def _fuse_transposes(nodes: list[onnx.NodeProto], weights: set[str], few_rows: b
     turned = {
         n.output[0]: n.input[0]
         for n in nodes
-        if n.op_type == "Transpose" and n.input[0] in weights and list(_attribute(n, "perm") or (1, 0)) == [1, 0]
+        if n.op_type == "Transpose" and n.input[0] in weights and list(attribute(n, "perm") or (1, 0)) == [1, 0]
     }
     out = []
     for node in nodes:
@@ -207,6 +208,7 @@ def names_read(node: onnx.NodeProto) -> set[str]:
     return set(node.input).union(*(names_read(inner) for body in bodies for inner in body.node))
 
 
-def _attribute(node: onnx.NodeProto, name: str) -> Any:
+def attribute(node: onnx.NodeProto, name: str) -> Any:
+    """An attribute's value, a text as str; None where the node has none of that name."""
     value = next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), None)
     return value.decode() if isinstance(value, bytes) else value

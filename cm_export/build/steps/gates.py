@@ -30,7 +30,18 @@ def _run(folder: Path, job: "Job", stages: "Stages") -> dict[str, Any]:
     )
     runner = Runner(UnderWay(job, stages), job.threads, backend=backend.name)  # whatever the bundle will run on
     found = drift.measure(runner, job.config, job.progress)
-    return {"gates": [g.to_dict() for g in [*results, *found.gates]], "drift": found.to_dict()}
+    results += found.gates()
+    state: dict[str, Any] = {"drift": found.to_dict()}
+    if job.recipe.weights.packs:
+        exact = Runner(UnderWay(job, stages, with_packed=False), job.threads, backend=backend.name)
+        rounded = drift.of_weights(exact, runner, job.config, job.progress)
+        results += rounded.gates("weights", "float32", job.recipe.weights.least_agreement)
+        state["weights_drift"] = rounded.to_dict()
+    return state | {"gates": [g.to_dict() for g in results]}
 
 
-STAGE = Stage("gates", ("weights", "graphs"), lambda job: {"threads": job.threads}, _run)
+def _inputs(job: "Job") -> dict[str, Any]:
+    return {"threads": job.threads, "least_agreement": job.recipe.weights.least_agreement}
+
+
+STAGE = Stage("gates", ("weights", "graphs", "measured", "packed"), _inputs, _run)

@@ -57,9 +57,7 @@ def _packed(
 
 def _planned(name: str, entry: Entry, zeros: bool, make: Any) -> list[Planned]:
     """The three tensors of an entry; whichever is written first makes all of them."""
-    width = [-(-n // rows.PANEL) * rows.PANEL for n in entry.outputs] if entry.padded else [sum(entry.outputs)]
-    columns = -(-sum(width) // rows.PANEL) * rows.PANEL
-    groups = -(-entry.inputs // entry.group)
+    columns, groups = entry.panels * rows.PANEL, entry.rows // entry.group
     shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {
         "codes": ((groups * entry.group, columns * entry.bits // 8), np.dtype("u1")),
         "scale": ((groups, columns), np.dtype("<f2")),

@@ -1,0 +1,218 @@
+"""Products whose weights are packed become the native library's, or, where it is missing, ONNX Runtime's own low-bit ones.
+
+MatMul, Gemm, CoreLinear over the weights of one entry, all reading x  ->  PackedMatMul(x, entry), Split
+CoreFFN(x, Wg, Wu, Wd_t[, norms and thresholds])                       ->  PackedFFN(x, ffn_in, ffn_out)
+                                               or, where z is read, too   PackedMatMul, Split, act, Mul, PackedMatMul
+
+without the library: x, channels below the threshold at 0 -> MatMulNBits on the same codes, in the order that it takes
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+
+from ...base.onnx_text import DOMAIN
+from ...bundle.packed import PARTS, Packed
+from ...families import Family, Shape
+from ...plugins.core_ffn.body import ACTIVATIONS
+from ...plugins.threshold import above
+from ...quant.rows import PANEL, unpack
+from ...surgery.edit import Edit
+from ...surgery.packable import is_plain_gemm
+from ...surgery.replace_ffn import replace_ffn
+from .lower import ACTIVE_INPUTS, attribute, local_function, names_read
+
+NATIVE = "com.cm_export.native"
+_TYPES = {"codes": onnx.TensorProto.UINT8, "scale": onnx.TensorProto.FLOAT16, "zero": onnx.TensorProto.UINT8}
+_MICROSOFT = "com.microsoft"
+
+
+def gather_ffns(model: onnx.ModelProto, family: Family, shape: Shape) -> onnx.ModelProto:
+    """A dense graph with each FFN as one CoreFFN, so that it can become one packed op as well."""
+    edit = Edit(model)
+    replace_ffn(edit, family, shape.layers, shape.activation, indexed=False)
+    return edit.export()
+
+
+class Packing:
+    """One graph under the knife. `every_neuron`: whether rows that core_neurons lists are all of them."""
+
+    def __init__(self, model: onnx.ModelProto, packed: Packed, native: bool, every_neuron: bool):
+        self.model, self.packed, self.native, self.every_neuron = model, packed, native, every_neuron
+        self.arrays: dict[str, np.ndarray] = {}  # what the session gets as initializers, besides views of the file
+        graph = model.graph
+        self._turned = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose"}
+        self._read = {name for node in graph.node for name in names_read(node)} | {o.name for o in graph.output}
+        self._nodes: list[onnx.NodeProto] = []
+        self._made: dict[tuple[str, str], dict[str, str]] = {}  # (entry, x) -> weight -> y
+        self._used: set[str] = set()
+        self._activations: set[str] = set()
+        self._constants: set[str] = set()
+
+    def run(self) -> onnx.ModelProto:
+        """Rewrite in place and return the model; initializers that nobody reads are left to `lower`."""
+        graph = self.model.graph
+        for node in graph.node:
+            if not self._replaced(node):
+                self._nodes.append(node)
+        del graph.node[:]
+        graph.node.extend(self._nodes)
+        if self._used:
+            if self.native:
+                self.model.opset_import.append(onnx.helper.make_opsetid(NATIVE, 1))
+            graph.initializer.extend(self._initializers())
+            graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(0, np.float32), "packed/none"))
+            self.model.functions.append(_kept())
+            self.model.functions.extend(_gated(name) for name in sorted(self._activations))
+        return self.model
+
+    def _replaced(self, node: onnx.NodeProto) -> bool:
+        """Whether the node has become others."""
+        if node.op_type == "CoreFFN":
+            return self._ffn(node)
+        entry = self._entry(node)
+        if entry is None:
+            return False
+        weight = self._weight(node)
+        key = (entry, node.input[0])
+        if key not in self._made:
+            limits = list(node.input[2:4]) if node.op_type == "CoreLinear" else []
+            self._made[key] = self._product(entry, node.input[0], limits)
+        y = self._made[key][weight]
+        if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]:
+            self._add("Add", [y, node.input[2]], [node.output[0]])
+        else:
+            self._add("Identity", [y], [node.output[0]])
+        return True
+
+    def _weight(self, node: onnx.NodeProto) -> str:
+        return self._turned.get(node.input[1], node.input[1])
+
+    def _entry(self, node: onnx.NodeProto) -> str | None:
+        """The entry of the weight that a product reads, if it is one and its weight is packed."""
+        if node.op_type == "CoreLinear" or (node.op_type == "Gemm" and is_plain_gemm(node)):
+            return self.packed.entry_of.get(node.input[1])
+        is_product = node.op_type == "MatMul" and node.input[1] in self._turned
+        return self.packed.entry_of.get(self._turned[node.input[1]]) if is_product else None
+
+    def _ffn(self, node: onnx.NodeProto) -> bool:
+        gate, _, down = node.input[1:4]
+        into, out = self.packed.entry_of.get(gate), self.packed.entry_of.get(down)
+        listed = len(node.input) == 5  # x, three weights, core_neurons
+        if into is None or out is None or (listed and not self.every_neuron):
+            return False
+        limits = list(node.input[4:]) if len(node.input) == ACTIVE_INPUTS else []
+        activation, (y, z) = attribute(node, "activation"), [*node.output, ""][:2]
+        if self.native and z not in self._read:
+            self._fused(node, into, out, limits, activation)
+            return True
+        x_norm, z_norm, x_threshold, z_threshold = limits or [""] * 4
+        both = self._product(into, node.input[0], [x_norm, x_threshold] if limits else [])
+        self._activations.add(activation)
+        gate_out, up_out = (both[w] for w in self.packed.entries[into].weights)
+        z = z or f"{node.name}/z"
+        self._add(f"Gated_{activation}", [gate_out, up_out], [z], domain=DOMAIN)
+        z_limits = [z_norm, z_threshold] if limits else []
+        self._add("Identity", [self._product(out, z, z_limits)[down]], [y])
+        return True
+
+    def _fused(self, node: onnx.NodeProto, into: str, out: str, limits: list[str], activation: str) -> None:
+        one, other = self.packed.entries[into], self.packed.entries[out]
+        self._used |= {into, out}
+        x_norm, z_norm, x_threshold, z_threshold = limits or ["packed/none"] * 4
+        parts = [f"{name}.{part}" for name in (into, out) for part in PARTS]
+        inputs = [node.input[0], *parts, x_norm, z_norm, x_threshold, z_threshold]
+        self._add("PackedFFN", inputs, [node.output[0]], domain=NATIVE, activation=activation, D=one.inputs,
+                  F=other.inputs, bits_in=one.bits, group_in=one.group, bits_out=other.bits, group_out=other.group)  # fmt: skip
+
+    def _product(self, name: str, x: str, limits: list[str]) -> dict[str, str]:
+        """x times an entry: the result for each of its weights, by the weight's name."""
+        entry = self.packed.entries[name]
+        self._used.add(name)
+        base = f"packed/{name}/{len(self._made)}/{len(self._nodes)}"
+        norm, threshold = limits or ["packed/none"] * 2
+        width = entry.columns
+        y = f"{base}/y"
+        if self.native:
+            inputs = [x, *(f"{name}.{part}" for part in PARTS), norm, threshold]
+            self._add("PackedMatMul", inputs, [y], domain=NATIVE, bits=entry.bits, group=entry.group, N=width)
+        else:
+            if limits:
+                x = self._add("Kept", [x, norm, threshold], [f"{base}/kept"], domain=DOMAIN)
+            inputs = [x, *(f"{name}.nbits.{part}" for part in ("codes", "scale", "zero"))]
+            # accuracy_level 4 rounds x to int8 with a scale per group, as the native kernel does.
+            self._add("MatMulNBits", inputs, [y], domain=_MICROSOFT, K=entry.inputs, N=width, bits=entry.bits,
+                      block_size=entry.group, accuracy_level=4)  # fmt: skip
+        if len(entry.outputs) == 1 and width == entry.outputs[0]:
+            return {entry.weights[0]: y}
+        out, begin = {}, 0
+        for weight, outputs in zip(entry.weights, entry.outputs, strict=True):
+            ends = [self._constant([n]) for n in (begin, begin + outputs, -1)]
+            out[weight] = self._add("Slice", [y, *ends], [f"{base}/{weight}"])
+            begin += -(-outputs // PANEL) * PANEL if entry.padded else outputs
+        return out
+
+    def _add(self, kind: str, inputs: list[str], outputs: list[str], **attributes: Any) -> str:
+        self._nodes.append(onnx.helper.make_node(kind, inputs, outputs, f"{outputs[0]}/{kind}", **attributes))
+        return outputs[0]
+
+    def _constant(self, values: list[int]) -> str:
+        name = f"packed/{values}"
+        if name not in self._constants:
+            self._constants.add(name)
+            self.model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(values, np.int64), name))
+        return name
+
+    def _initializers(self) -> Iterator[onnx.TensorProto]:
+        """Of every entry that is read: tensors of the file, or those made of them for MatMulNBits."""
+        for name in sorted(self._used):
+            if not self.native:
+                for part, array in _for_nbits(self.packed, name).items():
+                    self.arrays[f"{name}.nbits.{part}"] = array
+                    yield _external(f"{name}.nbits.{part}", array)
+                continue
+            for part in PARTS:
+                array = self.packed.file[f"{name}.{part}"]
+                self.arrays[f"{name}.{part}"] = array
+                yield _external(f"{name}.{part}", array)
+
+
+def _external(name: str, array: np.ndarray) -> onnx.TensorProto:
+    """An initializer that the session is given; its path is checked by ONNX Runtime and never read."""
+    kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+    out = onnx.TensorProto(name=name, dims=array.shape, data_type=kind, data_location=onnx.TensorProto.EXTERNAL)
+    out.external_data.add(key="location", value="packed.safetensors")
+    return out
+
+
+def _for_nbits(packed: Packed, name: str) -> dict[str, np.ndarray]:
+    """codes uint8 [N,K/g,g*bits/8], scale float32 [N*K/g], zero uint8 [N*K/g*bits/8 rounded up]: what MatMulNBits takes."""
+    stored = packed.rows(name)
+    codes, scale, zero = unpack(stored)
+    columns, group, bits = codes.shape[1], stored.group, stored.bits
+    grouped = np.ascontiguousarray(codes.T).reshape(columns, -1, group)
+    zeros = np.full(scale.shape, 1 << (bits - 1), np.uint8) if zero is None else zero
+    zeros = np.ascontiguousarray(zeros.T)
+    if bits == 4:
+        grouped = grouped[..., ::2] | grouped[..., 1::2] << 4
+        zeros = np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)), constant_values=8)
+        zeros = zeros[:, ::2] | zeros[:, 1::2] << 4
+    return {
+        "codes": np.ascontiguousarray(grouped),
+        "scale": np.ascontiguousarray(scale.T).astype(np.float32).ravel(),
+        "zero": zeros.ravel(),
+    }
+
+
+def _kept() -> onnx.FunctionProto:
+    return local_function(f"Kept (x, norm, threshold) => (x_kept) {{ {above('x', 'norm', 'threshold', 'x_kept')} }}")
+
+
+def _gated(activation: str) -> onnx.FunctionProto:
+    """z = act(gate) * up."""
+    return local_function(f"""Gated_{activation} (gate_out, up_out) => (z) {{
+        {ACTIVATIONS[activation]}
+        z = Mul (activated, up_out)
+    }}""")
