@@ -33,7 +33,15 @@ from cm_export.quant.rounding import Quantiser, least_squares, nearest, weighted
 from cm_export.quant.scheme import Scheme
 
 FILE_GROUP = 32  # of the 4-bit file that SmolLM2's weights come from
-KINDS = {"gate": "ffn", "up": "ffn", "down": "ffn", "q": "attention", "k": "attention", "v": "attention", "o": "attention"}
+KINDS = {
+    "gate": "ffn",
+    "up": "ffn",
+    "down": "ffn",
+    "q": "attention",
+    "k": "attention",
+    "v": "attention",
+    "o": "attention",
+}
 EIGHT = {"ffn": 8, "attention": 8, "head": 8}
 
 
@@ -117,7 +125,9 @@ class Rounding:
             if (scheme := way.scheme(product)) is None:
                 continue
             weight = self.dense[product.name]
-            product.module.weight.data.copy_(torch.from_numpy(rounded(weight.numpy(), scheme, way, self.inputs(product))))
+            product.module.weight.data.copy_(
+                torch.from_numpy(rounded(weight.numpy(), scheme, way, self.inputs(product)))
+            )
             bits, weights = bits + scheme.bits_per_weight * weight.numel(), weights + weight.numel()
             if way.inputs:
                 hooks.append(product.module.register_forward_pre_hook(lambda m, a: (in_8_bits(a[0], way.group),)))
@@ -258,7 +268,9 @@ class Answerer:
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         pads = "<|image_pad|>" * int(grid.prod() // self.images.merge_size**2)
-        ids = self.tokenizer(chat.replace("<|image_pad|>", pads), return_tensors="pt", add_special_tokens=False).input_ids
+        ids = self.tokenizer(
+            chat.replace("<|image_pad|>", pads), return_tensors="pt", add_special_tokens=False
+        ).input_ids
         out = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
