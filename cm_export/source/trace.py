@@ -5,7 +5,6 @@ takes half a gigabyte, and every weight keeps the name it has in the checkpoint.
 """
 
 import contextlib
-import gc
 import io
 import logging
 import warnings
@@ -133,7 +132,7 @@ def trace(spec: GraphSpec) -> onnx.ModelProto:
     body = spec.module.eval().requires_grad_(False)
     prefix = "model."  # of the attribute in which every wrapper holds transformers' model
     used = {n: p for n, p in body.named_parameters() if spec.reads(n.removeprefix(prefix))}
-    with torch.no_grad(), _quiet(), _rare_collections():
+    with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             _WeightsAsInputs(body),
             (),
@@ -188,17 +187,6 @@ def _strip(proto: onnx.ModelProto) -> None:
             del item.metadata_props[:]
             item.doc_string = ""
     proto.graph.name, proto.producer_name, proto.producer_version = "cm_export", "cm_export", ""
-
-
-@contextlib.contextmanager
-def _rare_collections():
-    """Tracing makes a hundred thousand objects that stay: looking through them again and again took a quarter of its time."""
-    before = gc.get_threshold()
-    gc.set_threshold(50_000, 20, 20)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 @contextlib.contextmanager
