@@ -1,12 +1,16 @@
 """Fixtures that are dear: one export per random configuration, one demo bundle built by the real command."""
 
+import functools
+import gc
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
+import shared
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -29,26 +33,40 @@ def _take_one_processor() -> None:
 _take_one_processor()
 
 
+# From half a minute up, the longest first. The first two need no bundle in common, for which one would wait for the other.
+LONGEST = (
+    "cli_e2e outside_family tensorrt_rtx kill files plugins_kernels tune generation turns plugins_library eval"
+    " tensorrt_batches text_only plugins_planted_bugs pack lowered calibration drift token_cuts bundle stages export"
+).split()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest comes first; last, it would keep one process busy while the others have no work left."""
-    items.sort(key=lambda item: item.path.name != "test_kill.py")
+    """The longest files come first; last, one would keep a process busy while the others have no work left.
+
+    pytest-xdist would begin with the files of most tests instead, hence --no-loadscope-reorder in the Makefile.
+    """
+    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not look through it again and again while graphs are traced."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_folder(tmp_path_factory) -> None:
+    shared.settle(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory):
+def exported():
     """seed -> Exported of a random configuration, made once."""
-    from random_models import Exported, random_checkpoint, random_config
+    from random_models import random_config, shared_export
 
-    made = {}
-
-    def export(seed: int) -> Exported:
-        if seed not in made:
-            folder = tmp_path_factory.mktemp(f"model{seed}")
-            (folder / "out").mkdir()
-            made[seed] = Exported(random_checkpoint(random_config(seed), folder / "checkpoint", seed), folder / "out")
-        return made[seed]
-
-    return export
+    return functools.cache(lambda seed: shared_export(f"model{seed}", random_config(seed), seed))
 
 
 def cm_export(*args: object, timeout: float = 600, **kwargs) -> subprocess.CompletedProcess:
@@ -70,13 +88,17 @@ def session(leader: int) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def bare_checkpoint(tmp_path_factory) -> Path:
+def bare_checkpoint() -> Path:
     """A random checkpoint of two layers and nothing besides: no tokenizer, no chat template, no picture rules."""
-    from random_models import random_checkpoint, random_config
 
-    config = random_config(0)
-    assert config["text_config"]["num_hidden_layers"] == 2
-    return random_checkpoint(config, tmp_path_factory.mktemp("bare") / "model")
+    def make(folder: Path) -> None:
+        from random_models import random_checkpoint, random_config
+
+        config = random_config(0)
+        assert config["text_config"]["num_hidden_layers"] == 2
+        random_checkpoint(config, folder / "model")
+
+    return shared.once("bare_checkpoint", make) / "model"
 
 
 def built(out: Path, *options: object, **how) -> Path:
@@ -86,31 +108,39 @@ def built(out: Path, *options: object, **how) -> Path:
     return out
 
 
+def take_stages(bundle: Path, out: Path) -> None:
+    """A build to `out` goes on from what `bundle` was built of; the stages that its choices concern are made anew."""
+    shutil.copytree(bundle.with_name(f".{bundle.name}.stages"), out.with_name(f".{out.name}.stages"))
+
+
 @pytest.fixture(scope="session")
-def bare_bundle(bare_checkpoint, tmp_path_factory) -> Path:
+def bare_bundle(bare_checkpoint) -> Path:
     """That checkpoint built on one thread: repeatable to the byte. Its stages lie beside it."""
     options = ["--model", bare_checkpoint, "--neurons", "griffin", "--prune-layer", "1"]
-    return built(tmp_path_factory.mktemp("bare") / "x.plan", *options, env=ONE_THREAD)
+    return shared.once("bare", lambda here: built(here / "x.plan", *options, env=ONE_THREAD)) / "x.plan"
 
 
 @pytest.fixture(scope="session")
-def demo_bundle(tmp_path_factory) -> Path:
-    """The demo model built by `cm-export build --recipe demo`."""
-    return built(tmp_path_factory.mktemp("demo") / "demo.plan", "--recipe", "demo")
+def demo_bundle() -> Path:
+    """The demo model built by `cm-export build --recipe demo`. Its stages lie beside it."""
+    return shared.once("demo", lambda here: built(here / "demo.plan", "--recipe", "demo")) / "demo.plan"
 
 
 @pytest.fixture(scope="session")
-def first_look(tmp_path_factory) -> Path:
+def first_look() -> Path:
     """The bundle of `make demo`."""
-    return built(tmp_path_factory.mktemp("first") / "demo.plan", "--recipe", "first-look")
+    return shared.once("first_look", lambda here: built(here / "demo.plan", "--recipe", "first-look")) / "demo.plan"
 
 
 @pytest.fixture(scope="session")
-def whole_bundle(demo_bundle, tmp_path_factory) -> Path:
+def whole_bundle(demo_bundle) -> Path:
     """The same with a cache that stays whole, for the guard and for later questions; traced and loaded once for both."""
-    work = demo_bundle.with_name(f".{demo_bundle.name}.stages")
-    out = tmp_path_factory.mktemp("whole") / "demo.plan"
-    return built(out, "--recipe", "demo", "--token-cache", "index", "--work-dir", work)
+
+    def make(folder: Path) -> None:
+        take_stages(demo_bundle, folder / "demo.plan")
+        built(folder / "demo.plan", "--recipe", "demo", "--token-cache", "index")
+
+    return shared.once("whole", make) / "demo.plan"
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ import functools
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
+import shared
 from cm_export.plugins.build import SOURCES, compile_library, fetch_headers
 
 CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
@@ -19,16 +19,14 @@ CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 
 @functools.cache
 def folder() -> Path:
-    """Of this test run; the builds in it are shared by all test files."""
-    made = tempfile.TemporaryDirectory(prefix="cm-plugins-")
-    folder.kept = made  # removed when the process ends
-    return Path(made.name)
+    """Of the changed libraries of this process."""
+    return shared.own("plugins")
 
 
 @functools.cache
 def headers() -> Path:
     given = os.environ.get("TENSORRT_INCLUDE")
-    return Path(given) if given else fetch_headers(folder() / "headers")
+    return Path(given) if given else next(shared.once("plugin_headers", fetch_headers).glob("tensorrt-headers"))
 
 
 def need_cuda_headers() -> None:
@@ -45,7 +43,7 @@ def need_nvcc() -> None:
 def emulated() -> Path:
     """libcm_plugins_emulated.so, with libcm_harness.so beside it."""
     need_cuda_headers()
-    out = compile_library(folder() / "emulated", headers(), emulate=True, harness=True)
+    out = shared.once("plugins_emulated", lambda here: compile_library(here, headers(), emulate=True, harness=True))
     return out / "libcm_plugins_emulated.so"
 
 
@@ -53,7 +51,11 @@ def emulated() -> Path:
 def real() -> Path:
     """libcm_plugins.so for one architecture, with libcm_harness.so beside it."""
     need_nvcc()
-    return compile_library(folder() / "real", headers(), harness=True, architectures="90-real") / "libcm_plugins.so"
+
+    def make(here: Path) -> None:
+        compile_library(here, headers(), harness=True, architectures="90-real")
+
+    return shared.once("plugins_real", make) / "libcm_plugins.so"
 
 
 def changed(

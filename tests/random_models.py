@@ -2,13 +2,15 @@
 
 import json
 import random
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import shared
 import torch
 import transformers
 
@@ -130,6 +132,7 @@ class Exported:
     path: Path
     folder: Path
     family: Family = family
+    traced: Callable[[], Path] | None = None  # makes a folder of the dense graphs, or finds it
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -156,6 +159,12 @@ class Exported:
 
     @cached_property
     def dense(self) -> dict[str, onnx.ModelProto]:
+        if self.traced is None:
+            return self.trace()
+        folder = self.traced()
+        return {name: onnx.load(folder / f"{name}.onnx", load_external_data=False) for name in self.shape.traced}
+
+    def trace(self) -> dict[str, onnx.ModelProto]:
         skeleton = hf.skeleton(self.path, self.family)
         out = {}
         for spec in trace.specs(skeleton, self.family, self.config):
@@ -176,6 +185,18 @@ class Exported:
         graphs = self.graphs(recipe or Recipe(), calibration)
         rows = core_row_names(self.family, self.shape.layers)
         return Backend(lambda n: copy(graphs[n]), self.weights, threads=1, row_names=rows)
+
+
+def shared_export(name: str, config: dict[str, Any], seed: int) -> Exported:
+    """One checkpoint and one trace of it for all processes of a test run."""
+    path = shared.once(name, lambda here: random_checkpoint(config, here / "checkpoint", seed)) / "checkpoint"
+    x = Exported(path, shared.own(name), families.find(config.get("model_type", "qwen2_vl")))
+
+    def save(folder: Path) -> None:
+        for graph, model in x.trace().items():
+            (folder / f"{graph}.onnx").write_bytes(model.SerializeToString())
+
+    return replace(x, traced=lambda: shared.once(f"{name}.graphs", save))
 
 
 def copy(proto: onnx.ModelProto) -> onnx.ModelProto:

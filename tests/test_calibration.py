@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ONE_THREAD, cm_export
+from conftest import ONE_THREAD, cm_export, take_stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -119,6 +119,7 @@ def test_a_policy_that_needs_a_calibration_says_so(bare_checkpoint, tmp_path):
 def test_a_build_with_everything_calibrated_is_proved_and_answers(measured, bare_bundle, bare_checkpoint, tmp_path):
     """glass, fill, layer budgets and blocks in one bundle: gates pass, the weights are the checkpoint's, reordered."""
     out = tmp_path / "x.plan"
+    take_stages(bare_bundle, out)
     options = ["--calibration", measured[0], "--neurons", "glass", "--fill", "prompt", "--neuron-layers", "calibrated"]
     options += ["--neuron-block", "8", "--neuron-share", "0.5", "--prune-layer", "1", "--threads", "1", "--out", out]
     done = cm_export("build", "--model", bare_checkpoint, *options, "--json", env=ONE_THREAD)

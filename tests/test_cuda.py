@@ -40,7 +40,7 @@ def exercise(cuda: Cuda) -> None:
     cuda.download(device.address + 256, found)
     cuda.wait()
     assert found.ravel().tolist() == [77, *range(1, 12)]
-    cuda.forget(graph)
+    del graph
     with pytest.raises(CmExportError, match="cannot be recorded"):
         cuda.record(lambda: False)
 

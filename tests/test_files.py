@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ONE_THREAD, cm_export
+from conftest import ONE_THREAD, cm_export, take_stages
 from random_models import random_checkpoint, random_config
 
 from cm_export.base import atomic, disk, lock
@@ -164,8 +164,9 @@ def test_a_bundle_of_links_is_replaced_by_one_of_files(bare_checkpoint, place):
     Bundle(place).wait_verified()
 
 
-def test_an_out_that_is_a_link_stays_one_and_what_it_leads_to_is_built(bare_checkpoint, tmp_path):
+def test_an_out_that_is_a_link_stays_one_and_what_it_leads_to_is_built(bare_bundle, bare_checkpoint, tmp_path):
     (tmp_path / "large").mkdir()
+    take_stages(bare_bundle, tmp_path / "large" / "x.plan")
     (tmp_path / "x.plan").symlink_to("large/x.plan")  # there is nothing behind it yet
     first = builds.build(str(bare_checkpoint), tmp_path / "x.plan", CUT)
     again = builds.build(str(bare_checkpoint), tmp_path / "x.plan", CUT)

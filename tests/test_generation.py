@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import cm_export
+from conftest import cm_export, take_stages
 from random_models import IMAGE, Exported, patch_grids, prompt, random_checkpoint, random_text_config, request_of
 from test_batch import runner_of
 from test_export import picture_feeds
@@ -214,13 +214,14 @@ SHIPPED = {
 
 
 @pytest.fixture(scope="module")
-def penalised(tmp_path_factory):
+def penalised(demo_bundle, tmp_path_factory):
     """(checkpoint, bundle, what build printed): the demo with settings as Qwen2-VL ships them."""
     folder = tmp_path_factory.mktemp("penalised")
     path = shutil.copytree(DEMO, folder / "checkpoint")
     config = json.loads((path / "config.json").read_text())
     eos = config["text_config"]["eos_token_id"]
     (path / "generation_config.json").write_text(json.dumps(SHIPPED | {"eos_token_id": [eos, 1]}))
+    take_stages(demo_bundle, folder / "p.plan")  # the same network, traced already
     done = cm_export("build", "--recipe", "demo", "--model", path, "--out", folder / "p.plan", "--token-cache", "index")
     assert done.returncode == 0, done.stderr
     return path, folder / "p.plan", done.stdout

@@ -231,10 +231,15 @@ def with_echo(family):
     return Echo()
 
 
-def test_further_outputs_of_a_tower_reach_the_layers_that_add_them(llava, tmp_path):
+@pytest.fixture(scope="module")
+def echo(llava, tmp_path_factory):
+    """The same checkpoint, exported by that family."""
+    return Exported(llava.path, tmp_path_factory.mktemp("echo"), with_echo(llava.family))
+
+
+def test_further_outputs_of_a_tower_reach_the_layers_that_add_them(echo):
     """Prefill with a second vision output = transformers with the same sum after its first layer; and the cut after it."""
-    (tmp_path / "out").mkdir()
-    x = Exported(llava.path, tmp_path / "out", with_echo(llava.family))
+    x = echo
     recipe = Recipe().replace(tokens__policy="attention", tokens__prune_layer=1, tokens__share=0.5)
     backend = x.backend(recipe)
     ids, pictures, request = prompt(x, LAYOUTS[2], np.random.default_rng(6), backend)
@@ -258,9 +263,8 @@ def test_further_outputs_of_a_tower_reach_the_layers_that_add_them(llava, tmp_pa
     assert cut["kept_tokens"].shape[1] < request.tokens and np.isfinite(cut["logits"]).all()
 
 
-def test_a_prompt_without_pictures_gives_prefill_no_further_rows_but_zeros(llava, tmp_path):
-    (tmp_path / "out").mkdir()
-    x = Exported(llava.path, tmp_path / "out", with_echo(llava.family))
+def test_a_prompt_without_pictures_gives_prefill_no_further_rows_but_zeros(echo):
+    x = echo
     runner = runner_of(x, Recipe())
     ids = np.array([7, 8, 9, 10])
     prefilled = runner.prefill(runner.request(ids, Pictures()), Budget(dense=True))

@@ -4,6 +4,7 @@ The library is fake_tensorrt, which computes with ONNX Runtime on the addresses 
 fake_cuda, whose memory is full of nan and whose work runs when somebody waits. So what is proven is everything on our side.
 """
 
+import gc
 import json
 import re
 import sys
@@ -175,6 +176,18 @@ def test_decode_replays_a_graph_for_each_side_of_the_cache(sit):
         logits_of(engines_of(at), list(range(5, 5 + steps)))
         assert at.cuda._log.count("cudaStreamBeginCapture") == graphs
         assert at.cuda._log.count("cudaGraphLaunch") == steps - graphs
+
+
+def test_a_model_that_nobody_holds_any_more_leaves_neither_graphs_nor_memory_on_the_device(sit):
+    at = sit("10.3.0", engine__precision="fp32")
+    gc.collect()
+    assert at.cuda._graphs == at.cuda._device == {}
+    model = engines_of(at)
+    ask(model)
+    assert at.cuda._graphs and at.cuda._device
+    del model
+    gc.collect()
+    assert at.cuda._graphs == at.cuda._device == at.cuda._pinned == {}
 
 
 def test_without_graphs_the_answer_is_the_same_and_the_user_is_told(sit):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ONE_THREAD, cm_export
 from fake_jetson import Jetson
-from random_models import Exported, random_checkpoint, random_text_config, request_of
+from random_models import Exported, random_checkpoint, random_text_config, request_of, shared_export
 from stepping import Decoder, every_row, gatherer, prefill, step_feeds
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tolerances import agrees
@@ -45,14 +45,11 @@ STEPS = 8
 
 
 @pytest.fixture(scope="module", params=CASES)
-def x(request, tmp_path_factory) -> Exported:
+def x(request) -> Exported:
     model_type, fixed = CASES[request.param]
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "out").mkdir()
     config = random_text_config(model_type, 7, num_hidden_layers=2, **fixed)
     assert config["num_attention_heads"] > config["num_key_value_heads"] > 1
-    path = random_checkpoint(config, folder / "checkpoint", 7)
-    return Exported(path, folder / "out", families.find(model_type))
+    return shared_export(f"text_{model_type}", config, 7)
 
 
 def words(x, n, seed=0):

@@ -108,7 +108,7 @@ class Cuda:
         """Return when everything that was enqueued is done."""
         self.call("cudaStreamSynchronize", self.stream)
 
-    def record(self, work: Any) -> Any:
+    def record(self, work: Any) -> "Recording":
         """A graph of what `work()` enqueues, for `replay`; nothing runs now. Raises CmExportError, also if work returns False."""
         self.call(
             "cudaStreamBeginCapture", self.stream, self.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
@@ -120,17 +120,13 @@ class Cuda:
         try:
             if not done:
                 raise CmExportError("the work cannot be recorded", where="CUDA: stream capture")
-            return self.call("cudaGraphInstantiate", graph, 0)
+            return Recording(self, self.call("cudaGraphInstantiate", graph, 0))
         finally:
             self.call("cudaGraphDestroy", graph)
 
-    def replay(self, graph: Any) -> None:
+    def replay(self, recording: "Recording") -> None:
         """Run a recorded graph."""
-        self.call("cudaGraphLaunch", graph, self.stream)
-
-    def forget(self, graph: Any) -> None:
-        """Free a recorded graph."""
-        self.call("cudaGraphExecDestroy", graph)
+        self.call("cudaGraphLaunch", recording.graph, self.stream)
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -145,6 +141,14 @@ def one_at_a_time(method: _Method) -> _Method:
             return method(self, *args, **kwargs)
 
     return locked  # type: ignore[return-value]  # the same signature
+
+
+class Recording:
+    """A recorded graph, freed with this object."""
+
+    def __init__(self, cuda: Cuda, graph: Any):
+        self.graph = graph
+        weakref.finalize(self, cuda.runtime.cudaGraphExecDestroy, graph)
 
 
 class Buffer:

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from ...base.errors import BundleError, CmExportError, InputError
-from .cuda import Buffer, Buffers, Cuda
+from .cuda import Buffer, Buffers, Cuda, Recording
 
 _DTYPES = {
     "FLOAT": np.float32,
@@ -116,7 +116,7 @@ class Session:
         self._addresses: dict[str, int] = {}
         self._host: dict[str, np.ndarray] = {}
         # key -> recorded graph, or None after one plain run; None as a whole: nothing can be recorded here
-        self._graphs: dict[Any, Any] | None = {}
+        self._graphs: dict[Any, Recording | None] | None = {}
         self._inferred = False  # whether the outputs' shapes are known under the inputs' shapes
         self.stamp = 0
 
@@ -249,9 +249,6 @@ class Session:
 
     def forget(self) -> None:
         """Free the recorded graphs."""
-        for graph in (self._graphs or {}).values():
-            if graph is not None:
-                self.cuda.forget(graph)
         if self._graphs is not None:
             self._graphs = {}
 
