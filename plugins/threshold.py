@@ -6,6 +6,8 @@ A NaN is below nothing, so it stays and is seen in the result; a threshold of 0 
 Sources: TEAL (arXiv 2408.14690), WINA (arXiv 2505.19427) and CATS (arXiv 2404.08763), each for one side of a product.
 """
 
+import numpy as np
+
 
 def above(values: str, norm: str, threshold: str, out: str) -> str:
     """ONNX text that writes `out` from values [B,S,N], norm [N] and threshold [B,1]; names begin with that of the values."""
@@ -18,3 +20,19 @@ def above(values: str, norm: str, threshold: str, out: str) -> str:
         {values}_zero_f32 = Constant <value_float = 0.0> ()
         {values}_zero = CastLike ({values}_zero_f32, {values})
         {out} = Where ({values}_is_low, {values}_zero, {values})"""
+
+
+def between(weights: np.ndarray, kept: float) -> np.ndarray:
+    """[B,1]: thresholds that about a share `kept` of each request's weights [B,S,N] is above, in the widest gap nearby.
+
+    Float16 computes z to a thousandth, so a threshold close to a value would keep it in one place and not in another.
+    """
+    out = np.zeros((len(weights), 1))
+    for b, of_request in enumerate(weights):
+        ordered = np.sort(of_request.ravel())
+        at = round((1 - kept) * len(ordered))
+        near = range(max(1, at - 6), min(len(ordered), at + 7))
+        if 0 < at < len(ordered):
+            best = max(near, key=lambda i: ordered[i] / max(ordered[i - 1], 1e-9) if ordered[i - 1] else 0.0)
+            out[b] = (ordered[best - 1] + ordered[best]) / 2
+    return out

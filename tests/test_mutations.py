@@ -472,7 +472,9 @@ def engine_without_plugin(planted):
 def _asking(planted, decoded):
     """Dense and guarded tokens of one request; `decoded(graph, logits)` is what the decode graphs are made to say."""
     x = planted.x
-    bundle = SimpleNamespace(weights=x.weights, family=x.family, shape=x.shape, config=x.config, calibration=None)
+    bundle = SimpleNamespace(
+        weights=x.weights, family=x.family, shape=x.shape, config=x.config, calibration=None, packed=None
+    )
     runner = Runner(bundle, 1, RECIPE, lambda name: copy(planted.graphs[name]))
     asked = request(x, 5)
     dense = list(runner.tokens(runner.prefill(asked, Budget(dense=True)), 12, frozenset()))

@@ -502,7 +502,9 @@ def growth(kind: str, bundle: str) -> int:
 
     def resident() -> int:
         gc.collect()
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # what the C library keeps for later differs from run to run
+        trim = getattr(
+            ctypes.CDLL(None), "malloc_trim", None
+        )  # what the C library keeps for later differs from run to run
         if trim is not None:
             trim(0)
         return psutil.Process().memory_info().rss

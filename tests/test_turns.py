@@ -35,7 +35,9 @@ seeds = pytest.mark.parametrize("seed", [1, 2, 3])
 def runner_of(x, recipe):
     """The real runner over a random checkpoint's graphs."""
     graphs = x.graphs(recipe)
-    bundle = SimpleNamespace(weights=x.weights, family=x.family, shape=x.shape, config=x.config, calibration=None)
+    bundle = SimpleNamespace(
+        weights=x.weights, family=x.family, shape=x.shape, config=x.config, calibration=None, packed=None
+    )
     return Runner(bundle, 1, recipe, lambda name: copy(graphs[name]))
 
 

@@ -44,7 +44,7 @@ class Neurons:
     )
     share: float = option(0.6, "--neuron-share", "Share of FFN neurons that decode computes", share=True)
     rest_share: float = option(
-        0.8,
+        0.9,
         "--rest-share",
         "Share of the weights of attention's products and of the head that decode reads (active)",
         share=True,

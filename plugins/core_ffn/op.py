@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from ..contract import Arrays, Op
+from ..threshold import between
 from .body import ACTIVATIONS, FORMS, LIMITS, LISTED, SCALES, WEIGHTS, function
 from .pack import quantize
 
@@ -158,28 +159,12 @@ class Case:
         """Norms, and thresholds that K of F neurons (and as large a share of the channels) are above, no value at the limit."""
         out = {"x_norm": np.ones(self.D, self.dtype), "z_norm": rng.uniform(0.5, 2, self.F).astype(self.dtype)}
         kept = self.K / self.F
-        out["x_threshold"] = _between(np.abs(feeds["x"].astype(np.float64)), kept).astype(self.dtype)
+        out["x_threshold"] = between(np.abs(feeds["x"].astype(np.float64)), kept).astype(self.dtype)
         x = _without_low(feeds["x"].astype(np.float64), out["x_norm"], out["x_threshold"])
         w_gate, w_up = (feeds[n].astype(np.float64) for n in WEIGHTS[:2])
         z = MEANINGS[self.activation](np.einsum("bsd,fd->bsf", x, w_gate)) * np.einsum("bsd,fd->bsf", x, w_up)
-        out["z_threshold"] = _between(np.abs(z) * out["z_norm"], kept).astype(self.dtype)
+        out["z_threshold"] = between(np.abs(z) * out["z_norm"], kept).astype(self.dtype)
         return out
-
-
-def _between(weights: np.ndarray, kept: float) -> np.ndarray:
-    """[B,1]: thresholds that about a share `kept` of each request's weights [B,S,N] is above, in the widest gap nearby.
-
-    Float16 computes z to a thousandth, so a threshold close to a value would keep it in one place and not in another.
-    """
-    out = np.zeros((len(weights), 1))
-    for b, of_request in enumerate(weights):
-        ordered = np.sort(of_request.ravel())
-        at = round((1 - kept) * len(ordered))
-        near = range(max(1, at - 6), min(len(ordered), at + 7))
-        if 0 < at < len(ordered):
-            best = max(near, key=lambda i: ordered[i] / max(ordered[i - 1], 1e-9) if ordered[i - 1] else 0.0)
-            out[b] = (ordered[best - 1] + ordered[best]) / 2
-    return out
 
 
 _SIZES = (

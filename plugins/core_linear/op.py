@@ -18,7 +18,7 @@ import onnx
 from cm_export.base.onnx_text import function as parse
 
 from ..contract import Arrays, Op, declared
-from ..threshold import above
+from ..threshold import above, between
 
 
 def function() -> onnx.FunctionProto:
@@ -69,9 +69,9 @@ class Case:
         x = rng.standard_normal((self.B, self.S, self.D))
         norm = rng.uniform(0.5, 2, self.D)
         weights = np.abs(x).astype(self.dtype) * norm.astype(self.dtype)
-        threshold = np.quantile(weights.reshape(self.B, -1).astype(np.float64), 1 - self.kept, axis=1, keepdims=True)
+        threshold = between(weights.astype(np.float64), self.kept) if self.kept else np.full((self.B, 1), 1e4)
         w = rng.standard_normal((self.N, self.D)) * self.D**-0.5
-        feeds = {"x": x, "w": w, "norm": norm, "threshold": threshold if self.kept < 1 else 0 * threshold}
+        feeds = {"x": x, "w": w, "norm": norm, "threshold": threshold}
         return {name: array.astype(self.dtype) for name, array in feeds.items()}
 
 
