@@ -148,7 +148,7 @@ class Backend:
         prepacks = bool(arrays) and self.native is None
         if prepacks or any(t.name not in self.weights for t in external):
             # Low-bit copies are 100 times slower unless packed; what must not be packed becomes an input instead.
-            external = self._bind(key, model, external)
+            external = [t for t in self._bind(key, model, external) if t.name not in arrays]
         else:
             # Prepacking would copy every weight into anonymous memory, once per session.
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -207,9 +207,7 @@ class Backend:
 
     def vision(self, feeds: Feeds) -> Arrays:
         """Every output of the vision graph."""
-        session = self.session("vision")
-        names = [o.name for o in session.get_outputs()]
-        return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+        return {name: value.numpy() for name, value in self.outputs("vision", feeds, {}).items()}
 
     def prefill(self, feeds: Feeds, graph: str = "prefill") -> tuple[Arrays, Rows]:
         """A prefill graph's outputs, and its cache."""
@@ -230,6 +228,7 @@ class Backend:
     def outputs(self, graph: str, feeds: Feeds, values: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
         """Every output of a graph, where ONNX Runtime put it."""
         session = self.session(graph)
+        values = {**values, **self.bound(graph)}
         binding = session.io_binding()
         for i in session.get_inputs():
             if i.name in values:

@@ -1,0 +1,235 @@
+"""Low-bit weights on ONNX Runtime: one packed copy serves every graph, natively or by ONNX Runtime's own products."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import shared
+from cm_export.plugins.cpu import library
+from conftest import built, cm_export, take_stages
+from tolerances import agrees
+
+from cm_export.backends.onnxruntime import pack
+from cm_export.base.errors import BundleError, InputError
+from cm_export.bundle.bundle import Bundle
+from cm_export.bundle.packed import FILE, Entry
+from cm_export.evals.tasks import easy_vqa
+from cm_export.host.decode import Reader
+from cm_export.host.images import open_image
+from cm_export.host.runner import Budget, Runner
+from cm_export.quant import rows
+from cm_export.recipe.recipe import from_dict
+from cm_export.recipe.stored import StoredWeights
+from cm_export.surgery.packable import entries, is_plain_gemm
+
+IDS = [5, 9, 12, 4, 20]
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def low(request, demo_bundle):
+    def make(folder):
+        take_stages(demo_bundle, folder / "low.plan")
+        built(folder / "low.plan", "--model", "demo", "--neurons", "dense", "--weights", request.param)
+
+    return Bundle(shared.once(f"low_{request.param}", make) / "low.plan")
+
+
+class Rounded:
+    """A weight file whose packed weights are the numbers that their codes stand for: what products of them must give."""
+
+    def __init__(self, bundle):
+        self.path, self.tensors, self._file = bundle.weights.path, bundle.weights.tensors, bundle.weights
+        self._own = {}
+        for name, entry in bundle.packed.entries.items():
+            whole, begin = rows.numbers(bundle.packed.rows(name)), 0
+            for weight, outputs in zip(entry.weights, entry.outputs, strict=True):
+                part = whole[: entry.inputs, begin : begin + outputs]
+                self._own[weight] = np.ascontiguousarray(part.T if entry.turned else part)
+                begin += -(-outputs // rows.PANEL) * rows.PANEL if entry.padded else outputs
+
+    def __getitem__(self, name):
+        return self._own.get(name, self._file[name])
+
+    def __contains__(self, name):
+        return name in self._file
+
+    def release(self):
+        pass
+
+
+def logits(runner, asked, graph="decode_dense"):
+    """Of the prompt's last token, and of IDS read at once and one by one after it."""
+    prefilled = runner.prefill(asked, Budget(dense=graph == "decode_dense"))
+    together, single = (prefilled.row(graph=graph, listed=None) for _ in range(2))
+    Reader(runner.backend).read([together], [IDS])
+    for token in IDS:
+        Reader(runner.backend).read([single], [[token]])
+    return np.concatenate([prefilled.logits, together.logits, single.logits[None]])
+
+
+def asked_of(runner):
+    question = easy_vqa.questions("sentence")[40]
+    return runner.ask(question.text, runner.see([open_image(question.pictures[0])]))
+
+
+def exact(bundle, monkeypatch):
+    """A runner over the same graphs in float32, with the numbers that the packed codes stand for."""
+    runner = Runner(bundle, 1)
+    monkeypatch.setattr(runner.backend, "_low_bits", None)
+    monkeypatch.setattr(runner.backend, "weights", Rounded(bundle))
+    return runner
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_products_are_those_of_the_stored_numbers(low, native, monkeypatch):
+    """In the tower, prefill, and decode of one and of several tokens; x is rounded to 8 bits, which is all that differs."""
+    if native and library.find() is None:
+        pytest.skip("no native library: there is no compiler")
+    if not native:
+        monkeypatch.setattr(library, "find", lambda: None)
+    runner, reference = Runner(low, 1), exact(low, monkeypatch)
+    assert (runner.backend.native is not None) == native
+    if not native:
+        assert "low-bit products run on ONNX Runtime's own" in runner.backend.notes[-1]
+    ours, theirs = (logits(r, asked_of(r)) for r in (runner, reference))
+    agrees("rounded x", ours / np.abs(theirs).max(), theirs / np.abs(theirs).max())
+    assert not np.array_equal(ours, theirs)
+    plain = Runner(low, 1)
+    monkeypatch.setattr(plain.backend, "_low_bits", None)
+    assert (
+        np.abs(logits(plain, asked_of(plain)) - theirs).max() > 1e-3 * np.abs(theirs).max()
+    )  # rounding does something
+
+
+def test_every_product_of_every_graph_is_packed(low):
+    for name in ("vision", "prefill_dense", "decode_dense", "prefill", "decode"):
+        model = onnx.load(low.graph(name), load_external_data=False)
+        if name.endswith("dense"):
+            model = pack.gather_ffns(model, low.family, low.shape)
+        found = pack.Packing(model, low.packed, True, True).run()
+        left = {t.name for t in found.graph.initializer} & set(low.packed.entry_of)
+        read = {i for n in found.graph.node for i in n.input}
+        turned = {n.output[0] for n in found.graph.node if n.op_type == "Transpose" and n.input[0] in left}
+        assert not {w for w in left if w in read} - {n.input[0] for n in found.graph.node if n.op_type == "Transpose"}
+        assert not turned & {i for n in found.graph.node if n.op_type != "Transpose" for i in n.input}
+        assert {n.op_type for n in found.graph.node} & {"PackedMatMul", "PackedFFN"}
+
+
+def test_entries_hold_every_weight_of_the_products(low, demo_bundle):
+    bundle = Bundle(demo_bundle)
+    graphs = [onnx.load(bundle.graph(n), load_external_data=False) for n in ("decode_dense", "vision")]
+    found = entries(*graphs, bundle.weights, bundle.family, bundle.shape, StoredWeights(precision="int8"))
+    assert {n.partition(".")[0] for n in found} == {"layers", "head", "vision"}
+    assert sum(n.startswith("layers.") for n in found) == 4 * bundle.shape.layers
+    assert len(found["layers.0.attention_in"].weights) == 3 and len(found["layers.0.ffn_in"].weights) == 2
+    assert sum(n.startswith("vision.") for n in found) == 18
+    assert all(Entry.of(json.loads(json.dumps(e.to_dict()))) == e for e in found.values())
+    some = StoredWeights(precision="int4", ffn="fp32", vision="fp32")
+    kinds = {
+        n.split(".")[-1]: e.bits for n, e in entries(*graphs, bundle.weights, bundle.family, bundle.shape, some).items()
+    }
+    assert kinds == {"attention_in": 4, "attention_out": 4, "head": 8}
+
+
+def test_z_that_a_policy_reads_is_the_one_that_is_multiplied(low, monkeypatch):
+    """`overlap` judges image tokens by z, so its FFNs cannot be one op each; what is kept and said must not change."""
+    recipe = low.recipe.replace(tokens__policy="overlap", tokens__share=0.5)
+    from cm_export.evals.other_policies import with_policies
+
+    runner, reference = with_policies(Runner(low, 1), recipe), with_policies(exact(low, monkeypatch), recipe)
+    monkeypatch.setattr(reference.backend, "_low_bits", None)
+    monkeypatch.setattr(reference.backend, "weights", Rounded(low))
+    found = [r.prefill(asked_of(r), Budget()) for r in (runner, reference)]
+    same = np.isin(found[0].kept_tokens, found[1].kept_tokens).mean()
+    assert same > 0.9
+    model = onnx.load(low.graph("prefill_dense"), load_external_data=False)
+    whole = pack.Packing(pack.gather_ffns(model, low.family, low.shape), low.packed, True, True).run()
+    assert "PackedFFN" in {n.op_type for n in whole.graph.node}
+
+
+def test_the_manifest_and_the_gates_say_what_rounding_changed(low):
+    gates = {g["name"]: g for g in low.manifest["gates"]}
+    assert gates["weights: top-1 agreement"]["value"] >= 0.95
+    assert 0 < gates["weights: KL to float32"]["value"] < 0.1
+    assert low.manifest["weights_drift"]["places"] > 50
+    assert low.manifest["packed"]["head"]["bits"] == 8
+    assert (low.path / FILE).stat().st_size < 0.35 * (low.path / "weights.safetensors").stat().st_size
+
+
+def test_a_build_below_the_required_agreement_writes_nothing(demo_bundle, tmp_path):
+    take_stages(demo_bundle, tmp_path / "x.plan")
+    options = ["--model", "demo", "--neurons", "dense", "--weights", "int4", "--weight-group", "128"]
+    done = cm_export("build", "--out", tmp_path / "x.plan", *options, "--least-agreement", "1")
+    if done.returncode == 0:  # even so coarse a rounding changed no token of the demo model
+        assert "weights: top-1 agreement" in done.stdout and "1" in done.stdout
+        return
+    assert done.returncode == 1 and not (tmp_path / "x.plan").exists()
+    assert "gate 'weights'" in done.stderr and "no bundle was written" in done.stderr
+
+
+def test_a_damaged_or_missing_packed_file_is_refused(low, tmp_path):
+    copy = tmp_path / "x.plan"
+    shutil.copytree(low.path, copy)
+    with open(copy / FILE, "r+b") as file:
+        file.seek(-100, 2)
+        file.write(b"\x7f")
+    bundle = Bundle(copy)
+    with pytest.raises(BundleError, match=r"packed.safetensors.*do not match"):
+        bundle.wait_verified()
+    (copy / FILE).unlink()
+    with pytest.raises(BundleError, match=r"packed.safetensors"):
+        Bundle(copy)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"weights": {"precision": "int3"}}, "weights.precision = 'int3'"),
+        ({"weights": {"group": 48}}, "weights.group = 48"),
+        ({"weights": {"head": "int2"}}, "weights.head = 'int2'"),
+        ({"weights": {"precision": "int8"}, "neurons": {"policy": "griffin"}}, "gathered from float32 weights only"),
+        ({"weights": {"least_agreement": 0.9}}, "least_agreement with float32 weights"),
+        ({"weights": {"precission": "int8"}}, "did you mean 'precision'"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused(values, words):
+    with pytest.raises(InputError, match=words):
+        from_dict(values)
+
+
+def test_fixed_sets_of_neurons_run_with_float32_ffns_beside_low_bit_attention():
+    recipe = from_dict({"weights": {"precision": "int8", "ffn": "fp32"}, "neurons": {"policy": "griffin"}})
+    assert (recipe.weights.of("ffn"), recipe.weights.of("attention"), recipe.weights.of("vision")) == (32, 8, 8)
+
+
+def test_only_a_plain_gemm_is_a_product():
+    make = onnx.helper.make_node
+    assert is_plain_gemm(make("Gemm", ["x", "w", "b"], ["y"], transB=1))
+    for odd in ({"alpha": 0.5, "transB": 1}, {"beta": 2.0, "transB": 1}, {"transB": 0}, {"transA": 1, "transB": 1}):
+        assert not is_plain_gemm(make("Gemm", ["x", "w", "b"], ["y"], **odd))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("columns", [128, 200, 96])
+def test_matmulnbits_gets_the_same_numbers(bits, columns, tmp_path):
+    """Its own order of codes, scales and zeros, read back by hand."""
+    rng = np.random.default_rng(columns)
+    codes = rng.integers(0, 2**bits, (96, columns), dtype=np.uint8)
+    scale = rng.uniform(0.01, 1, (3, columns)).astype(np.float16)
+    zero = rng.integers(0, 2**bits, (3, columns), dtype=np.uint8)
+    stored = rows.pack(codes, scale, zero, bits, 32)
+    entry = Entry(("w",), bits, 32, 96, (columns,))
+
+    whole = rows.PackedRows(stored.codes, stored.scale, stored.zero, bits, 32, entry.rows, entry.columns)
+    made = pack._for_nbits(SimpleNamespace(entries={"e": entry}, rows=lambda name: whole), "e")
+    for n in (0, 1, columns - 1):
+        for k in (0, 33, 95):
+            block = made["codes"][n, k // 32]
+            code = block[k % 32] if bits == 8 else block[k % 32 // 2] >> (4 * (k % 2)) & 15
+            zeros = made["zero"].reshape(columns, -1)[n]
+            z = zeros[k // 32] if bits == 8 else zeros[k // 64] >> (4 * (k // 32 % 2)) & 15
+            assert (code, z) == (codes[k, n], zero[k // 32, n])
+            assert made["scale"][n * 3 + k // 32] == np.float32(scale[k // 32, n])
