@@ -26,7 +26,7 @@ def folder() -> Path:
 @functools.cache
 def headers() -> Path:
     given = os.environ.get("TENSORRT_INCLUDE")
-    return Path(given) if given else next(shared.once("plugin_headers", fetch_headers).glob("tensorrt-headers"))
+    return Path(given) if given else shared.once("plugin_headers", fetch_headers) / "tensorrt-headers"
 
 
 def need_cuda_headers() -> None:

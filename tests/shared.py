@@ -34,7 +34,7 @@ def own(name: str) -> Path:
 def once(name: str, make: Callable[[Path], object]) -> Path:
     """The folder of that name; where it is not there yet, `make` fills it while the other processes wait.
 
-    Nobody may change it afterwards. What fails leaves nothing: the next process tries again.
+    Nobody may change it afterwards. What a failure has left there is cleared by the next process, which tries again.
     """
     assert _root is not None, "shared.settle comes first"
     folder, done = _root / name, _root / f"{name}.done"

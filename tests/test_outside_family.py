@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import os
 import random
 import sys
 from pathlib import Path
@@ -175,7 +176,7 @@ def test_pictures_side_by_side_keep_a_share_of_their_own(llava):
 
 def test_the_command_line_builds_and_runs_it(llava, outside, tmp_path, monkeypatch):
     x = llava
-    monkeypatch.setenv("PYTHONPATH", str(outside))
+    monkeypatch.setenv("PYTHONPATH", str(outside), prepend=os.pathsep)
     out = tmp_path / "x.plan"
     options = ["--neurons", "griffin", "--prune-layer", "1", "--quiet"]
     done = cm_export("build", "--model", x.path, "--out", out, *options)
