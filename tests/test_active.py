@@ -181,6 +181,36 @@ def test_the_guard_gives_the_dense_answer_and_drafts_with_thresholds(runner, ask
         assert report.drafted
 
 
+def test_drafts_become_sparser_while_they_are_right_and_stop_where_they_do_not_pay(runner, asked, monkeypatch):
+    """Answers of the trained model as far as they go, then drafts of which every one is wrong."""
+    monkeypatch.setattr(guard, "looked_up", lambda text, most: [])
+    drafted = guard._drafted
+
+    def guarded(request, stop, limit):
+        dense = list(runner.tokens(runner.prefill(request, Budget(dense=True)), limit, stop))
+        report, prefilled = guard.Report(4), runner.prefill(request, Budget(neuron_share=0.6))
+        assert list(guard.guarded(runner, prefilled, limit, Chooser(PLAIN, request.ids, stop), report)) == dense
+        return report
+
+    for request in asked[:3]:
+        good = guarded(request, runner.chat.stop_ids, 20)
+        assert good.share < 0.6 and good.gain > 1 and good.kept == good.drafted and not good.dense_steps
+    monkeypatch.setattr(
+        guard, "_drafted", lambda *a: [t if i == 0 else (t + 1) % 90 for i, t in enumerate(drafted(*a))]
+    )
+    bad = guarded(asked[0], frozenset(), 60)
+    assert bad.gain < 1 and bad.dense_steps > 30 and bad.share > 0.6
+
+
+def test_what_was_written_before_is_drafted_for_nothing(runner, asked):
+    """An answer that goes on without an end repeats itself."""
+    request, report = asked[0], guard.Report(8)
+    dense = list(runner.tokens(runner.prefill(request, Budget(dense=True)), 60, frozenset()))
+    prefilled = runner.prefill(request, Budget())
+    assert list(guard.guarded(runner, prefilled, 60, Chooser(PLAIN, request.ids, frozenset()), report)) == dense
+    assert report.looked_up_kept > 0 and report.looked_up_kept <= report.looked_up
+
+
 def test_a_later_question_is_read_densely_and_answered_by_thresholds(runner, asked):
     prefilled = runner.prefill(asked[0], Budget())
     answer = list(runner.tokens(prefilled, 16, runner.chat.stop_ids))

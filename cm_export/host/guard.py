@@ -5,7 +5,10 @@
     keep    t0   t1                up to the first token that the dense model would have chosen otherwise
     next              t2'          its own choice goes on; keys and values of all kept tokens are the dense pass's
 
-A draft that fails often is answered in steps (`LADDER`): more neurons, the dropped tokens back, dense. Speculative
+Where the last tokens stood before, in the prompt or the answer, what followed them there is the draft, and costs nothing.
+A policy of thresholds drafts at a share that shrinks while drafts are right and grows when they are not, and not at all where
+that would not pay (drafting.py). With other policies a draft that fails often is answered in steps (`LADDER`): more neurons,
+the dropped tokens back, dense. Speculative
 decoding (arXiv 2211.17192) with the model's own sparse form as the draft, as in Draft&Verify (arXiv 2309.08168). Draft
 and check choose by the same rule, penalty included; drawn tokens are drawn in the same race (sampling.drawn), so the
 answer is the one that the dense model alone draws with that seed.
@@ -24,6 +27,7 @@ from ..base.errors import InputError
 from ..recipe.recipe import Recipe
 from .core_set import CoreSet
 from .decode import Reader, Row
+from .drafting import LEAST_LOOKED_UP, Acceptance, best_length, looked_up
 from .runner import Prefilled, Runner
 from .sampling import Chooser
 from .writing import Writing
@@ -33,6 +37,9 @@ SHORTEST = 4  # a draft after several that failed
 DRIFT = 0.5  # a draft of which less than this share is kept is a drift
 LADDER = ("more neurons", "tokens back", "dense")
 _WIDER = 1.5  # times the neurons
+_SPARSER, _DENSER = 0.9, 1.2  # times the share of thresholds, after a draft that was right and one that was not
+_SPARSEST, _DENSEST = 0.3, 0.9
+_PAUSE = 24  # dense steps after which drafts that did not pay are tried again
 
 
 @dataclass
@@ -49,6 +56,10 @@ class Report:
     draft_s: float = 0.0
     check_s: float = 0.0
     free: int = 0  # tokens that a check's own logits gave, besides the prefill's
+    looked_up: int = 0  # drafted tokens that followed the same words before
+    looked_up_kept: int = 0
+    share: float | None = None  # at which a policy of thresholds drafted last
+    gain: float | None = None  # over dense decoding, expected from acceptance and share; nothing is drafted below 1
 
     def __post_init__(self) -> None:
         """Raises InputError for drafts without a token."""
@@ -97,14 +108,43 @@ class _Draft:
         self.ladder = list(LADDER)
         if prefilled.core_set.is_whole:
             self.ladder.remove("more neurons")
+        self.adapts = prefilled.core_set.thresholds is not None
+        self._accepted, self._waited = Acceptance(0.9), 0
+        if self.adapts:
+            self.ladder.remove("dense")  # where drafts do not pay, there are none
+            if "more neurons" in self.ladder:
+                self.ladder.remove("more neurons")
         if self._listed is None or len(self._listed) == prefilled.request.tokens:
             self.ladder.remove("tokens back")
 
-    def row(self) -> Row:
-        """The request as it is drafted now."""
+    def wanted(self, size: int, report: Report) -> int:
+        """Tokens of the next draft, its first one, which is the dense model's, included."""
+        if not self.adapts:
+            return size if self.ladder else 1
+        length, report.gain = best_length(size, self._accepted.rate, self._core_now().read)
+        report.share = self._share
+        if report.gain > 1:
+            return length + 1
+        self._waited += 1
+        if self._waited > _PAUSE:
+            self._accepted, self._waited, self._share, self._core = Acceptance(0.9, 4), 0, _DENSEST, None
+        return 1
+
+    def learn(self, right: int, drafted: int) -> None:
+        """Of `drafted` sparse tokens the first `right` were kept."""
+        if self.adapts and drafted:
+            self._accepted.add(right, drafted)
+            wanted = self._share * (_SPARSER if right == drafted else _DENSER)
+            self._share, self._core = min(max(wanted, _SPARSEST), max(_DENSEST, self._share)), None
+
+    def _core_now(self) -> CoreSet:
         if self._core is None:
             self._core = self._prefilled.core_of(self._share)
-        return self._prefilled.row(self._core, graph="decode", listed=self._listed)
+        return self._core
+
+    def row(self) -> Row:
+        """The request as it is drafted now."""
+        return self._prefilled.row(self._core_now(), graph="decode", listed=self._listed)
 
     def widen(self) -> str:
         """Take the next step of the ladder, and say which."""
@@ -137,10 +177,13 @@ def guarded(
     runner.backend.ready("decode")  # both made before anything is timed
     runner.backend.ready("decode_dense", few_rows=True)
     ids: list[int] = []
+    before, lookups = prefilled.request.ids.tolist(), Acceptance(0.6)
     while len(ids) < limit:
-        wanted = min(size if draft.ladder else 1, limit - len(ids))
         started = time.perf_counter()
-        drafted = _drafted(reader, draft.row(), dense, wanted, choose, ids)
+        first = choose.after(dense.last, ids)
+        wanted = min(draft.wanted(size, report), limit - len(ids))
+        known = _known([*before, *ids, first], limit - len(ids) - 1, report.every, choose.stop, lookups)
+        drafted = [first, *known] if known else _drafted(reader, draft.row(), dense, first, wanted, choose, ids)
         if drafted[0] in stop:  # chosen from dense logits: it needs no check
             report.free += bool(ids)
             return
@@ -161,6 +204,12 @@ def guarded(
             yield token
             if writing and writing.stopped is not None:
                 return
+        if known:
+            report.looked_up += len(known)
+            report.looked_up_kept += right - 1
+            lookups.add(right - 1, len(known))
+            continue
+        draft.learn(right - 1, len(drafted) - 1)
         whole = right == len(drafted)
         size = min(report.every, 2 * size) if whole else max(min(SHORTEST, report.every), size // 2)
         if draft.ladder and right - 1 < DRIFT * (len(drafted) - 1):
@@ -168,10 +217,21 @@ def guarded(
             report.actions.append(f"{draft.widen()} after {len(ids)} tokens")
 
 
-def _drafted(reader: Reader, sparse: Row, dense: Row, wanted: int, choose: Chooser, ids: list[int]) -> list[int]:
-    """Up to `wanted` tokens after `ids`: the first as the dense model has it, the others sparsely; a stop id ends them."""
+def _known(text: list[int], room: int, every: int, stop: frozenset[int], lookups: Acceptance) -> list[int]:
+    """Tokens that followed the end of `text` before, up to a stop id; none where that is seldom right, or the text ends."""
+    if text[-1] in stop or lookups.rate < LEAST_LOOKED_UP:
+        return []
+    found = looked_up(text, min(every, room))
+    end = next((i + 1 for i, token in enumerate(found) if token in stop), len(found))
+    return found[:end]
+
+
+def _drafted(
+    reader: Reader, sparse: Row, dense: Row, first: int, wanted: int, choose: Chooser, ids: list[int]
+) -> list[int]:
+    """Up to `wanted` tokens after `ids`: `first` is as the dense model has it, the others are sparse; a stop id ends them."""
     sparse.follow(dense)
-    out = [choose.after(dense.last, ids)]
+    out = [first]
     while len(out) < wanted and out[-1] not in choose.stop:
         reader.read([sparse], [out[-1:]])
         out.append(choose.after(sparse.last, ids + out))
