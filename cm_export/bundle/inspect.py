@@ -82,6 +82,12 @@ def _pruned(recipe: Recipe, shape: Shape) -> dict[str, str]:
             judge = (
                 f"{n.policy} anew for every token by 4-bit copies of gate and up (which cost {cost} of the FFN bytes)"
             )
+        if n.by_threshold:
+            read = "{:.0%} of the FFNs' weights and {:.0%} of the others".format(n.share, n.rest_share).replace("%", " %")
+            return {
+                "tokens": tokens,
+                "neurons": f"decode reads {read}, anew for every token: channels and neurons above thresholds",
+            }
         neurons = f"decode computes {kept} of {shape.ffn} neurons {each}, {judge}"
         neurons += f", in blocks of {n.block}" if n.block > 1 else ""
         mean = {"prompt": "their mean in the prompt", "calibrated": "their mean in generated text"}

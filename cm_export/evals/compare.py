@@ -250,6 +250,10 @@ class Comparison:
             "neuron_share": answers[0]["neurons_kept"] / shape.ffn,  # measured, as is the next
             "token_share": kept / pictures if pictures else 1.0,
         }
+        pruned = row.recipe.neurons if not row.budget.dense else None
+        if pruned is not None and pruned.by_threshold:
+            result["ffn_bytes_share"] = row.as_recipe.neurons.share  # what thresholds were calibrated to read
+            return result | _result(questions, answers, dense)
         choosing = predictor_share(shape.hidden) if row.recipe.neurons.in_decode and not row.budget.dense else 0.0
         result["ffn_bytes_share"] = result["neuron_share"] + choosing  # read per token, rows of 16 bits
         return result | _result(questions, answers, dense)

@@ -26,8 +26,12 @@ def varied(recipe: Recipe, **overrides: Any) -> Recipe:
         least = t.share if t.budget == "share" else t.min_share if t.budget == "knee" else 0.0
         overrides["tokens__first_share"] = max(t.first_share, least)
         overrides["tokens__first"] = "none" if t.policy == "dense" else t.first
-    if n.in_decode:
+    if n.in_decode or n.by_threshold:
         overrides["neurons__fill"] = "none"
+    if n.by_threshold:
+        overrides |= {"neurons__block": 1, "neurons__layers": "uniform"}
+    elif n.policy != "dense" and recipe.weights.of("ffn") < 32:  # rows of a set are gathered from float32 weights
+        overrides["weights__ffn"] = "fp32"
     return recipe.replace(**overrides)
 
 
@@ -37,6 +41,8 @@ def at_random(recipe: Recipe, neuron_share: float, token_share: float) -> Recipe
     Without a mean in place of dropped neurons: a random set is better off without (docs/neurons.md).
     """
     values: dict[str, Any] = {"neurons__fill": "none", "tokens__first": "none"}
+    if recipe.weights.of("ffn") < 32 and recipe.neurons.policy != "dense":
+        values["weights__ffn"] = "fp32"
     if recipe.neurons.policy != "dense":
         values |= {"neurons__policy": "random", "neurons__share": neuron_share, "neurons__block": 1}
     if recipe.tokens.policy != "dense":

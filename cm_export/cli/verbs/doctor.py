@@ -70,6 +70,7 @@ def examine() -> dict[str, Any]:
         "extras": extras,
         "misfits": pairs,
         "onnxruntime_providers": _providers(),
+        "native": _native(),
         "demo_model": (DEMO / "config.json").is_file() and (DEMO / "model.safetensors").is_file(),
     }
 
@@ -80,6 +81,14 @@ def _providers() -> list[str]:
     except ImportError:  # absent or built for another machine; `required` says which
         return []
     return onnxruntime.get_available_providers()
+
+
+def _native() -> dict[str, Any]:
+    """The library of low-bit products: what it runs on here, or why it is missing. Nothing needs it; without, they are slower."""
+    from ...plugins.cpu import library
+
+    missing = library.why_missing()
+    return {"ok": missing is None, "missing": missing, **({} if missing else library.info())}
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -95,6 +104,7 @@ def _print(found: dict[str, Any]) -> None:
             ("memory", f"{size(found['memory_bytes'])}, {size(found['memory_available_bytes'])} available"),
             ("free disk", f"{size(found['disk_free_bytes'])} in the current directory"),
             ("ONNX Runtime", ", ".join(found["onnxruntime_providers"]) or "does not load"),
+            ("low-bit products", found["native"]["missing"] or f"native, {found['native']['instructions']}"),
             ("demo model", "present" if found["demo_model"] else "MISSING: install cm-export again"),
         ],
     )
