@@ -33,13 +33,22 @@ from _page import between, write_report
 from torch.nn import functional as F
 
 from cm_export.base import environment
+from cm_export.evals.tasks import easy_vqa, scenes
 from cm_export.quant.choose import Inputs, by_inputs, quantise
 from cm_export.quant.compensate import compensated
 from cm_export.quant.rounding import Quantiser, least_squares, nearest, weighted
 from cm_export.quant.scheme import Scheme
 
 FILE_GROUP = 32  # of the 4-bit file that SmolLM2's weights come from
-KINDS = {"gate": "ffn", "up": "ffn", "down": "ffn", "q": "attention", "k": "attention", "v": "attention", "o": "attention"}
+KINDS = {
+    "gate": "ffn",
+    "up": "ffn",
+    "down": "ffn",
+    "q": "attention",
+    "k": "attention",
+    "v": "attention",
+    "o": "attention",
+}
 EIGHT = {"ffn": 8, "attention": 8, "head": 8}
 
 
@@ -93,8 +102,7 @@ class Rounding:
         """Whatever runs inside adds its inputs to `grams`. gate and up, and q, k and v, have the same."""
 
         def add(product: Product, x: torch.Tensor) -> None:
-            # The first place of a text holds inputs a thousand times as large as others, and is always the same.
-            rows = x.reshape(-1, x.shape[-1])[1:] if x.dim() == 3 and x.shape[1] > 1 else x.reshape(-1, x.shape[-1])
+            rows = x.reshape(-1, x.shape[-1])
             own = self.grams.setdefault(product.name, torch.zeros(x.shape[-1], x.shape[-1]))
             own.addmm_(rows.T, rows)
             self.seen[product.name] = self.seen.get(product.name, 0) + len(rows)
@@ -123,7 +131,9 @@ class Rounding:
             if (scheme := way.scheme(product)) is None:
                 continue
             weight = self.dense[product.name]
-            product.module.weight.data.copy_(torch.from_numpy(rounded(weight.numpy(), scheme, way, self.inputs(product))))
+            product.module.weight.data.copy_(
+                torch.from_numpy(rounded(weight.numpy(), scheme, way, self.inputs(product)))
+            )
             bits, weights = bits + scheme.bits_per_weight * weight.numel(), weights + weight.numel()
             if way.inputs:
                 hooks.append(product.module.register_forward_pre_hook(lambda m, a: (in_8_bits(a[0], way.group),)))
@@ -191,7 +201,8 @@ class Reader:
     def __init__(self, path: Path, prompts: dict[str, list[str]], off_grid: bool = False):
         self.model = nq.Model(path)
         if off_grid:
-            blur(products(self.model.model.model.layers, self.model.model.lm_head)[:-1])
+            blur(self.model.model)
+            self.model.adopt()
         self.rounding = Rounding(products(self.model.model.model.layers, self.model.model.lm_head))
         with self.rounding.watching():
             for ids, answer in self._answers(prompts["calibration"]):
@@ -218,13 +229,14 @@ class Reader:
         return self.model.read(ids, answer, None).log_softmax(-1)
 
 
-def blur(found: list[Product]) -> None:
-    """Noise as wide as a step of the 4-bit file on every weight, so that no weight is on its grid any more."""
+def blur(model: torch.nn.Module) -> None:
+    """Noise as wide as a step of the file on every matrix (4 bits; 5 for the embedding): none is on its grid any more."""
     generator = torch.Generator().manual_seed(0)
-    for product in found:
-        groups = product.module.weight.data.view(-1, FILE_GROUP)
-        step = (groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True)) / 15
-        groups += (torch.rand(groups.shape, generator=generator) - 0.5) * step
+    for name, matrix in model.named_parameters():
+        if matrix.dim() == 2:
+            groups = matrix.data.view(-1, FILE_GROUP)
+            step = (groups.amax(1) - groups.amin(1)) / (31 if "embed" in name else 15)
+            groups += (torch.rand(groups.shape, generator=generator) - 0.5) * step[:, None]
 
 
 # ---------------------------------------------------------------- demo models
@@ -264,7 +276,9 @@ class Answerer:
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         pads = "<|image_pad|>" * int(grid.prod() // self.images.merge_size**2)
-        ids = self.tokenizer(chat.replace("<|image_pad|>", pads), return_tensors="pt", add_special_tokens=False).input_ids
+        ids = self.tokenizer(
+            chat.replace("<|image_pad|>", pads), return_tensors="pt", add_special_tokens=False
+        ).input_ids
         out = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -275,3 +289,133 @@ class Answerer:
             do_sample=False,
         )
         return self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+# ---------------------------------------------------------------- what is measured
+FFN, LAYERS, ALL = {"ffn": 4}, {"ffn": 4, "attention": 4}, {"ffn": 4, "attention": 4, "head": 8}
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def ways() -> dict[str, list[Way]]:
+    """Title of a table -> its rows."""
+    methods = ("nearest", "search", "search, weighted", "AWQ", "GPTQ")
+    return {
+        "methods": [
+            Way(f"FFN, {'symmetric' if symmetric else 'with zeros'}, {method}", FFN, 32, symmetric, method)
+            for symmetric in (True, False)
+            for method in methods
+        ],
+        "groups": [
+            Way(
+                f"FFN, {'symmetric' if symmetric else 'with zeros'}, GPTQ, groups of {group}",
+                FFN,
+                group,
+                symmetric,
+                "GPTQ",
+            )
+            for symmetric in (True, False)
+            for group in (64, 128)
+        ],
+        "parts": [
+            Way("8 bits: all, groups of 128, search", EIGHT, 128),
+            Way("8 bits: all, groups of 32, search", EIGHT, 32),
+            Way("the same, x in 8 bits", EIGHT, 32, inputs=True),
+            Way("4 bits: FFN, attention; GPTQ", LAYERS, 32, True, "GPTQ"),
+            Way("4 bits: FFN, attention; 8: head", ALL, 32, True, "GPTQ"),
+            Way("4 bits: FFN, attention; 8: head; x in 8 bits", ALL, 32, True, "GPTQ", inputs=True),
+            Way("the same with zeros", ALL, 32, False, "GPTQ", inputs=True),
+            Way("the same with zeros, search in the place of GPTQ", ALL, 32, False, "search", inputs=True),
+            Way("4 bits: FFN, q, k, o; 8: v, head", ALL, 32, True, "GPTQ", lambda n: _last(n) == "v"),
+            Way("4 bits: FFN; 8: attention, head", {"ffn": 4, "attention": 8, "head": 8}, 32, True, "GPTQ"),
+            Way("4 bits: gate, up, attention; 8: down, head", ALL, 32, True, "GPTQ", lambda n: _last(n) == "down"),
+            Way("4 bits: all", {"ffn": 4, "attention": 4, "head": 4}, 32, True, "GPTQ"),
+        ],
+    }
+
+
+def measure(smollm2: Path, prompts: dict[str, list[str]], only: str) -> dict[str, list[dict]]:
+    """Title -> rows: a way, and its figures for each model."""
+    chosen = {title: [w for w in rows if only in w.name] for title, rows in ways().items()}
+    report: dict[str, list[dict]] = {t: [{"way": w.name} for w in rows] for t, rows in chosen.items()}
+    readers = {"smollm2": lambda: Reader(smollm2, prompts), "off_grid": lambda: Reader(smollm2, prompts, off_grid=True)}
+    for column, make in (readers | ANSWERERS).items():
+        model = make()
+        for title, rows in chosen.items():
+            if column in ANSWERERS and title != "parts":
+                continue
+            for way, row in zip(rows, report[title], strict=True):
+                row[column] = model.figures(way)
+                print(f"{column:9s} {way.name:52s} {row[column]}", file=sys.stderr, flush=True)
+        if isinstance(model, Answerer):
+            report[f"{column}_dense"] = [{"right": model.right, "asked": len(model.asked)}]
+        del model
+    return report
+
+
+DEMO = Path(__file__).parent.parent / "cm_export" / "demo"
+ANSWERERS = {
+    "scenes": lambda: Answerer(DEMO / "scenes", scenes, each=12, calibration=28),
+    "easy_vqa": lambda: Answerer(DEMO / "model", easy_vqa, each=40, calibration=28),
+}
+
+
+# ---------------------------------------------------------------- the page
+def table(rows: list[dict]) -> str:
+    """Markdown: one line per way; agreement with its interval / KL, and right answers of the demo models where asked."""
+    demos = [c for c in ANSWERERS if c in rows[0]]
+    heads = ["", "bits per weight", "off grid", "as fetched", *demos]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in rows:
+        cells = [row["way"], f"{row['off_grid']['bits']:.3g}"]
+        for column in ("off_grid", "smollm2"):
+            f = row[column]
+            cells.append(f"{f['agreement']:.3f} [{f['ci'][0]:.2f}, {f['ci'][1]:.2f}] / {f['kl']:.3f}")
+        lines.append("| " + " | ".join([*cells, *(f"{row[c]['of_dense']:.3f}" for c in demos)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def into(page: str, report: dict) -> str:
+    """The page with the report's tables between their marks."""
+    for title in ways():
+        page = between(page, title, table(report[title]))
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--smollm2", type=Path, required=True, help="the directory that recipes/fetch_smollm2.py writes"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the report (.json)")
+    parser.add_argument("--docs", type=Path, help="a page whose tables are written anew (.md)")
+    parser.add_argument("--only", default="", help="ways whose names hold this, for a quick look")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.set_grad_enabled(False)
+    prompts = json.loads((Path(__file__).parent / "prompts.json").read_text(encoding="utf-8"))
+    started = time.time()
+    report = measure(args.smollm2, prompts, args.only)
+    versions = {
+        "torch": torch.__version__,
+        "transformers": __import__("transformers").__version__,
+        "numpy": np.__version__,
+    }
+    report = {
+        "command": "make bench-precision",
+        "prompts": {k: len(v) for k, v in prompts.items()},
+        "answer_tokens": nq.ANSWER,
+        "environment": environment.describe(args.threads, versions),
+        "seconds": round(time.time() - started),
+        **report,
+    }
+    write_report(args.out, report)
+    if args.docs:
+        args.docs.write_text(into(args.docs.read_text(encoding="utf-8"), report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

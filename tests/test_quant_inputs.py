@@ -21,7 +21,9 @@ SEEDS = st.integers(0, 2**32 - 1)
 def problem(seed, inputs=64, outputs=24, tokens=200, rank=20):
     """(weight [K,N], X^T X [K,K]) of inputs that go together and differ in size."""
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((tokens, rank)) @ rng.standard_normal((rank, inputs)) + rng.standard_normal((tokens, inputs))
+    x = rng.standard_normal((tokens, rank)) @ rng.standard_normal((rank, inputs)) + rng.standard_normal(
+        (tokens, inputs)
+    )
     x *= np.exp(rng.standard_normal(inputs))
     weight = rng.standard_t(5, (inputs, outputs)) * 0.02 + rng.standard_normal(outputs) * 0.01
     return weight.astype(np.float32), (x.T @ x).astype(np.float32)
@@ -91,7 +93,9 @@ def test_weights_that_can_be_stored_exactly_are(scheme, seed):
 def test_compensation_beats_rounding_in_the_outputs(group, symmetric, seed):
     weight, gram = problem(seed)
     scheme = by_inputs(4, group, symmetric)
-    errors = {name: output_error(weight, make(weight, scheme, "w").numbers(), gram) for name, make in all_ways(gram).items()}
+    errors = {
+        name: output_error(weight, make(weight, scheme, "w").numbers(), gram) for name, make in all_ways(gram).items()
+    }
     assert errors["compensated"] < min(errors["nearest"], errors["search"], errors["weighted"])
 
 
@@ -100,7 +104,9 @@ def test_compensation_beats_rounding_in_the_outputs(group, symmetric, seed):
 def test_compensation_is_no_worse_than_rounding_where_there_is_little_to_gain(tokens, seed, symmetric):
     weight, gram = problem(seed, tokens=tokens, rank=1)
     scheme = by_inputs(4, 32, symmetric)
-    plain, found = (output_error(weight, make(weight, scheme, "w").numbers(), gram) for make in (nearest, compensated(gram)))
+    plain, found = (
+        output_error(weight, make(weight, scheme, "w").numbers(), gram) for make in (nearest, compensated(gram))
+    )
     assert found <= plain
 
 
