@@ -20,7 +20,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,7 @@ from cm_export.quant.compensate import compensated
 from cm_export.quant.rounding import Quantiser, least_squares, nearest, weighted
 from cm_export.quant.scheme import Scheme
 
+SOME = (0, 3, 6, 9, 12, 14)  # prompts that compare methods and groups; parts are compared on all 16
 FILE_GROUP = 32  # of the 4-bit file that SmolLM2's weights come from
 KINDS = {
     "gate": "ffn",
@@ -72,6 +73,7 @@ class Way:
     method: str = "search"  # of METHODS
     eight: Callable[[str], bool] = lambda name: False  # products in 8 bits, whatever their kind has
     inputs: bool = False  # x is rounded to 8 bits as well, by token and group, as the kernel does
+    also: tuple[str, ...] = ()  # columns beside `off_grid`
 
     def scheme(self, product: Product) -> Scheme | None:
         bits = self.bits.get(product.kind, 0)
@@ -210,17 +212,13 @@ class Reader:
         self.asked = self._answers(prompts["short"] + prompts["long"])
         self.dense = [self._logs(*a) for a in self.asked]
 
-    def figures(self, way: Way) -> dict[str, Any]:
+    def figures(self, way: Way, prompts: Sequence[int]) -> dict[str, Any]:
         with self.rounding.stored(way) as bits:
-            rows = [nq.compare(d, self._logs(*a), a[1]) for d, a in zip(self.dense, self.asked, strict=True)]
+            rows = [nq.compare(self.dense[n], self._logs(*self.asked[n]), self.asked[n][1]) for n in prompts]
         agreement, kl, _ = np.mean(rows, 0)
         low, high = nq.interval([r[0] for r in rows])
-        return {
-            "bits": round(bits, 3),
-            "agreement": round(float(agreement), 4),
-            "ci": [round(low, 4), round(high, 4)],
-            "kl": round(float(kl), 5),
-        }
+        found = {"bits": round(bits, 3), "agreement": round(float(agreement), 4), "kl": round(float(kl), 5)}
+        return found if len(prompts) < len(self.asked) else found | {"ci": [round(low, 4), round(high, 4)]}
 
     def _answers(self, prompts: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [(ids, self.model.answer(ids)) for ids in map(self.model.ids, prompts)]
@@ -259,7 +257,7 @@ class Answerer:
         self.asked = [q for k, some in kinds.items() for q in random.Random(3).sample(some, min(each, len(some)))]
         self.right = sum(self._is_right(q) for q in self.asked)
 
-    def figures(self, way: Way) -> dict[str, Any]:
+    def figures(self, way: Way, prompts: Sequence[int]) -> dict[str, Any]:
         with self.rounding.stored(way) as bits:
             right = sum(self._is_right(q) for q in self.asked)
         return {"bits": round(bits, 3), "right": right, "of_dense": round(right / self.right, 4)}
@@ -292,6 +290,7 @@ class Answerer:
 
 
 # ---------------------------------------------------------------- what is measured
+FILE, EVERYWHERE = ("smollm2",), ("smollm2", "scenes", "easy_vqa")
 FFN, LAYERS, ALL = {"ffn": 4}, {"ffn": 4, "attention": 4}, {"ffn": 4, "attention": 4, "head": 8}
 
 
@@ -302,31 +301,35 @@ def _last(name: str) -> str:
 def ways() -> dict[str, list[Way]]:
     """Title of a table -> its rows."""
     methods = ("nearest", "search", "search, weighted", "AWQ", "GPTQ")
+    kinds = {True: "symmetric", False: "with zeros"}
     return {
         "methods": [
-            Way(f"FFN, {'symmetric' if symmetric else 'with zeros'}, {method}", FFN, 32, symmetric, method)
-            for symmetric in (True, False)
+            Way(
+                f"FFN, {kind}, {method}",
+                FFN,
+                32,
+                symmetric,
+                method,
+                also=FILE if method in ("nearest", "search") else (),
+            )
+            for symmetric, kind in kinds.items()
             for method in methods
         ],
         "groups": [
-            Way(
-                f"FFN, {'symmetric' if symmetric else 'with zeros'}, GPTQ, groups of {group}",
-                FFN,
-                group,
-                symmetric,
-                "GPTQ",
-            )
-            for symmetric in (True, False)
+            Way(f"FFN, {kind}, GPTQ, groups of {group}", FFN, group, symmetric, "GPTQ")
+            for symmetric, kind in kinds.items()
             for group in (64, 128)
         ],
         "parts": [
             Way("8 bits: all, groups of 128, search", EIGHT, 128),
-            Way("8 bits: all, groups of 32, search", EIGHT, 32),
-            Way("the same, x in 8 bits", EIGHT, 32, inputs=True),
+            Way("8 bits: all, groups of 128, search; x in 8 bits", EIGHT, 128, inputs=True),
+            Way("8 bits: all, groups of 32, search", EIGHT, 32, also=EVERYWHERE),
+            Way("8 bits: all, groups of 32, GPTQ", EIGHT, 32, True, "GPTQ", also=FILE),
+            Way("8 bits: all, groups of 32, search; x in 8 bits", EIGHT, 32, inputs=True, also=EVERYWHERE),
             Way("4 bits: FFN, attention; GPTQ", LAYERS, 32, True, "GPTQ"),
             Way("4 bits: FFN, attention; 8: head", ALL, 32, True, "GPTQ"),
-            Way("4 bits: FFN, attention; 8: head; x in 8 bits", ALL, 32, True, "GPTQ", inputs=True),
-            Way("the same with zeros", ALL, 32, False, "GPTQ", inputs=True),
+            Way("4 bits: FFN, attention; 8: head; x in 8 bits", ALL, 32, True, "GPTQ", inputs=True, also=EVERYWHERE),
+            Way("the same with zeros", ALL, 32, False, "GPTQ", inputs=True, also=EVERYWHERE),
             Way("the same with zeros, search in the place of GPTQ", ALL, 32, False, "search", inputs=True),
             Way("4 bits: FFN, q, k, o; 8: v, head", ALL, 32, True, "GPTQ", lambda n: _last(n) == "v"),
             Way("4 bits: FFN; 8: attention, head", {"ffn": 4, "attention": 8, "head": 8}, 32, True, "GPTQ"),
@@ -340,14 +343,14 @@ def measure(smollm2: Path, prompts: dict[str, list[str]], only: str) -> dict[str
     """Title -> rows: a way, and its figures for each model."""
     chosen = {title: [w for w in rows if only in w.name] for title, rows in ways().items()}
     report: dict[str, list[dict]] = {t: [{"way": w.name} for w in rows] for t, rows in chosen.items()}
-    readers = {"smollm2": lambda: Reader(smollm2, prompts), "off_grid": lambda: Reader(smollm2, prompts, off_grid=True)}
+    readers = {"off_grid": lambda: Reader(smollm2, prompts, off_grid=True), "smollm2": lambda: Reader(smollm2, prompts)}
     for column, make in (readers | ANSWERERS).items():
         model = make()
         for title, rows in chosen.items():
-            if column in ANSWERERS and title != "parts":
-                continue
             for way, row in zip(rows, report[title], strict=True):
-                row[column] = model.figures(way)
+                if column != "off_grid" and column not in way.also:
+                    continue
+                row[column] = model.figures(way, range(16) if title == "parts" else SOME)
                 print(f"{column:9s} {way.name:52s} {row[column]}", file=sys.stderr, flush=True)
         if isinstance(model, Answerer):
             report[f"{column}_dense"] = [{"right": model.right, "asked": len(model.asked)}]
@@ -365,15 +368,17 @@ ANSWERERS = {
 # ---------------------------------------------------------------- the page
 def table(rows: list[dict]) -> str:
     """Markdown: one line per way; agreement with its interval / KL, and right answers of the demo models where asked."""
-    demos = [c for c in ANSWERERS if c in rows[0]]
+    demos = [c for c in ANSWERERS if any(c in row for row in rows)]
     heads = ["", "bits per weight", "off grid", "as fetched", *demos]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
-        cells = [row["way"], f"{row['off_grid']['bits']:.3g}"]
+        cells = [row["way"], f"{row['off_grid']['bits']:.2f}"]
         for column in ("off_grid", "smollm2"):
-            f = row[column]
-            cells.append(f"{f['agreement']:.3f} [{f['ci'][0]:.2f}, {f['ci'][1]:.2f}] / {f['kl']:.3f}")
-        lines.append("| " + " | ".join([*cells, *(f"{row[c]['of_dense']:.3f}" for c in demos)]) + " |")
+            f = row.get(column)
+            ci = f" [{f['ci'][0]:.2f}, {f['ci'][1]:.2f}]" if f and "ci" in f else ""
+            cells.append(f"{f['agreement']:.3f}{ci} / {f['kl']:.4f}" if f else "")
+        cells += [f"{row[c]['of_dense']:.3f}" if c in row else "" for c in demos]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

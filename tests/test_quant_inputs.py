@@ -163,6 +163,16 @@ def test_importance_lowers_the_error_that_it_weighs(symmetric, axis, seed):
     assert error(weighted(importance)(weight, scheme, "w")) < error(least_squares(weight, scheme))
 
 
+def test_a_scale_with_a_zero_is_fitted_to_the_input_that_counts():
+    weight, _ = problem(10, inputs=32)
+    importance = np.full(32, 1e-9)
+    importance[7] = 1
+    found = weighted(importance)(weight, by_inputs(4, 32), "w")
+    kept = found.numbers()[7] != 0  # the weight is at least half a step
+    assert kept.mean() > 0.7
+    np.testing.assert_allclose(found.numbers()[7, kept], weight[7, kept], rtol=0.02)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_search_in_pieces_is_the_search_of_the_whole(symmetric, monkeypatch):
     weight, gram = problem(5, inputs=128, outputs=70)
@@ -213,10 +223,10 @@ def test_what_is_not_finite_is_refused_wherever_it_comes_from(wrong):
     spoilt, bad_gram, bad_square = weight.copy(), gram.copy(), np.diagonal(gram).copy()
     spoilt[5, 5] = bad_gram[3, 4] = bad_square[7] = wrong
     for known in (Inputs(), Inputs(np.diagonal(gram)), Inputs(gram=gram)):
-        with pytest.raises(InputError, match="^w: a weight is not finite"):
+        with pytest.raises(InputError, match=r"^w: a weight is not finite"):
             quantise(spoilt, scheme, "w", known)
     for known in (Inputs(bad_square), Inputs(gram=bad_gram)):
-        with pytest.raises(InputError, match="^w: .*not finite; check the activations"):
+        with pytest.raises(InputError, match=r"^w: .*not finite; check the activations"):
             quantise(weight, scheme, "w", known)
 
 
