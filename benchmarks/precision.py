@@ -325,6 +325,7 @@ def ways() -> dict[str, list[Way]]:
             Way("8 bits: all, groups of 128, search; x in 8 bits", EIGHT, 128, inputs=True),
             Way("8 bits: all, groups of 32, search", EIGHT, 32, also=EVERYWHERE),
             Way("8 bits: all, groups of 32, GPTQ", EIGHT, 32, True, "GPTQ", also=FILE),
+            Way("8 bits: all, groups of 32, GPTQ; x in 8 bits", EIGHT, 32, True, "GPTQ", inputs=True, also=FILE),
             Way("8 bits: all, groups of 32, search; x in 8 bits", EIGHT, 32, inputs=True, also=EVERYWHERE),
             Way("4 bits: FFN, attention; GPTQ", LAYERS, 32, True, "GPTQ"),
             Way("4 bits: FFN, attention; 8: head", ALL, 32, True, "GPTQ"),

@@ -243,6 +243,15 @@ def test_inputs_of_another_shape_and_sign_and_groups_along_outputs_are_refused()
     for make in (lambda s: quantise(weight, s, "w"), lambda s: compensated(np.eye(64))(weight, s, "w")):
         with pytest.raises(InputError, match="groups along axis 1"):
             make(Scheme(4, 8, 1))
+    with pytest.raises(InputError, match=r"^w: a weight of shape \[64\]"):
+        quantise(weight[:, 0], by_inputs(4, 32), "w")
+
+
+def test_inputs_are_known_from_activations_of_any_number_of_axes():
+    x = np.random.default_rng(11).standard_normal((2, 30, 16)).astype(np.float32)
+    seen = Inputs.of(x)
+    np.testing.assert_allclose(seen.square, np.square(x).mean((0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(seen.gram, np.einsum("btk,btl->kl", x, x) / 60, rtol=1e-4, atol=1e-5)
 
 
 def test_inputs_that_were_never_seen_or_always_the_same_are_compensated_all_the_same():
