@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cm_export.base.errors import InputError
-from cm_export.quant.choose import Inputs, by_inputs, quantise
+from cm_export.quant.choose import STORED, Inputs, by_inputs, quantise
 from cm_export.quant.compensate import DAMP, compensated
 from cm_export.quant.error import distance, output_error
 from cm_export.quant.rounding import least_squares, nearest, weighted
@@ -274,6 +274,18 @@ def test_the_distance_tells_a_wrong_zero_from_rounding():
     assert 0 < distance(weight, found.numbers(), scheme) < 0.13
     found.zero[1, 1] += 3
     assert distance(weight, found.numbers(), scheme) == np.inf
+
+
+@pytest.mark.parametrize(("precision", "part"), [(p, part) for p, parts in STORED.items() for part in parts])
+def test_what_a_build_stores_is_within_its_bits_and_better_where_inputs_are_known(precision, part):
+    weight, gram = problem(12, inputs=100)
+    scheme = STORED[precision][part]
+    errors = [
+        output_error(weight, quantise(weight, scheme, part, known).numbers()[:100], gram)
+        for known in (Inputs(), Inputs(gram=gram))
+    ]
+    assert errors[1] < errors[0] < {4: 0.15, 8: 0.008}[scheme.bits]
+    assert scheme.axis == 0 and scheme.scale == HALF and scheme.group in (32, 64, 128)
 
 
 def test_bits_per_weight_count_scales_and_zeros():
