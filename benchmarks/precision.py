@@ -321,8 +321,8 @@ def ways() -> dict[str, list[Way]]:
             for group in (64, 128)
         ],
         "parts": [
-            Way("8 bits: all, groups of 128, search", EIGHT, 128),
-            Way("8 bits: all, groups of 128, search; x in 8 bits", EIGHT, 128, inputs=True),
+            Way("8 bits: all, groups of 128, search", EIGHT, 128, also=FILE),
+            Way("8 bits: all, groups of 128, search; x in 8 bits", EIGHT, 128, inputs=True, also=FILE),
             Way("8 bits: all, groups of 32, search", EIGHT, 32, also=EVERYWHERE),
             Way("8 bits: all, groups of 32, GPTQ", EIGHT, 32, True, "GPTQ", also=FILE),
             Way("8 bits: all, groups of 32, GPTQ; x in 8 bits", EIGHT, 32, True, "GPTQ", inputs=True, also=FILE),

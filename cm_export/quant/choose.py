@@ -58,17 +58,20 @@ UNKNOWN = Inputs()
 
 
 def quantise(weight: np.ndarray, scheme: Scheme, name: str, inputs: Inputs = UNKNOWN) -> Quantised:
-    """weight [K,N] of any float type -> what is stored of it; rows up to a whole group are zeros. Raises InputError."""
+    """weight [K,N] of any float type -> what is stored of it; rows up to a whole group are zeros. Raises InputError.
+
+    Weights with the same inputs (gate and up; q, k and v) go faster side by side, as one weight.
+    """
     if weight.ndim != 2:
         raise InputError(f"a weight of shape {list(weight.shape)}", where=name, fix="give a matrix [inputs, outputs]")
     if scheme.axis != 0:
         raise InputError(f"groups along axis {scheme.axis}", where=name, fix="give a scheme of `by_inputs`")
     more = -len(weight) % scheme.group
-    return quantiser(scheme, inputs, more)(np.pad(weight, ((0, more), (0, 0))), scheme, name)
+    return _quantiser(inputs, more)(np.pad(weight, ((0, more), (0, 0))), scheme, name)
 
 
-def quantiser(scheme: Scheme, inputs: Inputs, more: int = 0) -> Quantiser:
-    """The best quantiser for what is known of the inputs, of which `more` are zeros that fill the last group."""
+def _quantiser(inputs: Inputs, more: int) -> Quantiser:
+    """The closest quantiser for what is known of the inputs, of which `more` are zeros that fill the last group."""
     if inputs.gram is not None:
         return compensated(np.pad(inputs.gram, (0, more)))
     if inputs.square is not None:
