@@ -298,6 +298,10 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def _is_k_or_v(name: str) -> bool:
+    return _last(name) in ("k", "v")
+
+
 def ways() -> dict[str, list[Way]]:
     """Title of a table -> its rows."""
     methods = ("nearest", "search", "search, weighted", "AWQ", "GPTQ")
@@ -329,10 +333,37 @@ def ways() -> dict[str, list[Way]]:
             Way("8 bits: all, groups of 32, search; x in 8 bits", EIGHT, 32, inputs=True, also=EVERYWHERE),
             Way("4 bits: FFN, attention; GPTQ", LAYERS, 32, True, "GPTQ"),
             Way("4 bits: FFN, attention; 8: head", ALL, 32, True, "GPTQ"),
-            Way("4 bits: FFN, attention; 8: head; x in 8 bits", ALL, 32, True, "GPTQ", inputs=True, also=EVERYWHERE),
-            Way("the same with zeros", ALL, 32, False, "GPTQ", inputs=True, also=EVERYWHERE),
-            Way("the same with zeros, search in the place of GPTQ", ALL, 32, False, "search", inputs=True),
+            Way(
+                "4 bits: FFN, attention; 8: head; x in 8 bits",
+                ALL,
+                32,
+                True,
+                "GPTQ",
+                inputs=True,
+                also=("scenes", "easy_vqa"),
+            ),
+            Way(
+                "4 bits: FFN, attention; 8: head; zeros, x in 8 bits",
+                ALL,
+                32,
+                False,
+                "GPTQ",
+                inputs=True,
+                also=EVERYWHERE,
+            ),
+            Way("4 bits: FFN, attention; 8: head; zeros, x in 8 bits; search", ALL, 32, False, "search", inputs=True),
             Way("4 bits: FFN, q, k, o; 8: v, head", ALL, 32, True, "GPTQ", lambda n: _last(n) == "v"),
+            Way(
+                "4 bits: FFN, q, k, o; 8: v, head; zeros, x in 8 bits",
+                ALL,
+                32,
+                False,
+                "GPTQ",
+                lambda n: _last(n) == "v",
+                True,
+                FILE,
+            ),
+            Way("4 bits: FFN, q, o; 8: k, v, head; zeros, x in 8 bits", ALL, 32, False, "GPTQ", _is_k_or_v, True),
             Way("4 bits: FFN; 8: attention, head", {"ffn": 4, "attention": 8, "head": 8}, 32, True, "GPTQ"),
             Way("4 bits: gate, up, attention; 8: down, head", ALL, 32, True, "GPTQ", lambda n: _last(n) == "down"),
             Way("4 bits: all", {"ffn": 4, "attention": 4, "head": 4}, 32, True, "GPTQ"),
