@@ -50,6 +50,21 @@ def test_the_page_shows_the_committed_figures(bench):
         assert [r["way"] for r in report[title]] == [w.name for w in rows]
 
 
+def test_what_a_build_stores_is_what_won():
+    report = json.loads((ROOT / "benchmarks" / "quality" / "precision.json").read_text())
+    rows = {r["way"]: r for title in ("methods", "groups", "parts") for r in report[title]}
+    off = {way: row["off_grid"] for way, row in rows.items()}
+    chosen = off["4 bits: FFN, q, k, o; 8: v, head; zeros, x in 8 bits"]
+    for other in ("FFN, attention; 8: head; zeros, x in 8 bits", "FFN, q, k, o; 8: v, head", "FFN, attention; 8: head"):
+        assert chosen["kl"] < off[f"4 bits: {other}"]["kl"]
+    assert rows["8 bits: all, groups of 32, GPTQ"]["smollm2"]["agreement"] >= 0.98
+    for kind in ("symmetric", "with zeros"):
+        best = off[f"FFN, {kind}, GPTQ"]["kl"]
+        assert all(best < f["kl"] for way, f in off.items() if way.startswith(f"FFN, {kind}") and way != f"FFN, {kind}, GPTQ")
+    for row in rows.values():
+        assert all(row[task]["of_dense"] >= 0.99 for task in ("scenes", "easy_vqa") if task in row)
+
+
 def test_every_product_of_a_decoder_is_watched_and_rounded_and_comes_back(bench, llama, rounding):
     assert len(rounding.products) == 2 * 7 + 1
     names = {p.name for p in rounding.products}
