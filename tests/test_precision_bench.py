@@ -29,7 +29,13 @@ def bench():
 @pytest.fixture
 def llama():
     torch.manual_seed(0)
-    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+    sizes = {
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 96,
+    }
     return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, tie_word_embeddings=True)).eval()
 
 
@@ -60,7 +66,9 @@ def test_what_a_build_stores_is_what_won():
     assert rows["8 bits: all, groups of 32, GPTQ"]["smollm2"]["agreement"] >= 0.98
     for kind in ("symmetric", "with zeros"):
         best = off[f"FFN, {kind}, GPTQ"]["kl"]
-        assert all(best < f["kl"] for way, f in off.items() if way.startswith(f"FFN, {kind}") and way != f"FFN, {kind}, GPTQ")
+        assert all(
+            best < f["kl"] for way, f in off.items() if way.startswith(f"FFN, {kind}") and way != f"FFN, {kind}, GPTQ"
+        )
     for row in rows.values():
         assert all(row[task]["of_dense"] >= 0.99 for task in ("scenes", "easy_vqa") if task in row)
 
