@@ -8,7 +8,7 @@ ASK = run $(DEMO) --image $(PICTURE) --prompt $(QUESTION)
 SPEED = bench $(DEMO) --image-tokens 144 --threads 1
 STAMP := .venv/.installed
 
-.PHONY: demo test lint clean accuracy bench-quality bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal lowest
+.PHONY: demo test lint clean accuracy bench-quality bench-precision bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal lowest
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("the versions of constraints.txt need Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
@@ -50,6 +50,12 @@ bench-quality: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python recipes/fetch_smollm2.py --out artifacts/smollm2-135m
 	$(BIN)/python benchmarks/neuron_quality.py --model artifacts/smollm2-135m --out benchmarks/quality/smollm2-135m.json --docs docs/quality.md
+
+# Weights in 4 and 8 bits on a real language model and the demo models: benchmarks/quality/precision.json and docs/precision.md (half an hour).
+bench-precision: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,eval]'
+	$(BIN)/python recipes/fetch_smollm2.py --out artifacts/smollm2-135m
+	$(BIN)/python benchmarks/precision.py --smollm2 artifacts/smollm2-135m --out benchmarks/quality/precision.json --docs docs/precision.md
 
 SCENES := artifacts/scenes.plan
 $(SCENES): $(STAMP)

@@ -15,8 +15,12 @@ steps on its weights, and is compared with itself only: that is what choices are
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +29,17 @@ from typing import Any
 import neuron_quality as nq
 import numpy as np
 import torch
+from _page import between, write_report
 from torch.nn import functional as F
 
+from cm_export.base import environment
+from cm_export.evals.tasks import easy_vqa, scenes
 from cm_export.quant.choose import Inputs, by_inputs, quantise
 from cm_export.quant.compensate import compensated
 from cm_export.quant.rounding import Quantiser, least_squares, nearest, weighted
 from cm_export.quant.scheme import Scheme
 
+SOME = (0, 3, 6, 9, 12, 14)  # prompts that compare methods and groups; parts are compared on all 16
 FILE_GROUP = 32  # of the 4-bit file that SmolLM2's weights come from
 KINDS = {
     "gate": "ffn",
@@ -65,6 +73,7 @@ class Way:
     method: str = "search"  # of METHODS
     eight: Callable[[str], bool] = lambda name: False  # products in 8 bits, whatever their kind has
     inputs: bool = False  # x is rounded to 8 bits as well, by token and group, as the kernel does
+    also: tuple[str, ...] = ()  # columns beside `off_grid`
 
     def scheme(self, product: Product) -> Scheme | None:
         bits = self.bits.get(product.kind, 0)
@@ -95,8 +104,7 @@ class Rounding:
         """Whatever runs inside adds its inputs to `grams`. gate and up, and q, k and v, have the same."""
 
         def add(product: Product, x: torch.Tensor) -> None:
-            # The first place of a text holds inputs a thousand times as large as others, and is always the same.
-            rows = x.reshape(-1, x.shape[-1])[1:] if x.dim() == 3 and x.shape[1] > 1 else x.reshape(-1, x.shape[-1])
+            rows = x.reshape(-1, x.shape[-1])
             own = self.grams.setdefault(product.name, torch.zeros(x.shape[-1], x.shape[-1]))
             own.addmm_(rows.T, rows)
             self.seen[product.name] = self.seen.get(product.name, 0) + len(rows)
@@ -195,7 +203,8 @@ class Reader:
     def __init__(self, path: Path, prompts: dict[str, list[str]], off_grid: bool = False):
         self.model = nq.Model(path)
         if off_grid:
-            blur(products(self.model.model.model.layers, self.model.model.lm_head)[:-1])
+            blur(self.model.model)
+            self.model.adopt()
         self.rounding = Rounding(products(self.model.model.model.layers, self.model.model.lm_head))
         with self.rounding.watching():
             for ids, answer in self._answers(prompts["calibration"]):
@@ -203,17 +212,13 @@ class Reader:
         self.asked = self._answers(prompts["short"] + prompts["long"])
         self.dense = [self._logs(*a) for a in self.asked]
 
-    def figures(self, way: Way) -> dict[str, Any]:
+    def figures(self, way: Way, prompts: Sequence[int]) -> dict[str, Any]:
         with self.rounding.stored(way) as bits:
-            rows = [nq.compare(d, self._logs(*a), a[1]) for d, a in zip(self.dense, self.asked, strict=True)]
+            rows = [nq.compare(self.dense[n], self._logs(*self.asked[n]), self.asked[n][1]) for n in prompts]
         agreement, kl, _ = np.mean(rows, 0)
         low, high = nq.interval([r[0] for r in rows])
-        return {
-            "bits": round(bits, 3),
-            "agreement": round(float(agreement), 4),
-            "ci": [round(low, 4), round(high, 4)],
-            "kl": round(float(kl), 5),
-        }
+        found = {"bits": round(bits, 3), "agreement": round(float(agreement), 4), "kl": round(float(kl), 5)}
+        return found if len(prompts) < len(self.asked) else found | {"ci": [round(low, 4), round(high, 4)]}
 
     def _answers(self, prompts: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [(ids, self.model.answer(ids)) for ids in map(self.model.ids, prompts)]
@@ -222,13 +227,14 @@ class Reader:
         return self.model.read(ids, answer, None).log_softmax(-1)
 
 
-def blur(found: list[Product]) -> None:
-    """Noise as wide as a step of the 4-bit file on every weight, so that no weight is on its grid any more."""
+def blur(model: torch.nn.Module) -> None:
+    """Noise as wide as a step of the file on every matrix (4 bits; 5 for the embedding): none is on its grid any more."""
     generator = torch.Generator().manual_seed(0)
-    for product in found:
-        groups = product.module.weight.data.view(-1, FILE_GROUP)
-        step = (groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True)) / 15
-        groups += (torch.rand(groups.shape, generator=generator) - 0.5) * step
+    for name, matrix in model.named_parameters():
+        if matrix.dim() == 2:
+            groups = matrix.data.view(-1, FILE_GROUP)
+            step = (groups.amax(1) - groups.amin(1)) / (31 if "embed" in name else 15)
+            groups += (torch.rand(groups.shape, generator=generator) - 0.5) * step[:, None]
 
 
 # ---------------------------------------------------------------- demo models
@@ -251,7 +257,7 @@ class Answerer:
         self.asked = [q for k, some in kinds.items() for q in random.Random(3).sample(some, min(each, len(some)))]
         self.right = sum(self._is_right(q) for q in self.asked)
 
-    def figures(self, way: Way) -> dict[str, Any]:
+    def figures(self, way: Way, prompts: Sequence[int]) -> dict[str, Any]:
         with self.rounding.stored(way) as bits:
             right = sum(self._is_right(q) for q in self.asked)
         return {"bits": round(bits, 3), "right": right, "of_dense": round(right / self.right, 4)}
@@ -281,3 +287,172 @@ class Answerer:
             do_sample=False,
         )
         return self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+# ---------------------------------------------------------------- what is measured
+FILE, EVERYWHERE = ("smollm2",), ("smollm2", "scenes", "easy_vqa")
+FFN, LAYERS, ALL = {"ffn": 4}, {"ffn": 4, "attention": 4}, {"ffn": 4, "attention": 4, "head": 8}
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _is_k_or_v(name: str) -> bool:
+    return _last(name) in ("k", "v")
+
+
+def ways() -> dict[str, list[Way]]:
+    """Title of a table -> its rows."""
+    methods = ("nearest", "search", "search, weighted", "AWQ", "GPTQ")
+    kinds = {True: "symmetric", False: "with zeros"}
+    return {
+        "methods": [
+            Way(
+                f"FFN, {kind}, {method}",
+                FFN,
+                32,
+                symmetric,
+                method,
+                also=FILE if method in ("nearest", "search") else (),
+            )
+            for symmetric, kind in kinds.items()
+            for method in methods
+        ],
+        "groups": [
+            Way(f"FFN, {kind}, GPTQ, groups of {group}", FFN, group, symmetric, "GPTQ")
+            for symmetric, kind in kinds.items()
+            for group in (64, 128)
+        ],
+        "parts": [
+            Way("8 bits: all, groups of 128, search", EIGHT, 128, also=FILE),
+            Way("8 bits: all, groups of 128, search; x in 8 bits", EIGHT, 128, inputs=True, also=FILE),
+            Way("8 bits: all, groups of 32, search", EIGHT, 32, also=EVERYWHERE),
+            Way("8 bits: all, groups of 32, GPTQ", EIGHT, 32, True, "GPTQ", also=FILE),
+            Way("8 bits: all, groups of 32, GPTQ; x in 8 bits", EIGHT, 32, True, "GPTQ", inputs=True, also=FILE),
+            Way("8 bits: all, groups of 32, search; x in 8 bits", EIGHT, 32, inputs=True, also=EVERYWHERE),
+            Way("4 bits: FFN, attention; GPTQ", LAYERS, 32, True, "GPTQ"),
+            Way("4 bits: FFN, attention; 8: head", ALL, 32, True, "GPTQ"),
+            Way(
+                "4 bits: FFN, attention; 8: head; x in 8 bits",
+                ALL,
+                32,
+                True,
+                "GPTQ",
+                inputs=True,
+                also=("scenes", "easy_vqa"),
+            ),
+            Way(
+                "4 bits: FFN, attention; 8: head; zeros, x in 8 bits",
+                ALL,
+                32,
+                False,
+                "GPTQ",
+                inputs=True,
+                also=EVERYWHERE,
+            ),
+            Way("4 bits: FFN, attention; 8: head; zeros, x in 8 bits; search", ALL, 32, False, "search", inputs=True),
+            Way("4 bits: FFN, q, k, o; 8: v, head", ALL, 32, True, "GPTQ", lambda n: _last(n) == "v"),
+            Way(
+                "4 bits: FFN, q, k, o; 8: v, head; zeros, x in 8 bits",
+                ALL,
+                32,
+                False,
+                "GPTQ",
+                lambda n: _last(n) == "v",
+                True,
+                FILE,
+            ),
+            Way("4 bits: FFN, q, o; 8: k, v, head; zeros, x in 8 bits", ALL, 32, False, "GPTQ", _is_k_or_v, True),
+            Way("4 bits: FFN; 8: attention, head", {"ffn": 4, "attention": 8, "head": 8}, 32, True, "GPTQ"),
+            Way("4 bits: gate, up, attention; 8: down, head", ALL, 32, True, "GPTQ", lambda n: _last(n) == "down"),
+            Way("4 bits: all", {"ffn": 4, "attention": 4, "head": 4}, 32, True, "GPTQ"),
+        ],
+    }
+
+
+def measure(smollm2: Path, prompts: dict[str, list[str]], only: str) -> dict[str, list[dict]]:
+    """Title -> rows: a way, and its figures for each model."""
+    chosen = {title: [w for w in rows if only in w.name] for title, rows in ways().items()}
+    report: dict[str, list[dict]] = {t: [{"way": w.name} for w in rows] for t, rows in chosen.items()}
+    readers = {"off_grid": lambda: Reader(smollm2, prompts, off_grid=True), "smollm2": lambda: Reader(smollm2, prompts)}
+    for column, make in (readers | ANSWERERS).items():
+        model = make()
+        for title, rows in chosen.items():
+            for way, row in zip(rows, report[title], strict=True):
+                if column != "off_grid" and column not in way.also:
+                    continue
+                row[column] = model.figures(way, range(16) if title == "parts" else SOME)
+                print(f"{column:9s} {way.name:52s} {row[column]}", file=sys.stderr, flush=True)
+        if isinstance(model, Answerer):
+            report[f"{column}_dense"] = [{"right": model.right, "asked": len(model.asked)}]
+        del model
+    return report
+
+
+DEMO = Path(__file__).parent.parent / "cm_export" / "demo"
+ANSWERERS = {
+    "scenes": lambda: Answerer(DEMO / "scenes", scenes, each=12, calibration=28),
+    "easy_vqa": lambda: Answerer(DEMO / "model", easy_vqa, each=40, calibration=28),
+}
+
+
+# ---------------------------------------------------------------- the page
+def table(rows: list[dict]) -> str:
+    """Markdown: one line per way; agreement with its interval / KL, and right answers of the demo models where asked."""
+    demos = [c for c in ANSWERERS if any(c in row for row in rows)]
+    heads = ["", "bits per weight", "off grid", "as fetched", *demos]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in rows:
+        cells = [row["way"], f"{row['off_grid']['bits']:.2f}"]
+        for column in ("off_grid", "smollm2"):
+            f = row.get(column)
+            ci = f" [{f['ci'][0]:.2f}, {f['ci'][1]:.2f}]" if f and "ci" in f else ""
+            cells.append(f"{f['agreement']:.3f}{ci} / {f['kl']:.4f}" if f else "")
+        cells += [f"{row[c]['of_dense']:.3f}" if c in row else "" for c in demos]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def into(page: str, report: dict) -> str:
+    """The page with the report's tables between their marks."""
+    for title in ways():
+        page = between(page, title, table(report[title]))
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--smollm2", type=Path, required=True, help="the directory that recipes/fetch_smollm2.py writes"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the report (.json)")
+    parser.add_argument("--docs", type=Path, help="a page whose tables are written anew (.md)")
+    parser.add_argument("--only", default="", help="ways whose names hold this, for a quick look")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.set_grad_enabled(False)
+    prompts = json.loads((Path(__file__).parent / "prompts.json").read_text(encoding="utf-8"))
+    started = time.time()
+    report = measure(args.smollm2, prompts, args.only)
+    versions = {
+        "torch": torch.__version__,
+        "transformers": __import__("transformers").__version__,
+        "numpy": np.__version__,
+    }
+    report = {
+        "command": "make bench-precision",
+        "prompts": {k: len(v) for k, v in prompts.items()},
+        "answer_tokens": nq.ANSWER,
+        "environment": environment.describe(args.threads, versions),
+        "seconds": round(time.time() - started),
+        **report,
+    }
+    write_report(args.out, report)
+    if args.docs:
+        args.docs.write_text(into(args.docs.read_text(encoding="utf-8"), report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cm_export.base.errors import InputError
-from cm_export.quant.choose import Inputs, by_inputs, quantise
+from cm_export.quant.choose import STORED, Inputs, by_inputs, quantise
 from cm_export.quant.compensate import DAMP, compensated
 from cm_export.quant.error import distance, output_error
 from cm_export.quant.rounding import least_squares, nearest, weighted
@@ -163,6 +163,16 @@ def test_importance_lowers_the_error_that_it_weighs(symmetric, axis, seed):
     assert error(weighted(importance)(weight, scheme, "w")) < error(least_squares(weight, scheme))
 
 
+def test_a_scale_with_a_zero_is_fitted_to_the_input_that_counts():
+    weight, _ = problem(10, inputs=32)
+    importance = np.full(32, 1e-9)
+    importance[7] = 1
+    found = weighted(importance)(weight, by_inputs(4, 32), "w")
+    kept = found.numbers()[7] != 0  # the weight is at least half a step
+    assert kept.mean() > 0.7
+    np.testing.assert_allclose(found.numbers()[7, kept], weight[7, kept], rtol=0.02)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_search_in_pieces_is_the_search_of_the_whole(symmetric, monkeypatch):
     weight, gram = problem(5, inputs=128, outputs=70)
@@ -213,10 +223,10 @@ def test_what_is_not_finite_is_refused_wherever_it_comes_from(wrong):
     spoilt, bad_gram, bad_square = weight.copy(), gram.copy(), np.diagonal(gram).copy()
     spoilt[5, 5] = bad_gram[3, 4] = bad_square[7] = wrong
     for known in (Inputs(), Inputs(np.diagonal(gram)), Inputs(gram=gram)):
-        with pytest.raises(InputError, match="^w: a weight is not finite"):
+        with pytest.raises(InputError, match=r"^w: a weight is not finite"):
             quantise(spoilt, scheme, "w", known)
     for known in (Inputs(bad_square), Inputs(gram=bad_gram)):
-        with pytest.raises(InputError, match="^w: .*not finite; check the activations"):
+        with pytest.raises(InputError, match=r"^w: .*not finite; check the activations"):
             quantise(weight, scheme, "w", known)
 
 
@@ -233,6 +243,15 @@ def test_inputs_of_another_shape_and_sign_and_groups_along_outputs_are_refused()
     for make in (lambda s: quantise(weight, s, "w"), lambda s: compensated(np.eye(64))(weight, s, "w")):
         with pytest.raises(InputError, match="groups along axis 1"):
             make(Scheme(4, 8, 1))
+    with pytest.raises(InputError, match=r"^w: a weight of shape \[64\]"):
+        quantise(weight[:, 0], by_inputs(4, 32), "w")
+
+
+def test_inputs_are_known_from_activations_of_any_number_of_axes():
+    x = np.random.default_rng(11).standard_normal((2, 30, 16)).astype(np.float32)
+    seen = Inputs.of(x)
+    np.testing.assert_allclose(seen.square, np.square(x).mean((0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(seen.gram, np.einsum("btk,btl->kl", x, x) / 60, rtol=1e-4, atol=1e-5)
 
 
 def test_inputs_that_were_never_seen_or_always_the_same_are_compensated_all_the_same():
@@ -255,6 +274,18 @@ def test_the_distance_tells_a_wrong_zero_from_rounding():
     assert 0 < distance(weight, found.numbers(), scheme) < 0.13
     found.zero[1, 1] += 3
     assert distance(weight, found.numbers(), scheme) == np.inf
+
+
+@pytest.mark.parametrize(("precision", "part"), [(p, part) for p, parts in STORED.items() for part in parts])
+def test_what_a_build_stores_is_within_its_bits_and_better_where_inputs_are_known(precision, part):
+    weight, gram = problem(12, inputs=100)
+    scheme = STORED[precision][part]
+    errors = [
+        output_error(weight, quantise(weight, scheme, part, known).numbers()[:100], gram)
+        for known in (Inputs(), Inputs(gram=gram))
+    ]
+    assert errors[1] < errors[0] < {4: 0.15, 8: 0.008}[scheme.bits]
+    assert scheme.axis == 0 and scheme.scale == HALF and scheme.group in (32, 64, 128)
 
 
 def test_bits_per_weight_count_scales_and_zeros():

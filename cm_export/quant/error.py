@@ -4,7 +4,8 @@ bytes, scales -> numbers [F,D] float32        error = |numbers - w| / |w|, roots
                                               of one group of g weights at most sqrt(g) / (2^bits - 2)
 
 The bound of a group: no weight is further from its number than half a step, and a step is at most 1 / (2^(bits-1) - 1) of the
-largest weight in the group (with a zero: 1 / (2^bits - 1) of twice that). One wrong row or scale among thousands hardly changes the error of a matrix, but breaks it.
+largest weight in the group (with a zero, 1 / (2^bits - 1) of twice that). One wrong row or scale among thousands hardly changes
+the error of a matrix, but breaks it.
 """
 
 import numpy as np
