@@ -60,7 +60,7 @@ static bool usable() { return true; }
 static bool usable_with_dot() {
 #if defined(__APPLE__) || defined(CM_NEON_IN_PLAIN_CPP)
     return true;
-#elif defined(__linux__)
+#elif defined(__linux__) && defined(__aarch64__)
     return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
 #else
     return false;

@@ -143,13 +143,12 @@ Matrix matrix(const ort::Context* context, const std::string& op, size_t index, 
     const Tensor codes = input(context, index), scale = input(context, index + 1), zero = input(context, index + 2);
     Matrix m;
     m.bits = bits, m.group = bits == 32 ? 32 : group, m.inputs = inputs, m.panels = panels;
-    const int64_t padded = (inputs + group - 1) / group * group;
+    const int64_t padded = bits == 32 ? inputs : m.groups() * group;
     const int64_t columns = bits == 32 ? panels * kPanel : static_cast<int64_t>(m.row_bytes());
     const std::string place = "input " + std::to_string(index) + " (codes)";
     if (codes.type != (bits == 32 ? ort::kFloat : ort::kUint8))
         fail(op, place + " must be " + (bits == 32 ? "float32" : "uint8") + " with bits " + std::to_string(bits));
-    const bool rows_fit = codes.shape.size() == 2 && (codes.shape[0] == padded || (bits == 32 && codes.shape[0] == inputs));
-    if (!rows_fit || codes.shape[1] != columns)
+    if (codes.shape != std::vector<int64_t>{padded, columns})
         fail(op, place + " is " + text_of(codes.shape) + ", expected " + text_of({padded, columns}));
     m.codes = static_cast<const uint8_t*>(codes.data);
     if (bits == 32) return m;
@@ -166,7 +165,7 @@ Matrix matrix(const ort::Context* context, const std::string& op, size_t index, 
 
 void check_form(const char* op, int64_t bits, int64_t group) {
     if (bits != 4 && bits != 8 && bits != 32) fail(op, "bits are " + std::to_string(bits) + ", not 4, 8 or 32");
-    if (group != 32 && group != 64 && group != 128) fail(op, "a group of " + std::to_string(group) + ", not 32, 64 or 128");
+    if (bits != 32 && group != 32 && group != 64 && group != 128) fail(op, "a group of " + std::to_string(group) + ", not 32, 64 or 128");
 }
 
 // Which k count: a norm for each k (none: all), a threshold for each request.

@@ -1,0 +1,94 @@
+"""The sources of the CPU ops in a program of their own: sanitizers, threads, and the files for other processors.
+
+The program (cpu_ops/fake_runtime.cpp) hands every tensor over in a block of exactly its size. ARM's file runs here with its
+intrinsics written in plain C++ (cpu_ops/neon_in_plain_cpp.h): its logic is tested, its instructions are not.
+"""
+
+import functools
+import json
+import subprocess
+
+import numpy as np
+import pytest
+from cm_export.plugins.cpu import build, library
+from cpu_builds import answers, program
+from cpu_cases import Sizes, ffn, matmul
+
+CALLS = [
+    *(matmul(sizes, seed) for seed, sizes in enumerate([
+        Sizes(), Sizes(K=1, N=1, S=2), Sizes(K=33, N=127, bits=8, zeros=True), Sizes(K=200, N=257, group=64, zeros=True, S=3),
+        Sizes(K=130, N=130, group=128, S=17), Sizes(K=70, N=200, bits=8, group=64, B=2, S=9), Sizes(bits=32),
+        Sizes(bits=32, S=19), Sizes(share=0, S=2), Sizes(share=1), Sizes(share=1, S=19, zeros=True), Sizes(S=0),
+    ])),
+    ffn(Sizes(B=2, zeros=True, N=300, group=64), bits_out=8, group_out=64),
+    ffn(Sizes(S=19, K=40, bits=8), bits_out=32, seed=1),
+    ffn(Sizes(S=1, K=40, bits=32), "gelu", bits_out=4, seed=2),
+]  # fmt: skip
+SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+ADDRESS = ("-O1", "-g1", "-fsanitize=address")
+
+
+def checked(run, **how) -> list:
+    found = answers(run, CALLS, **how)
+    assert len(found) == len(CALLS)
+    for call, y in zip(CALLS, found, strict=True):
+        assert isinstance(y, np.ndarray), y
+        call.check(y)
+    return found
+
+
+@functools.cache
+def sanitized():
+    return program("sanitized", {
+        "ops.cpp": SANITIZERS, "choose.cpp": SANITIZERS, "portable.cpp": SANITIZERS, "avx512.cpp": ADDRESS, "avx2.cpp": ADDRESS,
+    })  # fmt: skip
+
+
+@functools.cache
+def arm():
+    plain = ("-O1", "-DCM_NEON_IN_PLAIN_CPP")
+    return program(
+        "arm", {f: plain for f in ("ops.cpp", "choose.cpp", "portable.cpp", "avx512.cpp", "avx2.cpp", "neon.cpp")}
+    )
+
+
+@pytest.mark.parametrize("instructions", ["avx512-vnni", "avx-vnni", "avx2", "portable"])
+def test_sanitizers_find_nothing_and_calls_at_once_do_not_disturb_each_other(instructions):
+    if build.compiler() and instructions not in json.loads(usable()):
+        pytest.skip(f"this processor has no {instructions}")
+    one = checked(sanitized(), instructions=instructions)
+    several = checked(sanitized(), instructions=instructions, threads=3, at_once=3)
+    assert all(np.array_equal(a, b) for a, b in zip(one, several, strict=True))
+
+
+@functools.cache
+def usable() -> str:
+    library.built()
+    return json.dumps(library.info()["usable"])
+
+
+@pytest.mark.parametrize("instructions", ["neon", "neon-dot"])
+def test_the_file_for_arm_is_right_in_plain_cpp(instructions):
+    one = checked(arm(), instructions=instructions)
+    two = checked(arm(), instructions=instructions, threads=2, at_once=2)
+    assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_a_runtime_that_is_too_old_is_refused_with_its_version(tmp_path):
+    old = tmp_path / "old.cpp"
+    old.write_text("""
+        #include <cstdio>
+        #include "ort.h"
+        extern "C" ort::Status* RegisterCustomOps(ort::SessionOptions*, const ort::ApiBase*);
+        static ort::Status* create(int, const char* text) { return std::puts(text), reinterpret_cast<ort::Status*>(1); }
+        static void* table[1] = {reinterpret_cast<void*>(create)};
+        int main() {
+            const ort::ApiBase base{[](uint32_t v) -> const void* { return v > 13 ? nullptr : table; }, [] { return "1.13.1"; }};
+            return RegisterCustomOps(nullptr, &base) == nullptr;
+        }""")
+    objects = sorted(arm().parent.glob("*.o"))
+    objects.remove(arm().parent / "fake_runtime.cpp.o")
+    command = [build.compiler(), "-std=c++17", f"-I{build.SOURCES}", old, *objects, "-o", tmp_path / "old", "-pthread"]
+    subprocess.run([*map(str, command)], check=True)
+    done = subprocess.run([tmp_path / "old"], capture_output=True, text=True, check=True)
+    assert done.stdout == "the CPU ops of cm_export need ONNX Runtime 1.20 or newer, this one is 1.13.1\n"
