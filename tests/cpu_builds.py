@@ -25,27 +25,48 @@ def folder() -> Path:
     return Path(made.name)
 
 
-def program(name: str, flags: dict[str, tuple[str, ...]], sources: Path = build.SOURCES) -> Path:
-    """Compiles files of the sources, each with its own flags, and the fake runtime with those of ops.cpp."""
+CHOICE = """#include "kernels.h"
+namespace cm::cpu {{
+extern const Kernels {names};
+const Kernels* const* all_kernels() {{
+    static const Kernels* const kernels[] = {{{pointers}, nullptr}};
+    return kernels;
+}}
+}}
+"""
+
+
+def compiled(file: Path, flags: tuple[str, ...], out: Path, sources: Path = build.SOURCES) -> Path:
+    """The object of one source file."""
     compiler = build.compiler()
     if compiler is None:
         pytest.skip("no C++ compiler: the CPU ops cannot be built here")
-    out = folder() / name
-    out.mkdir()
     common = ("-std=c++17", "-Wall", "-Wextra", "-Wno-psabi", "-pthread", f"-I{sources}", f"-I{HERE}")
+    command = [compiler, *common, *flags, "-c", str(file), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-1000:]
+    return out
 
-    def compiled(file: str) -> str:
-        path = HERE / "fake_runtime.cpp" if file == "fake_runtime.cpp" else sources / file
-        command = [compiler, *common, *flags.get(file, flags["ops.cpp"]), "-c", str(path), "-o", str(out / f"{file}.o")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return command[-1]
+
+def linked(objects: Iterable[Path], out: Path, flags: tuple[str, ...] = ()) -> Path:
+    subprocess.run([str(build.compiler()), *flags, *map(str, objects), "-o", str(out), "-pthread"], check=True)
+    return out
+
+
+@functools.cache
+def objects(name: str, kernels: tuple[str, ...], flags: tuple[tuple[str, tuple[str, ...]], ...]) -> dict[str, Path]:
+    """{source file: object} of the fake runtime, of a choice among these kernels (kPortable, ...) and of files, with flags of each."""
+    out, of = folder() / name, dict(flags)
+    out.mkdir()
+    choice = out / "choice.cpp"
+    choice.write_text(CHOICE.format(names=", ".join(kernels), pointers=", ".join(f"&{k}" for k in kernels)))
+    files = {"choice.cpp": choice, "fake_runtime.cpp": HERE / "fake_runtime.cpp", **{f: build.SOURCES / f for f in of}}
+
+    def one(file: str) -> tuple[str, Path]:
+        return file, compiled(files[file], of.get(file, of["ops.cpp"]), out / f"{file}.o")
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, sorted({*flags, "fake_runtime.cpp"})))
-    sanitizers = [flag for flag in flags["ops.cpp"] if flag.startswith("-fsanitize")]
-    subprocess.run([compiler, *sanitizers, *objects, "-o", str(out / "run"), "-pthread"], check=True)
-    return out / "run"
+        return dict(pool.map(one, files))
 
 
 def changed(name: str, file: str, right: str, wrong: str) -> Path:

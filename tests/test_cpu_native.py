@@ -5,13 +5,13 @@ intrinsics written in plain C++ (cpu_ops/neon_in_plain_cpp.h): its logic is test
 """
 
 import functools
-import json
+import platform
 import subprocess
 
 import numpy as np
 import pytest
 from cm_export.plugins.cpu import build, library
-from cpu_builds import answers, program
+from cpu_builds import answers, folder, linked, objects
 from cpu_cases import Sizes, ffn, matmul
 
 CALLS = [
@@ -39,22 +39,27 @@ def checked(run, **how) -> list:
 
 @functools.cache
 def sanitized():
-    return program("sanitized", {
-        "ops.cpp": SANITIZERS, "choose.cpp": SANITIZERS, "portable.cpp": SANITIZERS, "avx512.cpp": ADDRESS, "avx2.cpp": ADDRESS,
-    })  # fmt: skip
+    flags = {f: SANITIZERS for f in ("ops.cpp", "portable.cpp")} | {f: ADDRESS for f in ("avx512.cpp", "avx2.cpp")}
+    if platform.machine() != "x86_64":
+        flags = {"ops.cpp": SANITIZERS, "portable.cpp": SANITIZERS}
+    kernels = ("kAvx512", "kAvxVnni", "kAvx2")[: 3 if "avx2.cpp" in flags else 0]
+    made = objects("sanitized", (*kernels, "kPortable"), tuple(flags.items()))
+    return linked(made.values(), folder() / "sanitized" / "run", SANITIZERS)
+
+
+PLAIN = (("ops.cpp", ("-O0",)), ("portable.cpp", ("-O0",)))
+ARM = (("ops.cpp", ("-O0",)), ("neon.cpp", ("-O1", "-DCM_NEON_IN_PLAIN_CPP")))
 
 
 @functools.cache
 def arm():
-    plain = ("-O1", "-DCM_NEON_IN_PLAIN_CPP")
-    return program(
-        "arm", {f: plain for f in ("ops.cpp", "choose.cpp", "portable.cpp", "avx512.cpp", "avx2.cpp", "neon.cpp")}
-    )
+    made = objects("arm", ("kNeonDot", "kNeon"), ARM)
+    return linked(made.values(), folder() / "arm" / "run")
 
 
 @pytest.mark.parametrize("instructions", ["avx512-vnni", "avx-vnni", "avx2", "portable"])
 def test_sanitizers_find_nothing_and_calls_at_once_do_not_disturb_each_other(instructions):
-    if build.compiler() and instructions not in json.loads(usable()):
+    if build.compiler() and instructions not in usable():
         pytest.skip(f"this processor has no {instructions}")
     one = checked(sanitized(), instructions=instructions)
     several = checked(sanitized(), instructions=instructions, threads=3, at_once=3)
@@ -62,9 +67,9 @@ def test_sanitizers_find_nothing_and_calls_at_once_do_not_disturb_each_other(ins
 
 
 @functools.cache
-def usable() -> str:
+def usable() -> list[str]:
     library.built()
-    return json.dumps(library.info()["usable"])
+    return library.info()["usable"]
 
 
 @pytest.mark.parametrize("instructions", ["neon", "neon-dot"])
@@ -86,9 +91,8 @@ def test_a_runtime_that_is_too_old_is_refused_with_its_version(tmp_path):
             const ort::ApiBase base{[](uint32_t v) -> const void* { return v > 13 ? nullptr : table; }, [] { return "1.13.1"; }};
             return RegisterCustomOps(nullptr, &base) == nullptr;
         }""")
-    objects = sorted(arm().parent.glob("*.o"))
-    objects.remove(arm().parent / "fake_runtime.cpp.o")
-    command = [build.compiler(), "-std=c++17", f"-I{build.SOURCES}", old, *objects, "-o", tmp_path / "old", "-pthread"]
+    made = [o for f, o in objects("plain", ("kPortable",), PLAIN).items() if f != "fake_runtime.cpp"]
+    command = [build.compiler(), "-std=c++17", f"-I{build.SOURCES}", old, *made, "-o", tmp_path / "old", "-pthread"]
     subprocess.run([*map(str, command)], check=True)
     done = subprocess.run([tmp_path / "old"], capture_output=True, text=True, check=True)
     assert done.stdout == "the CPU ops of cm_export need ONNX Runtime 1.20 or newer, this one is 1.13.1\n"
