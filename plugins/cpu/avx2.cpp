@@ -68,10 +68,13 @@ struct Vector {
                 interleave(at(p0 + 64 + 32 * part), at(p1 + 64 + 32 * part), at(p2 + 64 + 32 * part), at(p3 + 64 + 32 * part),
                            out + 8 + part);
             } else {
-                const auto lower = [&](Int v) { return _mm256_and_si256(v, low); };
-                const auto upper = [&](Int v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4), low); };
-                interleave(lower(a), lower(b), lower(c), lower(d), out + part);
-                interleave(upper(a), upper(b), upper(c), upper(d), out + 8 + part);
+                // bytes are interleaved while they still hold two codes each
+                Int both[8];
+                interleave(a, b, c, d, both);
+                for (int i = 0; i < 8; i += 2) {
+                    out[part + i] = _mm256_and_si256(both[i], low);
+                    out[8 + part + i] = _mm256_and_si256(_mm256_srli_epi16(both[i], 4), low);
+                }
             }
         }
     }

@@ -60,11 +60,14 @@ struct Isa {
             interleave(_mm512_loadu_si512(p0 + 64), _mm512_loadu_si512(p1 + 64), _mm512_loadu_si512(p2 + 64),
                        _mm512_loadu_si512(p3 + 64), out + 4);
         } else {
+            // bytes are interleaved while they still hold two codes each
+            Int both[4];
+            interleave(a, b, c, d, both);
             const Int low = _mm512_set1_epi8(15);
-            const auto upper = [&](Int v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), low); };
-            interleave(_mm512_and_si512(a, low), _mm512_and_si512(b, low), _mm512_and_si512(c, low),
-                       _mm512_and_si512(d, low), out);
-            interleave(upper(a), upper(b), upper(c), upper(d), out + 4);
+            for (int i = 0; i < 4; ++i) {
+                out[i] = _mm512_and_si512(both[i], low);
+                out[4 + i] = _mm512_and_si512(_mm512_srli_epi16(both[i], 4), low);
+            }
         }
     }
 };

@@ -51,8 +51,14 @@ struct Isa {
                 interleave(veorq_u8(vld1q_u8(q0 + 64), sign), veorq_u8(vld1q_u8(q1 + 64), sign),
                            veorq_u8(vld1q_u8(q2 + 64), sign), veorq_u8(vld1q_u8(q3 + 64), sign), out + 16 + lane);
             } else {
-                interleave(vandq_u8(a, low), vandq_u8(b, low), vandq_u8(c, low), vandq_u8(d, low), out + lane);
-                interleave(vshrq_n_u8(a, 4), vshrq_n_u8(b, 4), vshrq_n_u8(c, 4), vshrq_n_u8(d, 4), out + 16 + lane);
+                // bytes are interleaved while they still hold two codes each
+                Int both[16];
+                interleave(a, b, c, d, both);
+                for (int i = 0; i < 16; i += 4) {
+                    const uint8x16_t codes = vreinterpretq_u8_s32(both[i]);
+                    out[lane + i] = vreinterpretq_s32_u8(vandq_u8(codes, low));
+                    out[16 + lane + i] = vreinterpretq_s32_u8(vshrq_n_u8(codes, 4));
+                }
             }
         }
     }

@@ -29,6 +29,7 @@ namespace {
 
 constexpr const char* kDomain = "com.cm_export.native";
 constexpr const char* kVersion = "1";
+constexpr int64_t kCacheBytes = 256 << 10;  // of outputs, in one span
 
 std::atomic<uint64_t> bytes_read{0}, bytes_dense{0};
 std::atomic<const Kernels*> in_use{nullptr};
@@ -293,9 +294,11 @@ void prepare(const ort::Context* context, const Kernels& k, Rows& rows, const fl
     count_bytes(rows, m);
 }
 
-// How many spans the panels are cut into. Few rows: long ones, so that each row of W is read in long stretches.
+// How many spans the panels are cut into. Few rows: long ones, so that each row of W is read in long stretches, but with
+// outputs that fit into the second cache, since every group of inputs adds to all of them.
 size_t spans_of(int64_t panels, int count) {
-    const int64_t wanted = count <= kFewRows ? processors() : panels;
+    const int64_t for_the_cache = panels * count * kPanel * static_cast<int64_t>(sizeof(float)) / kCacheBytes;
+    const int64_t wanted = count <= kFewRows ? std::max<int64_t>(processors(), for_the_cache) : panels;
     return static_cast<size_t>(std::max<int64_t>(1, std::min(panels, wanted)));
 }
 

@@ -76,6 +76,8 @@ static inline int32x4_t vaddq_s32(int32x4_t a, int32x4_t b) {
     return lanes<int32x4_t>([&](int i) { return a.at[i] + b.at[i]; });
 }
 static inline int8x16_t vreinterpretq_s8_s32(int32x4_t v) { return same_bits<int8x16_t>(v); }
+static inline uint8x16_t vreinterpretq_u8_s32(int32x4_t v) { return same_bits<uint8x16_t>(v); }
+static inline int32x4_t vreinterpretq_s32_u8(uint8x16_t v) { return same_bits<int32x4_t>(v); }
 static inline uint16x8_t vreinterpretq_u16_u8(uint8x16_t v) { return same_bits<uint16x8_t>(v); }
 static inline int32x4_t vreinterpretq_s32_u16(uint16x8_t v) { return same_bits<int32x4_t>(v); }
 static inline int8x8_t vget_low_s8(int8x16_t v) { return from<int8x8_t>(v.at); }
