@@ -9,6 +9,7 @@ same layers as MatMulNBits (accuracy_level 4: int8 products), `read` every byte 
 """
 
 import argparse
+import functools
 import json
 import shlex
 import statistics
@@ -161,7 +162,7 @@ def measure(layers: int, threads: int, repeats: int) -> dict[str, Any]:
     with ThreadPoolExecutor(threads) as pool:
         for rows in ROWS:
             x = {"x": NOISE.standard_normal((1, rows, D)).astype(np.float32)}
-            runs = {name: (lambda s=session: s.run(None, x)) for name, session in sessions.items()}
+            runs = {name: functools.partial(session.run, None, x) for name, session in sessions.items()}
             if rows == 1:
                 runs["read"] = lambda: list(pool.map(np.max, parts))
             times: dict[str, list[float]] = {name: [] for name in runs}

@@ -55,7 +55,7 @@ def linked(objects: Iterable[Path], out: Path, flags: tuple[str, ...] = ()) -> P
 
 @functools.cache
 def objects(name: str, kernels: tuple[str, ...], flags: tuple[tuple[str, tuple[str, ...]], ...]) -> dict[str, Path]:
-    """{source file: object} of the fake runtime, of a choice among these kernels (kPortable, ...) and of files, with flags of each."""
+    """{source file: object} of the fake runtime, of a choice among `kernels` (kPortable, ...) and of files with flags of each."""
     out, of = folder() / name, dict(flags)
     out.mkdir()
     choice = out / "choice.cpp"

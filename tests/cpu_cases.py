@@ -1,6 +1,6 @@
 """Calls of the CPU ops with their meaning in float64, and how far the rounding of x to int8 may take an answer from it.
 
-    y = x_kept W            |error| <= sum over groups of (sum over kept k of |W[k,n]|) * scale_x / 2,  scale_x = max |x_kept| / 127
+    y = x_kept W          |error| <= sum over groups of (sum over kept k of |W[k,n]|) * scale / 2      scale = max |x_kept| / 127
 
 The weights are made here from codes, scales and zero points; nothing of the packer's inverse is used.
 """
@@ -184,7 +184,7 @@ ACTIVATION = 1e-6  # error of an activation's formula in float32, where |gate| <
 def ffn(
     s: Sizes, activation: str = "silu", bits_out: int = 4, group_out: int = 32, seed: int = 0, z_share: float = 0.6
 ) -> Call:
-    """s.K is D, s.N is F. The bound follows the errors of gate, up and z to y; neurons next to the threshold may go either way."""
+    """s.K is D, s.N is F. The bound follows the errors of gate, up and z to y; neurons at the threshold may go either way."""
     rng = np.random.default_rng(seed)
     D, F = s.K, s.N
     gate, up = (weight(rng, D, F, s.bits, s.group, s.zeros) for _ in range(2))
