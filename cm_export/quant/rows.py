@@ -132,6 +132,8 @@ def _check(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, bits: 
             raise InputError(f"{name} is {list(values.shape)}", where=where, fix=f"give {list(expected)}")
     if zero is not None and zero.dtype != np.uint8:
         raise InputError(f"zero is {zero.dtype}", where=where, fix="give uint8")
+    if not (np.abs(scale) <= np.finfo(np.float16).max).all():
+        raise InputError("a scale does not fit into float16", where=where, fix="check the weight that it is of")
     for name, values in (("a code", codes), ("a zero", zero)):
         if bits == 4 and values is not None and values.max() > 15:
             raise InputError(f"{name} of {values.max()} does not fit into 4 bits", where=where, fix="give 0 to 15")
