@@ -8,7 +8,7 @@ ASK = run $(DEMO) --image $(PICTURE) --prompt $(QUESTION)
 SPEED = bench $(DEMO) --image-tokens 144 --threads 1
 STAMP := .venv/.installed
 
-.PHONY: demo test lint clean accuracy bench-quality bench-precision bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal lowest
+.PHONY: demo test lint clean accuracy bench-quality bench-precision bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal lowest bench-cpu
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("the versions of constraints.txt need Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
@@ -91,6 +91,10 @@ plugins: $(STAMP)
 # The kernels beside dense products: artifacts/kernels.json. Needs a CUDA device and a torch that uses it.
 bench-kernels: plugins
 	$(BIN)/python benchmarks/kernels.py --library artifacts/plugins/libcm_plugins.so --out artifacts/kernels.json
+
+# The CPU ops beside ONNX Runtime's own and a plain read of memory: artifacts/cpu-kernels.json (two minutes, 2 GB of memory).
+bench-cpu: $(STAMP)
+	$(BIN)/python benchmarks/cpu_kernels.py --out artifacts/cpu-kernels.json
 
 # Everything of docs/gpu.md on a CUDA machine: artifacts/gpu-proof/proof.json. Its python needs torch, numpy, onnx and onnxruntime,
 # and nothing is installed; without a network give TENSORRT_INCLUDE=.

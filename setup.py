@@ -9,38 +9,64 @@ fails: portable graphs then run on ONNX Runtime's own ops, and `cm-export doctor
 
 import runpy
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Distribution, Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-
 OUTSIDE = ("plugins", "recipes")
+CPU_OPS = "cm_export.plugins.cpu"
+
+
+@cache
+def native() -> dict[str, Any]:
+    """The functions of plugins/cpu/build.py."""
+    sys.path.insert(0, str(ROOT))  # it imports cm_export.base.errors, and cm_export is not installed yet
+    return runpy.run_path(str(ROOT / "plugins" / "cpu" / "build.py"))
+
+
+class WithCompiler(Distribution):
+    """Without one, there is nothing to compile, and the wheel is one for every machine."""
+
+    def has_ext_modules(self) -> bool:
+        return native()["compiler"]() is not None
 
 
 class NativeLibrary(build_ext):
-    """Runs plugins/cpu/build.py, which names the file by a hash of the sources."""
+    """Puts the library, whose name carries a hash of its sources, beside those."""
 
-    def build_extension(self, ext: Extension) -> None:
-        sys.path.insert(0, str(ROOT))  # build.py imports cm_export.base.errors, and cm_export is not installed yet
-        build = runpy.run_path(str(ROOT / "plugins" / "cpu" / "build.py"))
-        if build["compiler"]() is None:
-            self.warn("no C++ compiler: the CPU ops of cm_export are left out")
-            return
-        build["compile_library"](Path(self.get_ext_fullpath(ext.name)).parent)
+    def run(self) -> None:
+        folder = Path(self.build_lib, *CPU_OPS.split("."))
+        if self.editable_mode:
+            folder = ROOT / self.get_finalized_command("build_py").get_package_dir(CPU_OPS)
+        try:
+            self.library = native()["compile_library"](folder)
+        except native()["CmExportError"] as error:
+            self.library = None
+            self.warn(f"the CPU ops of cm_export are left out: {error}")
 
     def get_outputs(self) -> list[str]:
-        folder = Path(self.get_ext_fullpath(self.extensions[0].name)).parent
-        return [str(file) for file in folder.glob("libcm_native-*")]
+        return [str(self.library)] if self.library else []
 
-    def copy_extensions_to_source(self) -> None:
-        """Of an editable install: the library goes to the sources themselves."""
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class AnyPythonWheel(bdist_wheel):
+    """The library depends on the processor and the system, but on no Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
 
 
 setup(
-    cmdclass={"build_ext": NativeLibrary},
-    ext_modules=[Extension("cm_export.plugins.cpu.native", sources=[], optional=True)],
+    distclass=WithCompiler,
+    cmdclass={"build_ext": NativeLibrary, "bdist_wheel": AnyPythonWheel},
+    ext_modules=[Extension(f"{CPU_OPS}.native", sources=[])],
     packages=[
         *find_packages(include=["cm_export", "cm_export.*"]),
         *(f"cm_export.{name}" for top in OUTSIDE for name in find_packages(include=[top, f"{top}.*"])),

@@ -131,7 +131,7 @@ def test_entries_hold_every_weight_of_the_products(low, demo_bundle):
     kinds = {
         n.split(".")[-1]: e.bits for n, e in entries(*graphs, bundle.weights, bundle.family, bundle.shape, some).items()
     }
-    assert kinds == {"attention_in": 4, "attention_out": 4, "head": 8}
+    assert kinds == {"attention_in": 4, "value": 8, "attention_out": 4, "head": 8}
 
 
 def test_z_that_a_policy_reads_is_the_one_that_is_multiplied(low, monkeypatch):

@@ -83,7 +83,7 @@ def _pruned(recipe: Recipe, shape: Shape) -> dict[str, str]:
                 f"{n.policy} anew for every token by 4-bit copies of gate and up (which cost {cost} of the FFN bytes)"
             )
         if n.by_threshold:
-            read = "{:.0%} of the FFNs' weights and {:.0%} of the others".format(n.share, n.rest_share).replace("%", " %")
+            read = f"{n.share:.0%} of the FFNs' weights and {n.rest_share:.0%} of the others".replace("%", " %")
             return {
                 "tokens": tokens,
                 "neurons": f"decode reads {read}, anew for every token: channels and neurons above thresholds",

@@ -185,6 +185,7 @@ class Family:
     up: ClassVar[str] = "mlp.up_proj.weight"
     down: ClassVar[str] = "mlp.down_proj.weight"
     attention_out: ClassVar[str] = "self_attn.o_proj.weight"
+    value: ClassVar[str] = "self_attn.v_proj.weight"  # of families that hold it apart
     embedding: ClassVar[str] = "model.embed_tokens.weight"
 
     def shape(self, config: Config) -> Shape:

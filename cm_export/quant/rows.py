@@ -3,12 +3,13 @@
     W[k,n] = scale[k // group, n] * (code[k,n] - zero[k // group, n])          code 0 .. 15 or 0 .. 255, zero none: 8 or 128
 
     codes  uint8 [K,N]   -> uint8 [K', N'/2] (4 bits) or [K', N'] (8 bits)     N' a multiple of 128, K' of group
+    floats [K,N]         -> float32 [K,N'] ("32 bits"), in their order
     scale  [K/group,N]   -> float16 [K'/group, N'], 0 in the outputs that were added
     zero   [K/group,N]   -> uint8 [K'/group, N'] or [0]
 
 Within a panel of 128 outputs, output n = 64 h + 16 q + 4 l + w lies in half h at place 16 l + 4 q + w. A kernel that
 interleaves the bytes, then the words, of four inputs in lanes of 128 bits gets four codes of each output, in order.
-A half is a nibble with 4 bits (h = 0: the low one) and 64 bytes with 8. Floats ("32 bits") keep their order.
+A half is a nibble with 4 bits (h = 0: the low one) and 64 bytes with 8.
 """
 
 from dataclasses import dataclass
@@ -57,12 +58,12 @@ def pack(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, bits: in
     )
 
 
-def pack_float(weight: np.ndarray, group: int = 32) -> PackedRows:
-    """weight [K,N] of any float type, kept as float32."""
+def pack_float(weight: np.ndarray) -> PackedRows:
+    """weight [K,N] of any float type, kept as float32 [K,N']; no groups, so no inputs are added."""
     (inputs, outputs), none = weight.shape, np.empty(0, np.uint8)
-    padded = np.zeros((-(-inputs // group) * group, -(-outputs // PANEL) * PANEL), np.float32)
-    padded[:inputs, :outputs] = weight
-    return PackedRows(padded, none.astype(np.float16), none, 32, group, inputs, outputs)
+    padded = np.zeros((inputs, -(-outputs // PANEL) * PANEL), np.float32)
+    padded[:, :outputs] = weight
+    return PackedRows(padded, none.astype(np.float16), none, 32, GROUPS[0], inputs, outputs)
 
 
 def unpack(packed: PackedRows) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -77,7 +78,7 @@ def unpack(packed: PackedRows) -> tuple[np.ndarray, np.ndarray, np.ndarray | Non
 def numbers(packed: PackedRows) -> np.ndarray:
     """float32 [K,N] that the codes stand for."""
     if packed.bits == 32:
-        return packed.codes[: packed.inputs, : packed.outputs]
+        return packed.codes[:, : packed.outputs]
     codes, scale, zero = unpack(packed)
     middle = np.float32(1 << (packed.bits - 1)) if zero is None else _per_input(zero, packed).astype(np.float32)
     return (codes.astype(np.float32) - middle) * _per_input(scale, packed).astype(np.float32)
@@ -131,6 +132,8 @@ def _check(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, bits: 
             raise InputError(f"{name} is {list(values.shape)}", where=where, fix=f"give {list(expected)}")
     if zero is not None and zero.dtype != np.uint8:
         raise InputError(f"zero is {zero.dtype}", where=where, fix="give uint8")
+    if not (np.abs(scale) <= np.finfo(np.float16).max).all():
+        raise InputError("a scale does not fit into float16", where=where, fix="check the weight that it is of")
     for name, values in (("a code", codes), ("a zero", zero)):
         if bits == 4 and values is not None and values.max() > 15:
             raise InputError(f"{name} of {values.max()} does not fit into 4 bits", where=where, fix="give 0 to 15")

@@ -1,6 +1,6 @@
 """The table [weights] of a recipe: in how many bits ONNX Runtime reads each kind of weight; one stored copy serves every graph.
 
-    precision = "int4"  ->  ffn, attention 4 bits      head, vision 8 bits (answers depend on them)
+    precision = "int4"  ->  ffn, q, k, o 4 bits      v, head, vision 8 bits (docs/precision.md)
     ffn = "int8"        ->  that kind alone is another
 
 A TensorRT engine has its own precision ([engine]); its graphs are made from the float32 weights in either case.
@@ -13,9 +13,9 @@ from .option import check_fields, option
 
 PRECISIONS = ("fp32", "int8", "int4")
 BITS = {"fp32": 32, "int8": 8, "int4": 4}
-KINDS = ("ffn", "attention", "head", "vision")
+KINDS = ("ffn", "attention", "value", "head", "vision")
 _AS_PRECISION = ("", *PRECISIONS)
-_SENSITIVE = ("head", "vision")  # kinds that stay at 8 bits where 4 are asked for all
+_SENSITIVE = ("value", "head", "vision")  # kinds that stay at 8 bits where 4 are asked for all
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,12 @@ class StoredWeights:
     precision: str = option(
         "fp32",
         "--weights",
-        "Bits of the weights on ONNX Runtime; int4 keeps head and vision at 8",
+        "Bits of the weights on ONNX Runtime; int4 keeps v, head and vision at 8",
         choices=PRECISIONS,
     )
     ffn: str = option("", "", "Bits of the FFNs' weights", choices=_AS_PRECISION)
-    attention: str = option("", "", "Bits of the weights of attention's products", choices=_AS_PRECISION)
+    attention: str = option("", "", "Bits of the weights of attention's products, q, k and o", choices=_AS_PRECISION)
+    value: str = option("", "", "Bits of the values' product, v", choices=_AS_PRECISION)
     head: str = option("", "", "Bits of the LM head", choices=_AS_PRECISION)
     vision: str = option("", "", "Bits of the products of the vision tower", choices=_AS_PRECISION)
     group: int = option(32, "--weight-group", "Weights along the inputs that share a scale", choices=(32, 64, 128))

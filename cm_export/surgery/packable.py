@@ -1,6 +1,6 @@
 """Which weights of a model are stored in few bits, under which names, and what reads them together.
 
-decode_dense: gate, up -> layers.0.ffn_in      down -> layers.0.ffn_out      q, k, v -> layers.0.attention_in      o, head
+decode_dense: gate, up -> layers.0.ffn_in      down -> layers.0.ffn_out      q, k -> layers.0.attention_in      v, o, head
 vision:       every MatMul and Gemm with a weight -> vision.<its name>
 """
 
@@ -35,13 +35,17 @@ def entries(
             found[f"layers.{i}.ffn_in"] = entry("ffn", [gate, up], site=SIDES * i + FFN_IN)
             found[f"layers.{i}.ffn_out"] = entry("ffn", [down], turned=False, site=SIDES * i + FFN_OUT)
     edit = Edit(decode)
-    if stored.of("attention") < 32:
-        for own in layer_products(edit, family, shape.layers):
-            at, into = SIDES * own.layer, [p.weight.name for p in own.into]
-            found[f"layers.{own.layer}.attention_in"] = entry("attention", into, site=at + ATTENTION_IN)
-            found[f"layers.{own.layer}.attention_out"] = entry(
-                "attention", [own.out.weight.name], site=at + ATTENTION_OUT
-            )
+    for own in layer_products(edit, family, shape.layers):
+        at, into = SIDES * own.layer, [p.weight.name for p in own.into]
+        apart = [name for name in into if name.endswith(family.value) and stored.of("value") != stored.of("attention")]
+        parts = {
+            "attention_in": ("attention", [name for name in into if name not in apart], ATTENTION_IN),
+            "value": ("value", apart, ATTENTION_IN),
+            "attention_out": ("attention", [own.out.weight.name], ATTENTION_OUT),
+        }
+        for part, (kind, names, side) in parts.items():
+            if names and stored.of(kind) < 32:
+                found[f"layers.{own.layer}.{part}"] = entry(kind, names, site=at + side)
     if stored.of("head") < 32:
         found["head"] = entry("head", [head_product(edit).weight.name], site=SIDES * shape.layers)
     if stored.of("vision") < 32 and vision is not None:

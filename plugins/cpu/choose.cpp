@@ -3,13 +3,17 @@
 
 namespace cm::cpu {
 #if defined(__x86_64__)
-extern const Kernels kAvx512;
+extern const Kernels kAvx512, kAvxVnni, kAvx2;
+#elif defined(__aarch64__)
+extern const Kernels kNeonDot, kNeon;
 #endif
 
 const Kernels* const* all_kernels() {
     static const Kernels* const kernels[] = {
 #if defined(__x86_64__)
-        &kAvx512,
+        &kAvx512, &kAvxVnni, &kAvx2,
+#elif defined(__aarch64__)
+        &kNeonDot, &kNeon,
 #endif
         &kPortable, nullptr};
     return kernels;

@@ -90,7 +90,7 @@ def use(instructions: str, library: Path | None = None) -> None:
 def _path() -> Path:
     found = find()
     if found is None:
-        raise InputError("the CPU ops are not built", where="cm_export.plugins.cpu", fix=why_missing())
+        raise InputError(why_missing() or "the CPU ops are not built", where="cm_export.plugins.cpu")
     return found
 
 

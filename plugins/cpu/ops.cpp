@@ -29,6 +29,7 @@ namespace {
 
 constexpr const char* kDomain = "com.cm_export.native";
 constexpr const char* kVersion = "1";
+constexpr int64_t kCacheBytes = 256 << 10;  // of outputs, in one span
 
 std::atomic<uint64_t> bytes_read{0}, bytes_dense{0};
 std::atomic<const Kernels*> in_use{nullptr};
@@ -143,13 +144,12 @@ Matrix matrix(const ort::Context* context, const std::string& op, size_t index, 
     const Tensor codes = input(context, index), scale = input(context, index + 1), zero = input(context, index + 2);
     Matrix m;
     m.bits = bits, m.group = bits == 32 ? 32 : group, m.inputs = inputs, m.panels = panels;
-    const int64_t padded = (inputs + group - 1) / group * group;
+    const int64_t padded = bits == 32 ? inputs : m.groups() * group;
     const int64_t columns = bits == 32 ? panels * kPanel : static_cast<int64_t>(m.row_bytes());
     const std::string place = "input " + std::to_string(index) + " (codes)";
     if (codes.type != (bits == 32 ? ort::kFloat : ort::kUint8))
         fail(op, place + " must be " + (bits == 32 ? "float32" : "uint8") + " with bits " + std::to_string(bits));
-    const bool rows_fit = codes.shape.size() == 2 && (codes.shape[0] == padded || (bits == 32 && codes.shape[0] == inputs));
-    if (!rows_fit || codes.shape[1] != columns)
+    if (codes.shape != std::vector<int64_t>{padded, columns})
         fail(op, place + " is " + text_of(codes.shape) + ", expected " + text_of({padded, columns}));
     m.codes = static_cast<const uint8_t*>(codes.data);
     if (bits == 32) return m;
@@ -166,7 +166,7 @@ Matrix matrix(const ort::Context* context, const std::string& op, size_t index, 
 
 void check_form(const char* op, int64_t bits, int64_t group) {
     if (bits != 4 && bits != 8 && bits != 32) fail(op, "bits are " + std::to_string(bits) + ", not 4, 8 or 32");
-    if (group != 32 && group != 64 && group != 128) fail(op, "a group of " + std::to_string(group) + ", not 32, 64 or 128");
+    if (bits != 32 && group != 32 && group != 64 && group != 128) fail(op, "a group of " + std::to_string(group) + ", not 32, 64 or 128");
 }
 
 // Which k count: a norm for each k (none: all), a threshold for each request.
@@ -294,9 +294,11 @@ void prepare(const ort::Context* context, const Kernels& k, Rows& rows, const fl
     count_bytes(rows, m);
 }
 
-// How many spans the panels are cut into. Few rows: long ones, so that each row of W is read in long stretches.
+// How many spans the panels are cut into. Few rows: long ones, so that each row of W is read in long stretches, but with
+// outputs that fit into the second cache, since every group of inputs adds to all of them.
 size_t spans_of(int64_t panels, int count) {
-    const int64_t wanted = count <= kFewRows ? processors() : panels;
+    const int64_t for_the_cache = panels * count * kPanel * static_cast<int64_t>(sizeof(float)) / kCacheBytes;
+    const int64_t wanted = count <= kFewRows ? std::max<int64_t>(processors(), for_the_cache) : panels;
     return static_cast<size_t>(std::max<int64_t>(1, std::min(panels, wanted)));
 }
 

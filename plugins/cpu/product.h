@@ -134,51 +134,64 @@ static CM_INLINE void block(const Tile& tile, const Rows& rows, int64_t g_begin,
                             size_t stride) {
     constexpr int kColumns = Isa::kColumns;
     const int first = rows.first[g_begin];
-    Float out[n][kColumns];
-    for (int i = 0; i < n; ++i)
-        for (int c = 0; c < kColumns; ++c) out[i][c] = Isa::load(y + i * stride + c * Isa::kLanes);
-    if constexpr (bits == 32) {
-        const float* x = rows.values_of(row);
-        const Float* w = reinterpret_cast<const Float*>(tile.codes) + column;
-        for (int k = first * kQuad; k < rows.first[g_end] * kQuad; ++k, w += kRegisters)
+    const size_t listed = rows.ids.size();
+    const int8_t* x = rows.codes_of(row);
+    for (int64_t g = g_begin; g < g_end; ++g) {
+        const Int* zeros = tile.zeros + (g - g_begin) * kRegisters + column;
+        const Float* scale = tile.scale + (g - g_begin) * kRegisters + column;
+        Int sums[n][kColumns];
+        for (int i = 0; i < n; ++i)
+            for (int c = 0; c < kColumns; ++c) sums[i][c] = Isa::times(zeros[c], -rows.sum[(row + i) * rows.groups + g]);
+        const Int* w = tile.codes + (rows.first[g] - first) * kRegisters + column;
+        for (int quad = rows.first[g]; quad < rows.first[g + 1]; ++quad, w += kRegisters)
             for (int i = 0; i < n; ++i) {
-                const Float factor = Isa::all(x[i * rows.ids.size() + k]);
-                for (int c = 0; c < kColumns; ++c) out[i][c] = Isa::fma(factor, w[c], out[i][c]);
+                const Int codes = Isa::quad(x + i * listed + quad * kQuad);
+                for (int c = 0; c < kColumns; ++c) sums[i][c] = Isa::template dot<bits>(sums[i][c], w[c], codes);
             }
-    } else {
-        const int8_t* x = rows.codes_of(row);
-        for (int64_t g = g_begin; g < g_end; ++g) {
-            const int64_t t = (g - g_begin) * kRegisters + column;
-            Int sums[n][kColumns];
-            for (int i = 0; i < n; ++i)
-                for (int c = 0; c < kColumns; ++c)
-                    sums[i][c] = Isa::times(tile.zeros[t + c], -rows.sum[(row + i) * rows.groups + g]);
-            for (int quad = rows.first[g]; quad < rows.first[g + 1]; ++quad) {
-                const Int* w = tile.codes + (quad - first) * kRegisters + column;
-                for (int i = 0; i < n; ++i) {
-                    const Int codes = Isa::quad(x + i * rows.ids.size() + quad * kQuad);
-                    for (int c = 0; c < kColumns; ++c) sums[i][c] = Isa::template dot<bits>(sums[i][c], w[c], codes);
-                }
-            }
-            for (int i = 0; i < n; ++i) {
-                const Float x_scale = Isa::all(rows.scale[(row + i) * rows.groups + g]);
-                for (int c = 0; c < kColumns; ++c)
-                    out[i][c] = Isa::fma(Isa::number(sums[i][c]), Isa::mul(tile.scale[t + c], x_scale), out[i][c]);
+        for (int i = 0; i < n; ++i) {
+            const Float x_scale = Isa::all(rows.scale[(row + i) * rows.groups + g]);
+            for (int c = 0; c < kColumns; ++c) {
+                float* out = y + i * stride + c * Isa::kLanes;
+                Isa::store(out, Isa::fma(Isa::number(sums[i][c]), Isa::mul(scale[c], x_scale), Isa::load(out)));
             }
         }
     }
+}
+
+// The same for floats.
+template <int n>
+static CM_INLINE void float_block(const Tile& tile, const Rows& rows, int64_t g_begin, int64_t g_end, int row, int column, float* y,
+                                  size_t stride) {
+    constexpr int kColumns = Isa::kColumns;
+    const size_t listed = rows.ids.size();
+    const float* x = rows.values_of(row);
+    const Float* w = reinterpret_cast<const Float*>(tile.codes) + column;
+    Float out[n][kColumns];
+    for (int i = 0; i < n; ++i)
+        for (int c = 0; c < kColumns; ++c) out[i][c] = Isa::load(y + i * stride + c * Isa::kLanes);
+    for (int k = rows.first[g_begin] * kQuad; k < rows.first[g_end] * kQuad; ++k, w += kRegisters)
+        for (int i = 0; i < n; ++i) {
+            const Float factor = Isa::all(x[i * listed + k]);
+            for (int c = 0; c < kColumns; ++c) out[i][c] = Isa::fma(factor, w[c], out[i][c]);
+        }
     for (int i = 0; i < n; ++i)
         for (int c = 0; c < kColumns; ++c) Isa::store(y + i * stride + c * Isa::kLanes, out[i][c]);
 }
 
-template <int bits>
-static void blocks(const Tile& tile, const Rows& rows, int64_t g_begin, int64_t g_end, float* y, size_t stride) {
-    for (int column = 0; column < kRegisters; column += Isa::kColumns) {
-        int row = 0;
-        float* out = y + column * Isa::kLanes;
-        for (; row + Isa::kRows <= rows.count; row += Isa::kRows)
-            block<bits, Isa::kRows>(tile, rows, g_begin, g_end, row, column, out + row * stride, stride);
-        for (; row < rows.count; ++row) block<bits, 1>(tile, rows, g_begin, g_end, row, column, out + row * stride, stride);
+// All rows of x and outputs of the tile, n rows at a time and what is left with smaller n.
+template <int bits, int n>
+static void blocks(const Tile& tile, const Rows& rows, int64_t g_begin, int64_t g_end, int row, float* y, size_t stride) {
+    for (; row + n <= rows.count; row += n)
+        for (int column = 0; column < kRegisters; column += Isa::kColumns) {
+            float* out = y + row * stride + column * Isa::kLanes;
+            if constexpr (bits == 32) {
+                float_block<n>(tile, rows, g_begin, g_end, row, column, out, stride);
+            } else {
+                block<bits, n>(tile, rows, g_begin, g_end, row, column, out, stride);
+            }
+        }
+    if constexpr (n > 1) {
+        if (row < rows.count) blocks<bits, n - 1>(tile, rows, g_begin, g_end, row, y, stride);
     }
 }
 
@@ -196,7 +209,7 @@ static void several_rows(const Matrix& m, const Rows& rows, const Span* spans, i
             for (int64_t panel = span->begin; panel < span->end; ++panel) {
                 fetch<bits>(m.codes + panel * kPanel * bits / 8, m.row_bytes(), rows.ids.data(), rows.first[end], next_end);
                 fill<bits>(tile, m, rows, g, end, panel);
-                blocks<bits>(tile, rows, g, end, span->y + (panel - span->begin) * kPanel, span->stride);
+                blocks<bits, Isa::kRows>(tile, rows, g, end, 0, span->y + (panel - span->begin) * kPanel, span->stride);
             }
     }
 }

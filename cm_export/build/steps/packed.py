@@ -11,7 +11,7 @@ from ...bundle import packed, weights
 from ...bundle.packed import Entry
 from ...bundle.weights import Planned, WeightFile
 from ...quant import rows
-from ...quant.choose import Inputs, by_inputs, quantise
+from ...quant.choose import UNKNOWN, Inputs, by_inputs, quantise
 from ...recipe.stored import StoredWeights
 from ...surgery.packable import entries
 from ..stage import Stage
@@ -45,10 +45,9 @@ def _packed(
     if entry.padded and len(parts) > 1:  # each begins a panel of its own
         parts = [np.pad(p, ((0, 0), (0, -p.shape[1] % rows.PANEL))) for p in parts]
     weight = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-    inputs = Inputs()
+    inputs = UNKNOWN
     if seen is not None and entry.site is not None:
-        x = seen[f"site.{entry.site}"].astype(np.float32)
-        inputs = Inputs(np.square(x).mean(0), x.T @ x if entry.bits < 8 else None)
+        inputs = Inputs.of(seen[f"site.{entry.site}"])
     scheme = by_inputs(entry.bits, entry.group, symmetric=entry.bits == 8 or not stored.zeros)
     made = quantise(np.ascontiguousarray(weight, np.float32), scheme, name, inputs)
     codes, zero = made.unsigned()

@@ -1,0 +1,112 @@
+"""The CPU ops as a program of their own (cpu_ops/fake_runtime.cpp): for sanitizers, other processors and planted bugs."""
+
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cm_export.plugins.cpu import build
+from cpu_cases import TYPES, Call
+
+HERE = Path(__file__).parent / "cpu_ops"
+
+
+@functools.cache
+def folder() -> Path:
+    """Of this test run."""
+    made = tempfile.TemporaryDirectory(prefix="cm-cpu-")
+    folder.kept = made  # removed when the process ends
+    return Path(made.name)
+
+
+CHOICE = """#include "kernels.h"
+namespace cm::cpu {{
+extern const Kernels {names};
+const Kernels* const* all_kernels() {{
+    static const Kernels* const kernels[] = {{{pointers}, nullptr}};
+    return kernels;
+}}
+}}
+"""
+
+
+def compiled(file: Path, flags: tuple[str, ...], out: Path, sources: Path = build.SOURCES) -> Path:
+    """The object of one source file."""
+    compiler = build.compiler()
+    if compiler is None:
+        pytest.skip("no C++ compiler: the CPU ops cannot be built here")
+    common = ("-std=c++17", "-Wall", "-Wextra", "-Wno-psabi", "-pthread", f"-I{sources}", f"-I{HERE}")
+    command = [compiler, *common, *flags, "-c", str(file), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-1000:]
+    return out
+
+
+def linked(objects: Iterable[Path], out: Path, flags: tuple[str, ...] = ()) -> Path:
+    subprocess.run([str(build.compiler()), *flags, *map(str, objects), "-o", str(out), "-pthread"], check=True)
+    return out
+
+
+@functools.cache
+def objects(name: str, kernels: tuple[str, ...], flags: tuple[tuple[str, tuple[str, ...]], ...]) -> dict[str, Path]:
+    """{source file: object} of the fake runtime, of a choice among `kernels` (kPortable, ...) and of files with flags of each."""
+    out, of = folder() / name, dict(flags)
+    out.mkdir()
+    choice = out / "choice.cpp"
+    choice.write_text(CHOICE.format(names=", ".join(kernels), pointers=", ".join(f"&{k}" for k in kernels)))
+    files = {"choice.cpp": choice, "fake_runtime.cpp": HERE / "fake_runtime.cpp", **{f: build.SOURCES / f for f in of}}
+
+    def one(file: str) -> tuple[str, Path]:
+        return file, compiled(files[file], of.get(file, of["ops.cpp"]), out / f"{file}.o")
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return dict(pool.map(one, files))
+
+
+def changed(name: str, file: str, right: str, wrong: str) -> Path:
+    """A copy of the sources in which one text of one file is replaced."""
+    copy = folder() / f"{name}-sources" / "cpu"
+    shutil.copytree(build.SOURCES, copy, ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.so"))
+    for shared in build.SHARED:
+        (copy / shared).parent.mkdir(exist_ok=True)
+        shutil.copy(build.SOURCES / shared, copy / shared)
+    text = (copy / file).read_text()
+    assert text.count(right) == 1, f"{file} has {text.count(right)} times {right!r}"
+    (copy / file).write_text(text.replace(right, wrong))
+    return copy
+
+
+def answers(
+    run: Path,
+    calls: Iterable[Call],
+    *,
+    threads: int = 1,
+    at_once: int = 1,
+    instructions: str = "",
+    prefix: tuple[str, ...] = (),
+) -> list[np.ndarray | str]:
+    """y of each call, or the message of an error."""
+    questions, replies = run.with_suffix(".calls"), run.with_suffix(".answers")
+    with questions.open("wb") as file:
+        for call in calls:
+            file.write(f"{call.op} {len(call.attributes)} {len(call.inputs)}\n".encode())
+            file.write("".join(f"{n} {v}\n" for n, v in call.attributes.items()).encode())
+            for values in call.inputs.values():
+                file.write(f"{TYPES[str(values.dtype)]} {values.ndim} {' '.join(map(str, values.shape))}\n".encode())
+                file.write(values.tobytes())
+    command = [*prefix, run, questions, replies, threads, at_once, *([instructions] if instructions else [])]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-3000:]}"
+    found: list[np.ndarray | str] = []
+    with replies.open("rb") as file:
+        while line := file.readline().decode():
+            kind, _, rest = line.strip().partition(" ")
+            shape = [int(size) for size in rest.split()] if kind == "ok" else []
+            found.append(np.fromfile(file, np.float32, int(np.prod(shape))).reshape(shape) if shape else rest)
+    return found

@@ -1,0 +1,183 @@
+// Runs the CPU ops without ONNX Runtime, for sanitizers and other processors: the slots of its table that ops.cpp uses.
+//
+//     fake_runtime CALLS ANSWERS THREADS AT_ONCE [INSTRUCTIONS]
+//
+// CALLS holds calls as test_cpu_native.py writes them. Each runs AT_ONCE times at the same time on one kernel, as sessions
+// shared by several threads do; the answers must be the same to the byte. Every tensor is a heap block of exactly its size.
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+#include "ort.h"
+
+extern "C" ort::Status* RegisterCustomOps(ort::SessionOptions*, const ort::ApiBase*);
+extern "C" int cm_native_use(const char*);
+
+static int threads = 1;
+
+struct ort::Status {
+    std::string text;
+};
+struct ort::ShapeInfo {
+    int type;
+    std::vector<int64_t> shape;
+};
+struct ort::Value {
+    ShapeInfo info;
+    std::unique_ptr<char[]> data;
+    size_t bytes = 0;
+
+    void allocate() {
+        bytes = info.type == kUint8 ? 1 : info.type == kFloat16 ? 2 : 4;
+        for (int64_t size : info.shape) bytes *= size;
+        data.reset(new char[bytes]);
+    }
+};
+struct ort::Info {
+    std::map<std::string, std::string> attributes;
+};
+struct ort::Context {
+    std::vector<Value>* inputs;
+    Value output;
+};
+struct ort::Domain {
+    std::map<std::string, const CustomOp*> ops;
+};
+struct ort::SessionOptions {
+    Domain* domain;
+};
+
+using namespace ort;
+
+static void* table[300];
+
+template <class Function>
+static void put(int slot, Function* function) {
+    table[slot] = reinterpret_cast<void*>(function);
+}
+
+static void fill_table() {
+    put(0, +[](int, const char* text) { return new Status{text}; });
+    put(26, +[](const char*, Domain** out) -> Status* { return *out = new Domain, nullptr; });
+    put(27, +[](Domain* domain, const CustomOp* op) -> Status* { return domain->ops[op->GetName(op)] = op, nullptr; });
+    put(28, +[](SessionOptions* options, Domain* domain) -> Status* { return options->domain = domain, nullptr; });
+    put(51, +[](Value* value, void** out) -> Status* { return *out = value->data.get(), nullptr; });
+    put(60, +[](const ShapeInfo* info, int* out) -> Status* { return *out = info->type, nullptr; });
+    put(61, +[](const ShapeInfo* info, size_t* out) -> Status* { return *out = info->shape.size(), nullptr; });
+    put(62, +[](const ShapeInfo* info, int64_t* out, size_t count) -> Status* {
+        std::memcpy(out, info->shape.data(), count * sizeof *out);
+        return nullptr;
+    });
+    put(65, +[](const Value* value, ShapeInfo** out) -> Status* { return *out = new ShapeInfo(value->info), nullptr; });
+    put(86, +[](const Info* info, const char* name, int64_t* out) -> Status* {
+        if (!info->attributes.count(name)) return new Status{"no such attribute"};
+        return *out = std::atoll(info->attributes.at(name).c_str()), nullptr;
+    });
+    put(87, +[](const Info* info, const char* name, char* out, size_t* size) -> Status* {
+        if (!info->attributes.count(name)) return new Status{"no such attribute"};
+        const std::string& text = info->attributes.at(name);
+        if (*size < text.size() + 1) return new Status{"too short"};
+        return std::memcpy(out, text.c_str(), *size = text.size() + 1), nullptr;
+    });
+    put(90, +[](const Context* context, size_t i, Value** out) -> Status* { return *out = &(*context->inputs)[i], nullptr; });
+    put(91, +[](Context* context, size_t, const int64_t* shape, size_t rank, Value** out) -> Status* {
+        context->output.info = {kFloat, {shape, shape + rank}};
+        context->output.allocate();
+        return *out = &context->output, nullptr;
+    });
+    put(93, +[](Status* status) { delete status; });
+    put(99, +[](ShapeInfo* info) { delete info; });
+    put(274, +[](const Context*, void (*task)(void*, size_t), size_t total, size_t, void* data) -> Status* {
+        std::atomic<size_t> next{0};
+        std::vector<std::thread> all;
+        for (int i = 0; i < threads; ++i)
+            all.emplace_back([&] {
+                for (size_t n; (n = next++) < total;) task(data, n);
+            });
+        for (std::thread& one : all) one.join();
+        return nullptr;
+    });
+}
+
+static std::string compute(const CustomOp* op, void* kernel, std::vector<Value>& inputs) {
+    Context context{&inputs, {}};
+    if (Status* status = op->KernelComputeV2(kernel, &context)) {
+        const std::string text = "error " + status->text + "\n";
+        delete status;
+        return text;
+    }
+    std::string text = "ok";
+    for (int64_t size : context.output.info.shape) text += " " + std::to_string(size);
+    return text + "\n" + std::string(context.output.data.get(), context.output.bytes);
+}
+
+static std::string one_call(const CustomOp* op, const Info& info, std::vector<Value>& inputs, int at_once) {
+    void* kernel = nullptr;
+    if (Status* status = op->CreateKernelV2(op, table, &info, &kernel)) {
+        const std::string text = "error " + status->text + "\n";
+        delete status;
+        return text;
+    }
+    std::vector<std::string> answers(at_once);
+    std::vector<std::thread> all;
+    for (std::string& answer : answers) all.emplace_back([&] { answer = compute(op, kernel, inputs); });
+    for (std::thread& one : all) one.join();
+    op->KernelDestroy(kernel);
+    for (const std::string& answer : answers)
+        if (answer != answers[0]) return "error calls at the same time disturb each other\n";
+    return answers[0];
+}
+
+int main(int count, char** words) {
+    if (count < 5) return 2;
+    threads = std::atoi(words[3]);
+#if defined(__linux__)
+    if (threads == 1) {  // the ops cut their work by the processors of the process: with one, a span has all panels
+        cpu_set_t all, one;
+        CPU_ZERO(&one);
+        sched_getaffinity(0, sizeof all, &all);
+        for (int i = 0; i < CPU_SETSIZE && CPU_COUNT(&one) == 0; ++i)
+            if (CPU_ISSET(i, &all)) CPU_SET(i, &one);
+        sched_setaffinity(0, sizeof one, &one);
+    }
+#endif
+    fill_table();
+    SessionOptions options{};
+    const ApiBase base{[](uint32_t) -> const void* { return table; }, [] { return "fake"; }};
+    if (RegisterCustomOps(&options, &base)) return 3;
+    if (count > 5 && !cm_native_use(words[5])) return 4;
+    FILE *in = std::fopen(words[1], "rb"), *out = std::fopen(words[2], "wb");
+    char name[64], key[64], value[64];
+    for (int attributes, tensors; std::fscanf(in, "%63s %d %d", name, &attributes, &tensors) == 3;) {
+        Info info;
+        while (attributes--)
+            if (std::fscanf(in, "%63s %63s", key, value) == 2) info.attributes[key] = value;
+        std::vector<Value> inputs(tensors);
+        for (Value& tensor : inputs) {
+            int rank = 0;
+            if (std::fscanf(in, "%d %d", &tensor.info.type, &rank) != 2) return 5;
+            tensor.info.shape.resize(rank);
+            for (int64_t& size : tensor.info.shape) {
+                long long read = 0;
+                if (std::fscanf(in, "%lld", &read) != 1) return 5;
+                size = read;
+            }
+            std::fgetc(in);  // the end of the line
+            tensor.allocate();
+            if (std::fread(tensor.data.get(), 1, tensor.bytes, in) != tensor.bytes) return 5;
+        }
+        const std::string answer = one_call(options.domain->ops.at(name), info, inputs, std::atoi(words[4]));
+        std::fwrite(answer.data(), 1, answer.size(), out);
+    }
+    std::fclose(in), std::fclose(out);
+    delete options.domain;
+}

@@ -1,0 +1,98 @@
+"""The sources of the CPU ops in a program of their own: sanitizers, threads, and the files for other processors.
+
+The program (cpu_ops/fake_runtime.cpp) hands every tensor over in a block of exactly its size. ARM's file runs here with its
+intrinsics written in plain C++ (cpu_ops/neon_in_plain_cpp.h): its logic is tested, its instructions are not.
+"""
+
+import functools
+import platform
+import subprocess
+
+import numpy as np
+import pytest
+from cm_export.plugins.cpu import build, library
+from cpu_builds import answers, folder, linked, objects
+from cpu_cases import Sizes, ffn, matmul
+
+CALLS = [
+    *(matmul(sizes, seed) for seed, sizes in enumerate([
+        Sizes(), Sizes(K=1, N=1, S=2), Sizes(K=33, N=127, bits=8, zeros=True), Sizes(K=200, N=257, group=64, zeros=True, S=3),
+        Sizes(K=130, N=130, group=128, S=17), Sizes(K=70, N=200, bits=8, group=64, B=2, S=9), Sizes(bits=32),
+        Sizes(bits=32, S=19), Sizes(share=0, S=2), Sizes(share=1), Sizes(share=1, S=19, zeros=True), Sizes(S=0),
+    ])),
+    ffn(Sizes(B=2, zeros=True, N=300, group=64), bits_out=8, group_out=64),
+    ffn(Sizes(S=19, K=40, bits=8), bits_out=32, seed=1),
+    ffn(Sizes(S=1, K=40, bits=32), "gelu", bits_out=4, seed=2),
+]  # fmt: skip
+SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+ADDRESS = ("-O1", "-g1", "-fsanitize=address")
+
+
+def checked(run, **how) -> list:
+    found = answers(run, CALLS, **how)
+    assert len(found) == len(CALLS)
+    for call, y in zip(CALLS, found, strict=True):
+        assert isinstance(y, np.ndarray), y
+        call.check(y)
+    return found
+
+
+@functools.cache
+def sanitized():
+    flags = {f: SANITIZERS for f in ("ops.cpp", "portable.cpp")} | {f: ADDRESS for f in ("avx512.cpp", "avx2.cpp")}
+    if platform.machine() != "x86_64":
+        flags = {"ops.cpp": SANITIZERS, "portable.cpp": SANITIZERS}
+    kernels = ("kAvx512", "kAvxVnni", "kAvx2")[: 3 if "avx2.cpp" in flags else 0]
+    made = objects("sanitized", (*kernels, "kPortable"), tuple(flags.items()))
+    return linked(made.values(), folder() / "sanitized" / "run", SANITIZERS)
+
+
+PLAIN = (("ops.cpp", ("-O0",)), ("portable.cpp", ("-O0",)))
+ARM = (("ops.cpp", ("-O0",)), ("neon.cpp", ("-O1", "-DCM_NEON_IN_PLAIN_CPP")))
+
+
+@functools.cache
+def arm():
+    made = objects("arm", ("kNeonDot", "kNeon"), ARM)
+    return linked(made.values(), folder() / "arm" / "run")
+
+
+@pytest.mark.parametrize("instructions", ["avx512-vnni", "avx-vnni", "avx2", "portable"])
+def test_sanitizers_find_nothing_and_calls_at_once_do_not_disturb_each_other(instructions):
+    if build.compiler() and instructions not in usable():
+        pytest.skip(f"this processor has no {instructions}")
+    one = checked(sanitized(), instructions=instructions)
+    several = checked(sanitized(), instructions=instructions, threads=3, at_once=3)
+    assert all(np.array_equal(a, b) for a, b in zip(one, several, strict=True))
+
+
+@functools.cache
+def usable() -> list[str]:
+    library.built()
+    return library.info()["usable"]
+
+
+@pytest.mark.parametrize("instructions", ["neon", "neon-dot"])
+def test_the_file_for_arm_is_right_in_plain_cpp(instructions):
+    one = checked(arm(), instructions=instructions)
+    two = checked(arm(), instructions=instructions, threads=2, at_once=2)
+    assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_a_runtime_that_is_too_old_is_refused_with_its_version(tmp_path):
+    old = tmp_path / "old.cpp"
+    old.write_text("""
+        #include <cstdio>
+        #include "ort.h"
+        extern "C" ort::Status* RegisterCustomOps(ort::SessionOptions*, const ort::ApiBase*);
+        static ort::Status* create(int, const char* text) { return std::puts(text), reinterpret_cast<ort::Status*>(1); }
+        static void* table[1] = {reinterpret_cast<void*>(create)};
+        int main() {
+            const ort::ApiBase base{[](uint32_t v) -> const void* { return v > 13 ? nullptr : table; }, [] { return "1.13.1"; }};
+            return RegisterCustomOps(nullptr, &base) == nullptr;
+        }""")
+    made = [o for f, o in objects("plain", ("kPortable",), PLAIN).items() if f != "fake_runtime.cpp"]
+    command = [build.compiler(), "-std=c++17", f"-I{build.SOURCES}", old, *made, "-o", tmp_path / "old", "-pthread"]
+    subprocess.run([*map(str, command)], check=True)
+    done = subprocess.run([tmp_path / "old"], capture_output=True, text=True, check=True)
+    assert done.stdout == "the CPU ops of cm_export need ONNX Runtime 1.20 or newer, this one is 1.13.1\n"

@@ -1,0 +1,126 @@
+"""The tests of the CPU ops see kernels that are wrong: each bug is written into a copy of the sources, compiled and run.
+
+One bug per kind of mistake: which row, which column, which group, which request, what is lost, what is shared.
+"""
+
+import numpy as np
+import pytest
+from cm_export.plugins.cpu import build
+from cpu_builds import answers, changed, compiled, folder, linked, objects
+from cpu_cases import Sizes, ffn, matmul
+from test_cpu_native import ARM, CALLS, PLAIN, usable
+
+PRODUCT, QUANTISE, OPS, ACTIVATE = "product.h", "quantise.h", "ops.cpp", "activate.h"
+EACH_GROUP = "for (int64_t g = 0; g < rows.groups; ++g) {\n        const int begin"
+EACH_ROW = "for (int row = 0; row < rows.count; ++row)\n"
+FIRST_ROW = EACH_ROW.replace("rows.count", "1")
+TAKE = """if (free_.empty()) return std::make_unique<Scratch>();
+        std::unique_ptr<Scratch> scratch = std::move(free_.back());
+        free_.pop_back();
+        return scratch;"""
+TAKE_ONE = "static Scratch* const one = new Scratch;  return std::unique_ptr<Scratch>(one);"
+COUNT = "const int count = static_cast<int>(m.inputs - begin < m.group ? m.inputs - begin : m.group);"
+FULL = "numbers == m.group && ids[numbers - 1] != ids[numbers - kQuad]"
+KEPT = "!(std::fabs(x[begin + i]) * norm[begin + i] < threshold)"
+ROUNDED = "bits_of(kept[i] * inverse + 12582912.0f) - bits_of(12582912.0f)"
+PANEL_OUT = "one_panel<bits>(m, rows, g, panel, span->y{});"
+GATE = "k.gate(activation, {} + row * width, {} + row * width,"
+FROM = "float* from = static_cast<const float*>(x.data){};"
+SHARED = {  # what is wrong: (file, right, wrong)
+    "last group": (PRODUCT, EACH_GROUP, EACH_GROUP.replace("g <", "g + 1 <")),
+    "scale of the first group": (PRODUCT, "m.scale + (g * m.panels + panel) * kPanel;", "m.scale + panel * kPanel;"),
+    "zero points of the first panel": (PRODUCT, "kPanel + output);\n}", "kPanel + output % 128);\n}"),
+    "middle of 8 bits": (PRODUCT, "(1 << (bits - 1)) - (bits == 8", "(1 << 3) - (bits == 8"),
+    "x of the first row": (PRODUCT, "Isa::quad(x + i * listed + quad * kQuad)", "Isa::quad(x + quad * kQuad)"),
+    "sum of the first row": (PRODUCT, "-rows.sum[(row + i) * rows.groups + g]", "-rows.sum[row * rows.groups + g]"),
+    "scale of another group": (PRODUCT, "tile.scale + (g - g_begin) * kRegisters + column;", "tile.scale + column;"),
+    "rows left over": (PRODUCT, "if (row < rows.count) blocks", "if (row + 1 < rows.count) blocks"),
+    "outputs of another panel": (PRODUCT, PANEL_OUT.format(" + (panel - span->begin) * kPanel"), PANEL_OUT.format("")),
+    "y not cleared": (PRODUCT, "0, (span->end - span->begin) * kPanel * sizeof(float));", "0, sizeof(float));"),
+    "filled up numbers count": (QUANTISE, "ids[i] == ids[numbers - kQuad]; --i) out[i] = 0;", "false; --i) out[i] = 0;"),
+    "filled up floats count": (QUANTISE, "ids[i] == ids[numbers - kQuad]; --i) out[i] = 0.0f;", "false; --i) out[i] = 0.0f;"),
+    "a full group taken for granted": (QUANTISE, FULL, "numbers == m.group"),
+    "what is not kept sets the scale": (QUANTISE, "kept[i] = bit ? x[begin + i] : 0.0f;", "kept[i] = x[begin + i];"),
+    "one more than the threshold": (QUANTISE, KEPT, "std::fabs(x[begin + i]) * norm[begin + i] > threshold * 1.2f"),
+    "the sign of x": (QUANTISE, KEPT, KEPT.replace("std::fabs", "")),
+    "cut instead of rounded": (QUANTISE, ROUNDED, "static_cast<int32_t>(kept[i] * inverse)"),
+    "numbers past the end of x": (QUANTISE, COUNT, "const int count = m.group;"),
+    "threshold of the first request": (OPS, "threshold[row / rows_of_a_request]", "threshold[0]"),
+    "list of the first row": (OPS, f"{EACH_ROW}                any |=", f"{FIRST_ROW}                any |="),
+    "up taken for gate": (OPS, GATE.format("gate", "up"), GATE.format("up", "gate")),
+    "panels of up": (OPS, "{half + begin, half + end, up,", "{half + begin - 1, half + end - 1, up,"),
+    "last outputs": (OPS, "(outputs - first) * sizeof(float));", "(outputs - first - 1) * sizeof(float));"),
+    "second block of rows": (OPS, FROM.format(" + row * shape.columns"), FROM.format("")),
+    "slope of an activation": (ACTIVATE, "return g * sigmoid(1.702f * g);", "return g * sigmoid(1.7f * g);"),
+    "scratch of all calls": (OPS, TAKE, TAKE_ONE),
+}  # fmt: skip
+MORE = [
+    matmul(Sizes(S=300, K=40, N=129, share=0.5), 3), ffn(Sizes(bits=32, S=2, share=1), "quick_gelu", bits_out=32, z_share=1),
+    matmul(Sizes(K=128, N=256, share=0.95, bits=8), 4), matmul(Sizes(K=64, N=8, share=0.5, zeros=True, S=2, B=2), 5),
+]  # fmt: skip
+
+
+def wrong_answers(run, **how) -> int:
+    try:
+        found = answers(run, [*CALLS, *MORE], **how)
+    except AssertionError:
+        return 1  # it crashed
+    return sum(_wrong(call, y) for call, y in zip([*CALLS, *MORE], found, strict=True))
+
+
+def _wrong(call, y) -> bool:
+    try:
+        assert isinstance(y, np.ndarray), y
+        call.check(y)
+    except AssertionError:
+        return True
+    return False
+
+
+def plain() -> dict:
+    """Objects of plain C++ alone: everything but the files of single instruction sets is compiled with it."""
+    return objects("plain", ("kPortable",), PLAIN)
+
+
+def test_the_sources_as_they_are_pass():
+    assert wrong_answers(linked(plain().values(), folder() / "plain" / "run"), threads=2, at_once=3) == 0
+
+
+def with_bug(name: str, made: dict, unit: str, flags: tuple[str, ...], bug: tuple[str, str, str]):
+    """The program whose file `unit` was compiled anew with the bug in it, or in a header that it includes."""
+    sources = changed(name, *bug)
+    made = made | {unit: compiled(sources / unit, flags, sources / "changed.o", sources)}
+    return linked(made.values(), sources / "run")
+
+
+@pytest.mark.parametrize("bug", SHARED)
+def test_a_wrong_kernel_is_seen(bug):
+    unit = OPS if SHARED[bug][0] == OPS else "portable.cpp"
+    run = with_bug(bug.replace(" ", "-"), plain(), unit, ("-O0",), SHARED[bug])
+    assert wrong_answers(run, threads=2, at_once=3) or wrong_answers(run)
+
+
+LANES = "out[8] = vreinterpretq_s32_u16(vzip1q_u16({0}_high, {1}_high));"
+ONE_FILE = {
+    "AVX-512: upper codes": ("avx512-vnni", "avx512.cpp", "_mm512_srli_epi16(both[i], 4)", "both[i]"),
+    "AVX-512: second half of 8 bits": ("avx512-vnni", "avx512.cpp", "_mm512_loadu_si512(p2 + 64)", "_mm512_loadu_si512(p2)"),
+    "AVX2: products that do not fit": ("avx2", "avx2.cpp", "if constexpr (bits == 4) {  // 2", "if constexpr (true) {  // 2"),
+    "AVX2: signs of x": ("avx2", "avx2.cpp", "x_odd = _mm256_srai_epi16(x, 8);", "x_odd = _mm256_srli_epi16(x, 8);"),
+    "ARM: zero points of 8 bits": ("neon", "neon.h", "bits == 8 ? kOffset : 0;", "bits == 4 ? kOffset : 0;"),
+    "ARM: upper bytes": ("neon", "neon.cpp", "vmull_high_s8(w, x)", "vmull_s8(vget_low_s8(w), vget_low_s8(x))"),
+    "ARM: order of lanes": ("neon-dot", "neon.h", LANES.format("ab", "cd"), LANES.format("cd", "ab")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", ONE_FILE)
+def test_a_wrong_file_of_one_instruction_set_is_seen(bug):
+    instructions, *change = ONE_FILE[bug]
+    if instructions.startswith("neon"):
+        made, unit, flags = objects("arm", ("kNeonDot", "kNeon"), ARM), "neon.cpp", ("-O0", "-DCM_NEON_IN_PLAIN_CPP")
+    else:
+        if build.compiler() and instructions not in usable():
+            pytest.skip(f"this processor has no {instructions}")
+        unit, kernel = {"avx2": ("avx2.cpp", "kAvx2"), "avx512-vnni": ("avx512.cpp", "kAvx512")}[instructions]
+        made, flags = objects(instructions, (kernel,), (PLAIN[0], (unit, ("-O0",)))), ("-O0",)
+    run = with_bug(bug.replace(" ", "-").replace(":", ""), made, unit, flags, tuple(change))
+    assert wrong_answers(run, instructions=instructions)
