@@ -232,7 +232,7 @@ def test_fewer_bytes_are_read_as_the_share_says(active, runner, asked):
         was_read, dense = library.counts()
         read[share] = was_read / dense
     assert read[1.0] == 1
-    left_out = (1 - 0.9) * (1 - 0.3) / (1 - 0.6)  # of the products besides the FFNs, recipe's rest_share being .9
+    left_out = (1 - 0.95) * (1 - 0.3) / (1 - 0.6)  # of the products besides the FFNs, recipe's rest_share being .95
     assert 0.15 < read[0.3] < read[0.6] - 0.15 < 0.7 and read[0.3] < 1 - left_out + 0.1
 
 

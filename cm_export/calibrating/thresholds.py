@@ -59,7 +59,9 @@ def watch(runner: Runner, answers: Sequence[Answer], progress: Callable[..., Non
     for i, (request, answer) in enumerate(answers):
         progress("watch what products read", i, len(answers))
         parts = np.arange(request.tokens), np.arange(request.tokens, request.tokens + len(answer))
-        rows = np.concatenate([[0], *(rng.permutation(part)[:each] for part in parts)])  # the first token is unlike others
+        rows = np.concatenate(
+            [[0], *(rng.permutation(part)[:each] for part in parts)]
+        )  # the first token is unlike others
         for site, x in enumerate(_channels(watcher, request.extended(answer.tolist()))):
             weights[site].append((np.abs(x[request.tokens :]) * norms[site]).astype(np.float32).ravel())
             some[site].append(x[rows])

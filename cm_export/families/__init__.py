@@ -57,6 +57,12 @@ class Shape:
     whole_layers: int = 0  # layers that must see every token: image tokens may be cut after them, not before
 
     @property
+    def weights(self) -> int:
+        """Weights that the products of one decoded token read: FFNs, attention and head."""
+        attention = 2 * (self.heads + self.kv_heads) * self.head_dim * self.hidden
+        return self.layers * (3 * self.ffn * self.hidden + attention) + self.vocab * self.hidden
+
+    @property
     def traced(self) -> tuple[str, ...]:
         """The graphs that are traced."""
         return ("vision", "prefill", "decode") if self.sees else ("prefill", "decode")

@@ -4,8 +4,8 @@
     policy = "griffin"            policy = "spread_keys" # a file in policies/tokens/
     share = 0.6                   share = 0.5            # of the image tokens
 
-Where nothing of [neurons] is asked, a build keeps every neuron: no set of neurons per answer that was measured holds a real
-language model (docs/quality.md). The other defaults won on the models of our own; the paper's pair is `coreinfer` with `overlap`.
+Where nothing of [neurons] is asked, ONNX Runtime gets `active`, which holds a real language model (docs/active.md), and an engine
+or a tiny model every neuron: no set of neurons per answer that was measured holds one (docs/quality.md). The other defaults won on the models of our own; the paper's pair is `coreinfer` with `overlap`.
 """
 
 import dataclasses
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 BACKENDS = "cm_export.backends"
 VOTERS = ("all", "text", "last")
 BLOCKS = (1, 8, 16, 32)
+TINY = 2**25  # weights of a decoder below which neither fewer bits nor fewer rows make a step much faster
+ACTIVE_SHARE = 0.83  # keeps at least .95 of the next tokens of a small language model (docs/active.md)
 LEAST_ACTIVE = 0.2  # share that a policy of thresholds can be asked for
 BEFORE_LAYERS = {"embeds", "image_mask", "vote", "seed"}  # what a token policy can read before the first layer
 
@@ -38,13 +40,13 @@ class Neurons:
     policy: str = option(
         "griffin",
         "--neurons",
-        "Neuron policy; where nothing of [neurons] is set, dense",
+        "Neuron policy; where nothing of [neurons] is set, active on ONNX Runtime, dense for engines and tiny models",
         registry=facts.NEURONS,
         what="neuron policy",
     )
     share: float = option(0.6, "--neuron-share", "Share of FFN neurons that decode computes", share=True)
     rest_share: float = option(
-        0.9,
+        0.95,
         "--rest-share",
         "Share of the weights of attention's products and of the head that decode reads (active)",
         share=True,
@@ -198,15 +200,32 @@ class Recipe:
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "chosen"}
 
     def for_model(self, shape: "Shape") -> "Recipe":
-        """The recipe as a bundle of this model records it: neurons that nobody asked to prune stay.
+        """The recipe as a bundle of this model records it; of a tiny model, neurons that nobody asked to prune stay.
 
         Without pictures, so do tokens; a cut that nobody placed gives way to layers that must see every token.
         """
-        found = self if self._asked("neurons") else self.replace(neurons__policy="dense")
+        found = self._weighed(shape)
         if not shape.sees and not self._asked("tokens"):
             return found.replace(tokens__policy="dense")
         if "tokens__prune_layer" not in self.chosen and 0 < self.tokens.prune_layer < shape.whole_layers:
             return found.replace(tokens__prune_layer=shape.whole_layers)
+        return found
+
+    def _weighed(self, shape: "Shape") -> "Recipe":
+        """The same with neurons and bits of weights decided, where nobody has asked for any.
+
+        Of a model that is not tiny, ONNX Runtime reads 8 bits a weight, and of those what is above thresholds: this keeps
+        what the model says (docs/active.md). Where a set of neurons is fixed per answer, its rows are float32.
+        """
+        pays = shape.weights >= TINY and self.backend == "onnxruntime"
+        found = self
+        if not self._asked("neurons"):
+            found = found.replace(neurons__policy="active" if pays else "dense")
+        if found.neurons.by_threshold and "neurons__share" not in self.chosen:
+            found = found.replace(neurons__share=ACTIVE_SHARE)
+        if found.weights.is_open:
+            fixed = found.neurons.policy != "dense" and not found.neurons.by_threshold
+            found = found.replace(weights__precision="int8" if pays and not fixed else "fp32")
         return found
 
     def _asked(self, table: str) -> bool:

@@ -12,7 +12,8 @@ from ..base.errors import InputError
 from .option import check_fields, option
 
 PRECISIONS = ("fp32", "int8", "int4")
-BITS = {"fp32": 32, "int8": 8, "int4": 4}
+AUTO = "auto"
+BITS = {AUTO: 32, "fp32": 32, "int8": 8, "int4": 4}  # auto: nobody has decided yet, see Recipe.for_model
 KINDS = ("ffn", "attention", "value", "head", "vision")
 _AS_PRECISION = ("", *PRECISIONS)
 _SENSITIVE = ("value", "head", "vision")  # kinds that stay at 8 bits where 4 are asked for all
@@ -23,10 +24,10 @@ class StoredWeights:
     """The settings of [weights]; a kind that is "" follows `precision`."""
 
     precision: str = option(
-        "fp32",
+        AUTO,
         "--weights",
-        "Bits of the weights on ONNX Runtime; int4 keeps v, head and vision at 8",
-        choices=PRECISIONS,
+        "Bits of the weights on ONNX Runtime; int4 keeps v, head and vision at 8; auto: int8 of a model that is not tiny",
+        choices=(AUTO, *PRECISIONS),
     )
     ffn: str = option("", "", "Bits of the FFNs' weights", choices=_AS_PRECISION)
     attention: str = option("", "", "Bits of the weights of attention's products, q, k and o", choices=_AS_PRECISION)
@@ -42,6 +43,11 @@ class StoredWeights:
         low=0,
         high=1,
     )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the model decides."""
+        return self.precision == AUTO
 
     def of(self, kind: str) -> int:
         """Bits of a kind of weight: 4, 8 or 32."""
@@ -63,6 +69,6 @@ class StoredWeights:
 def check_stored(w: StoredWeights, where: str) -> None:
     """Raises InputError naming the first field that cannot hold."""
     check_fields(w, "weights.", where)
-    if w.least_agreement and not w.packs:
+    if w.least_agreement and not (w.packs or w.is_open):
         fix = "give a precision of int8 or int4, or use --require-agreement, which judges the pruning"
         raise InputError("weights.least_agreement with float32 weights", where=where, fix=fix)
