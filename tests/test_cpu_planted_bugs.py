@@ -21,7 +21,7 @@ TAKE = """if (free_.empty()) return std::make_unique<Scratch>();
 TAKE_ONE = "static Scratch* const one = new Scratch;  return std::unique_ptr<Scratch>(one);"
 COUNT = "const int count = static_cast<int>(m.inputs - begin < m.group ? m.inputs - begin : m.group);"
 FULL = "numbers == m.group && ids[numbers - 1] != ids[numbers - kQuad]"
-KEPT = "!(std::fabs(x[begin + i]) * norm[begin + i] < threshold)"
+KEPT = "!(std::fabs(x[i]) * norm[i] < threshold)"
 ROUNDED = "bits_of(kept[i] * inverse + 12582912.0f) - bits_of(12582912.0f)"
 PANEL_OUT = "one_panel<bits>(m, rows, g, panel, span->y{});"
 GATE = "k.gate(activation, {} + row * width, {} + row * width,"
@@ -40,8 +40,8 @@ SHARED = {  # what is wrong: (file, right, wrong)
     "filled up numbers count": (QUANTISE, "ids[i] == ids[numbers - kQuad]; --i) out[i] = 0;", "false; --i) out[i] = 0;"),
     "filled up floats count": (QUANTISE, "ids[i] == ids[numbers - kQuad]; --i) out[i] = 0.0f;", "false; --i) out[i] = 0.0f;"),
     "a full group taken for granted": (QUANTISE, FULL, "numbers == m.group"),
-    "what is not kept sets the scale": (QUANTISE, "kept[i] = bit ? x[begin + i] : 0.0f;", "kept[i] = x[begin + i];"),
-    "one more than the threshold": (QUANTISE, KEPT, "std::fabs(x[begin + i]) * norm[begin + i] > threshold * 1.2f"),
+    "what is not kept sets the scale": (QUANTISE, "bits >> i & 1 ? x[i] : 0.0f", "x[i]"),
+    "one more than the threshold": (QUANTISE, KEPT, "std::fabs(x[i]) * norm[i] > threshold * 1.2f"),
     "the sign of x": (QUANTISE, KEPT, KEPT.replace("std::fabs", "")),
     "cut instead of rounded": (QUANTISE, ROUNDED, "static_cast<int32_t>(kept[i] * inverse)"),
     "numbers past the end of x": (QUANTISE, COUNT, "const int count = m.group;"),

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #if defined(__linux__) && defined(__aarch64__)
 #include <sys/auxv.h>
 #endif

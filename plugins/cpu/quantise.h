@@ -5,23 +5,36 @@
 // A group whose largest number is below this counts as zeros: 127 / it would overflow.
 constexpr float kSmallest = 1e-36f;
 
+template <class Count>
+static CM_INLINE uint64_t kept_of(const float* x, const float* norm, float threshold, Count count) {
+    uint8_t flags[64] = {};
+    for (int i = 0; i < count; ++i) flags[i] = !(std::fabs(x[i]) * norm[i] < threshold);
+    uint64_t word = 0;
+    for (int byte = 0; byte < 8; ++byte) {
+        uint64_t eight;  // bytes of 0 and 1 -> 8 bits: the product moves bit 0 of byte i to bit 56 + i (little-endian)
+        std::memcpy(&eight, flags + 8 * byte, sizeof eight);
+        word |= ((eight * 0x0102040810204080u) >> 56) << (8 * byte);
+    }
+    return word;
+}
+
 static void keep(const float* x, const float* norm, float threshold, int64_t inputs, uint64_t* bits) {
     for (int64_t begin = 0; begin < inputs; begin += 64, ++bits) {
         const int count = static_cast<int>(inputs - begin < 64 ? inputs - begin : 64);
         if (norm == nullptr) {
             *bits = count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
-            continue;
+        } else if (count == 64) {  // a number of turns that compilers know
+            *bits = kept_of(x + begin, norm + begin, threshold, std::integral_constant<int, 64>());
+        } else {
+            *bits = kept_of(x + begin, norm + begin, threshold, count);
         }
-        uint8_t flags[64] = {};
-        for (int i = 0; i < count; ++i) flags[i] = !(std::fabs(x[begin + i]) * norm[begin + i] < threshold);
-        uint64_t word = 0;
-        for (int byte = 0; byte < 8; ++byte) {
-            uint64_t eight = 0;  // bytes of 0 and 1 -> 8 bits: the product moves bit 0 of byte i to bit 56 + i
-            for (int i = 0; i < 8; ++i) eight |= static_cast<uint64_t>(flags[8 * byte + i]) << (8 * i);
-            word |= ((eight * 0x0102040810204080u) >> 56) << (8 * byte);
-        }
-        *bits = word;
     }
+}
+
+// x where the bit is set, 0 elsewhere.
+template <class Count>
+static CM_INLINE void select(const float* x, uint32_t bits, Count count, float* out) {
+    for (int i = 0; i < count; ++i) out[i] = bits >> i & 1 ? x[i] : 0.0f;
 }
 
 static CM_INLINE int32_t bits_of(float value) {
@@ -48,9 +61,14 @@ static void quantise(const float* x, const Matrix& m, Rows& rows, int row) {
         const int64_t begin = g * m.group;
         const int count = static_cast<int>(m.inputs - begin < m.group ? m.inputs - begin : m.group);
         float kept[kMaxGroup] = {};
-        for (int i = 0; i < count; ++i) {
-            const uint64_t bit = keep[(begin + i) >> 6] >> ((begin + i) & 63) & 1;
-            kept[i] = bit ? x[begin + i] : 0.0f;
+        for (int part = 0; part < count; part += 32) {
+            const int64_t at = begin + part;
+            const uint32_t bits = static_cast<uint32_t>(keep[at >> 6] >> (at & 63));
+            if (count - part >= 32) {
+                select(x + at, bits, std::integral_constant<int, 32>(), kept + part);
+            } else {
+                select(x + at, bits, count - part, kept + part);
+            }
         }
         const int32_t* ids = rows.ids.data() + first * kQuad;
         const int numbers = static_cast<int>(quads) * kQuad;
@@ -62,10 +80,11 @@ static void quantise(const float* x, const Matrix& m, Rows& rows, int row) {
         }
         // As integers, magnitudes of floats are in the order of the floats, with Inf and NaN on top.
         int32_t top = 0;
-        for (int i = 0; i < m.group; ++i) {
-            const int32_t magnitude = bits_of(kept[i]) & 0x7fffffff;
-            top = magnitude > top ? magnitude : top;
-        }
+        for (int part = 0; part < m.group; part += 32)
+            for (int i = part; i < part + 32; ++i) {
+                const int32_t magnitude = bits_of(kept[i]) & 0x7fffffff;
+                top = magnitude > top ? magnitude : top;
+            }
         const float largest = float_of(top);
         if (top >= 0x7f800000) *scale = std::numeric_limits<float>::quiet_NaN();  // so every output is NaN: nothing is hidden
         if (top >= 0x7f800000 || largest < kSmallest) {
@@ -75,12 +94,13 @@ static void quantise(const float* x, const Matrix& m, Rows& rows, int row) {
         const float inverse = 127.0f / largest;
         int8_t codes[kMaxGroup];
         int32_t total = 0;
-        for (int i = 0; i < m.group; ++i) {
-            // 1.5 * 2^23 leaves no bits for a fraction: adding it rounds to the nearest whole number
-            const int32_t code = bits_of(kept[i] * inverse + 12582912.0f) - bits_of(12582912.0f);
-            codes[i] = static_cast<int8_t>(code);
-            total += code;
-        }
+        for (int part = 0; part < m.group; part += 32)
+            for (int i = part; i < part + 32; ++i) {
+                // 1.5 * 2^23 leaves no bits for a fraction: adding it rounds to the nearest whole number
+                const int32_t code = bits_of(kept[i] * inverse + 12582912.0f) - bits_of(12582912.0f);
+                codes[i] = static_cast<int8_t>(code);
+                total += code;
+            }
         *scale = largest / 127.0f, *sum = total;
         int8_t* out = rows.codes.data() + row * listed + first * kQuad;
         if (numbers == m.group && ids[numbers - 1] != ids[numbers - kQuad]) {  // all are listed, nothing is filled up
