@@ -30,7 +30,8 @@ from _page import between, write_report
 from cm_export.base import by_name
 from cm_export.base.metrics import divergences, wilson
 from cm_export.bundle.bundle import Bundle
-from cm_export.calibrating.calibrate import SENSITIVITY_TOKENS, read_prompts
+from cm_export.calibrating.answers import read_prompts
+from cm_export.calibrating.calibrate import SENSITIVITY_TOKENS
 from cm_export.evals import task as _task
 from cm_export.evals.exam import write
 from cm_export.evals.other_policies import with_policies

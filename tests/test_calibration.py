@@ -15,8 +15,9 @@ from tolerances import agrees
 
 from cm_export.base.errors import InputError
 from cm_export.bundle import calibration as files
+from cm_export.calibrating import answers as answers_of
 from cm_export.calibrating import calibrate
-from cm_export.calibrating.calibrate import read_prompts
+from cm_export.calibrating.answers import read_prompts
 from cm_export.calibrating.cluster import GROUPS, cluster
 from cm_export.families import Pictures, find
 from cm_export.host.decode import Reader
@@ -56,14 +57,14 @@ def test_it_says_what_was_run(measured, bare_bundle):
 def test_measured_means_equal_a_plain_pytorch_run(bare_bundle, bare_checkpoint, monkeypatch):
     """energy, mean_z and mean_y of two made-up answers, with hooks on transformers' own down_proj."""
     runner, requests, answers = load(bare_bundle, 1), [], []
-    write = calibrate._written
+    write = answers_of._written
 
     def remember(runner, row):
         requests.append(row.request)
         answers.append(write(runner, row))
         return answers[-1]
 
-    monkeypatch.setattr(calibrate, "_written", remember)
+    monkeypatch.setattr(answers_of, "_written", remember)
     found = calibrate.measure(runner, [], own=2, max_new_tokens=6, sensitivity_prompts=1)
     model = hf.load(bare_checkpoint, find("qwen2_vl"))
     z, y = ([[] for _ in model.model.language_model.layers] for _ in range(2))
@@ -192,7 +193,7 @@ def test_prompts_are_read_with_pictures_beside_the_file(tmp_path):
 def test_remarks_on_the_pictures_of_prompts_are_gathered_by_name(tmp_path, monkeypatch):
     Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "image": "x.png"}\n{"prompt": "b", "image": "x.png"}\n')
-    monkeypatch.setattr(calibrate, "_written", lambda *_: np.zeros(0, np.int64))
+    monkeypatch.setattr(answers_of, "_written", lambda *_: np.zeros(0, np.int64))
     runner = SimpleNamespace(
         bundle=SimpleNamespace(shape=None),
         chat=SimpleNamespace(stop_ids=frozenset()),
@@ -204,7 +205,8 @@ def test_remarks_on_the_pictures_of_prompts_are_gathered_by_name(tmp_path, monke
         answering=lambda *_: None,
     )
     notes: dict = {}
-    list(calibrate._answers(runner, read_prompts(tmp_path / "p.jsonl"), 0, 1, 0, lambda *_: None, notes))
+    asked = answers_of.asking(runner, read_prompts(tmp_path / "p.jsonl"), notes=notes)
+    list(answers_of.answering(runner, asked, 1, drawn=False))
     assert {name: [note.kind for note in found] for name, found in notes.items()} == {
         str(tmp_path / "x.png"): ["of one colour"]
     }

@@ -27,7 +27,7 @@ def runner_of(x, recipe):
     """The portable graphs of a random checkpoint that has no tokenizer."""
     graphs = x.graphs(recipe)
     parts = {n: getattr(x, n) for n in ("weights", "family", "shape", "tower", "config", "path")}
-    bundle = SimpleNamespace(**parts, calibration=None, recipe=recipe, processor=lambda name: None)
+    bundle = SimpleNamespace(**parts, calibration=None, packed=None, recipe=recipe, processor=lambda name: None)
     return Runner(bundle, 1, recipe, lambda name: copy(graphs[name]))
 
 
@@ -51,7 +51,7 @@ def test_the_figures_are_those_of_both_models_along_the_dense_text(x):
     runner = runner_of(x, SPARSE)
     found = drift.measure(runner, x.config, quiet)
     dense, sparse = [], []
-    for request in drift._made_up(runner, x.config):
+    for request in drift.made_up(runner, x.config):
         tokens = list(
             runner.tokens(runner.prefill(request, Budget(dense=True)), drift.STEPS, frozenset(x.shape.stop_ids))
         )
@@ -80,21 +80,29 @@ def test_a_model_that_nothing_is_pruned_of_is_not_asked():
 def test_no_prompt_follows_once_the_time_is_up_or_enough_places_were_compared(monkeypatch):
     logits = np.eye(4, dtype=np.float32)
     monkeypatch.setattr(drift, "_beginnings", lambda *_: ("made up", frozenset(), itertools.repeat(None)))
-    monkeypatch.setattr(drift, "_read", lambda *_: (logits, logits))
-    runner = SimpleNamespace(recipe=SPARSE, backend=SimpleNamespace(drop=lambda *_: None))
+    monkeypatch.setattr(drift, "_written", lambda *_: ([1, 2, 3], logits))
+    monkeypatch.setattr(drift, "teacher_forced", lambda *_: logits)
+    prefilled = SimpleNamespace(row=lambda: None)
+    backend = SimpleNamespace(drop=lambda *_: None)
+    runner = SimpleNamespace(recipe=SPARSE, backend=backend, prefill=lambda *_: prefilled)
     assert drift.measure(runner, {}, quiet, seconds=0).prompts == 1
     assert drift.measure(runner, {}, quiet).places == drift.PLACES
 
 
 def test_a_place_is_every_choice_of_the_dense_model_a_stop_included(x):
     runner = runner_of(x, SPARSE)
-    request = next(drift._made_up(runner, x.config))
+    request = next(drift.made_up(runner, x.config))
+
+    def read(*how, **more):
+        ids, dense = drift._written(runner, request, *how, **more)
+        return dense, drift.teacher_forced(runner.backend, runner.prefill(request, Budget()).row(), ids)
+
     written = list(runner.tokens(runner.prefill(request, Budget(dense=True)), drift.STEPS, frozenset()))
     for stop, places in ((frozenset(), drift.STEPS), (frozenset(written[:1]), 1), (frozenset(written), 1)):
-        dense, sparse = drift._read(runner, request, stop)
+        dense, sparse = read(stop)
         assert dense.shape == sparse.shape == (places, x.shape.vocab)
         assert dense.argmax(-1).tolist() == written[:places]
-    dense, sparse = drift._read(runner, request, frozenset(), deadline=0)
+    dense, sparse = read(frozenset(), deadline=0)
     assert dense.shape == sparse.shape == (drift.LEAST, x.shape.vocab)
 
 
@@ -150,7 +158,7 @@ def test_what_was_not_agreed_to_leaves_the_old_bundle(bare_checkpoint, bare_bund
 @pytest.mark.parametrize("model", ["sees", "reads text only"])
 def test_neurons_that_nobody_asked_to_prune_stay(model):
     """No set of neurons per answer that was measured holds a real language model: docs/quality.md."""
-    shape = SimpleNamespace(sees=model == "sees", whole_layers=0)
+    shape = SimpleNamespace(sees=model == "sees", whole_layers=0, weights=10**6)
     assert Recipe().for_model(shape).neurons.policy == "dense"
     for asked in ({"policy": "griffin"}, {"share": 0.5}, {"fill": "prompt"}):
         recipe = Recipe().replace(**{f"neurons__{k}": v for k, v in asked.items()})

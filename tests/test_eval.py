@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from cm_export.base.errors import InputError
 from cm_export.base.metrics import divergence, kept_of_dense, wilson
 from cm_export.bundle.bundle import Bundle
-from cm_export.calibrating.calibrate import read_prompts
+from cm_export.calibrating.answers import read_prompts
 from cm_export.evals import journal as _journal
 from cm_export.evals import scene as _scene
 from cm_export.evals import task as _task

@@ -79,7 +79,9 @@ def built(monkeypatch):
 
 def test_every_field_of_a_recipe_states_what_it_may_hold():
     tables = {
-        f.name: f.default_factory for f in dataclasses.fields(Recipe) if f.name in ("neurons", "tokens", "engine")
+        f.name: f.default_factory
+        for f in dataclasses.fields(Recipe)
+        if f.name in ("neurons", "tokens", "weights", "engine")
     }
     named = {f"{t}__{f.name}" for t, table in tables.items() for f in dataclasses.fields(table)}
     named |= {f.name for f in dataclasses.fields(Recipe) if f.compare and f.name not in tables}

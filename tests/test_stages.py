@@ -25,7 +25,7 @@ from cm_export.bundle.bundle import read_manifest
 from cm_export.recipe.recipe import Recipe
 from cm_export.source import checkpoint
 
-ALL = ["weights", "trace", "graphs", "gates", "engines"]
+ALL = ["weights", "trace", "graphs", "gates", "engines"]  # that these builds need
 OWN = {"neurons__policy": "griffin", "tokens__prune_layer": 1}  # as the fixture bare_bundle was built
 RECIPE = Recipe().replace(**OWN, backend="tensorrt", engine__capacity=256, engine__max_prompt=192)
 
@@ -343,7 +343,8 @@ def _modules() -> list[str]:
 
 def test_the_table_in_build_lists_the_stages_in_their_order():
     named = re.findall(r"^(\w+) {2,}\w", builds.__doc__, re.M)
-    assert named[0] == "stage" and named[1:] == [stage.name for stage in builds.STAGES] == ALL
+    assert named[0] == "stage" and named[1:] == [stage.name for stage in builds.STAGES]
+    assert [name for name in named[1:] if name not in ("measured", "packed")] == ALL
 
 
 def test_a_stage_reads_only_stages_before_it():

@@ -4,6 +4,8 @@ stage      reads                         writes
 weights    checkpoint                    weights.safetensors, processor files, PyTorch's answers to the probe
 trace      configuration                 prefill, decode, and vision where there is one, traced beside the loading of weights
 graphs     trace, weights, recipe        those, sparse prefill and decode, turn where a later question can be asked
+measured   graphs, weights               where thresholds or low bits are asked for: what the model's products read
+packed     graphs, weights, measured     where low bits are asked for: packed.safetensors
 gates      graphs, weights, reference    gate results, a failed gate ends the build; how far the recipe moves the model
 engines    graphs, weights               with a TensorRT backend: engines, proved before and checked after
 """

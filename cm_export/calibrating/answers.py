@@ -17,7 +17,7 @@ from ..base import by_name, json_lines
 from ..base.errors import InputError
 from ..evals.task import OWN_TASKS
 from ..families import Pictures
-from ..host.decode import decode, sampled
+from ..host.decode import Row, decode, sampled
 from ..host.images import given, opened
 from ..host.picture_notes import Note
 from ..host.request import Request
@@ -98,7 +98,12 @@ def answering(
             row.choose = sampled(rng, frozenset(shape.stop_ids))
         else:
             row = runner.answering(prefilled, runner.rule(), limit)
-        yield request, np.array([token for _, token in decode(runner.backend, [row])], np.int64)
+        yield request, _written(runner, row)
+
+
+def _written(runner: Runner, row: Row) -> np.ndarray:
+    """[T] int64: the answer of a row."""
+    return np.array([token for _, token in decode(runner.backend, [row])], np.int64)
 
 
 def task_prompts(task: ModuleType, count: int, seed: int) -> list[Prompt]:

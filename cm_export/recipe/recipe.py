@@ -5,7 +5,8 @@
     share = 0.6                   share = 0.5            # of the image tokens
 
 Where nothing of [neurons] is asked, ONNX Runtime gets `active`, which holds a real language model (docs/active.md), and an engine
-or a tiny model every neuron: no set of neurons per answer that was measured holds one (docs/quality.md). The other defaults won on the models of our own; the paper's pair is `coreinfer` with `overlap`.
+or a tiny model every neuron: no set of neurons per answer that was measured holds one (docs/quality.md). The other defaults won
+on the models of our own; the paper's pair is `coreinfer` with `overlap`.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ VOTERS = ("all", "text", "last")
 BLOCKS = (1, 8, 16, 32)
 TINY = 2**25  # weights of a decoder below which neither fewer bits nor fewer rows make a step much faster
 ACTIVE_SHARE = 0.83  # keeps at least .95 of the next tokens of a small language model (docs/active.md)
+_OF_ACTIVE = ("neurons__share", "neurons__rest_share")
 LEAST_ACTIVE = 0.2  # share that a policy of thresholds can be asked for
 BEFORE_LAYERS = {"embeds", "image_mask", "vote", "seed"}  # what a token policy can read before the first layer
 
@@ -221,6 +223,8 @@ class Recipe:
         found = self
         if not self._asked("neurons"):
             found = found.replace(neurons__policy="active" if pays else "dense")
+        elif pays and all(key in _OF_ACTIVE for key in self.chosen if key.startswith("neurons__")):
+            found = found.replace(neurons__policy="active")  # a share alone was asked for
         if found.neurons.by_threshold and "neurons__share" not in self.chosen:
             found = found.replace(neurons__share=ACTIVE_SHARE)
         if found.weights.is_open:
@@ -308,7 +312,8 @@ def check(recipe: Recipe, where: str = "recipe") -> Recipe:
     _check_first(t, where)
     check_engine(recipe.engine, where)
     check_stored(recipe.weights, where)
-    if recipe.weights.of("ffn") < 32 and not (n.policy == "dense" or n.by_threshold):
+    fixed = recipe._asked("neurons") and not (n.policy == "dense" or n.by_threshold)
+    if recipe.weights.of("ffn") < 32 and fixed:
         what = f"weights.ffn of {recipe.weights.of('ffn')} bits with neurons.policy = {n.policy!r}"
         fix = "give --neurons active (or dense): sets of rows are gathered from float32 weights only"
         raise InputError(what, where=where, fix=fix)
