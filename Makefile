@@ -8,7 +8,7 @@ ASK = run $(DEMO) --image $(PICTURE) --prompt $(QUESTION)
 SPEED = bench $(DEMO) --image-tokens 144 --threads 1
 STAMP := .venv/.installed
 
-.PHONY: demo test lint clean accuracy bench-quality bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal lowest
+.PHONY: demo test lint clean accuracy bench-quality bench-neurons bench-policies bench-matching bench-guard bench-peers plugins bench-kernels gpu-proof gpu-rehearsal lowest
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("the versions of constraints.txt need Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
@@ -75,6 +75,11 @@ bench-guard: $(STAMP)
 	$(BIN)/python benchmarks/random_bundle.py --out artifacts/2b.plan --sizes qwen2-vl-2b
 	$(BIN)/python benchmarks/guard.py artifacts/guard.plan --random artifacts/mid.plan artifacts/2b.plan --every 16 --questions 24 \
 		--tokens 33 --repeats 3 --neuron-share 0.4 --out benchmarks/guard.json --docs docs/guard.md
+
+# The race against OpenVINO GenAI: benchmarks/peers.json and docs/race.md. The first time it makes everything under artifacts/peers
+# (about 20 minutes), afterwards it only measures (2 minutes); PEERS= for more options, such as --rebuild or --large.
+bench-peers: $(STAMP)
+	$(BIN)/python benchmarks/bench_peers.py --out benchmarks/peers.json --docs docs/race.md $(PEERS)
 
 # The TensorRT plugins for every GPU that this nvcc knows (a few minutes); TENSORRT_INCLUDE= the directory of NvInferRuntime.h,
 # ARCHITECTURES= for fewer, such as 87.

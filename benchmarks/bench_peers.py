@@ -1,4 +1,4 @@
-"""The race: bundles of this project beside OpenVINO GenAI and llama.cpp, on the same checkpoint, pictures and questions.
+"""The race: bundles of this project beside OpenVINO GenAI, on the same checkpoint, pictures and questions.
 
     python benchmarks/bench_peers.py --out benchmarks/peers.json --docs docs/race.md
     python benchmarks/bench_peers.py --large --only int4 ...                # the sizes of Qwen2-VL-2B

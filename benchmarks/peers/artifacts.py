@@ -17,7 +17,7 @@ from pathlib import Path
 from cm_export.base.errors import CmExportError, InputError
 
 from . import checkpoint
-from .contestants import HERE, LLAMA, OPENVINO, OURS, RECIPE, Contestant
+from .contestants import HERE, OPENVINO, OURS, RECIPE, Contestant
 
 ROOT = HERE.parent.parent
 Say = Callable[[str], None]
@@ -108,8 +108,6 @@ class Artifacts:
         if contestant.maker == OPENVINO:
             start = [str(self.folder / _NAMES[OPENVINO] / "bin" / "optimum-cli"), "export", "openvino", "--model"]
             start += [str(self.checkpoint), "--task", "image-text-to-text", "--weight-format", bits]
-        elif contestant.maker == LLAMA:
-            start += [str(HERE / "llama_convert.py"), str(self.checkpoint)]
         _whole(out, lambda path: self._run([*start, str(path)], out.name))
 
     def _run(self, command: list[str], what: str) -> None:
@@ -123,7 +121,7 @@ class Artifacts:
             raise Failed(f"{what}: {said[-1].strip()}", where=log, fix="read that file")
 
 
-_NAMES = {OPENVINO: "openvino", LLAMA: "llama"}
+_NAMES = {OPENVINO: "openvino"}
 
 
 def _whole(out: Path, make: Callable[[Path], None]) -> None:

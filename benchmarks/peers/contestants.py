@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 # FFNs read .73 of their weights, the other products .8; a quarter of the image tokens is kept unless a question says else.
 RECIPE = ("--neurons", "active", "--neuron-share", "0.73", "--rest-share", "0.8")
 RECIPE += ("--tokens", "spread-keys", "--token-share", "0.25")
-OURS, OPENVINO, LLAMA = "cm-export", "OpenVINO GenAI", "llama.cpp"
+OURS, OPENVINO = "cm-export", "OpenVINO GenAI"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Contestant:
 
     @property
     def worker(self) -> Path:
-        return HERE / {OURS: "ours_worker.py", OPENVINO: "openvino_worker.py", LLAMA: "llama_worker.py"}[self.maker]
+        return HERE / {OURS: "ours_worker.py", OPENVINO: "openvino_worker.py"}[self.maker]
 
     @property
     def file_name(self) -> str:
@@ -47,7 +47,6 @@ CONTESTANTS = (
     Contestant("OpenVINO int4, 1/4 of image tokens", OPENVINO, "-openvino-int4", _PRUNED),
     Contestant("OpenVINO int8", OPENVINO, "-openvino-int8"),
     Contestant("OpenVINO int8, 1/4 of image tokens", OPENVINO, "-openvino-int8", _PRUNED),
-    Contestant("llama.cpp Q8_0", LLAMA, "-q8_0.gguf"),
 )
 # ours, and what it is measured against
 PAIRS = (
@@ -57,7 +56,6 @@ PAIRS = (
     ("cm-export int8, dense", "OpenVINO int8"),
     ("cm-export int8, active", "OpenVINO int8"),
     ("cm-export int8, active, 1/4 of image tokens", "OpenVINO int8, 1/4 of image tokens"),
-    ("cm-export int8, dense", "llama.cpp Q8_0"),
     ("cm-export int4, active", "cm-export int4, dense"),
     ("cm-export int4, dense", "cm-export int4, dense, MatMulNBits"),
 )
