@@ -8,7 +8,7 @@ ASK = run $(DEMO) --image $(PICTURE) --prompt $(QUESTION)
 SPEED = bench $(DEMO) --image-tokens 144 --threads 1
 STAMP := .venv/.installed
 
-.PHONY: demo test lint clean accuracy bench-quality bench-precision bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal lowest bench-cpu
+.PHONY: demo test lint clean accuracy bench-quality bench-precision bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal lowest bench-cpu bench-peers bench-active
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("the versions of constraints.txt need Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
@@ -74,6 +74,15 @@ bench-neurons: $(SCENES)
 bench-matching: $(SCENES)
 	$(BIN)/python benchmarks/matching.py $(SCENES) --limit 30 --out benchmarks/policies/matching.json --docs docs/policies.md
 
+# Thresholds and low bits along a real model's own answers: benchmarks/quality/active.json and docs/active.md (about 20 minutes).
+bench-active: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python recipes/fetch_smollm2.py --out artifacts/smollm2-135m
+	for bits in fp32 int8 int4; do $(BIN)/cm-export build --model artifacts/smollm2-135m --neurons active --weights $$bits \
+		--out artifacts/smollm2-$$bits.plan --work-dir artifacts/.smollm2.stages || exit 1; done
+	$(BIN)/python benchmarks/active.py artifacts/smollm2-fp32.plan artifacts/smollm2-int8.plan artifacts/smollm2-int4.plan \
+		--out benchmarks/quality/active.json --docs docs/active.md
+
 # What the guard costs where nothing is wrong: benchmarks/guard.json and the table of docs/guard.md (about 10 minutes, 10 GB of memory).
 bench-guard: $(STAMP)
 	$(BIN)/cm-export build --recipe demo --token-cache index --out artifacts/guard.plan
@@ -81,6 +90,11 @@ bench-guard: $(STAMP)
 	$(BIN)/python benchmarks/random_bundle.py --out artifacts/2b.plan --sizes qwen2-vl-2b
 	$(BIN)/python benchmarks/guard.py artifacts/guard.plan --random artifacts/mid.plan artifacts/2b.plan --every 16 --questions 24 \
 		--tokens 33 --repeats 3 --neuron-share 0.4 --out benchmarks/guard.json --docs docs/guard.md
+
+# The race against OpenVINO GenAI: benchmarks/peers.json and docs/race.md. The first time it makes everything under artifacts/peers
+# (about 20 minutes), afterwards it only measures (2 minutes); PEERS= for more options, such as --rebuild or --large.
+bench-peers: $(STAMP)
+	$(BIN)/python benchmarks/bench_peers.py --out benchmarks/peers.json --docs docs/race.md $(PEERS)
 
 # The TensorRT plugins for every GPU that this nvcc knows (a few minutes); TENSORRT_INCLUDE= the directory of NvInferRuntime.h,
 # ARCHITECTURES= for fewer, such as 87.
