@@ -104,7 +104,12 @@ def _ratio(of: dict[str, Any], phase: str) -> str:
 
 
 def _lost(report: Report) -> str:
-    """What this project loses against peers, the worst first, and which phase the whole answer is lost in."""
+    """What this project loses against peers, the worst first, and which phase the whole answer is lost in.
+
+    Nothing is said of a busy machine: there quartiles overlap whoever is faster.
+    """
+    if report["others_cores"] > IDLE:
+        return ""
     rows = {row["name"]: row for row in report["contestants"]}
     lines = []
     for of in ratios(report):

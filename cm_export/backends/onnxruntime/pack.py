@@ -174,7 +174,7 @@ class Packing:
                     yield _external(f"{name}.nbits.{part}", array)
                 continue
             for part in PARTS:
-                array = self.packed.file[f"{name}.{part}"]
+                array = self.packed.tensor(f"{name}.{part}")
                 self.arrays[f"{name}.{part}"] = array
                 yield _external(f"{name}.{part}", array)
 
