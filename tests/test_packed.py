@@ -16,6 +16,7 @@ from cm_export.backends.onnxruntime import pack
 from cm_export.base.errors import BundleError, InputError
 from cm_export.bundle.bundle import Bundle
 from cm_export.bundle.packed import FILE, Entry
+from cm_export.evals import bench
 from cm_export.evals.tasks import easy_vqa
 from cm_export.host.decode import Reader
 from cm_export.host.images import open_image
@@ -233,3 +234,21 @@ def test_matmulnbits_gets_the_same_numbers(bits, columns, tmp_path):
             z = zeros[k // 32] if bits == 8 else zeros[k // 64] >> (4 * (k // 32 % 2)) & 15
             assert (code, z) == (codes[k, n], zero[k // 32, n])
             assert made["scale"][n * 3 + k // 32] == np.float32(scale[k // 32, n])
+
+
+def test_bench_says_how_many_bits_a_step_reads_and_how_fast_memory_is(low):
+    if library.find() is None:
+        pytest.skip("only the native library counts")
+    found = bench.measure(low.path, prompt_tokens=8, new_tokens=2, repeats=1, threads=1)
+    bits = {"int8": 8.5, "int4": 4.75}[low.recipe.weights.precision]  # of most weights, scales and zeros included
+    assert bits < found["bits_read_per_weight"]["dense"] < bits + 1  # v and the head have 8 bits, panels are filled up
+    rows_of = {row["mode"]: row for row in found["rows"] if row["phase"] == "decode"}
+    entries_bytes = sum(
+        low.packed.file.tensors[f"{name}.{part}"].length
+        for name in low.packed.entries
+        if not name.startswith("vision.")
+        for part in ("codes", "scale", "zero")
+    )
+    assert rows_of["dense"]["read_mb"] == pytest.approx(entries_bytes / 1e6, rel=1e-6)
+    assert 1e8 < found["read_bandwidth"] < 1e12 and 0 < rows_of["dense"]["of_bandwidth"] < 2
+    assert any("bits read per weight" in note for note in found["notes"])
