@@ -240,7 +240,7 @@ REFUSED = [
     ({}, {"w_zero": np.zeros((4, 128), np.uint8)}, "input 3 (zero) is [4,128], expected [4,256] or no elements"),
     ({}, {"norm": np.zeros(99, np.float32)}, "input 4 (norm) is [99], expected [100] or [0]"),
     ({}, {"threshold": np.zeros((1, 1), np.float32)}, "input 5 (threshold) is [1,1] for 2 requests"),
-    ({}, {"x": np.zeros((2, 100), np.float32)}, "x is [2,100], expected [B,S,K]"),
+    ({}, {"x": np.zeros(100, np.float32)}, "x is [100], expected [B,S,K] or [S,K]"),
     ({}, {"x": np.zeros((2, 1, 200), np.float32)}, "input 1 (codes) is [128,128], expected [224,128]"),
 ]
 

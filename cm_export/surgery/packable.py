@@ -15,6 +15,7 @@ from ..bundle.weights import WeightFile
 from ..families import Family, Shape
 from ..recipe.stored import StoredWeights
 from .edit import Edit
+from .gemm import is_plain_gemm
 from .products import head_product, layer_products
 
 
@@ -67,10 +68,3 @@ def _weights_of_products(model: onnx.ModelProto) -> Iterator[str]:
         if name is not None and name not in seen:
             seen.add(name)
             yield name
-
-
-def is_plain_gemm(node: onnx.NodeProto) -> bool:
-    """Whether a Gemm is x w^T + b, nothing scaled and x not turned."""
-    values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    plain = values.get("alpha", 1.0) == 1 and values.get("beta", 1.0) == 1
-    return bool(plain and values.get("transB", 0) == 1 and values.get("transA", 0) == 0)

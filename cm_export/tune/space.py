@@ -11,7 +11,7 @@ from ..base import by_name
 from ..base.errors import InputError
 from ..bundle.bundle import Bundle
 from ..recipe import facts
-from ..recipe.recipe import BLOCKS, VOTERS, Recipe
+from ..recipe.recipe import BLOCKS, LEAST_ACTIVE, VOTERS, Recipe
 from ..recipe.vary import varied
 from ..surgery import pipeline
 
@@ -41,7 +41,11 @@ class Space:
 def of_bundle(bundle: Bundle, base: Recipe) -> Space:
     """What may be tried on this bundle: policies that pass the checks of recipe and graphs, no random ones. Raises InputError."""
     neurons = tuple(
-        n for n in by_name.names_in(facts.NEURONS) if n != "random" and _runs(base, bundle, neurons__policy=n)
+        n
+        for n in by_name.names_in(facts.NEURONS)
+        if n != "random"
+        and (bundle.thresholds is not None or not facts.neuron_policy(n).by_threshold)
+        and _runs(base, bundle, neurons__policy=n)
     )
     last = min(bundle.shape.layers - 1, DEEPEST)
     tokens = tuple(
@@ -62,6 +66,8 @@ def recipe_of(trial: Any, space: Space) -> Recipe:
     values: dict[str, Any] = {"neurons__policy": trial.suggest_categorical("neurons", space.neurons)}
     if _prunes(values["neurons__policy"]):
         values["neurons__share"] = trial.suggest_int("neuron_percent", *PERCENT[:2], step=PERCENT[2]) / 100
+        if facts.neuron_policy(values["neurons__policy"]).by_threshold:
+            values["neurons__share"] = max(LEAST_ACTIVE, values["neurons__share"])
         if "weight" in facts.neuron_policy(values["neurons__policy"]).wires:
             values["neurons__voters"] = trial.suggest_categorical("neuron_voters", VOTERS)
         if len(space.blocks) > 1:

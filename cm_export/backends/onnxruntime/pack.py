@@ -19,9 +19,7 @@ from ...families import Family, Shape
 from ...plugins.core_ffn.body import ACTIVATIONS
 from ...plugins.threshold import above
 from ...quant.rows import PANEL, unpack
-from ...surgery.edit import Edit
-from ...surgery.packable import is_plain_gemm
-from ...surgery.replace_ffn import replace_ffn
+from ...surgery.gemm import is_plain_gemm
 from .lower import ACTIVE_INPUTS, attribute, local_function, names_read
 
 NATIVE = "com.cm_export.native"
@@ -31,6 +29,9 @@ _MICROSOFT = "com.microsoft"
 
 def gather_ffns(model: onnx.ModelProto, family: Family, shape: Shape) -> onnx.ModelProto:
     """A dense graph with each FFN as one CoreFFN, so that it can become one packed op as well."""
+    from ...surgery.edit import Edit  # with graphsurgeon, which the graphs of float32 bundles do not wait for
+    from ...surgery.replace_ffn import replace_ffn
+
     edit = Edit(model)
     replace_ffn(edit, family, shape.layers, shape.activation, indexed=False)
     return edit.export()
