@@ -43,16 +43,19 @@ class Entry:
         return -(-self.inputs // self.group) * self.group
 
     @property
-    def panels(self) -> int:
-        """Stored outputs, in panels."""
-        if self.padded:
-            return sum(-(-n // PANEL) for n in self.outputs)
-        return -(-sum(self.outputs) // PANEL)
+    def widths(self) -> tuple[int, ...]:
+        """Outputs of each weight, with those that fill its last panel where each begins one of its own."""
+        return tuple(-(-n // PANEL) * PANEL for n in self.outputs) if self.padded else self.outputs
 
     @property
     def columns(self) -> int:
-        """Outputs of the product: all of them, or with those between that fill panels."""
-        return self.panels * PANEL if self.padded else sum(self.outputs)
+        """Outputs of the product."""
+        return sum(self.widths)
+
+    @property
+    def panels(self) -> int:
+        """Stored outputs, in panels."""
+        return -(-self.columns // PANEL)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the manifest."""

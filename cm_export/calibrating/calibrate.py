@@ -87,9 +87,9 @@ def measure(
         order.append(cluster(np.concatenate(profiles[layer]).astype(np.float32)))
     energy, mean_z = energy / np.maximum(energy.sum(1, keepdims=True), 1e-60), mean_z / total
     down = [bundle.weights[names[2]] for names in core_row_names(bundle.family, shape.layers)]
+    mean_y = [z @ rows.astype(np.float64) for z, rows in zip(mean_z, down, strict=True)]
     watched = thresholds.watch(runner, answers, progress)
     active = thresholds.measure(runner, answers, watched, ACTIVE_TOKENS, progress)
-    mean_y = [z @ rows.astype(np.float64) for z, rows in zip(mean_z, down, strict=True)]
     some = [a for a in answers if len(a[1])][:sensitivity_prompts]
     sensitivity = _sensitivity(runner, some, energy, progress)
     tokens = runner.recipe.tokens if runner.recipe.tokens.policy != "dense" else Recipe().tokens

@@ -18,6 +18,7 @@ from ..base import dims
 from ..base.errors import InputError
 from ..base.metrics import divergences
 from ..bundle.names import core_row_names
+from ..bundle.predictor import row_norms
 from ..bundle.thresholds import ATTENTION_IN, ATTENTION_OUT, FFN_IN, FFN_OUT, SIDES, Thresholds
 from ..evals.other_policies import with_policies
 from ..host.core_set import CoreSet
@@ -26,7 +27,7 @@ from ..host.request import Request
 from ..host.runner import Budget, Prefilled, Runner
 from ..recipe.recipe import LEAST_ACTIVE, Recipe
 from ..surgery.edit import Edit
-from ..surgery.keep_active import norms_of, row_norm
+from ..surgery.keep_active import norms_of
 from ..surgery.products import head_product, layer_products
 from ..surgery.report_channels import report_channels
 
@@ -109,7 +110,7 @@ def norms_and_sizes(runner: Runner) -> tuple[list[np.ndarray], np.ndarray]:
 
     for layer, (gate, up, down) in enumerate(core_row_names(bundle.family, shape.layers)):
         note(SIDES * layer + FFN_IN, norm([gate, up]), gate, up)
-        note(SIDES * layer + FFN_OUT, row_norm(file[down]), down)
+        note(SIDES * layer + FFN_OUT, row_norms(file[down]), down)
     for own in layer_products(edit, bundle.family, shape.layers):
         into = [p.weight.name for p in own.into]
         note(SIDES * own.layer + ATTENTION_IN, norm(into), *into)

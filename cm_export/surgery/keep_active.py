@@ -13,6 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from ..base import dims
+from ..bundle.predictor import row_norms
 from ..bundle.thresholds import ATTENTION_IN, ATTENTION_OUT, FFN_IN, FFN_OUT, SIDES
 from ..bundle.weights import WeightFile
 from ..families import Family
@@ -29,21 +30,15 @@ def norms_of(file: WeightFile) -> Norms:
     """What says, for weights [N,D] that read the same x by their stored names, [D] float32: the norm of what x_d multiplies."""
 
     def norm(names: Sequence[str]) -> np.ndarray:
-        total = sum(_squares(file[name], 0) for name in names)
+        total = sum(_squares(file[name]) for name in names)
         return np.sqrt(total, dtype=np.float64).astype(np.float32)
 
     return norm
 
 
-def row_norm(rows: np.ndarray) -> np.ndarray:
-    """[F] float32: the norms of rows [F,D], each of which one neuron multiplies."""
-    return np.sqrt(_squares(rows, 1)).astype(np.float32)
-
-
-def _squares(weight: np.ndarray, axis: int, block: int = 2048) -> np.ndarray:
-    """Sums of squares along an axis, a block of rows at a time: the file is mapped, and may be larger than memory."""
-    parts = [np.square(weight[i : i + block].astype(np.float64)).sum(axis) for i in range(0, len(weight), block)]
-    return np.concatenate(parts) if axis else np.sum(parts, axis=0)
+def _squares(weight: np.ndarray, block: int = 2048) -> np.ndarray:
+    """Sums of squares down the columns, a block of rows at a time: a head in float64 would fill the memory."""
+    return np.sum([np.square(weight[i : i + block].astype(np.float64)).sum(0) for i in range(0, len(weight), block)], 0)
 
 
 def keep_active(edit: Edit, family: Family, layers: int, activation: str, file: WeightFile) -> list[FFN]:
@@ -57,7 +52,7 @@ def keep_active(edit: Edit, family: Family, layers: int, activation: str, file: 
 
     def limits(site: FFN) -> list[gs.Tensor]:
         x_norm = edit.constant(norm([site.w_gate.name, site.w_up.name]), np.float32)
-        z_norm = edit.constant(row_norm(file[site.w_down_t.name]), np.float32)
+        z_norm = edit.constant(row_norms(file[site.w_down_t.name]), np.float32)
         return [x_norm, z_norm, split[SIDES * site.layer + FFN_IN], split[SIDES * site.layer + FFN_OUT]]
 
     def linear(products: Sequence[Product], layer: int, threshold: gs.Tensor) -> None:

@@ -156,13 +156,9 @@ class Backend:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.weights.path.parent)
         )
-        for tensor in (t for t in model.graph.initializer if t.name in arrays):
-            tensor.external_data[0].value = self.weights.path.name
-        for name, array in arrays.items():
-            if name not in self._views:
-                self._views[name] = ort.OrtValue.ortvalue_from_numpy(array)
-            options.add_initializer(name, self._views[name])
-        for tensor in external:
+        for name in arrays.keys() - self._views.keys():
+            self._views[name] = ort.OrtValue.ortvalue_from_numpy(arrays[name])
+        for tensor in (*external, *(t for t in model.graph.initializer if t.name in arrays)):
             # What is given here is never looked for, but its path is checked all the same.
             tensor.external_data[0].value = self.weights.path.name
             options.add_initializer(tensor.name, self._views[tensor.name])

@@ -18,12 +18,11 @@ from ...bundle.packed import PARTS, Packed
 from ...families import Family, Shape
 from ...plugins.core_ffn.body import ACTIVATIONS
 from ...plugins.threshold import above
-from ...quant.rows import PANEL, unpack
+from ...quant.rows import unpack
 from ...surgery.gemm import is_plain_gemm
 from .lower import ACTIVE_INPUTS, attribute, local_function, names_read
 
 NATIVE = "com.cm_export.native"
-_TYPES = {"codes": onnx.TensorProto.UINT8, "scale": onnx.TensorProto.FLOAT16, "zero": onnx.TensorProto.UINT8}
 _MICROSOFT = "com.microsoft"
 
 
@@ -142,17 +141,17 @@ class Packing:
         else:
             if limits:
                 x = self._add("Kept", [x, norm, threshold], [f"{base}/kept"], domain=DOMAIN)
-            inputs = [x, *(f"{name}.nbits.{part}" for part in ("codes", "scale", "zero"))]
+            inputs = [x, *(f"{name}.nbits.{part}" for part in PARTS)]
             # accuracy_level 4 rounds x to int8 with a scale per group, as the native kernel does.
             self._add("MatMulNBits", inputs, [y], domain=_MICROSOFT, K=entry.inputs, N=width, bits=entry.bits,
                       block_size=entry.group, accuracy_level=4)  # fmt: skip
         if len(entry.outputs) == 1 and width == entry.outputs[0]:
             return {entry.weights[0]: y}
         out, begin = {}, 0
-        for weight, outputs in zip(entry.weights, entry.outputs, strict=True):
+        for weight, outputs, stored in zip(entry.weights, entry.outputs, entry.widths, strict=True):
             ends = [self._constant([n]) for n in (begin, begin + outputs, -1)]
             out[weight] = self._add("Slice", [y, *ends], [f"{base}/{weight}"])
-            begin += -(-outputs // PANEL) * PANEL if entry.padded else outputs
+            begin += stored
         return out
 
     def _add(self, kind: str, inputs: list[str], outputs: list[str], **attributes: Any) -> str:
@@ -169,15 +168,12 @@ class Packing:
     def _initializers(self) -> Iterator[onnx.TensorProto]:
         """Of every entry that is read: tensors of the file, or those made of them for MatMulNBits."""
         for name in sorted(self._used):
-            if not self.native:
-                for part, array in _for_nbits(self.packed, name).items():
-                    self.arrays[f"{name}.nbits.{part}"] = array
-                    yield _external(f"{name}.nbits.{part}", array)
-                continue
-            for part in PARTS:
-                array = self.packed.tensor(f"{name}.{part}")
-                self.arrays[f"{name}.{part}"] = array
-                yield _external(f"{name}.{part}", array)
+            if self.native:
+                found = {f"{name}.{part}": self.packed.tensor(f"{name}.{part}") for part in PARTS}
+            else:
+                found = {f"{name}.nbits.{part}": array for part, array in _for_nbits(self.packed, name).items()}
+            self.arrays |= found
+            yield from (_external(tensor, array) for tensor, array in found.items())
 
 
 def _external(name: str, array: np.ndarray) -> onnx.TensorProto:

@@ -42,8 +42,8 @@ def _packed(
     """One matrix [K,N] in the kernels' order."""
     note()
     parts = [file[w].T if entry.turned else file[w] for w in entry.weights]
-    if entry.padded and len(parts) > 1:  # each begins a panel of its own
-        parts = [np.pad(p, ((0, 0), (0, -p.shape[1] % rows.PANEL))) for p in parts]
+    if len(parts) > 1:
+        parts = [np.pad(p, ((0, 0), (0, n - p.shape[1]))) for p, n in zip(parts, entry.widths, strict=True)]
     weight = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
     inputs = UNKNOWN
     if seen is not None and entry.site is not None:
