@@ -3,19 +3,23 @@
     neurons   every image token kept        share of the FFN's bytes per token (what `predicted` reads to choose included)
     tokens    every neuron computed         share of the image tokens
     joint     the recipe of the bundle at 25 % of the image tokens and at most 60 % of the FFN's bytes
+    active    thresholds at two shares, all image tokens and a quarter of them
 
     python benchmarks/policies.py scenes.plan --out benchmarks/policies/scenes.json --docs docs/policies.md
 
-Every cell is `cm-export eval`: exact match of free-running greedy answers. A killed run goes on where it was.
+Every cell is `cm-export eval`: exact match of free-running greedy answers. A killed run goes on where it was. `--only active`
+measures the rows of that neuron policy and puts them into the report that is there.
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 from _page import between, write_report
 
 from cm_export.base import by_name
+from cm_export.base.errors import InputError
 from cm_export.bundle.bundle import Bundle
 from cm_export.bundle.predictor import predictor_share
 from cm_export.evals import task as _task
@@ -25,36 +29,50 @@ from cm_export.recipe.recipe import from_dict
 
 BYTES = (0.7, 0.6, 0.5, 0.4)
 TOKENS = (0.5, 0.25, 0.11, 0.05)
-MARKS = ("neurons", "tokens", "joint")
+ACTIVE = (0.53, 0.43)  # of the FFN's bytes, at which thresholds meet the token cut
+MARKS = ("neurons", "tokens", "joint", "active")
 
 
-def sweeps(bundle: Bundle) -> dict[str, list[Sweep]]:
-    """What is compared, as sweeps of `eval`; policies that read a calibration only where the bundle has one."""
+def sweeps(bundle: Bundle, only: str | None = None) -> dict[str, list[Sweep]]:
+    """What is compared, as sweeps of `eval`; policies that read a calibration only where the bundle has one.
+
+    `only`: a neuron policy, of which everything that has no other policy of neurons beside it.
+    """
     known = {part: by_name.names_in(f"cm_export.policies.{part}") for part in ("neurons", "tokens")}
     fixed, in_decode = [], []
     for name in known["neurons"]:
         policy = facts.neuron_policy(name)
         if name in ("dense", "random") or ("prior" in policy.wires and bundle.calibration is None):
             continue
+        if (policy.by_threshold and bundle.thresholds is None) or name != (only or name):
+            continue
         (in_decode if policy.in_decode else fixed).append(name)
     tokens = tuple(n for n in known["tokens"] if n not in ("dense", "random"))
     recipe = from_dict(bundle.manifest["recipe"])
     cost = predictor_share(bundle.shape.hidden)
     share = 0.6 - cost if recipe.neurons.in_decode else 0.6
-    return {
+    found = {
         "neurons": [
             Sweep(tuple(fixed), ("dense",), BYTES),
             Sweep(tuple(in_decode), ("dense",), tuple(round(b - cost, 6) for b in BYTES)),
         ],
         "tokens": [Sweep(("dense",), tokens, (), TOKENS)],
         "joint": [Sweep((recipe.neurons.policy,), (recipe.tokens.policy,), (share,), (0.25,))],
+        "active": [Sweep(("active",), (t,), ACTIVE, (0.25,)) for t in ("dense", recipe.tokens.policy)],
     }
+    if only:
+        del found["tokens"], found["joint"]
+    if only not in (None, "active") or bundle.thresholds is None:
+        del found["active"]
+    return {part: [s for s in several if s.neurons] for part, several in found.items()}
 
 
-def measure(path: Path, task: _task.Task, threads: int, journal: Path, progress: Any) -> dict[str, Any]:
+def measure(
+    path: Path, task: _task.Task, threads: int, journal: Path, progress: Any, only: str | None
+) -> dict[str, Any]:
     """One report per part, each from the reports of its sweeps; rows without the answers themselves."""
     found: dict[str, Any] = {}
-    for part, several in sweeps(Bundle(path)).items():
+    for part, several in sweeps(Bundle(path), only).items():
         rows: dict[str, dict] = {}
         for i, sweep in enumerate(several):
             report = compare(path, task, sweep, threads=threads, report=journal / f"{part}{i}.json", progress=progress)
@@ -63,6 +81,18 @@ def measure(path: Path, task: _task.Task, threads: int, journal: Path, progress:
         found[part] = list(rows.values())
         found["environment"], found["n"] = report["environment"], report["n"]
     return found
+
+
+def merged(before: dict[str, Any], found: dict[str, Any], only: str) -> dict[str, Any]:
+    """The report `before` with the rows of one neuron policy as `found` has them. Raises InputError for other questions."""
+    exact = ("accuracy", "n")
+    if [before["neurons"][0].get(k) for k in exact] != [found["neurons"][0].get(k) for k in exact]:
+        what = "its dense model answers otherwise than this bundle's: rows would not compare"
+        raise InputError(what, where="--out", fix="measure everything again, without --only")
+    known = {(r["policies"], round(r["ffn_bytes_share"], 2)) for r in before["neurons"] if r["neurons"] != only}
+    rows = [r for r in before["neurons"] if r["neurons"] != only]
+    rows += [r for r in found["neurons"] if (r["policies"], round(r["ffn_bytes_share"], 2)) not in known]
+    return before | {k: v for k, v in found.items() if k not in ("environment", "n")} | {"neurons": rows}
 
 
 def table(rows: list[dict], column: str, columns: tuple[float, ...], name: str) -> str:
@@ -107,6 +137,7 @@ def into(page: str, report: dict) -> str:
         "neurons": table(report["neurons"], "ffn_bytes_share", BYTES, "neurons"),
         "tokens": table(report["tokens"], "token_share", TOKENS, "tokens"),
         "joint": joint_table(report["joint"]),
+        "active": joint_table(report["active"]),
     }
     for mark in MARKS:
         page = between(page, mark, tables[mark])
@@ -122,6 +153,7 @@ def main() -> None:
     parser.add_argument(
         "--journal", type=Path, default=Path("artifacts/policies"), help="answers so far, to go on from"
     )
+    parser.add_argument("--only", help="a neuron policy, to measure its rows alone")
     parser.add_argument("--out", type=Path, required=True, help="the report (.json)")
     parser.add_argument("--docs", type=Path, help="a page whose tables are written anew (.md)")
     args = parser.parse_args()
@@ -137,7 +169,9 @@ def main() -> None:
         "task": task.name,
         "model": Bundle(args.bundle).manifest["model"]["source"],
     }
-    report |= measure(args.bundle, task, args.threads, args.journal, progress)
+    found = measure(args.bundle, task, args.threads, args.journal, progress, args.only)
+    before = json.loads(args.out.read_text(encoding="utf-8")) if args.only else {}
+    report |= merged(before, found, args.only) if args.only else found
     write_report(args.out, report)
     if args.docs:
         args.docs.write_text(into(args.docs.read_text(encoding="utf-8"), report), encoding="utf-8")

@@ -62,3 +62,13 @@ def test_at_least_six_policies_of_each_kind_at_four_budgets():
             cells.setdefault(r[part], set()).add(round(r[share], 2))
         assert len(cells) >= 6 and "random" in cells
         assert all(len(c) >= budgets for c in cells.values()), cells
+
+
+def test_thresholds_keep_the_model_at_half_of_the_bytes_with_and_without_a_token_cut():
+    rows = {(r["policies"], round(r["ffn_bytes_share"], 2)): r for r in report("policies")["active"]}
+    for share in bench("policies").ACTIVE:
+        whole, cut, control = (rows[f"active + {t}", share] for t in ("dense", "spread_keys", "attention"))
+        assert whole["of_dense"] >= 1.0 and whole["token_share"] == 1
+        assert cut["of_dense"] >= 0.985 > control["of_dense"] and cut["token_share"] == pytest.approx(0.25)
+        for pair, ours in (("random + dense", whole), ("random + random", cut)):
+            assert rows[pair, share]["of_dense_ci"][1] < ours["of_dense_ci"][0]
