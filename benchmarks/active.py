@@ -7,8 +7,9 @@ dense and sparse at several shares (teacher forcing; the prompt was read densely
 
     agreement   how often the first choice is the same      KL   nats, dense against sparse      both over all answer tokens
 
-"own": against the same bundle without pruning; "float32": against the first bundle without pruning. Bits read per weight: of
-the decoder's products and head, scales and zeros included, as the native library counted them in single steps.
+"own": against the same bundle without pruning; "float32": against the first bundle without pruning; "random": the same bundle
+with as many channels and neurons of every product, drawn once and for all tokens, instead of those above thresholds. Bits read
+per weight: scales and zeros included, in single steps (evals/weights_read.py); of float32 weights what the policy needs.
 """
 
 import argparse
@@ -18,12 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from _page import between, write_report
-from cm_export.plugins.cpu import library
 
 from cm_export.base import environment
 from cm_export.base.metrics import divergences, wilson
+from cm_export.bundle.bundle import Bundle
+from cm_export.bundle.thresholds import SIDES
+from cm_export.evals.weights_read import Steps, WeightsRead
 from cm_export.families import Pictures
+from cm_export.host.core_set import CoreSet
 from cm_export.host.decode import Reader, decode, greedy
 from cm_export.host.loaded import load
 from cm_export.host.runner import Budget, Prefilled, Runner
@@ -42,6 +47,7 @@ POINTS = (  # shares of the weights of FFNs and of the other products
     (0.63, 0.8),
     (0.53, 1.0),
 )
+RANDOM = ((0.88, 0.95), (0.83, 0.95), (0.73, 0.8), (0.63, 0.8), (0.53, 1.0))  # those with a control
 Logits = list[np.ndarray]
 
 
@@ -66,17 +72,68 @@ def answered(runner: Runner, prompts: list[str]) -> list[Answered]:
     return out
 
 
-def read(runner: Runner, prefilled: Prefilled, ids: list[int], shares: tuple[float, float] | None) -> np.ndarray:
-    """[T,V]: logits before each token, all read in one pass; shares None: dense."""
-    row = prefilled.row(graph="decode_dense")
-    if shares is not None:
-        table = runner.bundle.thresholds
-        assert table is not None
-        core = prefilled.core_of(None)
-        at = table.at(table.shares(*shares))
-        row = prefilled.row(type(core)(None, core.counts, core.ffn, thresholds=at), graph="decode")
+def core(runner: Runner, prefilled: Prefilled, shares: tuple[float, float]) -> CoreSet:
+    """The thresholds of these shares."""
+    table, whole = runner.bundle.thresholds, prefilled.core_of(None)
+    assert table is not None
+    of_site = table.shares(*shares)
+    return CoreSet(None, whole.counts, whole.ffn, thresholds=table.at(of_site), shares=of_site)
+
+
+def read(runner: Runner, prefilled: Prefilled, ids: list[int], chosen: CoreSet | None) -> np.ndarray:
+    """[T,V]: logits before each token, all read in one pass; without thresholds: dense."""
+    row = prefilled.row(chosen, graph="decode" if chosen else "decode_dense")
     Reader(runner.backend).read([row], [ids[:-1]])
     return np.concatenate([prefilled.logits, np.atleast_2d(row.logits)])
+
+
+# ---------------------------------------------------------------- the random control
+class AtRandom:
+    """A bundle whose channels weigh what a lot says, so that thresholds keep a random set of the same size at every site.
+
+    Channels of a site fall into classes by the sets of RANDOM that they belong to, each of which holds the next. Norms of
+    neighbouring classes lie a factor 1e12 apart: whatever x is, its class decides. A channel of exactly 0 adds nothing.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int):
+        table = bundle.thresholds
+        assert table is not None
+        self._of_point = {point: table.shares(*point) for point in RANDOM}
+        self._rng = np.random.default_rng(0)
+        self._model = onnx.load(bundle.graph("decode"), load_external_data=False)
+        self._replace_norms()
+        self.runner = Runner(
+            bundle, threads, graph=lambda name: self._model if name == "decode" else bundle.graph(name)
+        )
+
+    def core(self, prefilled: Prefilled, point: tuple[float, float]) -> CoreSet:
+        """The random sets of a point."""
+        whole, shares = prefilled.core_of(None), self._of_point[point]
+        limits = [self._limit(site, share) for site, share in enumerate(shares)]
+        return CoreSet(None, whole.counts, whole.ffn, thresholds=np.array(limits, np.float32), shares=shares)
+
+    def _levels(self, site: int) -> list[float]:
+        """The shares of a site, the largest first; at the first class everything is left out that none of them keeps."""
+        return sorted({float(shares[site]) for shares in self._of_point.values()} | {1.0}, reverse=True)
+
+    def _limit(self, site: int, share: float) -> float:
+        return 0.0 if share == 1 else 10.0 ** (-36 + 12 * self._levels(site).index(float(share)))
+
+    def _replace_norms(self) -> None:
+        arrays = {t.name: t for t in self._model.graph.initializer}
+        done: dict[str, int] = {}
+        for node in self._model.graph.node:
+            inputs = list(node.input)
+            pairs = {"CoreLinear": [(2, 3)], "CoreFFN": [(4, 6), (5, 7)]}.get(node.op_type, [])
+            for norm, limit in pairs:
+                done[inputs[norm]] = int(inputs[limit].removeprefix("threshold."))
+        assert set(done.values()) == set(range(max(done.values()) + 1)) and max(done.values()) % SIDES == 0
+        for name, site in done.items():
+            count = arrays[name].dims[0]
+            rank, drawn = self._rng.permutation(count), np.full(count, -30.0)
+            for level, share in enumerate(self._levels(site)):
+                drawn[rank < round(share * count)] = -30 + 12 * level
+            arrays[name].CopyFrom(onnx.numpy_helper.from_array((10.0**drawn).astype(np.float32), name))
 
 
 def compared(expected: Logits, found: Logits) -> dict[str, Any]:
@@ -99,13 +156,20 @@ def measure(path: Path, threads: int, prompts: list[str], reference: list[Answer
     ids, exact = [a.ids for a in reference], [a.logits for a in reference]
     begun = [runner.prefill(runner.ask(text, Pictures()), Budget(dense=True)) for text in prompts]
     dense = [read(runner, one, own, None) for one, own in zip(begun, ids, strict=True)]
-    counted = library.find() is not None and runner.bundle.packed is not None
+    sparse = [runner.prefill(runner.ask(text, Pictures()), Budget()) for text in prompts[:2]]
+    control = AtRandom(runner.bundle, threads)
     rows = []
     for shares in POINTS:
-        found = [read(runner, one, own, shares) for one, own in zip(begun, ids, strict=True)]
-        row = {"ffn": shares[0], "rest": shares[1], "own": compared(dense, found), "float32": compared(exact, found)}
-        if counted:
-            row["bits_read_per_weight"] = _bits_read(runner, begun[:2], ids, shares)
+        found = [read(runner, one, own, core(runner, one, shares)) for one, own in zip(begun, ids, strict=True)]
+        row: dict[str, Any] = {"ffn": shares[0], "rest": shares[1], "own": compared(dense, found)}
+        row |= {"float32": compared(exact, found)}
+        needs = bits_read(runner, sparse, ids, shares)
+        row |= {"bits_read_per_weight": needs.bits, "read_exact": needs.exact}
+        if shares in RANDOM:
+            drawn = [
+                read(control.runner, one, own, control.core(one, shares)) for one, own in zip(begun, ids, strict=True)
+            ]
+            row["random"] = compared(dense, drawn)
         rows.append(row)
         print(path.name, json.dumps(row), flush=True)
     weights = runner.recipe.weights
@@ -113,30 +177,34 @@ def measure(path: Path, threads: int, prompts: list[str], reference: list[Answer
     return about | {"dense_against_float32": compared(exact, dense), "rows": rows}
 
 
-def _bits_read(runner: Runner, begun: list[Prefilled], ids: list[list[int]], shares: tuple[float, float]) -> float:
-    """Bits per weight of the decoder, in single steps: several tokens at once would read what any of them needs."""
-    packed = runner.bundle.packed
-    assert packed is not None
-    entries = [e for name, e in packed.entries.items() if not name.startswith("vision.")]
-    stored, steps = sum(e.inputs * sum(e.outputs) for e in entries), 0
-    library.reset()
-    for one, own in zip(begun, ids, strict=False):
-        for token in own[:8]:
-            read(runner, one, [token, token], shares)
-            steps += 1
-    return 8 * library.counts()[0] / (steps * stored)
+def bits_read(runner: Runner, begun: list[Prefilled], ids: list[list[int]], shares: tuple[float, float]) -> WeightsRead:
+    """In single steps: several tokens at once would read what any of them needs."""
+    for one in begun:
+        one.core_set = core(runner, one, shares)
+    steps, count = Steps(runner), 0
+    with steps.counted():
+        for one, own in zip(begun, ids, strict=False):
+            for token in own[:8]:
+                Reader(runner.backend).read([one.row(graph="decode")], [[token]])
+                count += 1
+    return steps.per_step(begun[0], count)
 
 
 def table(report: dict[str, Any]) -> str:
     """The table of the page."""
-    lines = ["| weights | FFN | rest | bits read per weight | agreement with its own dense | KL | with float32 dense | KL |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| weights | FFN | rest | bits read per weight | agreement with its own dense | KL | random: agreement | KL "
+             "| with float32 dense | KL |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for bundle in report["bundles"]:
         for row in bundle["rows"]:
-            own, other = row["own"], row["float32"]
-            bits = f"{row['bits_read_per_weight']:.2f}" if "bits_read_per_weight" in row else "-"
-            cells = [bundle["precision"], f"{row['ffn']:.2f}", f"{row['rest']:.2f}", bits]
+            own, other, drawn = row["own"], row["float32"], row.get("random")
+            cells = [
+                bundle["precision"],
+                f"{row['ffn']:.2f}",
+                f"{row['rest']:.2f}",
+                f"{row['bits_read_per_weight']:.2f}",
+            ]
             cells += [f"{own['agreement']:.3f} [{own['ci'][0]:.3f}, {own['ci'][1]:.3f}]", f"{own['kl']:.4f}"]
+            cells += [f"{drawn['agreement']:.3f}", f"{drawn['kl']:.2f}"] if drawn else ["", ""]
             cells += [f"{other['agreement']:.3f}", f"{other['kl']:.4f}"]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -42,6 +42,19 @@ def test_a_page_shows_the_committed_figures(name):
     assert bench(name).into(page, found) != page, "another figure makes another page"
 
 
+def test_the_page_on_thresholds_shows_the_committed_figures_and_random_channels_lose_the_model():
+    found = json.loads((ROOT / "benchmarks" / "quality" / "active.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "active.md").read_text(encoding="utf-8")
+    assert bench("active").between(page, "table", bench("active").table(found)) == page
+    for bundle in found["bundles"]:
+        drawn = [row for row in bundle["rows"] if "random" in row]
+        assert [(r["ffn"], r["rest"]) for r in drawn] == list(bench("active").RANDOM)
+        assert all(row["random"]["ci"][1] < row["own"]["ci"][0] / 2 for row in drawn)
+        bits = [row["bits_read_per_weight"] for row in bundle["rows"]]
+        assert bits[0] == max(bits) and bundle["rows"][0]["read_exact"]
+        assert all(row["read_exact"] == (bundle["precision"] != "fp32") for row in bundle["rows"][1:])
+
+
 def test_the_default_holds_the_floor_and_beats_both_controls():
     dense, default, *controls = report("policies")["joint"]
     assert dense["policies"] == "dense" and default["policies"] == "griffin + spread_keys"
