@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import neuron_thresholds
 import numpy as np
 import torch
 from _page import write_report
@@ -46,10 +47,11 @@ class Method:
 
     name: str
     kind: str  # control | fixed set | per token | oracle
-    scorer: Callable[[list[torch.Tensor]], Score]
+    scorer: Callable[[list[torch.Tensor]], Score] | None
     predictor_share: float = 0.0  # of the FFN's bytes, read for choosing alone
     gate_is_read: bool = False  # every gate row is read and used, so a kept neuron costs two rows more
     fill: bool = False  # dropped neurons contribute their mean over calibration text
+    keeps: Callable[[float], Score] | None = None  # share -> z with what is left out at 0, where no scorer says it
 
     def kept(self, share: float, ffn: int) -> int:
         """K neurons within a share of the FFN's bytes; 0 if choosing alone costs more."""
@@ -169,6 +171,12 @@ def low_rank(weight: torch.Tensor, x: torch.Tensor, rank: int) -> torch.Tensor:
     return (u[:, :rank] * s[:rank]) @ v[:rank] @ torch.linalg.inv(root)
 
 
+def thresholds(model: Model, calibration: Calibration, prompts: list[str]) -> list[Method]:
+    """Those that leave out channels of x as well."""
+    found = neuron_thresholds.methods(model, calibration.x, prompts)
+    return [Method(name, kind, None, keeps=keeps) for name, (kind, keeps) in found.items()]
+
+
 def methods(model: Model, calibration: Calibration) -> list[Method]:
     norms, prior = model.norms, calibration.energy
 
@@ -275,7 +283,8 @@ def sparse(method: Method, score: Score, kept: int, mean: list[torch.Tensor]) ->
 
 
 @torch.no_grad()
-def measure(model: Model, prompts: dict[str, list[str]], shares: list[float]) -> list[dict]:
+def measure(model: Model, prompts: dict[str, list[str]], shares: list[float], only: str = "") -> list[dict]:
+    """`only`: part of the names of the methods that are measured; dense is among the rows in any case."""
     calibration = calibrate(model, prompts["calibration"])
     asked = []
     for length in ("short", "long"):
@@ -297,14 +306,21 @@ def measure(model: Model, prompts: dict[str, list[str]], shares: list[float]) ->
             asked,
         )
     ]
-    for method in methods(model, calibration):
+    found = thresholds(model, calibration, prompts["calibration"])
+    if not (only and any(only in m.name for m in found)):
+        found = [*methods(model, calibration), *found]
+    for method in (m for m in found if only in m.name):
         for share in shares:
             kept = method.kept(share, model.ffn)
             if kept < 1:
                 continue
             figures = []
             for reference, (_, ids, answer, prompt) in zip(dense, asked, strict=True):
-                keep = sparse(method, method.scorer(prompt), kept, calibration.mean)
+                keep = (
+                    method.keeps(share)
+                    if method.keeps
+                    else sparse(method, method.scorer(prompt), kept, calibration.mean)
+                )
                 figures.append(compare(reference, model.read(ids, answer, keep).log_softmax(-1), answer))
             rows.append(_row(method.name, method.kind, share, kept, model.ffn, method.predictor_share, figures, asked))
             print(
@@ -369,6 +385,15 @@ def table(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def merged(before: list[dict], found: list[dict]) -> list[dict]:
+    """Rows of an earlier run with those of `found` in their places, new ones after. The dense answers must be the same."""
+    if before[0] != found[0]:
+        raise SystemExit(f"the dense model answers otherwise than in the report: {before[0]} there, {found[0]} here")
+    new = {(r["method"], r["bytes_share"]): r for r in found}
+    kept = [new.pop((r["method"], r["bytes_share"]), r) for r in before]
+    return [*kept, *new.values()]
+
+
 def into(docs: str, report: dict) -> str:
     """The page with the report's table between its two marks."""
     before, rest = docs.split("<!-- table -->")
@@ -382,12 +407,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the report (.json)")
     parser.add_argument("--docs", type=Path, help="a page whose table is written anew (.md)")
     parser.add_argument("--shares", default="0.4,0.5,0.6,0.7", help="shares of the FFN's bytes read per token")
+    parser.add_argument(
+        "--only", default="", help="measure methods whose names hold this, into the report that is there"
+    )
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     prompts = json.loads((Path(__file__).parent / "prompts.json").read_text(encoding="utf-8"))
     started = time.time()
-    rows = measure(Model(args.model), prompts, [float(s) for s in args.shares.split(",")])
+    rows = measure(Model(args.model), prompts, [float(s) for s in args.shares.split(",")], args.only)
     versions = {"torch": torch.__version__, "transformers": __import__("transformers").__version__}
     report = {
         "model": args.name,
@@ -399,6 +427,9 @@ def main() -> None:
         "seconds": round(time.time() - started),
         "rows": rows,
     }
+    if args.only:
+        before = json.loads(args.out.read_text(encoding="utf-8"))
+        report = before | {"rows": merged(before["rows"], rows)}
     write_report(args.out, report)
     if args.docs:
         args.docs.write_text(into(args.docs.read_text(encoding="utf-8"), report), encoding="utf-8")

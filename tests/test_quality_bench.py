@@ -27,7 +27,9 @@ def test_the_page_shows_the_committed_figures(bench):
     assert bench.into(page, report) == page
     rows = {(r["method"], r["bytes_share"]): r for r in report["rows"]}
     predicted = "predicted (4-bit copy as a bundle stores it)"
-    for method, share in ((predicted, 0.6), (predicted, 0.7), ("3-bit copy of gate and up", 0.6)):
+    active, random = "active (thresholds on x and z)", "random channels of x and z"
+    claimed = ((predicted, 0.6), (predicted, 0.7), ("3-bit copy of gate and up", 0.6))
+    for method, share in (*claimed, (active, 0.6), (active, 0.7), (random, 0.6), (random, 0.7)):
         row = rows[method, share]
         assert row["neurons"] / row["ffn"] + row["predictor_share"] <= share, "the predictor's bytes count"
         assert f"{row['agreement']:.3f}"[1:] in page.split("What it says")[1]
@@ -70,6 +72,34 @@ def test_a_low_rank_copy_is_best_for_the_inputs_it_was_fitted_on(bench):
     u, s, v = torch.linalg.svd(weight)
     plain = (u[:, :4] * s[:4]) @ v[:4]
     assert (x @ (plain - weight).T).norm() > best * 1.1, "the inputs' covariance must matter here"
+
+
+def test_thresholds_leave_out_the_share_that_is_asked_for_on_both_sides(bench):
+    """Against a loop over tokens and channels."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
+    )
+    model = bench.Model.__new__(bench.Model)
+    model.model, model.seen, model.inputs, model._keep = LlamaForCausalLM(config).eval(), {}, {}, None
+    model.adopt()
+    model.ids = lambda prompt: torch.tensor([[3, 7, 9]])
+    model.answer = lambda ids: torch.tensor([[4, 11, 2, 30]])
+    with torch.no_grad():
+        xs = [torch.randn(400, 32), torch.randn(400, 32)]
+        sites = bench.neuron_thresholds.Sites(model, xs, ["a"])
+        shares = sites.table.shares(0.5, 1.0)
+        limits, m, x = sites.table.at(shares), model.ffns[1], xs[1]
+        kept = (x.abs() * sites.norms[2] >= float(limits[4])).float()
+        assert kept.mean().item() == pytest.approx(shares[4], abs=0.02)
+        z = torch.nn.functional.silu((x * kept) @ m.gate_proj.weight.T) * ((x * kept) @ m.up_proj.weight.T)
+        z = z * (z.abs() * m.down_proj.weight.norm(dim=0) >= float(limits[5]))
+        torch.testing.assert_close(sites.above(limits)(1, x, x, z), z)
+        drawn = sites.at_random(shares)(1, x, x, z)
+        assert (drawn != 0).any(0).float().mean().item() == pytest.approx(shares[5], abs=0.02)
+        everything = sites.above(sites.table.at(sites.table.shares(1.0, 1.0)))
+        ids, answer = model.ids(""), model.answer(None)
+        torch.testing.assert_close(model.read(ids, answer, everything), model.read(ids, answer, None))
 
 
 def test_with_every_neuron_the_sparse_reading_is_the_dense_model(bench, tmp_path):
