@@ -39,6 +39,7 @@ CASES = {
         | {"rope_parameters": LLAMA_3 | {"original_max_position_embeddings": 16}},
     ),
     "qwen2: tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3: norms of q and k, head_dim of its own, untied": ("qwen3", {"head_dim": 20, "tie_word_embeddings": False}),
 }
 NO_PICTURES = np.zeros((0, 3), np.int64)
 STEPS = 8
@@ -121,6 +122,11 @@ REFUSED = {
     "rope that follows the length": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
     "a sliding window": (
         "qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+        "use_sliding_window",
+    ),
+    "a sliding window in qwen3": (
+        "qwen3",
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
         "use_sliding_window",
     ),
