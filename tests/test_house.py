@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent
 # The top-level folders plugins/ and recipes/ are installed as cm_export.plugins and cm_export.recipes.
 TOPS = {"cm_export": "cm_export", "plugins": "cm_export.plugins", "recipes": "cm_export.recipes"}
 ORDER = (
-    "base", "quant", "families", "recipe", "bundle", "plugins", "policies", "surgery", "host", "backends", "source",
-    "evals", "calibrating", "build", "tune", "report", "deploy", "cli", "__main__",
+    "base", "quant", "families", "recipe", "bundle", "plugins", "policies", "surgery", "host", "backends",
+    "serving", "source", "evals", "calibrating", "build", "tune", "report", "deploy", "cli", "__main__",
     "recipes",  # scripts that train the demo models, which nothing imports
 )  # fmt: skip
 REGISTRIES = {  # folder -> names of which each file or package in it exposes one of every group
@@ -38,7 +38,7 @@ REGISTRIES = {  # folder -> names of which each file or package in it exposes on
     "deploy": [],
 }
 # Who runs a finished bundle does without these two.
-TORCHLESS, HEAVY = ("host", "backends"), ("torch", "transformers")
+TORCHLESS, HEAVY = ("host", "backends", "serving"), ("torch", "transformers")
 # Scripts that are sent to a device as they are, and run there without this package.
 SENT = ("cm_export/deploy/jetson/device",)
 

@@ -235,6 +235,17 @@ class Batch:
         """Read the token that each row has chosen last."""
         return self._reader.read(self.rows, [row.ids[-1:] for row in self.rows])
 
+    def read_apart(self) -> list[tuple[Row, Exception]]:
+        """After `read` raised: read what it left unread, row by row. Rows for which that raises leave, with what it raised."""
+        failed: list[tuple[Row, Exception]] = []
+        for row in [r for r in self.rows if r.read < len(r.ids)]:
+            try:
+                self._reader.read([row], [row.ids[-1:]])
+            except Exception as e:
+                self.remove(row)
+                failed.append((row, e))
+        return failed
+
 
 def _ending(row: Row, token: int | None) -> str | None:
     """Why the answer ends with its last token, or before it where that is None; None while it goes on."""

@@ -42,7 +42,7 @@ class LoadedBundle(Runner):
         asked = asking.before_questions(images, *how)
         check_converses(self.recipe, dense)
         self.check_reads_several("a second question")
-        return self._talk(asked)
+        return self.talk(asked)
 
     def generate(
         self,
@@ -89,7 +89,7 @@ class LoadedBundle(Runner):
         self.check_open()
         how = images, system, max_new_tokens, dense, neuron_share, token_share, seed, guard, control_tokens, sampling
         asked = asking.asked(prompt, *how)
-        return self._talk(asked).written(asked.prompts[-1], asked.limits)
+        return self.talk(asked).written(asked.prompts[-1], asked.limits)
 
     def batch(self, requests: Iterable[str | Messages | Mapping[str, Any]], at_once: int = AT_ONCE) -> list[Answer]:
         """Answer several requests, at most `at_once` of them together; each gets what `generate` gives it alone.
@@ -123,7 +123,8 @@ class LoadedBundle(Runner):
         fix = "load it in the process that asks"
         raise InputError("a loaded bundle cannot be copied or sent to another process", where=self.bundle.path, fix=fix)
 
-    def _talk(self, asked: Asked) -> Conversation:
+    def talk(self, asked: Asked) -> Conversation:
+        """The conversation of a request that was checked (see asking.py). Raises InputError for sizes of pictures."""
         self._check_sizes(asked)
         return Conversation(self, asked)
 

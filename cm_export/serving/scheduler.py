@@ -1,0 +1,392 @@
+"""Continuous batching: requests join and leave the one decode loop between its steps, each as if it was alone.
+
+submit -> waiting (turns among clients) -> prefill thread -> rows of the decode thread -> pieces of text -> answer
+          at most `queued`                 one at a time,    at most `at_once` from prefill on, one graph call a step
+                                           while steps go on
+
+A prompt is read in a thread of its own, so that the others' steps go on meanwhile; where a runtime takes one call at a
+time (TensorRT), they wait for that one call. A guarded request checks drafts of its own length with the dense graph, so
+it cannot share steps: it takes a place, and a thread. An error belongs to the request that it came from.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..base.errors import CmExportError, InputError
+from ..host.asking import Asked
+from ..host.conversation import Answer, Answering, Conversation, Stream
+from ..host.decode import Batch, Row
+from ..host.loaded import LoadedBundle
+from .ticket import Busy, Cancelled, Closed, Event, Expired, Failed, Finished, Listener, Piece, Ticket
+from .waiting import Waiting
+
+QUEUED = 64
+
+
+class Observer(Protocol):
+    """Who counts what a scheduler does, such as metrics.py; called in its threads, and must not raise."""
+
+    def waiting(self, queued: int, running: int) -> None:
+        """How many wait, and how many are being answered, changed."""
+
+    def step(self, rows: int, seconds: float) -> None:
+        """One token was read for that many rows."""
+
+    def ended(self, outcome: str, answer: Answer | None, seconds: float) -> None:
+        """A request left: "answered", "cancelled", "expired", "invalid", "failed" or "refused", after so long."""
+
+
+class Unobserved:
+    """Counts nothing."""
+
+    def waiting(self, queued: int, running: int) -> None: ...
+    def step(self, rows: int, seconds: float) -> None: ...
+    def ended(self, outcome: str, answer: Answer | None, seconds: float) -> None: ...
+
+
+@dataclass(eq=False)
+class _Job:
+    """One request between `submit` and its last event."""
+
+    asked: Asked
+    talk: Conversation
+    ticket: Ticket
+    listener: Listener
+    submitted: float  # seconds of time.perf_counter
+    until: float | None  # the same; None: no deadline
+    stream: Stream | None = None  # of a guarded one
+    begun: float = 0.0
+    one: Answering | None = None
+    shown: int = 0  # characters that are out
+    cancelled: bool = False
+    over: bool = False  # its last event is out
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy a scheduler is."""
+
+    queued: int
+    running: int
+    at_once: int
+    most_queued: int
+
+
+class Scheduler:
+    """Answers requests to one loaded bundle; any thread may submit and cancel."""
+
+    def __init__(
+        self,
+        model: LoadedBundle,
+        at_once: int = 8,
+        queued: int = QUEUED,
+        observer: Observer | None = None,
+        deadline: float | None = None,
+    ):
+        """`at_once`: requests that are answered at the same time, each with a cache and core rows of its own.
+
+        `queued`: how many may wait for a place. `deadline`: seconds of a request that names none; None: any time.
+        """
+        for name, value in (("at_once", at_once), ("queued", queued)):
+            if value < 1:
+                raise InputError(f"is {value}", where=name, fix="give 1 or more")
+        self.model, self.observer = model, observer or Unobserved()
+        self._at_once, self._most_queued, self._deadline = at_once, queued, deadline
+        self._change = threading.Condition()  # guards the four below, and what jobs say about themselves
+        self._waiting = Waiting[_Job]()
+        self._running: set[_Job] = set()  # from prefill on
+        self._joining: list[_Job] = []  # prefilled, to be added before the next step
+        self._open, self._stopping = True, False
+        self.broken: BaseException | None = None  # a fault of the scheduler itself
+        self._rows: dict[Row, _Job] = {}  # of the decode thread alone
+        self._batch = Batch(model.backend)
+        self._threads = [
+            threading.Thread(target=self._guarded_loop, args=(loop,), name=f"cm-export-{name}", daemon=True)
+            for name, loop in (("prefill", self._prefills), ("decode", self._steps))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(
+        self,
+        asked: Asked,
+        client: str = "",
+        deadline: float | None = None,
+        listener: Listener | None = None,
+        request_id: str | None = None,
+    ) -> Ticket:
+        """Hand a request in. Raises InputError for what can be seen at once, Busy where there is no room, Closed.
+
+        `client`: requests of one client do not hold up those of others. `deadline`: seconds from now. A `listener` gets
+        the events in the scheduler's threads: it must be quick, and where it raises the request is cancelled.
+        """
+        talk = self.model.talk(asked)
+        stream = talk.written(asked.prompts[-1], asked.limits)  # checks what can be checked before anything is computed
+        now, wait = time.perf_counter(), self._deadline if deadline is None else deadline
+        ticket = Ticket(request_id or uuid.uuid4().hex)
+        job = _Job(asked, talk, ticket, listener or ticket.put, now, None if wait is None else now + wait)
+        job.stream = stream if asked.limits.guard else None
+        ticket._cancel = lambda _: self._cancel(job)
+        with self._change:
+            if self.broken is not None:
+                raise CmExportError("ended by a fault", where="the scheduler", fix="start it again") from self.broken
+            refusal = self._refusal()
+            if refusal is None:
+                self._waiting.put(client, job)
+                self._told()
+        if refusal is not None:
+            self.observer.ended("refused", None, 0.0)
+            raise refusal
+        return ticket
+
+    def load(self) -> Load:
+        """How many wait and are being answered."""
+        with self._change:
+            return Load(len(self._waiting), len(self._running), self._at_once, self._most_queued)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would be taken now, or could be after others end."""
+        return self._open and self.broken is None
+
+    def close(self, drain: bool = True, seconds: float | None = None) -> None:
+        """Take no more requests. `drain`: answer those that are here, within `seconds`; the rest is cancelled."""
+        with self._change:
+            self._open = False
+            if drain:
+                self._change.wait_for(lambda: not (self._waiting or self._running) or self.broken, seconds)
+            for job in [*self._waiting.all(), *self._running]:
+                self._mark_cancelled(job)
+            self._stopping = True
+            self._told()
+        for thread in self._threads:
+            thread.join()
+
+    def __enter__(self) -> Scheduler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close(drain=False)
+
+    # ------------------------------------------------ state
+
+    def _refusal(self) -> Busy | None:
+        if not self._open:
+            return Closed("takes no more requests", where="the server", fix="ask another one, or again once it is up")
+        if len(self._waiting) >= self._most_queued:
+            what = f"{len(self._running)} requests are being answered and {self._most_queued} wait, which is the most"
+            return Busy(what, where="the server", fix="try again in a few seconds")
+        return None
+
+    def _told(self) -> None:
+        """Wake whoever waits for a change; with the lock held."""
+        self.observer.waiting(len(self._waiting), len(self._running))
+        self._change.notify_all()
+
+    def _cancel(self, job: _Job) -> None:
+        with self._change:
+            if not job.over:
+                self._mark_cancelled(job)
+
+    def _mark_cancelled(self, job: _Job) -> None:
+        job.cancelled = True
+        self._change.notify_all()
+
+    def _finish(self, job: _Job, event: Finished | Failed) -> None:
+        """The last event of a job, whose place is free from then on."""
+        with self._change:
+            if job.over:
+                return
+            job.over = True
+            self._waiting.remove([job])
+            self._running.discard(job)
+            self._told()
+        answer = event.answer if isinstance(event, Finished) else None
+        self.observer.ended(_outcome(event), answer, time.perf_counter() - job.submitted)
+        self._hand(job, event)
+
+    def _fail(self, job: _Job, error: Exception) -> None:
+        self._finish(job, Failed(error))
+
+    def _hand(self, job: _Job, event: Event) -> None:
+        try:
+            job.listener(event)
+        except Exception:  # whoever listens is gone, or broken: that is the end of this request, not of others
+            job.cancelled = True
+
+    def _end(self, job: _Job, stopped: str | None = None) -> None:
+        """The answer of a row that has left; `stopped`: why, where its last token does not say so."""
+        assert job.one is not None  # it had a row
+        try:
+            answer = job.talk.end(job.one, job.one.decoding.ids)
+        except Exception as e:
+            return self._fail(job, e)
+        if stopped is not None:
+            answer.stats["stopped"] = stopped
+        self._whole(job, answer)
+
+    def _whole(self, job: _Job, answer: Answer) -> None:
+        now = time.perf_counter()
+        answer.stats.update(queue_s=job.begun - job.submitted, total_s=now - job.submitted)
+        if text := answer.text[job.shown :]:
+            self._hand(job, Piece(text))
+        self._finish(job, Finished(answer))
+
+    def _leaves(self, job: _Job) -> Exception | None:
+        """Why a job is to be given up now."""
+        if job.cancelled:
+            return Cancelled("was cancelled", where=f"request {job.ticket.id}")
+        if job.until is not None and time.perf_counter() > job.until:
+            what = f"is not answered within its {job.until - job.submitted:.3g} s"
+            fix = "allow more time, or ask when fewer others do"
+            return Expired(what, where=f"request {job.ticket.id}", fix=fix)
+        return None
+
+    def _guarded_loop(self, loop: Callable[[], None]) -> None:
+        """A fault of the scheduler ends every request in words, instead of leaving them waiting forever."""
+        try:
+            loop()
+        except BaseException as e:
+            with self._change:
+                self.broken, jobs = e, [*self._waiting.all(), *self._running]
+                self._change.notify_all()
+            for job in jobs:
+                self._fail(job, CmExportError(f"the scheduler ended by a fault ({e!r})", where="the server"))
+            raise
+
+    # ------------------------------------------------ the prefill thread
+
+    def _prefills(self) -> None:
+        while (job := self._next()) is not None:
+            job.begun = time.perf_counter()
+            if job.stream is not None:
+                name = f"cm-export-guard-{job.ticket.id}"
+                threading.Thread(target=self._alone, args=(job, job.stream), name=name, daemon=True).start()
+                continue
+            try:
+                job.one = job.talk.begin(job.asked.prompts[-1], job.asked.limits)
+            except Exception as e:
+                self._fail(job, e)
+                continue
+            with self._change:
+                self._joining.append(job)
+                self._change.notify_all()
+
+    def _next(self) -> _Job | None:
+        """The next one that waits, once there is a place; None where the scheduler stops. Those given up leave."""
+        while True:
+            with self._change:
+                gone = [(job, why) for job in self._waiting.all() if (why := self._leaves(job)) is not None]
+                if not gone:
+                    if len(self._waiting) and len(self._running) < self._at_once:
+                        job = self._waiting.take()
+                        self._running.add(job)
+                        self._told()
+                        return job
+                    if self._stopping and not len(self._waiting):
+                        return None
+                    self._change.wait(self._until_first_deadline())
+            for job, why in gone:
+                self._fail(job, why)
+
+    def _until_first_deadline(self) -> float | None:
+        """Seconds until the first of those that wait expires."""
+        ends = [job.until for job in self._waiting.all() if job.until is not None]
+        return max(0.0, min(ends) - time.perf_counter()) + 1e-3 if ends else None
+
+    def _alone(self, job: _Job, stream: Stream) -> None:
+        """A guarded request: its own loop, its own thread."""
+        try:
+            with stream:
+                for text in stream:
+                    if (why := self._leaves(job)) is not None:
+                        return self._fail(job, why)
+                    job.shown += len(text)
+                    self._hand(job, Piece(text))
+            assert stream.answer is not None  # it has ended
+            self._whole(job, stream.answer)
+        except Exception as e:
+            self._fail(job, e)
+
+    # ------------------------------------------------ the decode thread
+
+    def _steps(self) -> None:
+        while self._joined():
+            for job, why in [(job, why) for job in self._rows.values() if (why := self._leaves(job)) is not None]:
+                self._give_up(job, why)
+            if self._rows:
+                self._choose()
+            if self._batch.rows:
+                self._read()
+
+    def _joined(self) -> bool:
+        """Add the rows of those that were prefilled, and wait for some where there is none; False where it all ends."""
+        with self._change:
+            while not (self._joining or self._rows):
+                if self._stopping and not self._running:
+                    return False
+                self._change.wait()
+            joining, self._joining = self._joining, []
+        for job in joining:
+            assert job.one is not None  # it was prefilled
+            self._rows[job.one.decoding] = job
+            self._batch.add(job.one.decoding)
+        return True
+
+    def _give_up(self, job: _Job, why: Exception) -> None:
+        """Free the row of a job. One whose time is over after its first token gets what there is of its answer."""
+        assert job.one is not None
+        row = job.one.decoding
+        self._leave(row)
+        if isinstance(why, Expired) and row.ids:
+            return self._end(job, "deadline")
+        self._fail(job, why)
+
+    def _leave(self, row: Row) -> None:
+        del self._rows[row]
+        if row in self._batch.rows:
+            self._batch.remove(row)
+
+    def _choose(self) -> None:
+        """The next token of every row, the text that it brings, and the answers that have ended."""
+        while True:
+            try:
+                self._batch.choose()
+                break
+            except Exception as e:  # of one row, which has left: the others are asked again, none twice
+                for row in [r for r in self._rows if r not in self._batch.rows and r.ended is None]:
+                    self._fail(self._rows.pop(row), e)
+        for row, job in list(self._rows.items()):
+            assert job.one is not None
+            job.one.first = job.one.first or job.one.now()
+            if row.ended:
+                del self._rows[row]
+                self._end(job)
+            elif text := job.one.writing.text[job.shown :]:
+                job.shown += len(text)
+                self._hand(job, Piece(text))
+
+    def _read(self) -> None:
+        started = time.perf_counter()
+        try:
+            self._batch.read()
+        except Exception:  # of one of them: each is read by itself, and those that fail leave
+            self._failed(self._batch.read_apart())
+        self.observer.step(len(self._batch.rows), time.perf_counter() - started)
+
+    def _failed(self, rows: Sequence[tuple[Row, Exception]]) -> None:
+        for row, error in rows:
+            self._fail(self._rows.pop(row), error)
+
+
+def _outcome(event: Finished | Failed) -> str:
+    if isinstance(event, Finished):
+        return "answered"
+    kinds = ((Cancelled, "cancelled"), (Expired, "expired"), (InputError, "invalid"))
+    return next((name for kind, name in kinds if isinstance(event.error, kind)), "failed")
