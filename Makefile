@@ -8,7 +8,7 @@ ASK = run $(DEMO) --image $(PICTURE) --prompt $(QUESTION)
 SPEED = bench $(DEMO) --image-tokens 144 --threads 1
 STAMP := .venv/.installed
 
-.PHONY: demo test lint clean accuracy bench-quality bench-precision bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal lowest bench-cpu bench-peers bench-active
+.PHONY: demo test test-families lint clean accuracy bench-quality bench-precision bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal lowest bench-cpu bench-peers bench-active
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("the versions of constraints.txt need Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
@@ -39,6 +39,10 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# What `make test` does for one configuration of a family, for many of them, and every picture rule on 200 pictures (minutes).
+test-families: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m wide
 
 # The table of docs/accuracy.md: all official test questions, dense and random controls beside (about 40 minutes).
 accuracy: $(STAMP)

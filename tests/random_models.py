@@ -18,7 +18,7 @@ from cm_export import families
 from cm_export.backends.onnxruntime.backend import Backend
 from cm_export.bundle import weights
 from cm_export.bundle.names import core_row_names
-from cm_export.families import Family, Pictures
+from cm_export.families import Arrays, Family, Pictures
 from cm_export.host.request import Request
 from cm_export.recipe.recipe import Recipe
 from cm_export.source import model as hf
@@ -227,11 +227,13 @@ def patch_grids(x: Exported, layout) -> np.ndarray:
     return np.array([(1, h * x.tower.merge, w * x.tower.merge) for h, w in layout], np.int64).reshape(-1, 3)
 
 
-def request_of(x: Exported, ids: np.ndarray, grid: np.ndarray, embeds: np.ndarray | None) -> Request:
-    """A prompt with pictures of these patch grids and embeddings."""
+def request_of(x: Exported, ids: np.ndarray, grid: np.ndarray, embeds: np.ndarray | Arrays | None) -> Request:
+    """A prompt with pictures of these patch grids and embeddings, or all outputs of a tower by name."""
     merge = x.tower.merge if x.tower else 1
     grids = tuple((t, h // merge, w // merge) for t, h, w in grid.tolist())
-    return Request.of(ids, Pictures({"image_embeds": embeds} if grids else {}, grids), x.family, x.shape, x.weights)
+    seen = embeds if isinstance(embeds, dict) else {"image_embeds": embeds}
+    pictures = Pictures(seen, grids) if grids else x.tower.no_pictures() if x.tower else Pictures()
+    return Request.of(ids, pictures, x.family, x.shape, x.weights)
 
 
 def numbered(image_mask: np.ndarray) -> np.ndarray:
@@ -244,5 +246,6 @@ def request(x, seed, layout=((3, 4), (2, 2))):
     """A prompt with pictures of random embeddings, ready to run."""
     rng = np.random.default_rng(seed)
     ids = prompt(x.shape, list(layout), rng)
-    embeds = rng.standard_normal((int((ids == x.shape.image_token).sum()), x.shape.hidden)).astype(np.float32)
-    return request_of(x, ids, patch_grids(x, layout), embeds)
+    tokens = int((ids == x.shape.image_token).sum())
+    seen = {port.name: rng.standard_normal((tokens, *port.row)).astype(np.float32) for port in x.tower.outputs}
+    return request_of(x, ids, patch_grids(x, layout), seen)

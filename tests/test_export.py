@@ -7,13 +7,20 @@ from random_models import IMAGE, prompt, request_of
 from stepping import Decoder, every_row, gatherer, prefill, step_feeds
 from tolerances import agrees
 
-from cm_export.families.qwen2_vl import vision_inputs
+from cm_export.families import Picture
 from cm_export.host.request import prefill_feeds, sparse_feeds
 from cm_export.recipe.recipe import Recipe
 
 SEEDS = (1, 2, 3, 4)
 LAYOUTS = [[(2, 3)], [(1, 1)], [(4, 2), (1, 5)], [(3, 3), (2, 2), (1, 4)]]
 seeds = pytest.mark.parametrize("seed", SEEDS)
+
+
+def seen(x, grids, pixels):
+    """What the vision graph of these pictures reads; grids of image tokens (rows, columns)."""
+    sizes = [h * w * x.tower.merge**2 for h, w in grids]
+    parts = np.split(pixels, np.cumsum(sizes)[:-1])
+    return x.tower.feeds([Picture(part, (1, h, w)) for part, (h, w) in zip(parts, grids, strict=True)])
 
 
 def picture_feeds(x, grids, rng):
@@ -52,20 +59,22 @@ def test_vision_equals_transformers_on_unequal_pictures(exported, seed):
         grid, pixels = picture_feeds(x, layout, rng)
         with torch.no_grad():
             out = x.model.get_image_features(torch.from_numpy(pixels), torch.from_numpy(grid), return_dict=True)
-        ours = backend.vision(vision_inputs(pixels, grid, x.tower.merge))["image_embeds"]
-        close(ours, torch.cat(tuple(out.pooler_output)).numpy())
+        ours = backend.vision(seen(x, layout, pixels))
+        close(ours["image_embeds"], torch.cat(tuple(out.pooler_output)).numpy())
+        for i in range(x.shape.whole_layers):
+            close(ours[f"deepstack_{i}"], torch.cat(tuple(out.deepstack_features[i])).numpy())
 
 
 @seeds
 def test_answers_equal_stock_generate(exported, seed):
     """Dense graphs, and sparse graphs at full budget, give the greedy tokens and logits of transformers."""
     x, rng, steps = exported(seed), np.random.default_rng(seed), 6
-    backend = x.backend(Recipe().replace(tokens__prune_layer=1))
+    backend = x.backend(Recipe().replace(tokens__prune_layer=max(1, x.shape.whole_layers)))
     for layout in LAYOUTS[1:3]:
         grid, pixels = picture_feeds(x, layout, rng)
         ids = prompt(x.shape, layout, rng)
         tokens, logits = stock(x, ids, grid, pixels, steps)
-        embeds = backend.vision(vision_inputs(pixels, grid, x.tower.merge))["image_embeds"]
+        embeds = backend.vision(seen(x, layout, pixels))
         request = request_of(x, ids, grid, embeds)
         full = sparse_feeds(request, Recipe(), token_share=1.0)
         rows = gatherer(x.weights, x.family, x.shape.layers)
@@ -80,7 +89,16 @@ def test_answers_equal_stock_generate(exported, seed):
                 assert step[0].argmax() == tokens[i + 1]
 
 
-def hf_decoder(x, embeds, positions, mask, past=None):
+def further_rows(x, shape, rng):
+    """Random rows for the tower's further outputs, of every token: ours by name, and as stock Qwen3-VL takes them."""
+    rows = {p.name: rng.standard_normal((*shape, *p.row)).astype(np.float32) for p in x.tower.outputs[1:]}
+    if not rows:
+        return {}, {}
+    given = [torch.from_numpy(value).flatten(0, 1) for value in rows.values()]
+    return rows, {"visual_pos_masks": torch.ones(shape, dtype=torch.bool), "deepstack_visual_embeds": given}
+
+
+def hf_decoder(x, embeds, positions, mask, past=None, **further):
     with torch.no_grad():
         out = x.model.model.language_model(
             inputs_embeds=torch.from_numpy(embeds),
@@ -88,6 +106,7 @@ def hf_decoder(x, embeds, positions, mask, past=None):
             attention_mask=torch.from_numpy(mask),
             past_key_values=past,
             use_cache=True,
+            **further,
         )
         return x.model.lm_head(out.last_hidden_state[:, -1]).numpy(), out.past_key_values
 
@@ -101,10 +120,10 @@ def test_prefill_with_left_padding_equals_transformers(exported, seed, batch, le
     mask = np.ones((batch, length), np.int64)
     for b in range(1, batch):
         mask[b, : rng.integers(0, length)] = 0
-    logits, cache = hf_decoder(x, embeds, positions, mask)
-    out = prefill(
-        x.backend(), {"inputs_embeds": embeds, "position_ids": positions, "attention_mask": mask}, "prefill_dense"
-    )
+    rows, further = further_rows(x, (batch, length), rng)
+    logits, cache = hf_decoder(x, embeds, positions, mask, **further)
+    feeds = {"inputs_embeds": embeds, "position_ids": positions, "attention_mask": mask, **rows}
+    out = prefill(x.backend(), feeds, "prefill_dense")
     close(out["logits"].numpy(), logits)
     for i, layer in enumerate(cache.layers):
         real = mask[:, None, :, None] == 1  # rows of padding are never read

@@ -24,6 +24,13 @@ def arrays(outputs):
     return {n: v.numpy() for n, v in outputs.items()}
 
 
+def deepstack(x, req, layer):
+    """What stock Qwen3-VL adds after a layer; of other models nothing."""
+    import torch
+
+    return torch.from_numpy(req.rows.get(f"deepstack_{layer}", np.zeros((), np.float32)))
+
+
 def masked_prefill(x, req, dropped, layer):
     """Dense transformers layers, dropped tokens masked as keys from `layer` on: the meaning of the cut, by another road.
 
@@ -47,7 +54,10 @@ def masked_prefill(x, req, dropped, layer):
     with torch.no_grad():
         for i, block in enumerate(lm.layers):
             a, z = block.self_attn, block.input_layernorm(h)
-            q, k, v = (p(z).view(1, n, -1, a.head_dim).transpose(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj))
+            q, k, v = (p(z).view(1, n, -1, a.head_dim) for p in (a.q_proj, a.k_proj, a.v_proj))
+            if hasattr(a, "q_norm"):
+                q, k = a.q_norm(q), a.k_norm(k)
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             q, k = turn(q), turn(k)
             keys.append((k, v))
             allowed = causal.clone()
@@ -58,6 +68,7 @@ def masked_prefill(x, req, dropped, layer):
             o = F.scaled_dot_product_attention(q, k.repeat_interleave(g, 1), v.repeat_interleave(g, 1), allowed)
             h = h + a.o_proj(o.transpose(1, 2).reshape(1, n, -1))
             h = h + block.mlp(block.post_attention_layernorm(h))
+            h = h + deepstack(x, req, i)
         return x.model.lm_head(lm.norm(h[:, -1])).numpy(), keys
 
 

@@ -49,7 +49,8 @@ def talk(x, runner, seed, budget, questions=1):
     """A first question about two pictures, answers of its own, later questions; and all of it as one request."""
     rng = np.random.default_rng(seed)
     ids = prompt(x.shape, list(LAYOUT), rng)
-    embeds = rng.standard_normal((int((ids == x.shape.image_token).sum()), x.shape.hidden)).astype(np.float32)
+    tokens = int((ids == x.shape.image_token).sum())
+    embeds = {p.name: rng.standard_normal((tokens, *p.row)).astype(np.float32) for p in x.tower.outputs}
     context = runner.prefill(whole(x, ids, embeds), budget)
     for number in range(questions):
         answer = list(runner.tokens(context, 4 + number, frozenset()))

@@ -62,15 +62,8 @@ class Qwen2VL(Family):
         text, vision = config["text_config"], config["vision_config"]
         check_decoder(text)
         check_image_token(config["image_token_id"], text)
-        if vision["hidden_size"] != text["hidden_size"]:
-            raise InputError("vision_config.hidden_size differs from text_config.hidden_size", where="config.json")
-        _check_heads(text)
-        for key in ("patch_size", "temporal_patch_size", "spatial_merge_size"):
-            if type(vision[key]) is not int or vision[key] < 1:
-                raise InputError(f"vision_config.{key} = {vision[key]!r} is not one whole number", where="config.json")
-        if vision["in_channels"] != 3:
-            what = f"vision_config.in_channels = {vision['in_channels']!r}, pictures have 3"
-            raise InputError(what, where="config.json")
+        check_vision(vision, "hidden_size", text["hidden_size"])
+        check_heads(text)
 
     def tower(self, config: Config) -> Tower:
         """The vision tower of a checkpoint."""
@@ -95,13 +88,30 @@ class Qwen2VL(Family):
         return out, int(out.max()) + 1 if len(picture) else 0
 
 
-def _check_heads(text: Config) -> None:
+def check_vision(vision: Config, output: str, hidden: int) -> None:
+    """Raises InputError for a tower of other widths than its decoder; `output` names the width of what it gives."""
+    where = "config.json"
+    if vision[output] != hidden:
+        raise InputError(f"vision_config.{output} differs from text_config.hidden_size", where=where)
+    for key in ("patch_size", "temporal_patch_size", "spatial_merge_size"):
+        if type(vision[key]) is not int or vision[key] < 1:
+            raise InputError(f"vision_config.{key} = {vision[key]!r} is not one whole number", where=where)
+    if vision["in_channels"] != 3:
+        raise InputError(f"vision_config.in_channels = {vision['in_channels']!r}, pictures have 3", where=where)
+
+
+def check_heads(text: Config) -> None:
     """Raises InputError unless the three sections of M-RoPE fill half a head, whose size nothing but hidden_size sets."""
     size = text["hidden_size"] // text["num_attention_heads"]
     if text.get("head_dim") not in (None, size):
         what = f"head_dim {text['head_dim']!r} is not hidden_size / num_attention_heads, {size}"
         raise InputError(what, where="config.json")
-    sections = (text.get("rope_parameters") or {}).get("mrope_section", [16, 24, 24])  # transformers' default
+    check_sections(text, size, [16, 24, 24])
+
+
+def check_sections(text: Config, size: int, default: list[int]) -> None:
+    """Raises InputError unless the three sections of M-RoPE fill half a head of this size; default: transformers'."""
+    sections = (text.get("rope_parameters") or {}).get("mrope_section", default)
     whole = isinstance(sections, list) and all(type(n) is int and n >= 0 for n in sections)
     if not whole or sum(sections) != size // 2:
         what = f"mrope_section {sections!r} does not add up to half of a head, {size // 2}"
@@ -112,6 +122,7 @@ class Qwen2VLTower(Tower):
     """Any number of patches, attention among those of one picture, merge x merge neighbours become one image token."""
 
     prefixes = ("model.visual.",)
+    attention = ATTENTION  # what its blocks call
     min_side = 1  # a small picture is enlarged
     max_ratio = MAX_RATIO
 
@@ -132,27 +143,34 @@ class Qwen2VLTower(Tower):
         self.outputs = (embeds(self.hidden),)
 
     def module(self, model: Any) -> torch.nn.Module:
-        """The tower as it is, with the integers that the host computes as its keywords."""
+        """The tower, with what the host computes as its keywords."""
         from torch import nn
 
-        register_attention()
+        self.register()
+        attention, compute = self.attention, self.compute
 
         class Vision(nn.Module):
-            """pixel_values [N,C*T*p*p] and the host's integers -> image embeddings [I,D]."""
+            """pixel_values [N,C*T*p*p] and the host's arrays -> image embeddings [I,D], and further outputs."""
 
             def __init__(self) -> None:
                 super().__init__()
                 self.model = model
                 for module in model.get_encoder("image").modules():
                     if hasattr(module, "config"):
-                        module.config._attn_implementation = ATTENTION
+                        module.config._attn_implementation = attention
 
-            def forward(self, pixel_values: Any, position_ids: Any, cu_seqlens: Any) -> Any:
-                tower = self.model.get_encoder("image")
-                given = {"grid_thw": None, "position_ids": position_ids, "cu_seqlens": cu_seqlens, "max_seqlen": 1}
-                return (tower(pixel_values, **given).pooler_output,)
+            def forward(self, **given: Any) -> Any:
+                return compute(self.model.get_encoder("image"), **given)
 
         return Vision()
+
+    def register(self) -> None:
+        """Tell transformers about what its blocks call."""
+        register_attention()
+
+    def compute(self, tower: Any, pixel_values: Any, **given: Any) -> tuple[Any, ...]:
+        """What the vision graph gives (torch); `tower`: transformers', `given`: the other inputs of the graph by name."""
+        return (tower(pixel_values, grid_thw=None, max_seqlen=1, **given).pooler_output,)
 
     def features(self, model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         """Image embeddings from stock transformers."""
@@ -243,20 +261,26 @@ FAMILY = Qwen2VL()
 
 def register_attention() -> None:
     """Tell transformers about ATTENTION: among the patches of one picture, [1,H,N,d] with borders [segments+1]."""
-    import torch
     from transformers import AttentionInterface
 
     def attend(
         module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, scaling: Any = None,
         cu_seq_lens_q: Any = None, **_: Any,
     ) -> tuple[Any, None]:  # fmt: skip
-        patch = torch.arange(query.shape[2])
-        segment = (patch[:, None] >= cu_seq_lens_q[None, 1:]).sum(-1)
-        mask = torch.where(segment[:, None] == segment[None, :], 0.0, torch.finfo(query.dtype).min)
-        out = torch.onnx.ops.attention(query, key, value, mask.to(query.dtype)[None, None], scale=scaling)
-        return out[0].transpose(1, 2), None
+        return attend_within_pictures(query, key, value, cu_seq_lens_q, scaling), None
 
     AttentionInterface.register(ATTENTION, attend)
+
+
+def attend_within_pictures(query: Any, key: Any, value: Any, borders: Any, scaling: Any) -> Any:
+    """[1,H,N,d] -> [1,N,H,d] (torch): no patch reads one beyond the borders [segments+1] around it."""
+    import torch
+
+    patch = torch.arange(query.shape[2])
+    segment = (patch[:, None] >= borders[None, 1:]).sum(-1)
+    mask = torch.where(segment[:, None] == segment[None, :], 0.0, torch.finfo(query.dtype).min)
+    out = torch.onnx.ops.attention(query, key, value, mask.to(query.dtype)[None, None], scale=scaling)
+    return out[0].transpose(1, 2)
 
 
 # ---------------------------------------------------------------- pictures

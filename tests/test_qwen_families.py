@@ -1,0 +1,224 @@
+"""Qwen2.5-VL and Qwen3-VL: the laws of every family, on random configurations, and what is particular to each tower."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import shared
+import test_export
+import test_lowered
+import test_token_cuts
+import test_turns
+import torch
+import transformers
+from conftest import built, cm_export, take_stages
+from PIL import Image
+from qwen_models import RANDOM, answering
+from random_models import Exported, random_checkpoint, request, request_of
+from stepping import prefill
+from test_surgery import arrays
+from tolerances import agrees
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from cm_export import families
+from cm_export.base.errors import InputError
+from cm_export.bundle.bundle import Bundle
+from cm_export.host.request import prefill_feeds
+from cm_export.recipe.recipe import Recipe
+from cm_export.surgery import pipeline
+
+PROCESSORS = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
+WIDE = [(name, seed) for name in RANDOM for seed in range(10, 20)]
+QUESTION = "what shape is red ?"
+
+
+def bundle_of(name, *options):
+    """A checkpoint of the family and its bundle, by the real command; further bundles are made of the same traces."""
+
+    def first(folder):
+        answering(name, folder / "model")
+        built(folder / "x.plan", "--model", folder / "model", "--neurons", "griffin")
+
+    def another(folder):
+        take_stages(whole / "x.plan", folder / "x.plan")
+        built(folder / "x.plan", "--model", whole / "model", *options)
+
+    whole = shared.once(name, first)
+    key = "_".join((name, *options)).replace("-", "")
+    return whole / "model", (shared.once(key, another) if options else whole) / "x.plan"
+
+
+def exported_of(model, plan):
+    """The graphs of a bundle as the tests of random models take them: dense ones, from which every recipe's are made."""
+    bundle, folder = Bundle(plan), shared.own(f"{plan.parent.name}_graphs")
+    for graph in bundle.shape.traced:
+        shutil.copyfile(bundle.graph(graph if graph == "vision" else f"{graph}_dense"), folder / f"{graph}.onnx")
+    x = Exported(model, folder, bundle.family, lambda: folder)
+    vars(x)["weights"] = bundle.weights
+    return x
+
+
+@pytest.fixture(scope="module", params=RANDOM)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def x(name):
+    return exported_of(*bundle_of(name))
+
+
+def cut_of(x, **tokens):
+    return test_token_cuts.recipe_of(prune_layer=max(1, x.shape.whole_layers), **tokens)
+
+
+# ---------------------------------------------------------------- the laws of every family
+def check_cut(x, seed, policy):
+    recipe = cut_of(x, policy=policy)
+    req = request(x, seed)
+    _, out = test_token_cuts.run(x, req, recipe)
+    assert out["kept_tokens"].shape[1] < req.tokens
+    test_token_cuts.check_masked(x, req, recipe, out)
+
+
+def test_vision_equals_transformers_on_unequal_pictures(x):
+    test_export.test_vision_equals_transformers_on_unequal_pictures(lambda _: x, 1)
+
+
+def test_answers_equal_stock_generate(x):
+    test_export.test_answers_equal_stock_generate(lambda _: x, 1)
+
+
+def test_prompts_of_a_padded_batch_equal_transformers(x):
+    test_export.test_prefill_with_left_padding_equals_transformers(lambda _: x, 1, 3, 13)
+
+
+def test_decode_of_a_batch_equals_transformers(x):
+    test_export.test_decode_at_any_past_and_of_any_length_equals_transformers(lambda _: x, 1, 3, 5, 6)
+
+
+@pytest.mark.parametrize("policy", ["attention", "spread_keys"])
+def test_a_cut_prefill_is_the_dense_one_with_dropped_tokens_masked(x, policy):
+    check_cut(x, 2, policy)
+
+
+def test_every_image_token_is_the_dense_prefill_and_a_prompt_without_pictures_is_left_alone(x):
+    recipe = cut_of(x)
+    for req in (request(x, 3), request_of(x, np.arange(7, 12), np.zeros((0, 3), np.int64), None)):
+        backend, out = test_token_cuts.run(x, req, recipe, token_share=1.0)
+        for name, value in arrays(prefill(backend, prefill_feeds(req), "prefill_dense")).items():
+            agrees("export", out[name], value)
+
+
+def test_no_token_is_cut_before_the_last_layer_with_features(x, name):
+    if name != "qwen3_vl":
+        assert x.shape.whole_layers == 0 and len(x.tower.outputs) == 1
+        return
+    assert x.shape.whole_layers == len(x.tower.outputs) - 1 == 2
+    recipe = Recipe().replace(tokens__policy="attention", tokens__prune_layer=1)
+    with pytest.raises(InputError, match="the first 2 layers of this model must see every token"):
+        pipeline.check_recipe(recipe, x.shape)
+    assert Recipe().for_model(x.shape).tokens.prune_layer >= 2
+
+
+def test_a_later_question_is_answered_as_if_all_were_asked_at_once(x):
+    at_full = test_turns.test_at_full_budget_a_later_turn_is_the_dense_model_on_the_whole_conversation
+    at_full(lambda _: x, 1, 2, test_turns.FULL)
+
+
+@pytest.mark.parametrize("version", ["10.3", "10.15", "rtx-1.7"])
+def test_lowered_graphs_equal_the_portable_ones(x, tmp_path, version):
+    check_lowered(x, tmp_path, version)
+
+
+def check_lowered(x, folder, version):
+    recipe = test_lowered.SMALL.replace(tokens__prune_layer=max(1, x.shape.whole_layers))
+    found = {g.name: g for g in test_lowered.gates(x, recipe, version, folder)}
+    assert all(g.passed for g in found.values())
+    assert {"lowered vision", "lowered prefill", "lowered decode", "half vision", "half decode"} <= set(found)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(("name", "seed"), WIDE)
+def test_random_configurations_keep_every_law(name, seed, tmp_path):
+    path = random_checkpoint(RANDOM[name](seed), tmp_path / "model", seed)
+    (tmp_path / "graphs").mkdir()
+    x = Exported(path, tmp_path / "graphs", families.find(name))
+    test_vision_equals_transformers_on_unequal_pictures(x)
+    test_answers_equal_stock_generate(x)
+    for batch, length in ((3, 13), (1, 2), (2, 31)):
+        test_export.test_prefill_with_left_padding_equals_transformers(lambda _: x, seed, batch, length)
+    for batch, past, new in ((3, 1, 1), (1, 77, 1), (3, 5, 6), (2, 1, 17)):
+        test_export.test_decode_at_any_past_and_of_any_length_equals_transformers(lambda _: x, seed, batch, past, new)
+    if x.shape.whole_layers < x.shape.layers:
+        for policy in test_token_cuts.POLICIES:
+            check_cut(x, seed, policy)
+        test_every_image_token_is_the_dense_prefill_and_a_prompt_without_pictures_is_left_alone(x)
+        test_a_later_question_is_answered_as_if_all_were_asked_at_once(x)
+        for version in test_lowered.VERSIONS:
+            (tmp_path / version).mkdir()
+            check_lowered(x, tmp_path / version, version)
+
+
+# ---------------------------------------------------------------- the command line
+def asked_of_transformers(name, model, images):
+    """Prompt ids and pictures, by transformers' template, image processor and expansion of placeholders."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    blocks = [{"type": "image"} for _ in images] + [{"type": "text", "text": QUESTION}]
+    messages = [{"role": "user", "content": blocks}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    processor = Qwen2VLImageProcessorPil.from_pretrained(model)
+    given = processor(images, return_tensors="pt") if images else {}
+    expand = getattr(transformers, PROCESSORS[name]).replace_image_token
+    stub = SimpleNamespace(image_processor=processor, image_token="<|image_pad|>")
+    first, *rest = text.split(stub.image_token)
+    text = first + "".join(expand(stub, given, i) + part for i, part in enumerate(rest))
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    return ids, given
+
+
+@pytest.mark.parametrize("pictures", [2, 0])
+def test_run_answers_as_transformers_does_with_its_own_processor(name, pictures, tmp_path):
+    model, plan = bundle_of(name)
+    rng = np.random.default_rng(5)
+    images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((50, 90), (70, 40))[:pictures]]
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"{i}.png")
+    ids, given = asked_of_transformers(name, model, images)
+    stock = getattr(transformers, families.find(name).model_class).from_pretrained(model).eval()
+    kinds = {"mm_token_type_ids": (ids == stock.config.image_token_id).int()} if images else {}
+    with torch.no_grad():
+        out = stock.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **given, **kinds, max_new_tokens=8)
+    options = [w for i in range(pictures) for w in ("--image", tmp_path / f"{i}.png")]
+    done = cm_export("run", plan, *options, "--prompt", QUESTION, "--max-new-tokens", "8", "--json", "--dense")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["prompt_tokens"] == ids.shape[1]
+    assert found["image_tokens"] == int((ids == stock.config.image_token_id).sum())
+    assert found["token_ids"] == [
+        i for i in out[0, ids.shape[1] :].tolist() if i != stock.generation_config.eos_token_id
+    ]
+
+
+def test_thresholds_and_weights_of_4_bits_answer(name, tmp_path):
+    _, plan = bundle_of(name, "--neurons", "active", "--weights", "int4")
+    Image.new("RGB", (60, 80), "red").save(tmp_path / "x.png")
+    words = ["--image", tmp_path / "x.png", "--prompt", QUESTION, "--max-new-tokens", "4", "--json"]
+    done = cm_export("run", plan, *words)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["image_tokens_kept"] < found["image_tokens"] and found["neurons_kept"] < found["neurons"]
+    packed = Bundle(plan).packed
+    assert packed is not None and any(name.startswith("vision.") for name in packed.entries)
+
+
+def test_bench_and_eval_take_it(name, tmp_path):
+    _, plan = bundle_of(name)
+    done = cm_export("bench", plan, "--image-tokens", "12", "--new-tokens", "2", "--repeats", "1", "--vision", "--json")
+    assert done.returncode == 0, done.stderr
+    Image.new("RGB", (60, 80), "red").save(tmp_path / "x.png")
+    (tmp_path / "my.jsonl").write_text(json.dumps({"image": "x.png", "question": QUESTION, "answer": "circle"}))
+    done = cm_export("eval", plan, "--data", tmp_path / "my.jsonl", "--out", tmp_path / "r.json", "--quiet")
+    assert done.returncode == 0, done.stderr
