@@ -95,7 +95,8 @@ class Qwen25VLTower(Qwen2VLTower):
     def engine_memory(self, patches: int, fused: bool) -> int:
         """Besides Qwen2-VL's: queries, keys, values and what comes out of them once more, by windows."""
         scores = 0 if fused else 2 * 2 * self.heads * patches * self.most
-        return super().engine_memory(patches, fused) + 4 * 2 * patches * self.width + scores + 4 * patches * self.most
+        again: int = 4 * 2 * patches * self.width + scores + 4 * patches * self.most
+        return super().engine_memory(patches, fused) + again
 
     def axis_ranges(self, patches: int) -> dict[str, Range]:
         """One picture at a time. A strip of one row of image tokens has the most windows, a square the fewest."""
@@ -117,15 +118,16 @@ def register_attention() -> None:
     ) -> tuple[Any, None]:  # fmt: skip
         if windows is None:
             return attend_within_pictures(query, key, value, cu_seq_lens_q, scaling), None
-        return attend_within_windows(query, key, value, *windows, scaling), None
+        return attend_within_windows(query, key, value, windows, scaling), None
 
     AttentionInterface.register(ATTENTION, attend)
 
 
-def attend_within_windows(query: Any, key: Any, value: Any, members: Any, place: Any, scaling: Any) -> Any:
+def attend_within_windows(query: Any, key: Any, value: Any, windows: tuple[Any, Any], scaling: Any) -> Any:
     """[1,H,N,d] -> [1,N,H,d] (torch): every window is a row of a batch [W,H,L,d], so that few patches are compared."""
     import torch
 
+    members, place = windows
     heads, most, size = query.shape[1], members.shape[1], query.shape[3]
     rows = members.clamp(min=0).flatten()
 

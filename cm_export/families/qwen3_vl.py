@@ -65,7 +65,8 @@ class Qwen3VL(Qwen2VL):
 
 def _deepstack(config: Config) -> int:
     """How many layers get features of their own."""
-    return min(len({*config["vision_config"]["deepstack_visual_indexes"]}), config["text_config"]["num_hidden_layers"])
+    layers: int = config["text_config"]["num_hidden_layers"]
+    return min(len({*config["vision_config"]["deepstack_visual_indexes"]}), layers)
 
 
 class Qwen3VLTower(Qwen2VLTower):
@@ -115,8 +116,8 @@ class Qwen3VLTower(Qwen2VLTower):
 
     def engine_memory(self, patches: int, fused: bool) -> int:
         """Besides Qwen2-VL's: four position embeddings of every patch, and the further outputs."""
-        more = (len(self.outputs) - 1) * patches // self.merge**2 * self.hidden
-        return super().engine_memory(patches, fused) + 2 * 4 * TAPS * patches * self.width + 4 * more
+        features: int = (len(self.outputs) - 1) * patches // self.merge**2 * self.hidden
+        return super().engine_memory(patches, fused) + 2 * 4 * TAPS * patches * self.width + 4 * features
 
 
 def interpolated(places: np.ndarray, size: tuple[int, int], side: int) -> tuple[np.ndarray, np.ndarray]:
