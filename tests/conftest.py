@@ -186,3 +186,13 @@ def on_machine(demo_bundle, whole_bundle, tmp_path_factory):
 def sit(monkeypatch, on_machine):
     """(version, ...) -> the machine of `on_machine`, whose libraries are now imported."""
     return lambda *args, **kwargs: on_machine(*args, **kwargs).sit_at(monkeypatch)
+
+
+def low_bits(demo_bundle: Path, precision: str) -> Path:
+    """The demo model with every neuron, in int8 or int4."""
+
+    def make(folder: Path) -> None:
+        take_stages(demo_bundle, folder / "low.plan")
+        built(folder / "low.plan", "--model", "demo", "--neurons", "dense", "--weights", precision)
+
+    return shared.once(f"low_{precision}", make) / "low.plan"

@@ -19,6 +19,7 @@ from cm_export.base.errors import BundleError, InputError
 from cm_export.bundle.bundle import Bundle
 from cm_export.bundle.thresholds import FFN_OUT, SIDES, Thresholds
 from cm_export.evals.tasks import easy_vqa
+from cm_export.evals.weights_read import Steps, of_dense
 from cm_export.host import guard
 from cm_export.host.decode import Reader, decode
 from cm_export.host.images import open_image
@@ -233,6 +234,31 @@ def test_fewer_bytes_are_read_as_the_share_says(active, runner, asked):
     assert read[1.0] == 1
     left_out = (1 - 0.95) * (1 - 0.3) / (1 - 0.6)  # of the products besides the FFNs, recipe's rest_share being .95
     assert 0.15 < read[0.3] < read[0.6] - 0.15 < 0.7 and read[0.3] < 1 - left_out + 0.1
+
+
+def test_bits_read_are_counted_where_the_library_runs_and_else_what_thresholds_let_expect(active, runner, asked):
+    def read(budget):
+        prefilled, steps = runner.prefill(asked[0], budget), Steps(runner)
+        row = prefilled.row()
+        Reader(runner.backend).read([row], [[5]])
+        with steps.counted():
+            for token in (9, 12, 4, 20):
+                Reader(runner.backend).read([row], [[token]])
+        return steps.per_step(prefilled, 4), steps.per_step(prefilled, 0), prefilled.core_set
+
+    dense, same, _ = read(Budget(dense=True))
+    assert dense.bytes == same.bytes == of_dense(runner).bytes, "what is read of everything is known beforehand"
+    for share in (0.6, 0.3):
+        counted, expected, core = read(Budget(neuron_share=share))
+        shape = active.shape
+        if active.packed is None:  # every masked weight is multiplied all the same: not what was read
+            needed = (32 * shape.weights * core.read + 32 * shape.hidden) / (shape.weights + shape.hidden)
+            assert counted.bits == pytest.approx(needed, rel=1e-6) and not counted.exact
+        elif library.find() is not None:
+            assert counted.exact and not expected.exact and counted.bytes != expected.bytes
+            assert counted.bits == pytest.approx(expected.bits, rel=0.15) and counted.bits < 0.95 * dense.bits
+            of_neurons = float(core.counts.mean()) / shape.ffn  # of z alone: not what the other products read
+            assert counted.bits > 1.15 * of_neurons * dense.bits
 
 
 def test_shares_below_what_was_measured_are_refused(runner, asked):

@@ -7,23 +7,27 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
-import shared
 from cm_export.plugins.cpu import library
-from conftest import built, cm_export, take_stages
+from conftest import cm_export, low_bits, take_stages
 from tolerances import agrees
 
 from cm_export.backends.onnxruntime import pack
 from cm_export.base.errors import BundleError, InputError
 from cm_export.bundle.bundle import Bundle
 from cm_export.bundle.packed import FILE, Entry
+from cm_export.bundle.predictor import copy_bytes
 from cm_export.evals import bench
+from cm_export.evals.exam import write
+from cm_export.evals.other_policies import with_policies
 from cm_export.evals.tasks import easy_vqa
+from cm_export.evals.weights_read import Steps, of_dense, site_sizes
 from cm_export.host.decode import Reader
 from cm_export.host.images import open_image
 from cm_export.host.runner import Budget, Runner
 from cm_export.quant import rows
 from cm_export.recipe.recipe import from_dict
 from cm_export.recipe.stored import StoredWeights
+from cm_export.recipe.vary import varied
 from cm_export.surgery.gemm import is_plain_gemm
 from cm_export.surgery.packable import entries
 
@@ -32,11 +36,7 @@ IDS = [5, 9, 12, 4, 20]
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
 def low(request, demo_bundle):
-    def make(folder):
-        take_stages(demo_bundle, folder / "low.plan")
-        built(folder / "low.plan", "--model", "demo", "--neurons", "dense", "--weights", request.param)
-
-    return Bundle(shared.once(f"low_{request.param}", make) / "low.plan")
+    return Bundle(low_bits(demo_bundle, request.param))
 
 
 class Rounded:
@@ -250,6 +250,49 @@ def test_bench_says_how_many_bits_a_step_reads_and_how_fast_memory_is(low):
         if not name.startswith("vision.")
         for part in ("codes", "scale", "zero")
     )
+    entries_bytes += 4 * low.shape.hidden  # a row of the embedding
     assert rows_of["dense"]["read_mb"] == pytest.approx(entries_bytes / 1e6, rel=1e-6)
     assert 1e8 < found["read_bandwidth"] < 1e12 and 0 < rows_of["dense"]["of_bandwidth"] < 2
     assert any("bits read per weight" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_sets_of_neurons_read_float32_rows_beside_low_bit_products(low, native, monkeypatch):
+    """The library counts what it multiplies only; the rows of a set come from the float32 weights."""
+    if native and library.find() is None:
+        pytest.skip("only the native library counts")
+    if not native:
+        monkeypatch.setattr(library, "find", lambda: None)
+    runner, shape = Runner(low, 1), low.shape
+    recipe = varied(low.recipe, neurons__policy="griffin", neurons__share=0.5, tokens__policy="dense")
+    made = with_policies(runner, recipe)
+    asked = asked_of(runner)
+    found = write(made, made.prefill(asked, Budget()), 6)
+    packed = sum(
+        low.packed.file.tensors[f"{name}.{part}"].length
+        for name, entry in low.packed.entries.items()
+        if entry.site is not None and "ffn" not in name
+        for part in ("codes", "scale", "zero")
+    )
+    rows_read = 4 * 3 * shape.layers * shape.hidden * found.prefilled.neurons
+    assert found.read.bytes == packed + rows_read + 4 * shape.hidden and found.read.exact == native
+    assert found.read.bits > of_dense(runner).bits, "half of the rows in 32 bits are more than all of them in 8"
+
+
+def test_a_predictor_is_read_for_every_token(low):
+    runner, shape = Runner(low, 1), low.shape
+    made = with_policies(runner, varied(low.recipe, neurons__policy="predicted", neurons__share=0.5))
+    found = Steps(made).per_step(made.prefill(asked_of(runner), Budget()), 0)
+    without = with_policies(runner, varied(low.recipe, neurons__policy="griffin", neurons__share=0.5))
+    fixed = Steps(without).per_step(without.prefill(asked_of(runner), Budget()), 0)
+    assert found.bytes == pytest.approx(fixed.bytes + copy_bytes(shape)) and not found.exact
+
+
+def test_sites_are_all_the_weights_of_the_products(low):
+    sizes = site_sizes(low.shape)
+    assert sizes.sum() == low.shape.weights
+    left = sizes.copy()
+    for name, entry in low.packed.entries.items():
+        if not name.startswith("vision."):
+            left[entry.site] -= entry.inputs * sum(entry.outputs)
+    assert not left.any(), "every product is packed"

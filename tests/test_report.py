@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import chromium
 import numpy as np
 import pytest
-from conftest import cm_export
+from conftest import cm_export, low_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import numbered
@@ -27,7 +27,7 @@ from cm_export.recipe import recipe as recipes
 from cm_export.recipe.recipe import Recipe
 from cm_export.report import analysis, as_recipe, charts, enough, examples, make, page
 from cm_export.report.pareto import choose, front
-from cm_export.report.points import Point, distinct, points_of
+from cm_export.report.points import Point, Reference, distinct, points_of
 
 SHAPE = SimpleNamespace(layers=4, hidden=64, ffn=256, kv_heads=2, head_dim=16)
 FROM_DEMO = {"model": {"source": "demo", "type": "qwen2_vl", "revision": None}}
@@ -59,6 +59,9 @@ def row(key: str, of_dense: float, ci: tuple[float, float], ms: float | None = 2
         "ms_per_token": ms and {**spread, "median": ms},
         "image_tokens": 64.0,
         "image_tokens_kept": 32.0,
+        "bits_read_per_weight": 32 * share,
+        "weight_bytes_read": 4e6 * share,
+        "read_exact": True,
     }
     return {**values, **figures, **more}
 
@@ -161,7 +164,7 @@ def test_attention_is_a_control_only_beside_other_token_policies():
 
 def test_bytes_are_those_of_the_rows_and_the_kept_image_cache():
     (p,) = points(row("a", 1.0, (0.9, 1.0), share=0.5))
-    assert p.ffn_bytes == 3 * 4 * 256 * 64 * 4 // 2
+    assert (p.bits, p.weight_bytes) == (16, 2_000_000)
     assert p.image_kv_bytes == 2 * 4 * 2 * 16 * 4 * 32
 
 
@@ -544,6 +547,78 @@ def test_wrong_input_is_one_line_and_code_two(asked, words, made, demo_bundle, t
     assert out == "" and err.count("\n") == 1 and words in err
 
 
+# ---------------------------------------------------------------- several bundles of one checkpoint
+
+
+def asked_of(bundle: str, right: list[bool], *rows: dict) -> dict:
+    """An eval report: `right` of its dense row."""
+    answers = dense() | {"right": right, "of_dense": 1.0, "of_dense_ci": [0.9, 1.0]}
+    return {
+        "task": "t",
+        "bundle": bundle,
+        "seal": bundle,
+        "questions": "q",
+        "kinds": ["word"] * 3 + ["sentence"],
+        "rows": [answers, *rows],
+    }
+
+
+def test_points_of_another_bundle_are_shares_of_the_first_ones_dense_answers():
+    first = asked_of("a", [True, True, True, True])
+    other = asked_of(
+        "b", [True, False, True, False], row("p", 1.0, (0.9, 1.0)) | {"right": [True, False, False, False]}
+    )
+    found = points_of(other, SHAPE, "e.json", Reference(first), named=True)
+    assert [(p.policies, p.role, p.figures.of_dense) for p in found] == [
+        ("dense, auto", "policy", 0.5), ("griffin + attention, auto", "policy", 0.25),
+    ]  # fmt: skip
+    assert found[0].recipe.neurons.policy == "dense" and found[0].beside_dense == (2, 2, 0, 0)
+    assert {k: f.of_dense for k, f in found[0].kinds.items()} == {"word": pytest.approx(2 / 3), "sentence": 0.0}
+    with pytest.raises(InputError, match="its questions are not those"):
+        points_of(other | {"questions": "others"}, SHAPE, "e.json", Reference(first), named=True)
+
+
+@pytest.fixture(scope="module")
+def across(demo_bundle, tmp_path_factory) -> tuple[Path, Path, dict]:
+    """A page over two precisions of the demo model: its file, the other bundle, what --json said."""
+    folder, low = tmp_path_factory.mktemp("across"), low_bits(demo_bundle, "int8")
+    asked = ("--task", "easy-vqa", "--limit", "2", "--examples", "1", "--threads", "1", "--floor", "0.01")
+    done = cm_export("report", demo_bundle, "--beside", low, *asked, "--out", folder / "r.html", "--json")
+    assert done.returncode == 0, done.stderr
+    return folder / "r.html", low, json.loads(done.stdout)
+
+
+def test_a_page_over_several_precisions_has_one_front_of_bits(across):
+    file, low, said = across
+    assert sorted(p.name for p in file.parent.iterdir()) == ["r.eval.1.json", "r.eval.json", "r.html"]
+    bits = {r["policies"]: r["bits"] for r in said["rows"] if r["role"] in ("dense", "policy")}
+    assert bits["dense, fp32"] == 32 and 8 < bits["dense, int8"] < 10
+    griffin = [(r["neuron_share"], r["bits"]) for r in said["rows"] if r["policies"] == "griffin + attention, fp32"]
+    assert len(griffin) == 3 and sorted(griffin) == sorted(griffin, key=lambda p: p[1]) and griffin[0][1] < 32
+    text = file.read_text()
+    assert "bits that a decoded token reads for each weight" in text and "measured one after the other" in text
+    assert str(low) in text and Bundle(low).seal[:12] in text
+    assert said["recommended"] and recipes.from_dict(said["recommended"]["recipe"])
+
+
+def test_reports_of_several_bundles_are_told_apart_by_their_seals(across, demo_bundle, tmp_path, capsys):
+    file, low, said = across
+    own, other = (file.with_name(name) for name in ("r.eval.json", "r.eval.1.json"))
+    basic = ["report", str(demo_bundle), "--examples", "0", "--threads", "1", "--out", str(tmp_path / "r.html")]
+    assert main([*basic, "--beside", str(low), "--eval", str(other), "--eval", str(own), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert sorted(r["key"] for r in again["rows"]) == sorted(r["key"] for r in said["rows"])
+    for more, words in (
+        (["--beside", str(low), "--eval", str(other)], "nobody asked"),
+        (["--eval", str(own), "--eval", str(other)], "measured another bundle"),
+        (["--beside", str(demo_bundle), "--eval", str(own)], "is given twice"),
+        (["--beside", str(tmp_path), "--eval", str(own)], "manifest"),
+    ):
+        assert main([*basic, *more]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and words in err
+
+
 # ---------------------------------------------------------------- in a browser
 
 needs_chromium = pytest.mark.skipif(
@@ -562,7 +637,7 @@ def test_a_browser_shows_the_page_whole_without_errors_or_requests(width, tmp_pa
         assert tab.run("document.documentElement.scrollWidth") <= width
         assert "of the image tokens" in tab.run("document.querySelector('h1').innerText")
         marks, rows = tab.run("document.querySelectorAll('svg .mark[data-tip]').length"), "[data-of=''] tbody tr"
-        assert marks == 2 * 4 + 5 * 4  # decode time and FFN bytes differ; five series over four layers
+        assert marks == 2 * 4 + 5 * 4  # decode time and bits differ; five series over four layers
         # Sorting, filtering, hovering: the script runs under its own policy.
         before = tab.run(f'document.querySelectorAll("{rows}").length')
         tab.run("document.querySelectorAll('[data-of=\"\"] thead button')[1].click()")

@@ -18,8 +18,8 @@ from ..families import Picture, Pictures
 from ..host.decode import Spent, decode
 from ..host.request import Request
 from ..host.runner import Budget, Prefilled, Runner
-from ..plugins.cpu import library as native
 from .bandwidth import read_bandwidth
+from .weights_read import Steps, WeightsRead
 
 IMAGE_TOKENS = 256
 
@@ -55,7 +55,7 @@ def measure(
     budgets = {"dense": Budget(dense=True), "sparse": Budget(neuron_share=neuron_share, token_share=token_share)}
     times: dict[str, dict[str, list[float]]] = {n: {} for n in budgets}
     kept: dict[str, dict[str, int]] = {}
-    read: dict[str, dict[str, float]] = {}
+    read: dict[str, WeightsRead] = {}
     for repeat in range(repeats + 1):
         for name, budget in budgets.items():
             progress(f"{name}, {'warm-up' if not repeat else 'run'}", repeat, repeats)
@@ -66,18 +66,17 @@ def measure(
                 for feeds in seen:
                     runner.backend.vision(feeds)
                 of.setdefault("vision", []).append(time.perf_counter() - started)
-            prefilled, counted = _timed(runner, request, budget, new_tokens, of)
-            if counted is not None:
-                read[name] = counted
+            prefilled, read[name] = _timed(runner, request, budget, new_tokens, of)
             kept[name] = {"tokens": prefilled.kept_tokens.shape[1], "neurons": prefilled.neurons}
     phases = [_phase(p, times, repeats) for p in ("vision", "prefill", "gather", "decode")]
     rows = [r for p in phases for r in p["rows"]]
     progress("measure how fast memory is read")
     bandwidth = read_bandwidth(runner.backend.threads or environment.default_threads())
     for row in rows:
-        if row["phase"] == "decode" and row["mode"] in read:
-            row["read_mb"] = read[row["mode"]]["bytes"] / 1e6
-            row["of_bandwidth"] = read[row["mode"]]["bytes"] / (row["median_ms"] / 1000) / bandwidth
+        found = read[row["mode"]]
+        if row["phase"] == "decode" and found.exact:
+            row["read_mb"] = found.bytes / 1e6
+            row["of_bandwidth"] = found.bytes / (row["median_ms"] / 1000) / bandwidth
     return {
         "bundle": str(path),
         "seal": bundle.seal,
@@ -89,7 +88,7 @@ def measure(
         "speedup": {p["phase"]: p["speedup"] for p in phases if p["speedup"]},
         "rows": rows,
         "read_bandwidth": bandwidth,
-        "bits_read_per_weight": {name: found["bits"] for name, found in read.items()},
+        "bits_read_per_weight": {name: found.bits for name, found in read.items()},
         "peak_memory_bytes": environment.peak_memory_bytes(),
         "backend": runner.backend.name,
         "environment": environment.describe(threads, bundle.manifest["versions"]) | runner.backend.hardware,
@@ -98,42 +97,35 @@ def measure(
             f"sparse keeps {kept['sparse']['tokens']} tokens and {kept['sparse']['neurons']} of {bundle.shape.ffn} neurons",
             "median and quartiles in ms; decode per token, the most likely one, of which the choice is not timed; "
             "dense and sparse alternate in one process",
-            *_about_bytes(read, bandwidth),
+            _about_bytes(read, bandwidth),
             *runner.backend.notes,
         ],
     }
 
 
-def _about_bytes(read: dict[str, dict[str, float]], bandwidth: float) -> list[str]:
-    """What was read for a token; nothing is known where products are not our own."""
-    if not read:
-        return []
-    bits = ", ".join(f"{name} {found['bits']:.2f}" for name, found in read.items())
-    return [
-        f"bits read per weight of decode's products, scales included: {bits}; memory is read at {bandwidth / 1e9:.1f} GB/s"
-    ]
+def _about_bytes(read: dict[str, WeightsRead], bandwidth: float) -> str:
+    """What was read of the weights for a token."""
+    needs = " needed (this runtime reads more than that)"
+    bits = ", ".join(f"{name} {found.bits:.2f}{'' if found.exact else needs}" for name, found in read.items())
+    return f"bits read per weight, scales included: {bits}; memory is read at {bandwidth / 1e9:.1f} GB/s"
 
 
 def _timed(
     runner: Runner, request: Request, budget: Budget, new_tokens: int, times: dict[str, list[float]]
-) -> tuple[Prefilled, dict[str, float] | None]:
+) -> tuple[Prefilled, WeightsRead]:
     """One prefill and `new_tokens` decode steps, their seconds added to `times` by phase; what a step has read."""
     started = time.perf_counter()
     prefilled = runner.prefill(request, budget)
     times.setdefault("prefill", []).append(time.perf_counter() - started)
     spent: list[Spent] = []
-    counted = runner.bundle.packed is not None and runner.backend.name == "onnxruntime" and native.find() is not None
-    if counted:
-        native.reset()
-    for _ in decode(runner.backend, [prefilled.row(limit=new_tokens + 1)], spent.append):
-        pass
+    steps = Steps(runner)
+    with steps.counted():
+        for _ in decode(runner.backend, [prefilled.row(limit=new_tokens + 1)], spent.append):
+            pass
     if not budget.dense:
         times.setdefault("gather", []).append(sum(s.gather for s in spent))
     times.setdefault("decode", []).extend(s.step for s in spent)
-    if not (counted and spent):
-        return prefilled, None
-    in_bytes = native.counts()[0] / len(spent)
-    return prefilled, {"bytes": in_bytes, "bits": 8 * in_bytes / runner.bundle.shape.weights}
+    return prefilled, steps.per_step(prefilled, len(spent))
 
 
 def _pictures(runner: Runner, image_tokens: int) -> list[Picture]:

@@ -3,10 +3,12 @@
 row = policies and budget ->  accuracy   exact match of free-running greedy answers, 95 % Wilson interval
                               kept       accuracy over dense accuracy, questions paired
                               kl, top1   next tokens against the dense model's, along the dense model's own answer
+                              bits        that decode reads for each weight
                               prefill_ms, gather_ms, ms_per_token
 
-The report is one JSON object: `task`, `rule`, `bundle`, its `seal`, `n`, `environment`, `rows` (one object per row, keys as
-`_result` gives them), the three that everybody wants as `dense`, `sparse`, `random`, and `table`, the same rows for people.
+The report is one JSON object: `task`, `rule`, `bundle`, its `seal`, `n`, `questions` (a key of them), `kinds`, `environment`,
+`rows` (one object per row, keys as `_result` gives them), the three that everybody wants as `dense`, `sparse`, `random`, and
+`table`, the same rows for people.
 """
 
 from collections.abc import Callable
@@ -30,6 +32,7 @@ from .exam import Exam, write
 from .journal import Journal
 from .other_policies import with_policies
 from .task import Question, Task
+from .weights_read import of_dense
 
 # (neuron share, token share) of the rows below the recipe's own budget: what less gives, whatever it is.
 LOWER = ((0.4, 0.25), (0.2, 0.11))
@@ -103,6 +106,7 @@ def compare(
         answers=[task.limits, task.rule],
         pictures=comparison.exam.fingerprint,
         threads=threads,
+        reads="weights",  # answers that were noted before what they read was counted are asked again
         **({"control_tokens": True} if task.control_tokens else {}),
         **_other_backend(runner),
     )
@@ -126,6 +130,9 @@ def compare(
             "bundle": str(path),
             "seal": bundle.seal,
             "n": len(task.questions),
+            # Reports of several bundles are compared question by question.
+            "questions": key_of(questions=[asdict(q) for q in task.questions], rule=task.rule),
+            "kinds": [q.kind for q in task.questions],
             "backend": runner.backend.name,
             "environment": environment.describe(threads, bundle.manifest["versions"]) | runner.backend.hardware,
             "decoding": runner.rule().to_dict(),
@@ -137,6 +144,7 @@ def compare(
             "peak_memory_bytes": environment.peak_memory_bytes(),
             "notes": [
                 f"accuracy: {task.rule}, free-running, {runner.rule()}; in brackets: 95 % Wilson interval",
+                "bits/weight: that a decoded token reads for each weight, scales included; needed: this runtime reads more",
                 "of dense: 95 % interval over paired questions (above 1: right where dense is wrong); "
                 "KL and top-1 along the dense model's own answers"
                 + (", of logits before any penalty" if runner.rule().repetition_penalty != 1 else ""),
@@ -249,6 +257,7 @@ class Comparison:
             "recipe": row.as_recipe.to_dict(),
             "neuron_share": answers[0]["neurons_kept"] / shape.ffn,  # measured, as is the next
             "token_share": kept / pictures if pictures else 1.0,
+            **_read(runner, answers),
         }
         pruned = row.recipe.neurons if not row.budget.dense else None
         if pruned is not None and pruned.by_threshold:
@@ -274,6 +283,8 @@ class Comparison:
             "prefill_ms": written.prefill_ms,
             "gather_ms": written.gather_ms,
             "step_ms": written.median_step_ms,
+            "read_bytes": written.read.bytes,
+            "read_exact": written.read.exact,
         }
         if number in self._compared:
             if row.budget.dense:
@@ -285,6 +296,16 @@ class Comparison:
             out["kl"], out["top1"] = divergence(reference, logits)
             out["next_tokens"] = len(reference)
         return out
+
+
+def _read(runner: Runner, answers: list[dict]) -> dict[str, Any]:
+    """What a decoded token reads of the weights, mean over answers; not exact: what the policy needs at least."""
+    read = float(np.mean([a["read_bytes"] for a in answers]))
+    return {
+        "bits_read_per_weight": 8 * read / of_dense(runner).weights,
+        "weight_bytes_read": read,
+        "read_exact": all(a["read_exact"] for a in answers),
+    }
 
 
 def _result(questions: list[Question], answers: list[dict], dense: dict[str, Any] | None) -> dict[str, Any]:
@@ -340,5 +361,6 @@ def _flat(result: dict[str, Any]) -> dict[str, Any]:
         out["of dense"] = "-"
     out["KL"] = None if result["kl"] is None else round(result["kl"], 4)
     out["top-1"] = None if result["top1"] is None else round(result["top1"], 4)
+    out["bits/weight"] = f"{result['bits_read_per_weight']:.2f}" + ("" if result["read_exact"] else " needed")
     out["ms/token"] = round(result["ms_per_token"]["median"], 2) if result["ms_per_token"] else None
     return out | {"n": result["n"]}

@@ -18,15 +18,17 @@ from ..host.images import Opened
 from ..host.picture_notes import counted
 from ..host.runner import Budget, Prefilled, Runner
 from .task import Question, Task
+from .weights_read import Steps, WeightsRead
 
 
 @dataclass
 class Written:
-    """An answer: its ids, the logits [T,V] before each of them and before the stop, and milliseconds."""
+    """An answer: its ids, the logits [T,V] before each of them and before the stop, what a step read, and milliseconds."""
 
     prefilled: Prefilled
     ids: list[int]
     logits: np.ndarray
+    read: WeightsRead
     prefill_ms: float = 0.0
     gather_ms: float | None = None  # None where the answer ended with its first token
     step_ms: list[float] = field(default_factory=list)
@@ -46,10 +48,13 @@ def write(runner: Runner, prefilled: Prefilled, limit: int, ids: Sequence[int] |
     spent: list[Spent] = []
     row = runner.answering(prefilled, runner.rule(), limit)
     row.choose = recorded(row.choose if ids is None else forced(ids), logits)
-    for _ in decode(runner.backend, [row], spent.append):
-        pass
+    steps = Steps(runner)
+    with steps.counted():
+        for _ in decode(runner.backend, [row], spent.append):
+            pass
     gather = 1000 * sum(s.gather for s in spent) if spent else None
-    return Written(prefilled, row.ids, np.stack(logits), 0.0, gather, [1000 * s.step for s in spent])
+    read = steps.per_step(prefilled, len(spent))
+    return Written(prefilled, row.ids, np.stack(logits), read, 0.0, gather, [1000 * s.step for s in spent])
 
 
 class Exam:

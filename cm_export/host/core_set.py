@@ -38,6 +38,9 @@ class CoreSet:
     mean_y: np.ndarray | None = None  # [L,1,D]
     thresholds: np.ndarray | None = None  # [4L+1] float32, for channels; counts are those expected then
     read: float = 1.0  # with thresholds, the share of the weights of all products that is expected to be read
+    shares: np.ndarray | None = (
+        None  # [4L+1] with thresholds: the share of its channels that each site is expected to read
+    )
 
     def __post_init__(self) -> None:
         """Raises InputError for ids that are not ascending, distinct and in range."""
@@ -130,9 +133,8 @@ def _above(neurons: Neurons, shape: Shape, share: float | None, table: Threshold
     shares = table.shares(wanted, rest)
     of_z = shares[FFN_OUT : SIDES * shape.layers : SIDES]
     counts = np.clip(np.rint(of_z * shape.ffn), 1, shape.ffn).astype(np.int64)
-    return CoreSet(
-        None, counts, shape.ffn, thresholds=table.at(shares), read=float(np.average(shares, weights=table.sizes))
-    )
+    read = float(np.average(shares, weights=table.sizes))
+    return CoreSet(None, counts, shape.ffn, thresholds=table.at(shares), read=read, shares=shares)
 
 
 def combined(before: Arrays, fresh: Arrays, context: Request, kept: np.ndarray, new: int, neurons: Neurons) -> Arrays:

@@ -61,6 +61,12 @@ class StoredWeights:
         return {kind: self.of(kind) for kind in KINDS} | {"group": self.group, "zeros": self.zeros}
 
     @property
+    def words(self) -> str:
+        """The precision, and kinds that are stored otherwise than it says: "int4", "int4, ffn fp32"."""
+        others = [f"{kind} {getattr(self, kind)}" for kind in KINDS if getattr(self, kind)]
+        return ", ".join([self.precision, *others])
+
+    @property
     def packs(self) -> bool:
         """Whether any kind is stored in fewer bits."""
         return any(self.of(kind) < 32 for kind in KINDS)

@@ -77,6 +77,9 @@ class Chart:
     marks: list[Mark] = field(default_factory=list)
     stairs: str = ""  # the Pareto front
     floor: tuple[float, str] | None = None
+    joined: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # (colour, points): one pair of policies over its shares
     lines: list[Line] = field(default_factory=list)
     cut: float | None = None  # where tokens leave
 
@@ -147,7 +150,17 @@ def against_cost(
         marks,
         _path(stairs),
         (y(floor), f"floor {floor:g}"),
+        _joined(known, palette, x, y),
     )
+
+
+def _joined(known: Sequence[tuple[Point, float]], palette: dict[str, str], x: Scale, y: Scale) -> list[tuple[str, str]]:
+    """A line through the points of the same policies, weights and image tokens, from the cheapest to the dearest."""
+    series: dict[tuple[str, str, float], list[tuple[float, float]]] = {}
+    for p, c in known:
+        if p.deployable:
+            series.setdefault((p.task, p.policies, round(p.token_share, 2)), []).append((x(c), y(p.figures.kept[1])))
+    return [(palette[name], _path(sorted(at))) for (_, name, _), at in series.items() if len(at) > 1]
 
 
 def _without_collisions(marks: list[Mark]) -> list[Mark]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..base import atomic
 from ..base.metrics import questions_needed
+from ..bundle.bundle import Bundle
 from ..recipe.recipe import Recipe
 from . import charts
 from .analysis import NEURONS, TOKENS, Layers
@@ -47,6 +48,12 @@ class Inputs:
     examples: Examples | None
     commands: list[tuple[str, str]]  # (what it made, command)
     notes: list[str]  # what the page lacks and how to get it
+    others: tuple[Bundle, ...] = ()  # of the same checkpoint, whose points are on the page as well
+
+    def of(self, point: Point | None) -> tuple[Path, Recipe, dict[str, Any]]:
+        """The bundle that a point was measured on, the recipe it was built with, and its manifest."""
+        other = next((b for b in self.others if point and str(b.path) == point.bundle), None)
+        return (other.path, other.recipe, other.manifest) if other else (self.bundle, self.built, self.manifest)
 
 
 def write(inputs: Inputs, out: Path) -> None:
@@ -77,6 +84,7 @@ def render(inputs: Inputs) -> str:
     dense = next(
         (p for p in inputs.points if p.role == "dense" and (not best.point or p.task == best.point.task)), None
     )
+    path, built, manifest = inputs.of(best.point)
     kinds = list(dict.fromkeys(k for p in inputs.points for k in p.kinds))
     return environment.get_template("template.html.j2").render(
         i=inputs,
@@ -100,10 +108,10 @@ def render(inputs: Inputs) -> str:
         rows=_by_budget(inputs.points),
         costs=_costs(inputs.points, inputs.floor, best.point),
         layers=_layers(inputs.layers, best.point.recipe if best.point else inputs.built),
-        toml=recipe_toml(best.point.recipe, inputs.bundle, inputs.manifest) if best.point else "",
-        build=build_command(best.point.recipe, inputs.manifest) if best.point else "",
+        toml=recipe_toml(best.point.recipe, path, manifest) if best.point else "",
+        build=build_command(best.point.recipe, manifest) if best.point else "",
         built_toml=recipe_toml(inputs.built, inputs.bundle, inputs.manifest),
-        run=run_command(best.point.recipe, inputs.bundle, inputs.built) if best.point else None,
+        run=run_command(best.point.recipe, path, built) if best.point else None,
         machines=_machines(inputs),
     )
 
@@ -148,6 +156,8 @@ def _by_chance(point: Point | None, points: Sequence[Point]) -> Point | None:
     """The random control of the point's own size, if it kept as much."""
     for p in points if point else ():
         assert point is not None
+        if p.bundle != point.bundle:
+            continue
         same_size = abs(p.neuron_share - point.neuron_share) < 0.02 and abs(p.token_share - point.token_share) < 0.02
         if p.role == "random" and p.task == point.task and same_size and p.figures.of_dense is not None:
             return p if p.figures.of_dense >= point.figures.kept[1] else None
@@ -180,13 +190,14 @@ def _costs(points: Sequence[Point], floor: float, best: Point | None) -> list[ch
             lines.append(f"decode {_ms(p.decode.median)} per token ({_ms(p.decode.q1)} to {_ms(p.decode.q3)})")
         if p.prefill:
             lines.append(f"prefill {_ms(p.prefill.median)} ({_ms(p.prefill.q1)} to {_ms(p.prefill.q3)})")
-        lines.append(f"reads {_size(p.memory)} of FFN rows and image cache per token")
+        needed = "" if p.exact else " needed"
+        lines.append(f"{p.bits:.2f} bits{needed} for each weight; {_size(p.memory)} with the image cache")
         return "\n".join([*lines, p.task])
 
     wanted = (
+        ("Bits read", "bits that a decoded token reads for each weight", lambda p: p.bits),
         ("Decode latency", "ms per token, median", lambda p: p.decode and p.decode.median),
         ("Prefill latency", "ms to the first token's logits, median", lambda p: p.prefill and p.prefill.median),
-        ("FFN bytes", "MB of FFN rows read per token", lambda p: p.ffn_bytes / 1e6),
         ("Image cache", "kB of image keys and values read per token", lambda p: p.image_kv_bytes / 1e3),
     )
     found = [charts.against_cost(title, x, points, cost, floor, best, tip) for title, x, cost in wanted]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ..base.metrics import check_floor
 from .points import Point
 
-# In this order: what a user waits for most, then the first token, then bytes.
+# In this order: what a user waits for most, then the first token, then bytes of weights and image cache.
 COSTS: tuple[tuple[str, Callable[[Point], float]], ...] = (
     ("decode time per token", lambda p: p.decode.median if p.decode else math.inf),
     ("prefill time", lambda p: p.prefill.median if p.prefill else math.inf),

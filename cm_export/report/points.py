@@ -1,10 +1,13 @@
 """Reports of `eval` and `bench`, read and checked: a page must not show another bundle's figures.
 
 eval JSON {task, seal, rows: [...]}  ->  [Point]      policies at one budget: their cost and how often they were right
+
+Reports of several bundles of one checkpoint, which differ in the bits of their weights, go on one page: everything is a
+share of what the first bundle's dense model gets right, so the dense models of the others are points as well.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +16,13 @@ import numpy as np
 
 from ..base import by_name
 from ..base.errors import InputError
-from ..base.metrics import paired
-from ..bundle.predictor import copy_bytes
+from ..base.metrics import kept_of_dense, paired
+from ..bundle.bundle import Bundle
 from ..families import Shape
 from ..recipe import recipe
 from ..recipe.recipe import Recipe
 
-_BYTES = 4  # of a float32 weight or cache entry, the only dtype of a bundle
+_BYTES = 4  # of a float32 cache entry
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,18 @@ class Point:
     image_tokens: float
     image_tokens_kept: float
     recipe: Recipe
-    ffn_bytes: int  # read per decoded token, a predictor included
+    bits: float  # that a decoded token reads for each weight, scales and zeros included
+    weight_bytes: int  # read per decoded token: of products, a predictor, the embedding
+    exact: bool  # whether this was read; else it is what the policy needs, and the runtime read more
     image_kv_bytes: int  # keys and values of image tokens, read per decoded token
-    beside_dense: tuple[int, ...] | None = (
-        None  # answers right in both, lost, won, wrong in both; None: not in the report
-    )
+    # Answers right in both, lost, won, wrong in both; None: not in the report.
+    beside_dense: tuple[int, ...] | None = None
+    bundle: str = ""  # that answered, its path
 
     @property
     def memory(self) -> int:
-        return self.ffn_bytes + self.image_kv_bytes
+        """Bytes that a decoded token reads of weights and image cache."""
+        return self.weight_bytes + self.image_kv_bytes
 
     @property
     def deployable(self) -> bool:
@@ -85,36 +91,78 @@ class Point:
         return self.role in ("policy", "attention")
 
 
-def points_of(report: dict[str, Any], shape: Shape, where: str = "rows") -> list[Point]:
-    """The rows of an eval report. Raises InputError for a row that lacks what a page needs."""
+@dataclass(frozen=True)
+class Reference:
+    """The dense model that every point is a share of, where it is another bundle's: its report."""
+
+    report: dict[str, Any]
+
+    @property
+    def right(self) -> list[bool]:
+        """Which questions it got right."""
+        return next(r["right"] for r in self.report["rows"] if r["policies"] == "dense")
+
+
+def points_of(
+    report: dict[str, Any], shape: Shape, where: str = "rows", beside: Reference | None = None, named: bool = False
+) -> list[Point]:
+    """The rows of an eval report. Raises InputError for a row that lacks what a page needs.
+
+    `beside`: the report of the first bundle, where this one is another's. `named`: whether precisions are told apart.
+    """
     try:
         rows = report["rows"]
+        if any("bits_read_per_weight" not in r for r in rows):
+            what = "does not say how many bits were read; an older version wrote it"
+            raise InputError(what, where=where, fix="run it again")
         others = {r["tokens"] for r in rows if not r["is_random"]} - {"attention", "dense"}
         dense = next((r.get("right") for r in rows if r["policies"] == "dense"), None)
-        return [_point(str(report["task"]), r, bool(others), shape, dense) for r in rows]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+        if beside:
+            _check_questions(report, beside.report, where)
+            dense, kinds = beside.right, np.array(report["kinds"])
+            rows = [_compared(r, np.array(dense), kinds) for r in rows]
+        return [_point(str(report["task"]), r, bool(others), shape, dense, bool(beside), named) for r in rows]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as e:
         what = f"its rows are not those of an eval report ({type(e).__name__}: {e})"
         raise InputError(what, where=where, fix=_EVAL) from e
 
 
-def _point(task: str, row: dict[str, Any], attention_is_control: bool, shape: Shape, dense: list[bool] | None) -> Point:
-    role = "policy"
+def _check_questions(report: dict[str, Any], first: dict[str, Any], where: str) -> None:
+    """Raises InputError where the first bundle was asked something else."""
+    if [report["task"], report["questions"]] != [first["task"], first["questions"]]:
+        what = f"its questions are not those that {first['bundle']} was asked"
+        raise InputError(what, where=where, fix="measure both with the same --task or --data, --limit and --seed")
+
+
+def _compared(row: dict[str, Any], dense: np.ndarray, kinds: np.ndarray) -> dict[str, Any]:
+    """The row with what it keeps of another bundle's dense answers."""
+    right, of_kind = np.array(row["right"]), {}
+    for kind, found in row["kinds"].items():
+        of_dense, ci = kept_of_dense(dense[kinds == kind], right[kinds == kind])
+        of_kind[kind] = found | {"of_dense": of_dense, "of_dense_ci": ci}
+    of_dense, ci = kept_of_dense(dense, right)
+    return row | {"of_dense": of_dense, "of_dense_ci": ci, "kinds": of_kind}
+
+
+def _point(
+    task: str, row: dict[str, Any], attention_is_control: bool, shape: Shape, dense: list[bool] | None,
+    of_another: bool, named: bool,
+) -> Point:  # fmt: skip
+    as_recipe, role = recipe.from_dict(row["recipe"], "recipe of a row"), "policy"
     if row["policies"] == "dense":
-        role = "dense"
+        # The dense model of another bundle has fewer bits: a way to answer like any other.
+        role = "policy" if of_another else "dense"
+        as_recipe = as_recipe.replace(neurons__policy="dense", tokens__policy="dense") if of_another else as_recipe
     elif row["is_random"]:
         role = "random"
     elif row["tokens"] == "attention" and attention_is_control:
         role = "attention"
-    as_recipe = recipe.from_dict(row["recipe"], "recipe of a row")
     neurons, kept = float(row["neuron_share"]), float(row["image_tokens_kept"])
-    ffn = 3 * shape.layers * shape.ffn * shape.hidden * _BYTES * neurons
-    if role != "dense" and as_recipe.neurons.in_decode:
-        ffn += copy_bytes(shape)
     right = row.get("right")
     return Point(
         task=task,
         key=str(row["key"]),
-        policies=str(row["policies"]),
+        policies=f"{row['policies']}, {as_recipe.weights.words}" if named else str(row["policies"]),
         role=role,
         neuron_share=neurons,
         token_share=float(row["token_share"]),
@@ -128,7 +176,9 @@ def _point(task: str, row: dict[str, Any], attention_is_control: bool, shape: Sh
         image_tokens=float(row["image_tokens"]),
         image_tokens_kept=kept,
         recipe=as_recipe,
-        ffn_bytes=round(ffn),
+        bits=float(row["bits_read_per_weight"]),
+        weight_bytes=round(row["weight_bytes_read"]),
+        exact=bool(row["read_exact"]),
         image_kv_bytes=round(2 * shape.layers * shape.kv_heads * shape.head_dim * _BYTES * kept),
         beside_dense=tuple(paired(np.array(dense), np.array(right)).tolist()) if dense and right else None,
     )
@@ -172,14 +222,14 @@ _EVAL = "give a file that `cm-export eval ... --out` wrote"
 _BENCH = "give what `cm-export bench ... --json` printed"
 
 
-def read_eval(path: Path, seal: str) -> dict[str, Any]:
-    """An eval report of the bundle with this seal. Raises InputError."""
-    return _read(path, seal, ("task", "rule", "n", "environment"), "an eval report", _EVAL)
+def read_eval(path: Path, bundles: Sequence[Bundle]) -> dict[str, Any]:
+    """An eval report of one of these bundles. Raises InputError."""
+    return _read(path, bundles, ("task", "rule", "n", "environment"), "an eval report", _EVAL)
 
 
-def read_bench(path: Path, seal: str) -> dict[str, Any]:
-    """A bench report of the bundle with this seal. Raises InputError."""
-    found = _read(path, seal, ("prompt_tokens", "repeats", "environment"), "a bench report", _BENCH)
+def read_bench(path: Path, bundle: Bundle) -> dict[str, Any]:
+    """A bench report of this bundle. Raises InputError."""
+    found = _read(path, [bundle], ("prompt_tokens", "repeats", "environment"), "a bench report", _BENCH)
     try:
         for row in found["rows"]:
             for key in ("median_ms", "q1_ms", "q3_ms"):
@@ -191,7 +241,7 @@ def read_bench(path: Path, seal: str) -> dict[str, Any]:
     return found
 
 
-def _read(path: Path, seal: str, keys: tuple[str, ...], what: str, fix: str) -> dict[str, Any]:
+def _read(path: Path, bundles: Sequence[Bundle], keys: tuple[str, ...], what: str, fix: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
@@ -207,9 +257,9 @@ def _read(path: Path, seal: str, keys: tuple[str, ...], what: str, fix: str) -> 
         raise InputError(
             "does not say which bundle it measured; an older version wrote it", where=path, fix="run it again"
         )
-    if found["seal"] != seal:
+    if found["seal"] not in [b.seal for b in bundles]:
         other = f"{found['bundle']}, seal {str(found['seal'])[:12]}"
-        fix = f"this one has the seal {seal[:12]}: measure it"
+        fix = f"this one has the seal {bundles[0].seal[:12]}: measure it, or name the other with --beside"
         raise InputError(f"measured another bundle ({other})", where=path, fix=fix)
     return found
 

@@ -2,7 +2,7 @@
 
 latency  (prefill + gather + ms per token * tokens) / the same of dense      medians over the timed questions, dense and
                                                                              sparse in turn; the vision tower is left out
-memory   (kept FFN rows + kept KV rows) / all of them                        bytes; counted, so there is no noise
+memory   (bytes of weights + bytes of KV rows that a step reads) / the same of dense      counted, so there is no noise
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from ..base.metrics import kept_of_dense, spread
 from ..evals.exam import Exam, Written
 from ..evals.other_policies import with_policies
 from ..evals.task import Task
+from ..evals.weights_read import WeightsRead, of_dense
 from ..host.runner import Budget, Runner
 from ..recipe.recipe import Recipe
 from .space import shares
@@ -36,7 +37,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Answered:
-    """The outcome of one question. Bytes: FFN rows and KV rows that decode holds."""
+    """The outcome of one question. Bytes: of weights and KV rows that a step of decode reads; bits: for each weight."""
 
     right: bool
     bytes: int
@@ -45,6 +46,8 @@ class Answered:
     image_tokens: int
     image_tokens_kept: int
     times: tuple[Times, Times] | None = None  # dense, sparse
+    bits: float = 32.0
+    dense_bits: float = 32.0
 
 
 class Judge(Protocol):
@@ -83,26 +86,22 @@ class BundleJudge:
         right, times, written = self._answer(runner, number, budget)
         prefilled = written.prefilled
         request, shape = prefilled.request, runner.bundle.shape
-        kept = prefilled.kept_tokens.shape[1]
-        # With cache = "index" decode reads the listed rows, but all of them stay in memory.
-        rows = request.tokens if recipe.tokens.cache == "index" else kept
-        counts, layers = int(prefilled.core_set.counts.sum()), shape.layers
-        ffn = counts * self._neuron_bytes
-        if recipe.neurons.in_decode:  # which rows are read is known only token by token: all are held, and the copies
-            ffn = layers * shape.ffn * self._neuron_bytes + runner.bundle.predictor.path.stat().st_size
+        counts, dense = int(prefilled.core_set.counts.sum()), self._dense_read
         return Answered(
             right=right,
-            bytes=ffn + rows * self._row_bytes,
-            dense_bytes=layers * shape.ffn * self._neuron_bytes + request.tokens * self._row_bytes,
-            neuron_share=counts / (layers * shape.ffn),
+            bytes=round(written.read.bytes) + prefilled.kept_tokens.shape[1] * self._row_bytes,
+            dense_bytes=round(dense.bytes) + request.tokens * self._row_bytes,
+            neuron_share=counts / (shape.layers * shape.ffn),
             image_tokens=request.image_tokens,
             image_tokens_kept=int(request.is_image[0, prefilled.kept_tokens[0]].sum()),
             times=(beside, times) if beside else None,
+            bits=written.read.bits,
+            dense_bits=dense.bits,
         )
 
     @cached_property
-    def _neuron_bytes(self) -> int:
-        return 3 * 4 * self.runner.bundle.shape.hidden  # gate, up and down rows, float32
+    def _dense_read(self) -> WeightsRead:
+        return of_dense(self.runner)
 
     @cached_property
     def _row_bytes(self) -> int:
@@ -134,9 +133,11 @@ class BundleJudge:
 
 
 def memory(answers: list[Answered]) -> dict[str, Any]:
-    """Bytes that decode holds, and dense ones, medians over questions; `ratio` of the two."""
-    kept, whole = (float(np.median([getattr(a, k) for a in answers])) for k in ("bytes", "dense_bytes"))
-    return {"ratio": kept / whole, "bytes": kept, "dense_bytes": whole, "n": len(answers)}
+    """Bytes that a step reads, and dense ones, medians over questions; `ratio` of the two; bits for each weight."""
+    names = ("bytes", "dense_bytes", "bits", "dense_bits")
+    kept, whole, bits, dense_bits = (float(np.median([getattr(a, k) for a in answers])) for k in names)
+    read = {"bits_read_per_weight": bits, "dense_bits_read_per_weight": dense_bits}
+    return {"ratio": kept / whole, "bytes": kept, "dense_bytes": whole, "n": len(answers)} | read
 
 
 def latency(answers: list[Answered]) -> dict[str, Any] | None:

@@ -43,7 +43,7 @@ def comments(report: dict[str, Any], command: str, date: str) -> list[str]:
         "their intervals hold with 95 % (Bonferroni).",
         f"Accuracy {held['accuracy']:.4f} [{held['ci'][0]:.4f}, {held['ci'][1]:.4f}], "
         f"dense {dense['accuracy']:.4f} [{dense['ci'][0]:.4f}, {dense['ci'][1]:.4f}]{_random(report)}.",
-        f"Memory of FFN and KV rows {held['memory']['ratio']:.4f} of dense.",
+        f"Weights and cache rows that a decoded token reads: {held['memory']['ratio']:.4f} of dense{_bits(held['memory'])}.",
     ]
     if held["latency"]:
         out.append(_speed(held["latency"]))
@@ -64,6 +64,13 @@ def _plain(line: str) -> str:
 def _random(report: dict[str, Any]) -> str:
     control = report["random"]
     return f", random choices of the same size {control['accuracy']:.4f}" if control else ""
+
+
+def _bits(memory: dict[str, Any]) -> str:
+    if "bits_read_per_weight" not in memory:  # of a trial that reads everything
+        return ""
+    bits, dense = memory["bits_read_per_weight"], memory["dense_bits_read_per_weight"]
+    return f"; {bits:.2f} bits read for each weight, dense {dense:.2f}"
 
 
 def _speed(found: dict[str, Any]) -> str:

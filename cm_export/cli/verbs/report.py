@@ -30,10 +30,15 @@ from .eval import TASKS, Several, load_questions
         "cm-export report demo.plan",
         "cm-export report demo.plan --eval eval.json --floor 0.985 --out report.html",
         "cm-export report engine.plan --eval eval.json --eval more.json --bench bench.json --data my.jsonl",
+        "cm-export report fp32.plan --beside int8.plan --beside int4.plan --data my.jsonl",
         "cm-export report engine.plan --data my.jsonl --out report.html --json",
     ),
 )
 @bundle_argument
+@click.option(
+    "--beside", multiple=True, type=click.Path(path_type=Path),
+    help="Another bundle of the same checkpoint, such as one of fewer bits; repeat it for several.",
+)  # fmt: skip
 @click.option(
     "--eval", "evals", multiple=True, type=click.Path(path_type=Path),
     help="A report of `eval --out`; repeat it for several.  [default: a small evaluation is run]",
@@ -60,14 +65,15 @@ from .eval import TASKS, Several, load_questions
 @json_option
 @quiet_option
 def command(
-    bundle: Path, evals: tuple[Path, ...], bench: Path | None, floor: float, task: str | None, data: Path | None,
-    kinds: tuple[str, ...] | None, limit: int | None, max_new_tokens: int, examples: int, out: str, seed: int | None,
-    threads: int, as_json: bool, quiet: bool,
+    bundle: Path, beside: tuple[Path, ...], evals: tuple[Path, ...], bench: Path | None, floor: float, task: str | None,
+    data: Path | None, kinds: tuple[str, ...] | None, limit: int | None, max_new_tokens: int, examples: int, out: str,
+    seed: int | None, threads: int, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Write one self-contained HTML file: the recommended operating point, its cost, controls, layers and examples.
 
     The page recommends the cheapest measured point whose lower 95 % bound is at or above --floor. Without --eval, the
-    recipe and two lower budgets are measured first, and the figures are written beside the page. Few questions show no high
+    recipe and two lower budgets are measured first, and the figures are written beside the page. With --beside, points of all
+    bundles are compared, each as a share of what the dense model of BUNDLE gets right. Few questions show no high
     floor: .985 needs 144 of which no answer is lost, or 286 of which one is.
     """
     from ...host.overlay import check_output
@@ -107,6 +113,7 @@ def command(
             path.with_suffix(".eval.json"),
             write_json,
             step,
+            beside,
         )
         step("write the page")
         write(inputs, path)

@@ -124,6 +124,7 @@ def _print(report: dict[str, Any]) -> None:
     notes = [
         f"cost: {report['objective']} beside dense (1 = dense), measured in the same process; in brackets: 95 % interval of "
         "what is kept of the dense accuracy, questions paired (above 1: right where dense is wrong)",
+        "memory: weights and cache rows that a decoded token reads, beside dense; bits/weight: of the weights alone",
         f"held out: questions that the search never saw; {100 * report['level']:.2f} % intervals, {report['looks']} point(s) "
         "looked at (Bonferroni), random 95 %; only they decide",
     ]
@@ -140,7 +141,7 @@ def _print(report: dict[str, Any]) -> None:
 def _row(name: str, dense: dict[str, Any] | None, trial: dict[str, Any] | None, note: str) -> dict[str, Any]:
     held = trial and trial["held_out"]
     out: dict[str, Any] = {"answered by": name, "": note, "cost": None, "of dense": "-", "n": None}
-    out |= {"held out: accuracy": "-", "of dense, held out": "-", "memory": None, "latency": None}
+    out |= {"held out: accuracy": "-", "of dense, held out": "-", "memory": None, "bits/weight": None, "latency": None}
     if dense:
         accuracy = dense["held_out"]
         out |= {"cost": 1.0, "n": dense["search"]["n"], "memory": 1.0, "latency": 1.0}
@@ -152,6 +153,7 @@ def _row(name: str, dense: dict[str, Any] | None, trial: dict[str, Any] | None, 
         out["held out: accuracy"] = f"{held['accuracy']:.4f} [{held['ci'][0]:.3f}, {held['ci'][1]:.3f}]"
         out["of dense, held out"] = _span(held["of_dense"], held["of_dense_ci"])
         out["memory"] = round(held["memory"]["ratio"], 3)
+        out["bits/weight"] = round(held["memory"]["bits_read_per_weight"], 2)
         out["latency"] = round(held["latency"]["ratio"], 3) if held["latency"] else None
     return out
 
