@@ -49,7 +49,9 @@ def check_pictures(name, tmp_path, count, largest):
     tower, worst, rng = family.tower(config), 0.0, np.random.default_rng(count)
     rule, theirs = tower.rule(RULES[name]), Qwen2VLImageProcessorPil(**RULES[name])
     for _ in range(count):
-        size = [int(np.exp(rng.uniform(np.log(3), np.log(largest)))) for _ in range(2)]
+        size = [
+            int(np.exp(rng.uniform(np.log(8), np.log(largest)))) for _ in range(2)
+        ]  # no side over 200 times the other
         image = Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8))
         expected = theirs([image], return_tensors="np")
         found = tower.picture(image, rule)
