@@ -231,7 +231,11 @@ CHECKPOINTS = {
         "layers.2",
     ),
     "settings that disagree": (lambda f: _config(f, text_config__num_hidden_layers=3), "config.json", "layer_types"),
-    "unsupported model": (lambda f: _config(f, model_type="mistral"), "'mistral'", "supported: llama, qwen2, qwen2_vl"),
+    "unsupported model": (
+        lambda f: _config(f, model_type="mistral"),
+        "'mistral'",
+        "supported: llama, qwen2, qwen2_5_vl, qwen2_vl, qwen3, qwen3_vl",
+    ),
     "own code": (lambda f: _config(f, auto_map={"AutoModel": "x.Y"}), "auto_map"),
     "quantised": (lambda f: _config(f, quantization_config={"bits": 4}), "quantised"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{'a': 1}"), "config.json", "JSON"),
