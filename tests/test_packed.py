@@ -237,6 +237,11 @@ def test_matmulnbits_gets_the_same_numbers(bits, columns, tmp_path):
             assert made["scale"][n * 3 + k // 32] == np.float32(scale[k // 32, n])
 
 
+def stored_bytes(bundle, names):
+    """Of packed matrices, their scales and zeros included."""
+    return sum(bundle.packed.file.tensors[f"{n}.{part}"].length for n in names for part in ("codes", "scale", "zero"))
+
+
 def test_bench_says_how_many_bits_a_step_reads_and_how_fast_memory_is(low):
     if library.find() is None:
         pytest.skip("only the native library counts")
@@ -244,12 +249,7 @@ def test_bench_says_how_many_bits_a_step_reads_and_how_fast_memory_is(low):
     bits = {"int8": 8.5, "int4": 4.75}[low.recipe.weights.precision]  # of most weights, scales and zeros included
     assert bits < found["bits_read_per_weight"]["dense"] < bits + 1  # v and the head have 8 bits, panels are filled up
     rows_of = {row["mode"]: row for row in found["rows"] if row["phase"] == "decode"}
-    entries_bytes = sum(
-        low.packed.file.tensors[f"{name}.{part}"].length
-        for name in low.packed.entries
-        if not name.startswith("vision.")
-        for part in ("codes", "scale", "zero")
-    )
+    entries_bytes = stored_bytes(low, [name for name in low.packed.entries if not name.startswith("vision.")])
     entries_bytes += 4 * low.shape.hidden  # a row of the embedding
     assert rows_of["dense"]["read_mb"] == pytest.approx(entries_bytes / 1e6, rel=1e-6)
     assert 1e8 < found["read_bandwidth"] < 1e12 and 0 < rows_of["dense"]["of_bandwidth"] < 2
@@ -268,12 +268,8 @@ def test_sets_of_neurons_read_float32_rows_beside_low_bit_products(low, native, 
     made = with_policies(runner, recipe)
     asked = asked_of(runner)
     found = write(made, made.prefill(asked, Budget()), 6)
-    packed = sum(
-        low.packed.file.tensors[f"{name}.{part}"].length
-        for name, entry in low.packed.entries.items()
-        if entry.site is not None and "ffn" not in name
-        for part in ("codes", "scale", "zero")
-    )
+    products = [name for name, entry in low.packed.entries.items() if entry.site is not None and "ffn" not in name]
+    packed = stored_bytes(low, products)
     rows_read = 4 * 3 * shape.layers * shape.hidden * found.prefilled.neurons
     assert found.read.bytes == packed + rows_read + 4 * shape.hidden and found.read.exact == native
     assert found.read.bits > of_dense(runner).bits, "half of the rows in 32 bits are more than all of them in 8"

@@ -23,6 +23,7 @@ from ..base.hashes import key_of
 from ..base.metrics import divergence, kept_of_dense, spread, wilson
 from ..bundle.bundle import Bundle
 from ..bundle.predictor import predictor_share
+from ..families import Shape
 from ..host.backend import DEFAULT
 from ..host.runner import Budget, Runner
 from ..recipe.recipe import Recipe
@@ -32,7 +33,7 @@ from .exam import Exam, write
 from .journal import Journal
 from .other_policies import with_policies
 from .task import Question, Task
-from .weights_read import of_dense
+from .weights_read import WeightsRead, counted_weights
 
 # (neuron share, token share) of the rows below the recipe's own budget: what less gives, whatever it is.
 LOWER = ((0.4, 0.25), (0.2, 0.11))
@@ -257,7 +258,7 @@ class Comparison:
             "recipe": row.as_recipe.to_dict(),
             "neuron_share": answers[0]["neurons_kept"] / shape.ffn,  # measured, as is the next
             "token_share": kept / pictures if pictures else 1.0,
-            **_read(runner, answers),
+            **_read(shape, answers),
         }
         pruned = row.recipe.neurons if not row.budget.dense else None
         if pruned is not None and pruned.by_threshold:
@@ -298,14 +299,11 @@ class Comparison:
         return out
 
 
-def _read(runner: Runner, answers: list[dict]) -> dict[str, Any]:
+def _read(shape: Shape, answers: list[dict]) -> dict[str, Any]:
     """What a decoded token reads of the weights, mean over answers; not exact: what the policy needs at least."""
-    read = float(np.mean([a["read_bytes"] for a in answers]))
-    return {
-        "bits_read_per_weight": 8 * read / of_dense(runner).weights,
-        "weight_bytes_read": read,
-        "read_exact": all(a["read_exact"] for a in answers),
-    }
+    exact = all(a["read_exact"] for a in answers)
+    read = WeightsRead(float(np.mean([a["read_bytes"] for a in answers])), counted_weights(shape), exact)
+    return {"bits_read_per_weight": read.bits, "weight_bytes_read": read.bytes, "read_exact": exact}
 
 
 def _result(questions: list[Question], answers: list[dict], dense: dict[str, Any] | None) -> dict[str, Any]:

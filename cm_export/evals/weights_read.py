@@ -76,7 +76,12 @@ def of_dense(runner: Runner) -> WeightsRead:
 def _read(runner: Runner, products: float, exact: bool) -> WeightsRead:
     """What the products read, and a row of the embedding."""
     shape = runner.bundle.shape
-    return WeightsRead(products + 4 * shape.hidden, shape.weights + shape.hidden, exact)
+    return WeightsRead(products + 4 * shape.hidden, counted_weights(shape), exact)
+
+
+def counted_weights(shape: Shape) -> int:
+    """Weights that a dense step reads: of the products, and a row of the embedding."""
+    return shape.weights + shape.hidden
 
 
 def _expected(runner: Runner, core: CoreSet, dense: bool) -> tuple[float, float, bool]:

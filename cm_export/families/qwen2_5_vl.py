@@ -20,8 +20,8 @@ import numpy as np
 
 from ..base import dims
 from ..base.errors import InputError
-from . import Arrays, Config, Picture, Port, Range, check_decoder, check_image_token
-from .qwen2_vl import Qwen2VL, Qwen2VLTower, attend_within_pictures, check_heads, check_vision
+from . import Arrays, Config, Picture, Port, Range
+from .qwen2_vl import Qwen2VL, Qwen2VLTower, attend_within_pictures
 
 # transformers hands `cu_seq_lens_q` to implementations whose name contains "flash" and loops over lengths otherwise.
 ATTENTION = "cm_export_windows_flash"
@@ -32,14 +32,12 @@ class Qwen25VL(Qwen2VL):
     """Qwen2-VL's decoder; pictures have its positions, too."""
 
     model_class = "Qwen2_5_VLForConditionalGeneration"
+    tower_output = "out_hidden_size"
 
     def check_config(self, config: Config) -> None:
         """Refuse what a static graph cannot hold rightly. Raises InputError naming the setting."""
-        text, vision = config["text_config"], config["vision_config"]
-        check_decoder(text)
-        check_image_token(config["image_token_id"], text)
-        check_vision(vision, "out_hidden_size", text["hidden_size"])
-        check_heads(text)
+        super().check_config(config)
+        vision = config["vision_config"]
         size = vision["window_size"]
         if type(size) is not int or size < vision["patch_size"] * vision["spatial_merge_size"]:
             what = f"vision_config.window_size = {size!r} is less than one image token"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -49,6 +49,7 @@ class Qwen2VL(Family):
     model_class = "Qwen2VLForConditionalGeneration"
     layer = "model.language_model.layers.{layer}."
     embedding = "model.language_model.embed_tokens.weight"
+    tower_output: ClassVar[str] = "hidden_size"  # of vision_config: the width of what the tower gives
 
     def shape(self, config: Config) -> Shape:
         """Sizes of a checkpoint. Raises InputError."""
@@ -62,7 +63,7 @@ class Qwen2VL(Family):
         text, vision = config["text_config"], config["vision_config"]
         check_decoder(text)
         check_image_token(config["image_token_id"], text)
-        check_vision(vision, "hidden_size", text["hidden_size"])
+        check_vision(vision, self.tower_output, text["hidden_size"])
         check_heads(text)
 
     def tower(self, config: Config) -> Tower:

@@ -12,13 +12,14 @@ Source: Qwen3-VL (arXiv 2511.21631), section 2; DeepStack (arXiv 2406.04334).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ..base import dims
 from ..base.errors import InputError
-from . import Arrays, Config, Picture, Port, Shape, check_decoder, check_image_token, decoder_shape
+from . import Arrays, Config, Picture, Port, Shape, check_decoder, check_image_token
 from .qwen2_vl import Qwen2VL, Qwen2VLTower, check_sections, check_vision
 
 TAPS = 4  # of an interpolated position embedding: the corners around it
@@ -28,25 +29,19 @@ class Qwen3VL(Qwen2VL):
     """A decoder as Qwen3's with positions of three axes."""
 
     model_class = "Qwen3VLForConditionalGeneration"
+    tower_output = "out_hidden_size"
 
     def shape(self, config: Config) -> Shape:
         """Sizes of a checkpoint. Raises InputError."""
-        outer, text = config.get("eos_token_id"), config["text_config"]
-        return decoder_shape(
-            text if outer is None else {**text, "eos_token_id": outer},
-            text["head_dim"],
-            sees=True,
-            position_axes=3,
-            image_token=config["image_token_id"],
-            whole_layers=_deepstack(config),
-        )
+        head_dim = config["text_config"]["head_dim"]
+        return replace(super().shape(config), head_dim=head_dim, whole_layers=_deepstack(config))
 
     def check_config(self, config: Config) -> None:
         """Refuse what a static graph cannot hold rightly. Raises InputError naming the setting."""
         text, vision = config["text_config"], config["vision_config"]
         check_decoder(text, text["head_dim"])
         check_image_token(config["image_token_id"], text)
-        check_vision(vision, "out_hidden_size", text["hidden_size"])
+        check_vision(vision, self.tower_output, text["hidden_size"])
         check_sections(text, text["head_dim"], [24, 20, 20])
         blocks = vision["deepstack_visual_indexes"]
         if not all(type(block) is int and block in range(vision["depth"]) for block in blocks):

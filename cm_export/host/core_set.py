@@ -39,7 +39,7 @@ class CoreSet:
     thresholds: np.ndarray | None = None  # [4L+1] float32, for channels; counts are those expected then
     read: float = 1.0  # with thresholds, the share of the weights of all products that is expected to be read
     shares: np.ndarray | None = (
-        None  # [4L+1] with thresholds: the share of its channels that each site is expected to read
+        None  # [4L+1] with thresholds: of its channels, those that each site is expected to read
     )
 
     def __post_init__(self) -> None:
