@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import onnx
 from _page import between, write_report
-from cm_export.evals.weights_read import Steps, WeightsRead
 
 from cm_export.base import environment
 from cm_export.base.metrics import divergences, wilson
 from cm_export.bundle.bundle import Bundle
 from cm_export.bundle.thresholds import SIDES
+from cm_export.evals.weights_read import Steps, WeightsRead
 from cm_export.families import Pictures
 from cm_export.host.core_set import CoreSet
 from cm_export.host.decode import Reader, decode, greedy

@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from cm_export.plugins.cpu import library
 from onnx import TensorProto, helper
 
 from cm_export.base import atomic, environment
 from cm_export.base.onnx_text import IR_VERSION, OPSET
+from cm_export.plugins.cpu import library
 
 D, F, GROUP = 1536, 8960, 32
 SHARES = {1.0: (1.0, 1.0), 0.83: (0.9, 0.7), 0.73: (0.8, 0.6), 0.63: (0.7, 0.5), 0.53: (0.6, 0.4)}  # bytes: (x, z)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from cm_export.base import atomic, environment
 from cm_export.plugins.harness.bench import CudaMachine, Sizes, measure
 from cm_export.plugins.harness.library import Library
 from cm_export.plugins.harness.timing import CpuMachine
-
-from cm_export.base import atomic, environment
 
 TINY = Sizes("tiny", D=64, F=96, H=4, Hk=2, layers=2, d=16, P=40)
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cm_export.plugins.cpu import build
 from cpu_cases import TYPES, Call
+
+from cm_export.plugins.cpu import build
 
 HERE = Path(__file__).parent / "cpu_ops"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import shared
+
 from cm_export.plugins.build import SOURCES, compile_library, fetch_headers
 
 CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))

@@ -8,10 +8,6 @@ import onnxruntime as ort
 import pytest
 import shared
 import torch
-from cm_export.plugins.contract import model
-from cm_export.plugins.core_ffn import op as ffn
-from cm_export.plugins.core_linear.op import OP, Case
-from cm_export.plugins.cpu import library
 from conftest import built, take_stages
 from tolerances import agrees
 
@@ -25,6 +21,10 @@ from cm_export.host.decode import Reader, decode
 from cm_export.host.images import open_image
 from cm_export.host.runner import Budget, Runner
 from cm_export.host.sampling import PLAIN, Chooser
+from cm_export.plugins.contract import model
+from cm_export.plugins.core_ffn import op as ffn
+from cm_export.plugins.core_linear.op import OP, Case
+from cm_export.plugins.cpu import library
 from cm_export.policies.neurons.active import keeps
 from cm_export.recipe.recipe import Recipe, from_dict
 

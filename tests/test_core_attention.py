@@ -7,14 +7,14 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from cm_export.plugins.contract import model, node_attributes
-from cm_export.plugins.core_attention.op import OP, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import agrees
 
 from cm_export.base.errors import SurgeryError
 from cm_export.base.onnx_text import DOMAIN
+from cm_export.plugins.contract import model, node_attributes
+from cm_export.plugins.core_attention.op import OP, Case
 
 LISTED = Case(True, B=3, H=6, Hk=2, S=4, P=15, M=7)
 DENSE = replace(LISTED, index=False)

@@ -8,10 +8,6 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from cm_export.plugins.contract import model, node_attributes
-from cm_export.plugins.core_ffn.body import SCALES, WEIGHTS
-from cm_export.plugins.core_ffn.op import ACTIVATIONS, MEANINGS, OP, Case, function
-from cm_export.plugins.core_ffn.pack import quantize, unpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import agrees
@@ -19,6 +15,10 @@ from transformers.activations import ACT2FN
 
 from cm_export.base.errors import InputError, SurgeryError
 from cm_export.base.onnx_text import DOMAIN
+from cm_export.plugins.contract import model, node_attributes
+from cm_export.plugins.core_ffn.body import SCALES, WEIGHTS
+from cm_export.plugins.core_ffn.op import ACTIVATIONS, MEANINGS, OP, Case, function
+from cm_export.plugins.core_ffn.pack import quantize, unpack
 
 REQUEST = Case("request", B=3, S=4, D=19, F=31, K=12)
 TOKEN = replace(REQUEST, index="token")

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import setuptools
-from cm_export.plugins.cpu import build, library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cm_export.base.errors import CmExportError, InputError
+from cm_export.plugins.cpu import build, library
 from cm_export.quant import rows
 
 ROOT = Path(__file__).parent.parent

@@ -10,9 +10,10 @@ import subprocess
 
 import numpy as np
 import pytest
-from cm_export.plugins.cpu import build, library
 from cpu_builds import answers, folder, linked, objects
 from cpu_cases import Sizes, ffn, matmul
+
+from cm_export.plugins.cpu import build, library
 
 CALLS = [
     *(matmul(sizes, seed) for seed, sizes in enumerate([

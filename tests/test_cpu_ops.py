@@ -9,12 +9,12 @@ from dataclasses import replace
 import numpy as np
 import onnxruntime as ort
 import pytest
-from cm_export.plugins.cpu import build, library
 from cpu_cases import ACTIVATIONS, Call, Sizes, ffn, matmul, model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cm_export.base.errors import InputError
+from cm_export.plugins.cpu import build, library
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,10 +5,11 @@ One bug per kind of mistake: which row, which column, which group, which request
 
 import numpy as np
 import pytest
-from cm_export.plugins.cpu import build
 from cpu_builds import answers, changed, compiled, folder, linked, objects
 from cpu_cases import Sizes, ffn, matmul
 from test_cpu_native import ARM, CALLS, PLAIN, usable
+
+from cm_export.plugins.cpu import build
 
 PRODUCT, QUANTISE, OPS, ACTIVATE = "product.h", "quantise.h", "ops.cpp", "activate.h"
 EACH_GROUP = "for (int64_t g = 0; g < rows.groups; ++g) {\n        const int begin"

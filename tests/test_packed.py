@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
-from cm_export.plugins.cpu import library
 from conftest import cm_export, low_bits, take_stages
 from tolerances import agrees
 
@@ -24,6 +23,7 @@ from cm_export.evals.weights_read import Steps, of_dense, site_sizes
 from cm_export.host.decode import Reader
 from cm_export.host.images import open_image
 from cm_export.host.runner import Budget, Runner
+from cm_export.plugins.cpu import library
 from cm_export.quant import rows
 from cm_export.recipe.recipe import from_dict
 from cm_export.recipe.stored import StoredWeights

@@ -17,11 +17,11 @@ import test_export
 import test_policies
 import test_qwen2_vl_host
 import test_surgery
-from cm_export.plugins.core_ffn import body
 
 from cm_export.base import core_index
 from cm_export.families import qwen2_vl
 from cm_export.host.core_rows import CoreRows
+from cm_export.plugins.core_ffn import body
 
 
 def fails(test, *args):

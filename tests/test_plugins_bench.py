@@ -10,6 +10,7 @@ import gpu_proof
 import plugin_builds
 import pytest
 import torch
+
 from cm_export.plugins.harness.bench import Sizes, measure
 from cm_export.plugins.harness.library import Library
 from cm_export.plugins.harness.timing import CpuMachine

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import plugin_builds
 import pytest
+
 from cm_export.plugins.core_attention.op import Case as AttentionCase
 from cm_export.plugins.core_ffn.op import Case as FfnCase
 from cm_export.plugins.harness.cases import OPS, Call, calls

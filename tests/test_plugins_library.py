@@ -7,14 +7,14 @@ from pathlib import Path
 import plugin_builds
 import pytest
 import tomllib
+from setuptools import find_packages
+
+from cm_export.base.errors import InputError
 from cm_export.plugins.build import SOURCES, compile_library
 from cm_export.plugins.core_ffn.body import ACTIVATIONS
 from cm_export.plugins.harness.cases import OPS
 from cm_export.plugins.harness.interface import problems
 from cm_export.plugins.harness.library import Library
-from setuptools import find_packages
-
-from cm_export.base.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 

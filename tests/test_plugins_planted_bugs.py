@@ -5,6 +5,7 @@ One bug per kind of mistake a kernel can make: which row, which column, which li
 
 import plugin_builds
 import pytest
+
 from cm_export.plugins.harness.cases import OPS, calls
 from cm_export.plugins.harness.library import Library
 from cm_export.plugins.harness.run import Cpu, run

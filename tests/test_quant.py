@@ -7,12 +7,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from cm_export.plugins.core_ffn import pack
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cm_export.base.errors import InputError
 from cm_export.bundle import predictor
+from cm_export.plugins.core_ffn import pack
 from cm_export.quant import packing
 from cm_export.quant.error import codes_of, numbers, relative_error
 from cm_export.quant.groups import SIZES, fitting

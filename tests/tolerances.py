@@ -4,6 +4,7 @@ A difference is divided by max(1, |expected|) first; `agrees(name, got, expected
 """
 
 import numpy as np
+
 from cm_export.plugins.harness.limits import LIMITS
 
 TOLERANCES = {

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from cm_export.plugins.cpu import library
 from serving import serve
 
 import cm_export
 from cm_export.host.loaded import load
 from cm_export.host.runner import Budget
+from cm_export.plugins.cpu import library
 
 NEVER = frozenset({-1})  # no end token ends an answer
 
