@@ -18,7 +18,7 @@ from cm_export import families
 from cm_export.backends.onnxruntime.backend import Backend
 from cm_export.bundle import weights
 from cm_export.bundle.names import core_row_names
-from cm_export.families import Arrays, Family, Pictures
+from cm_export.families import Arrays, Family, Layout, Pictures
 from cm_export.host.request import Request
 from cm_export.recipe.recipe import Recipe
 from cm_export.source import model as hf
@@ -230,9 +230,9 @@ def patch_grids(x: Exported, layout) -> np.ndarray:
 def request_of(x: Exported, ids: np.ndarray, grid: np.ndarray, embeds: np.ndarray | Arrays | None) -> Request:
     """A prompt with pictures of these patch grids and embeddings, or all outputs of a tower by name."""
     merge = x.tower.merge if x.tower else 1
-    grids = tuple((t, h // merge, w // merge) for t, h, w in grid.tolist())
+    layouts = tuple(Layout((t, h // merge, w // merge)) for t, h, w in grid.tolist())
     seen = embeds if isinstance(embeds, dict) else {"image_embeds": embeds}
-    pictures = Pictures(seen, grids) if grids else x.tower.no_pictures() if x.tower else Pictures()
+    pictures = Pictures(seen, layouts) if layouts else x.tower.no_pictures() if x.tower else Pictures()
     return Request.of(ids, pictures, x.family, x.shape, x.weights)
 
 

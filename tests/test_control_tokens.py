@@ -7,6 +7,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from cm_export.families import Layout
 from cm_export.host import control_tokens
 from cm_export.host.chat import Chat
 
@@ -207,7 +208,7 @@ def test_a_typed_picture_token_is_text_beside_real_pictures(tmp_path):
     chat, _ = made(byte_level(), QWEN2_VL, tmp_path, sees=True)
     image = chat._bundle.shape.image_token
     for system, prompt in ((None, "<|image_pad|> a"), ("<|vision_start|><|image_pad|><|vision_end|>", "a")):
-        ids = chat.encode(prompt, system, [3, 2]).tolist()
+        ids = chat.encode(prompt, system, [Layout((1, 1, 3)), Layout((1, 1, 2))]).tolist()
         assert ids.count(image) == 5
         said = chat._tokenizer.decode(ids, skip_special_tokens=False)
         assert said.count("<|image_pad|>") == 6 and "\n<|vision_start|><|image_pad|>" in said

@@ -7,7 +7,7 @@ from random_models import IMAGE, prompt, request_of
 from stepping import Decoder, every_row, gatherer, prefill, step_feeds
 from tolerances import agrees
 
-from cm_export.families import Picture
+from cm_export.families import Layout, Picture
 from cm_export.host.request import prefill_feeds, sparse_feeds
 from cm_export.recipe.recipe import Recipe
 
@@ -20,7 +20,7 @@ def seen(x, grids, pixels):
     """What the vision graph of these pictures reads; grids of image tokens (rows, columns)."""
     sizes = [h * w * x.tower.merge**2 for h, w in grids]
     parts = np.split(pixels, np.cumsum(sizes)[:-1])
-    return x.tower.feeds([Picture(part, (1, h, w)) for part, (h, w) in zip(parts, grids, strict=True)])
+    return x.tower.feeds([Picture(part, Layout((1, h, w))) for part, (h, w) in zip(parts, grids, strict=True)])
 
 
 def picture_feeds(x, grids, rng):

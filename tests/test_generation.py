@@ -246,7 +246,7 @@ def test_build_names_what_is_not_used_and_run_answers_as_generate_does(penalised
     assert answer["sampling"]["rule"] == "greedy" and answer["sampling"]["repetition_penalty"] == 1.3
     model = load(bundle, threads=1)
     picture = model.tower.picture(Image.open(PICTURE).convert("RGB"), model.picture_rule)
-    ids = torch.from_numpy(model.chat.encode(QUESTION, None, [picture.tokens]))[None]
+    ids = torch.from_numpy(model.chat.encode(QUESTION, None, [picture.layout]))[None]
     grid = {"image_grid_thw": torch.tensor([[1, *(model.tower.merge * g for g in picture.grid[1:])]])}
     kinds = (ids == model.bundle.shape.image_token).int()
     stock = AutoModelForImageTextToText.from_pretrained(path)
@@ -310,7 +310,7 @@ def test_questions_after_the_first_are_penalised_for_all_that_was_said(penalised
     talk = model.conversation([open_image(PICTURE)], dense=True)
     first = talk.ask(QUESTION, max_new_tokens=8)
     second = talk.ask("what color is the shape?", max_new_tokens=8)
-    ids = model.chat.encode_turns([QUESTION, "what color is the shape?"], [first.text], None, talk._pictures.counts)
+    ids = model.chat.encode_turns([QUESTION, "what color is the shape?"], [first.text], None, talk._pictures.layouts)
     request = model.request(ids, talk._pictures)
     prefilled = model.prefill(request, Budget(dense=True))
     row = model.answering(prefilled, model.rule(), 8)

@@ -105,7 +105,7 @@ def asked(x, layout, rng):
 
 def prompt(x, layout, rng, backend):
     ids, pictures = asked(x, layout, rng)
-    seen = Pictures.joined([Pictures(backend.vision(x.tower.feeds([p])), (p.grid,)) for p in pictures])
+    seen = Pictures.joined([Pictures(backend.vision(x.tower.feeds([p])), (p.layout,)) for p in pictures])
     return ids, pictures, Request.of(ids, seen, x.family, x.shape, x.weights)
 
 
@@ -183,7 +183,7 @@ def test_the_command_line_builds_and_runs_it(llava, outside, tmp_path, monkeypat
     assert done.returncode == 0, done.stderr
     runner = Runner(Bundle(out), threads=1)
     ids, pictures = asked(x, LAYOUTS[1], np.random.default_rng(5))
-    seen = Pictures.joined([Pictures(runner.backend.vision(x.tower.feeds([p])), (p.grid,)) for p in pictures])
+    seen = Pictures.joined([Pictures(runner.backend.vision(x.tower.feeds([p])), (p.layout,)) for p in pictures])
     prefilled = runner.prefill(runner.request(ids, seen), Budget(neuron_share=1.0, token_share=1.0))
     answer = [t for _, t in decode(runner.backend, [prefilled.row(choose=greedy(), limit=6)])]
     assert answer == stock(x, ids, pictures, 6)[0]

@@ -260,7 +260,7 @@ def test_the_expected_answers_are_the_dense_models_where_nothing_is_left_out(unp
     probes, bundle = json.loads((folder / "manifest.json").read_text())["probes"], model.bundle
     given = synthetic(bundle.shape, bundle.tower, bundle.config)
     found = model.backend.vision(bundle.tower.feeds(given.pictures))
-    pictures = Pictures(found, tuple(picture.grid for picture in given.pictures))
+    pictures = Pictures(found, tuple(picture.layout for picture in given.pictures))
     prefilled = model.prefill(model.request(given.ids, pictures), Budget(dense=True))
     step = teacher_forced(model.backend, prefilled.row(), given.ids[:1].tolist())[1]
     first = found["image_embeds"][: given.pictures[0].tokens]

@@ -158,7 +158,7 @@ def test_law_g_sees_positions_that_count_every_image_token(monkeypatch):
     def by_tokens(self, picture, pictures):
         positions, nxt = real(self, picture, pictures)
         every = np.broadcast_to(np.arange(len(picture)), positions.shape), len(picture)
-        return every if pictures.grids else (positions, nxt)
+        return every if pictures.layouts else (positions, nxt)
 
     monkeypatch.setattr(qwen2_vl.Qwen2VL, "positions", by_tokens)
     fails(test_qwen2_vl_host.test_positions_equal_transformers, [(2, 3, 4), (1, 2, 5)], 3)

@@ -51,9 +51,9 @@ bundle = Bundle(sys.argv[1])
 bundle.wait_verified()
 rule = bundle.tower.rule(json.loads(bundle.processor("preprocessor_config.json").read_bytes()))
 picture = bundle.tower.picture(open_image(sys.argv[2]), rule)
-chat, counts = Chat(bundle), [picture.tokens]
-turns = chat.encode_turns(["describe the image", "what color is it ?"], ["a circle ."], "be brief", counts)
-ids = chat.encode("describe : what shape is in the image?", None, counts)
+chat, pictures = Chat(bundle), [picture.layout]
+turns = chat.encode_turns(["describe the image", "what color is it ?"], ["a circle ."], "be brief", pictures)
+ids = chat.encode("describe : what shape is in the image?", None, pictures)
 print(json.dumps({
     "recipe": bundle.recipe.to_dict(), "in_decode": bundle.recipe.neurons.in_decode, "later": bundle.recipe.tokens.later,
     "ids": ids.tolist(), "turns": turns.tolist(), "text": chat.decode(ids.tolist()), "stop": sorted(chat.stop_ids),

@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLModel, initialization, vision_utils
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from cm_export.families import Pictures
+from cm_export.families import Layout, Pictures
 from cm_export.families import qwen2_vl as family
 
 side = st.integers(4, 90)
@@ -64,7 +64,7 @@ def test_positions_equal_transformers(pictures, tail):
         grid.append((1, 2 * h, 2 * w))
     ids = np.array(ids + [9] * tail, np.int64)
     grid = np.array(grid, np.int64).reshape(-1, 3)
-    seen = Pictures({}, tuple((t, h // 2, w // 2) for t, h, w in grid.tolist()))
+    seen = Pictures({}, tuple(Layout((t, h // 2, w // 2)) for t, h, w in grid.tolist()))
     picture = np.full(len(ids), -1, np.int64)
     picture[ids == 5] = np.repeat(np.arange(len(grid)), seen.counts)
     positions, nxt = family.FAMILY.positions(picture, seen)

@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from cm_export import families
 from cm_export.base.errors import InputError
-from cm_export.families import Picture, Pictures
+from cm_export.families import Layout, Picture, Pictures
 from cm_export.families.qwen2_5_vl import window_patches
 from cm_export.families.qwen3_vl import interpolated
 from cm_export.source import model as hf
@@ -101,7 +101,7 @@ def test_interpolated_positions_equal_transformers_to_the_last_bit(sizes, merge,
     from cm_export.families.qwen3_vl import Qwen3VLTower
 
     tower = Qwen3VLTower(config, 1)
-    pictures = [Picture(np.zeros((t * h * w * merge**2, 12), np.float32), (t, h, w)) for t, h, w in sizes]
+    pictures = [Picture(np.zeros((t * h * w * merge**2, 12), np.float32), Layout((t, h, w))) for t, h, w in sizes]
     feeds = tower.feeds(pictures)
     grid = torch.tensor([(t, h * merge, w * merge) for t, h, w in sizes])
     indices, weights = vision_utils.get_vision_interpolation_indices_and_weights(
@@ -129,7 +129,7 @@ def test_positions_equal_transformers(name, pictures, tail):
     ids = torch.tensor([ids])
     grid = torch.tensor([(1, 2 * h, 2 * w) for _, h, w in pictures]).reshape(-1, 3)
     expected, delta = model.get_rope_index(ids, (ids == 5).int(), image_grid_thw=grid)
-    seen = Pictures({}, tuple((1, h, w) for _, h, w in pictures))
+    seen = Pictures({}, tuple(Layout((1, h, w)) for _, h, w in pictures))
     picture = np.full(ids.shape[1], -1, np.int64)
     picture[ids[0].numpy() == 5] = np.repeat(np.arange(len(grid)), seen.counts)
     positions, following = families.find(name).positions(picture, seen)
@@ -150,7 +150,7 @@ def test_a_published_config_gives_the_sizes_of_the_model_and_memory_without_its_
         return
     assert (shape.position_axes, shape.image_token, tower.hidden) == (3, 151655, shape.hidden)
     assert shape.whole_layers == (3 if "Qwen3" in name else 0)
-    picture = Picture(np.zeros((4096, tower.patch_dim), np.float32), (1, 32, 32))
+    picture = Picture(np.zeros((4096, tower.patch_dim), np.float32), Layout((1, 32, 32)))
     assert 16 * 4 * 4096**2 < tower.memory(picture) < 2 * 16 * 4 * 4096**2
     fused, plain = (tower.engine_memory(4096, fused) for fused in (True, False))
     assert 1e8 < fused < plain < 2e9
@@ -164,7 +164,7 @@ def test_no_picture_has_more_windows_than_the_profile_of_its_patches_allows(rows
     config = {"patch_size": 2, "spatial_merge_size": 2, "temporal_patch_size": 1, "in_channels": 3, "num_heads": 1}
     config |= {"hidden_size": 8, "out_hidden_size": 8, "window_size": 16, "fullatt_block_indexes": [1]}
     tower = families.find("qwen2_5_vl").tower({"vision_config": config})
-    picture = Picture(np.zeros((rows * columns * 4, 12), np.float32), (1, rows, columns))
+    picture = Picture(np.zeros((rows * columns * 4, 12), np.float32), Layout((1, rows, columns)))
     ranges, feeds = tower.axis_ranges(len(picture.pixels)), tower.feeds([picture])
     assert len(feeds["window_patches"]) <= ranges["windows"][2]
 

@@ -14,6 +14,7 @@ from cm_export.base import by_name
 from cm_export.base.core_index import image_token_count
 from cm_export.base.errors import InputError
 from cm_export.bundle.bundle import Bundle
+from cm_export.families import Layout
 from cm_export.host.chat import Chat
 from cm_export.host.request import prefill_feeds, sparse_feeds
 from cm_export.policies.keep import keep_tokens
@@ -363,6 +364,6 @@ def _pooling():
 def test_pictures_of_a_prompt_are_told_apart_by_their_markers(demo_bundle):
     """Qwen2-VL's template puts <|vision_end|><|vision_start|> between pictures, so their image tokens never touch."""
     chat = Chat(Bundle(demo_bundle))
-    ids = chat.encode("what color is the shape?", None, [3, 1, 5])
+    ids = chat.encode("what color is the shape?", None, [Layout((1, 1, n)) for n in (3, 1, 5)])
     runs = numbered((ids == chat._bundle.shape.image_token)[None])[0]
     assert np.bincount(runs[runs >= 0]).tolist() == [3, 1, 5]

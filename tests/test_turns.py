@@ -16,6 +16,7 @@ from cm_export.base.errors import BundleError, InputError
 from cm_export.base.onnx_text import function
 from cm_export.bundle.bundle import Bundle
 from cm_export.evals.other_policies import with_policies
+from cm_export.families import Layout
 from cm_export.host import conversation
 from cm_export.host.images import open_image
 from cm_export.host.runner import Budget, Runner, check_converses
@@ -190,7 +191,7 @@ QUESTIONS = ("what color is the shape?", "describe : what shape is in the image?
 def scratch_ids(runner, images, questions, answers, system=None):
     """Dense ids of the answer to the last question, the conversation being one prompt."""
     pictures = runner.see(images)
-    ids = runner.chat.encode_turns(list(questions), answers, system, pictures.counts)
+    ids = runner.chat.encode_turns(list(questions), answers, system, pictures.layouts)
     return list(runner.tokens(runner.prefill(runner.request(ids, pictures), DENSE), 20, runner.chat.stop_ids))
 
 
@@ -248,12 +249,14 @@ def with_template(runner, template, monkeypatch):
 
 def test_the_template_of_qwen2_vl_says_every_turn_as_before(runner, monkeypatch):
     chat = with_template(runner, QWEN2_VL, monkeypatch).chat
-    before = chat.encode("what shape ?", None, [6, 4])
-    ids = chat.encode_turns(["what shape ?", "is it red ?"], ["teal circle ."], None, [6, 4])
+    before = chat.encode("what shape ?", None, [Layout((1, 2, 3)), Layout((1, 2, 2))])
+    ids = chat.encode_turns(
+        ["what shape ?", "is it red ?"], ["teal circle ."], None, [Layout((1, 2, 3)), Layout((1, 2, 2))]
+    )
     new = conversation.added(before, ids, "x")
     start, end = (chat._tokenizer.token_to_id(t) for t in ("<|im_start|>", "<|im_end|>"))
     assert [i for i in new.tolist() if i in (start, end)] == [end, start, end, start]
-    said = chat.encode_turns(["what shape ?"], ["teal circle ."], None, [6, 4])
+    said = chat.encode_turns(["what shape ?"], ["teal circle ."], None, [Layout((1, 2, 3)), Layout((1, 2, 2))])
     assert conversation._alike(said, ids) == len(said), "the question begins where what was said ends"
 
 

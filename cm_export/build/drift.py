@@ -224,7 +224,7 @@ def made_up(runner: Runner, config: Config, seeds: Iterable[int] = range(1, 9)) 
         seen = Pictures()
         if bundle.tower:
             found = runner.backend.vision(bundle.tower.feeds(asked.pictures))
-            seen = Pictures(found, tuple(picture.grid for picture in asked.pictures))
+            seen = Pictures(found, tuple(picture.layout for picture in asked.pictures))
         try:
             request = runner.request(asked.ids, seen)
         except InputError:  # too long

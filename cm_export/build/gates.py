@@ -131,7 +131,7 @@ class _Proofs:
         expected = {n: of.reference[n] for n in names if n in of.reference}
         self.equal("vision", "vision", paired(found, expected, "vision.onnx"), "PyTorch")
         of.backend.drop("vision")
-        return Pictures(found, tuple(picture.grid for picture in of.probe.pictures))
+        return Pictures(found, tuple(picture.layout for picture in of.probe.pictures))
 
     def request(self, pictures: Pictures) -> Request:
         """The probe's prompt, with transformers' positions."""

@@ -83,7 +83,7 @@ def _answers(graphs: Any, source: Source, family: Family, tower: Tower | None, p
         # All pictures at once; an engine gets them one by one, through the same graph.
         found = {n: v.astype(np.float32) for n, v in graphs.run("vision", tower.feeds(probe.pictures)).items()}
         out["vision"] = found
-        pictures = Pictures(found, tuple(picture.grid for picture in probe.pictures))
+        pictures = Pictures(found, tuple(picture.layout for picture in probe.pictures))
     request = Request.of(probe.ids, pictures, family, source.shape, source.weights)
     budgets = {"all": sparse_feeds(request, recipe, token_share=1.0), "own": sparse_feeds(request, recipe)}
     feeds = {n: prefill_feeds(request) | b | kept_slots(request, b) for n, b in budgets.items()}

@@ -146,7 +146,7 @@ def made_up_request(runner: Runner, prompt_tokens: int, pictures: Sequence[Pictu
     ids = np.concatenate([words[:head], np.full(image_tokens, shape.image_token), words[head:]])
     for port in runner.tower.outputs if pictures else ():
         outputs[port.name] = (0.02 * rng.standard_normal((image_tokens, *port.row))).astype(np.float32)
-    return runner.request(ids, Pictures(outputs, tuple(p.grid for p in pictures)))
+    return runner.request(ids, Pictures(outputs, tuple(p.layout for p in pictures)))
 
 
 def _phase(phase: str, times: dict, repeats: int) -> dict[str, Any]:

@@ -32,6 +32,8 @@ GROUP = "cm_export.families"  # this package, and the entry points of families o
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
 MOVING_ROPE = ("dynamic", "longrope")
 
+IMAGE = "\N{OBJECT REPLACEMENT CHARACTER}"  # an image token in Layout.text; the tokenizer knows what it is called
+
 Config = Mapping[str, Any]  # transformers' normalised configuration as plain values, or a part of it
 Arrays = dict[str, np.ndarray]
 Range = tuple[int, int, int]  # smallest, likely and largest length of an axis
@@ -83,17 +85,49 @@ class Port:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture as the tower reads it, and the image tokens that it becomes."""
+class Layout:
+    """Where the image tokens of one picture lie in it, and how they are written into the prompt."""
 
-    pixels: np.ndarray  # as the tower's first input, for this picture alone
-    grid: tuple[int, int, int]  # image tokens: frames, rows, columns
+    grid: tuple[int, int, int]  # cells of the picture: frames, rows, columns
+    # Of each image token the cell that it covers, counted row by row, or -1 where it covers none (those of a thumbnail,
+    # ends of rows); None: one token a cell, in order.
+    cells: tuple[int, ...] | None = None
+    # What the template's one image token becomes, with IMAGE for each image token; None: the image tokens and nothing else.
+    text: str | None = None
 
     @property
     def tokens(self) -> int:
         """How many image tokens."""
-        frames, rows, columns = self.grid
-        return frames * rows * columns
+        return math.prod(self.grid) if self.cells is None else len(self.cells)
+
+    def written(self, image_token: str) -> str:
+        """The text that stands for this picture in a prompt."""
+        return image_token * self.tokens if self.text is None else self.text.replace(IMAGE, image_token)
+
+    def kept(self, stays: np.ndarray) -> np.ndarray:
+        """[rows, columns] bool: the cells of the (first) frame that a token covers which stays; stays [T] bool."""
+        kept = np.zeros(math.prod(self.grid), bool)
+        cells = np.arange(self.tokens) if self.cells is None else np.array(self.cells)
+        kept[cells[stays & (cells >= 0)]] = True
+        return np.array(kept.reshape(self.grid)[0])
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as the tower reads it, and the image tokens that it becomes."""
+
+    pixels: np.ndarray  # as the tower's first input, for this picture alone
+    layout: Layout
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Cells: frames, rows, columns."""
+        return self.layout.grid
+
+    @property
+    def tokens(self) -> int:
+        """How many image tokens."""
+        return self.layout.tokens
 
 
 @dataclass(frozen=True)
@@ -101,19 +135,24 @@ class Pictures:
     """All pictures of a prompt, in order, as the vision graph answered: every output [I,..] by its name."""
 
     outputs: Arrays = field(default_factory=dict)  # rows of all image tokens, one picture after the other
-    grids: tuple[tuple[int, int, int], ...] = ()  # of each picture: frames, rows, columns of image tokens
+    layouts: tuple[Layout, ...] = ()  # of each picture
+
+    @property
+    def grids(self) -> list[tuple[int, int, int]]:
+        """Cells of each picture: frames, rows, columns."""
+        return [layout.grid for layout in self.layouts]
 
     @property
     def counts(self) -> list[int]:
         """Image tokens of each picture."""
-        return [frames * rows * columns for frames, rows, columns in self.grids]
+        return [layout.tokens for layout in self.layouts]
 
     @classmethod
     def joined(cls, parts: Sequence[Pictures]) -> Pictures:
         """The pictures of several, one after the other."""
         names = parts[0].outputs if parts else ()
         outputs = {n: np.concatenate([p.outputs[n] for p in parts]) for n in names}
-        return cls(outputs, tuple(grid for p in parts for grid in p.grids))
+        return cls(outputs, tuple(layout for p in parts for layout in p.layouts))
 
 
 class Tower(ABC):

@@ -21,6 +21,7 @@ from . import (
     Arrays,
     Config,
     Family,
+    Layout,
     Picture,
     Pictures,
     Port,
@@ -216,7 +217,7 @@ class Qwen2VLTower(Tower):
 
     def _picture(self, pixels: np.ndarray, patches: tuple[int, ...]) -> Picture:
         t, h, w = patches
-        return Picture(pixels, (t, h // self.merge, w // self.merge))
+        return Picture(pixels, Layout((t, h // self.merge, w // self.merge)))
 
     def probes(self, rng: np.random.Generator) -> list[Picture]:
         """Two smooth pictures of unequal size."""
@@ -234,7 +235,7 @@ class Qwen2VLTower(Tower):
         rows = max(d for d in range(1, int(tokens**0.5) + 1) if tokens % d == 0)
         grid = (1, rows, tokens // rows)
         pixels = rng.standard_normal((tokens * self.merge**2, self.patch_dim)).astype(np.float32)
-        return [Picture(pixels, grid)]
+        return [Picture(pixels, Layout(grid))]
 
     def memory(self, picture: Picture) -> int:
         """Scores of every head and the mask: attention runs among all patches of the picture."""

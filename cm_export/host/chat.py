@@ -1,6 +1,6 @@
 """Text in, token ids out, and back: the chat template and the tokenizer of a bundle, without torch or transformers.
 
-system, pictures, prompt -> chat template (sandboxed Jinja) -> one image token per patch group -> ids
+system, pictures, prompt -> chat template (sandboxed Jinja) -> what stands for each picture -> ids
 
 Text is data: what reads as a control token in it is encoded as text (see control_tokens.py), unless it is asked otherwise.
 """
@@ -15,6 +15,7 @@ import numpy as np
 
 from ..base.errors import BundleError, InputError
 from ..bundle.bundle import Bundle
+from ..families import Layout
 from .control_tokens import ControlTokens, Rendering
 from .writing import Writing
 
@@ -57,20 +58,20 @@ class Chat:
         return self._template is not None
 
     def encode(
-        self, prompt: str, system: str | None, image_tokens: list[int], control_tokens: bool = False
+        self, prompt: str, system: str | None, pictures: Sequence[Layout], control_tokens: bool = False
     ) -> np.ndarray:
         """Token ids [S] int64 of one user turn with its pictures before the question. Raises InputError.
 
         Without a chat template (base models have none) the prompt itself is continued.
         """
-        return self.encode_turns([prompt], [], system, image_tokens, control_tokens)
+        return self.encode_turns([prompt], [], system, pictures, control_tokens)
 
     def encode_turns(
         self,
         prompts: list[str],
         answers: list[str],
         system: str | None,
-        image_tokens: list[int],
+        pictures: Sequence[Layout],
         control_tokens: bool = False,
     ) -> np.ndarray:
         """Token ids [S] int64 of a conversation; pictures stand before the first question. Raises InputError.
@@ -85,7 +86,7 @@ class Chat:
                 text.encode()
             except UnicodeEncodeError as e:
                 raise InputError("is not valid text (UTF-8)", where=where) from e
-        if self._template is None and (system or image_tokens or answers):
+        if self._template is None and (system or pictures or answers):
             raise BundleError(
                 "its checkpoint has no chat template, which places pictures, system messages and later questions",
                 where=self._bundle.path,
@@ -95,16 +96,16 @@ class Chat:
 
         def write(texts: Sequence[str], answers: Sequence[str]) -> str:
             head, asked = (texts[0], texts[1:]) if system else (None, texts)
-            return self._write(asked, answers, head, len(image_tokens))
+            return self._write(asked, answers, head, len(pictures))
 
         found = Rendering(write(texts, answers), {}) if control_tokens else self._control.render(write, texts, answers)
         mark = self.image_token or ""
-        parts = found.text.split(mark) if image_tokens else [found.text]
-        if len(parts) != len(image_tokens) + 1:
+        parts = found.text.split(mark) if pictures else [found.text]
+        if len(parts) != len(pictures) + 1:
             raise BundleError(
-                f"the chat template places {len(parts) - 1} of {len(image_tokens)} pictures", where=self._bundle.path
+                f"the chat template places {len(parts) - 1} of {len(pictures)} pictures", where=self._bundle.path
             )
-        filled = parts[0] + "".join(mark * n + p for n, p in zip(image_tokens, parts[1:], strict=True))
+        filled = parts[0] + "".join(picture.written(mark) + p for picture, p in zip(pictures, parts[1:], strict=True))
         # As transformers does: a template has written every special token, a second <s> would be one too many.
         encoding = self._control.encode(Rendering(filled, found.shown), add_special_tokens=self._template is None)
         return np.array(encoding.ids, np.int64)

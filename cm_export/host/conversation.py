@@ -254,8 +254,8 @@ class Conversation:
         return before.then(new.tolist(), len(ids) - _alike(said, ids))
 
     def _encode(self, prompts: list[str], answers: list[str]) -> np.ndarray:
-        counts = self._pictures.counts
-        return self.runner.chat.encode_turns(prompts, answers, self._system, counts, self._control_tokens)
+        pictures = self._pictures.layouts
+        return self.runner.chat.encode_turns(prompts, answers, self._system, pictures, self._control_tokens)
 
 
 def whole(stream: Stream, on_text: Callable[[str], None] | None = None) -> Answer:
@@ -315,8 +315,8 @@ def _alike(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def kept_cells(context: Prefilled, pictures: Pictures) -> list[np.ndarray]:
-    """Per picture, [rows, columns] bool: which image tokens of its (first) frame stayed."""
+    """Per picture, [rows, columns] bool: which cells of its (first) frame stayed."""
     stays = np.zeros(context.request.tokens, bool)
     stays[context.kept_tokens[0]] = True
     numbers = context.request.picture[0]
-    return [stays[numbers == i].reshape(grid)[0] for i, grid in enumerate(pictures.grids)]
+    return [layout.kept(stays[numbers == i]) for i, layout in enumerate(pictures.layouts)]

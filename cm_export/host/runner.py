@@ -196,7 +196,7 @@ class Runner:
             check_size(shown.image, self.tower.min_side, self.tower.max_ratio, shown.name)
             picture = self.tower.picture(shown.image, self.picture_rule)
             self._check_memory(self.tower.memory(picture), len(picture.pixels), shown.name)
-            seen.append(Pictures(self.backend.vision(self.tower.feeds([picture])), (picture.grid,)))
+            seen.append(Pictures(self.backend.vision(self.tower.feeds([picture])), (picture.layout,)))
         return Pictures.joined(seen)
 
     def notes_on(self, picture: Opened) -> list[Note]:
@@ -215,13 +215,13 @@ class Runner:
     def request(self, ids: np.ndarray, pictures: Pictures) -> Request:
         """A prompt ready to run. Raises InputError, also when it is longer than the model can hold."""
         self.check_length(len(ids))
-        if self.bundle.tower and not pictures.grids:
+        if self.bundle.tower and not pictures.layouts:
             pictures = self.bundle.tower.no_pictures()
         return Request.of(ids, pictures, self.bundle.family, self.bundle.shape, self.bundle.weights)
 
     def ask(self, text: str, pictures: Pictures, system: str | None = None, control_tokens: bool = False) -> Request:
         """The prompt of one question about pictures that were seen. Raises InputError."""
-        return self.request(self.chat.encode(text, system, pictures.counts, control_tokens), pictures)
+        return self.request(self.chat.encode(text, system, pictures.layouts, control_tokens), pictures)
 
     def check_open(self) -> None:
         """Raises InputError once it was closed."""

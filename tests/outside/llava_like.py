@@ -11,6 +11,7 @@ import numpy as np
 
 from cm_export.families import (
     Family,
+    Layout,
     Picture,
     Port,
     Tower,
@@ -100,7 +101,7 @@ class ClipTower(Tower):
         return self._picture(((pixels - mean) / std)[None])
 
     def _picture(self, pixels):
-        return Picture(np.ascontiguousarray(pixels, np.float32), (1, self.side, self.side))
+        return Picture(np.ascontiguousarray(pixels, np.float32), Layout((1, self.side, self.side)))
 
     def probes(self, rng):
         smooth = np.sin(np.linspace(0, 9, 3 * self.size**2)).reshape(1, 3, self.size, self.size)

@@ -64,7 +64,7 @@ def make(bundle: Any, source: Source, target: Target, folder: Path) -> Iterator[
         assert tower is not None  # without one there are no pictures
         feeds = tower.feeds([picture])
         found = graphs.run("vision", feeds)
-        seen.append(Pictures({n: v.astype(np.float32) for n, v in found.items()}, (picture.grid,)))
+        seen.append(Pictures({n: v.astype(np.float32) for n, v in found.items()}, (picture.layout,)))
         if i == 0:
             yield "vision", Probe("vision", graphs.only("vision", feeds), found, {"patches": len(picture.pixels)})
     request = Request.of(given.ids, Pictures.joined(seen), family, shape, weights)
