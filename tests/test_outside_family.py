@@ -81,7 +81,7 @@ def random_llava(seed: int, folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.wide)])
 def llava(request, outside, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llava")
     (folder / "out").mkdir()

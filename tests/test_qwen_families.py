@@ -128,7 +128,7 @@ def test_a_later_question_is_answered_as_if_all_were_asked_at_once(x):
     at_full(lambda _: x, 1, 2, test_turns.FULL)
 
 
-@pytest.mark.parametrize("version", ["10.3", "10.15", "rtx-1.7"])
+@pytest.mark.parametrize("version", ["10.15", *(pytest.param(v, marks=pytest.mark.wide) for v in ("10.3", "rtx-1.7"))])
 def test_lowered_graphs_equal_the_portable_ones(x, tmp_path, version):
     check_lowered(x, tmp_path, version)
 
@@ -202,6 +202,7 @@ def test_run_answers_as_transformers_does_with_its_own_processor(name, pictures,
     ]
 
 
+@pytest.mark.parametrize("name", ["qwen3_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.wide)])
 def test_thresholds_and_weights_of_4_bits_answer(name, tmp_path):
     _, plan = bundle_of(name, "--neurons", "active", "--weights", "int4")
     Image.new("RGB", (60, 80), "red").save(tmp_path / "x.png")
@@ -214,6 +215,7 @@ def test_thresholds_and_weights_of_4_bits_answer(name, tmp_path):
     assert packed is not None and any(name.startswith("vision.") for name in packed.entries)
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.wide)])
 def test_bench_and_eval_take_it(name, tmp_path):
     _, plan = bundle_of(name)
     done = cm_export("bench", plan, "--image-tokens", "12", "--new-tokens", "2", "--repeats", "1", "--vision", "--json")

@@ -145,7 +145,7 @@ WIDE = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_two_layers_of_qwen2_vl_2b_build(tmp_path):
     x = Exported(random_checkpoint(WIDE, tmp_path / "checkpoint"), tmp_path)
     recipe = Recipe().replace(backend="onnxruntime", tokens__prune_layer=1, engine__dense=False, **CARD)

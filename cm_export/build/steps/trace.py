@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...base import environment
 from ...source import model
 from ..stage import Stage
 from ..workers import workers
@@ -23,7 +24,8 @@ def _inputs(job: "Job") -> dict[str, Any]:
 @contextlib.contextmanager
 def _begin(job: "Job", folder: Path) -> Iterator[dict[Path, Future]]:
     """Tracing needs no weights: it starts at once and leaves its graphs in `folder`."""
-    with workers(2, folder) as submit:
+    # A process takes as long to begin as a small graph takes to be traced, so a second one needs a processor of its own.
+    with workers(min(2, environment.processors()), folder) as submit:
         targets = {name: folder / f"{name}.onnx" for name in job.shape.traced}
         yield {file: submit(model.trace_graph, job.source.path, name, file) for name, file in targets.items()}
 
