@@ -291,7 +291,9 @@ class Idefics3Tower(TileTower):
     def network(self, model: Any) -> Callable[[Any], Any]:
         """What the vision graph computes (torch): the tower's own layers, without a mask."""
         tower, connector = model.model.vision_model, model.model.connector
-        at = places(tower.embeddings.num_patches_per_side)  # not in what is traced, where it would be computed each time
+        at = places(
+            tower.embeddings.num_patches_per_side
+        )  # not in what is traced, where it would be computed each time
 
         def seen(pixel_values: Any) -> Any:
             patches = tower.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)

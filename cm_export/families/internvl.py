@@ -107,7 +107,11 @@ class InternVLTower(TileTower):
         """What the vision graph computes (torch): the tower's own layers, up to the one whose features are taken."""
         import torch
 
-        tower, projector, shuffled = model.model.vision_tower, model.model.multi_modal_projector, model.model.pixel_shuffle
+        tower, projector, shuffled = (
+            model.model.vision_tower,
+            model.model.multi_modal_projector,
+            model.model.pixel_shuffle,
+        )
         layers, side = tower.encoder.layer, round(self.patches**0.5)
         layers = layers[: self.layer if self.layer >= 0 else len(layers) + 1 + self.layer]
 

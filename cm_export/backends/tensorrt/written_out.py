@@ -24,6 +24,7 @@ NORM = function("""
         y = Mul (direction, weight)
     }""")
 
+
 def _attention(name: str, mask: str, masked: str) -> onnx.FunctionProto:
     """q [B,H,S,d], k and v [B,Hk,P,d] -> [B,H,S,d]; `masked` makes scores of products."""
     return function(f"""
