@@ -4,29 +4,27 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from tile_models import RANDOM, asked_of, processor_of, rule_of, write_processor
+from tile_models import MERGE, PATCH, RANDOM, TILE, asked_of, processor_of, rule_of, sized, write_processor
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+from transformers.models.smolvlm.image_processing_pil_smolvlm import (
+    SmolVLMImageProcessorPil,
+    get_resize_output_image_size,
+)
 
 from cm_export import families
 from cm_export.families import IMAGE
+from cm_export.families.idefics3 import bounded, brought_to
 from cm_export.host.chat import Chat
 
 names = pytest.mark.parametrize("name", RANDOM)
-TILE, PATCH, MERGE = 28, 7, 2  # 2 x 2 image tokens a tile
 QUESTION = "what shape is red ?"
 
 
-def config_of(name, tile=TILE, patch=PATCH, merge=MERGE):
-    """A configuration with tiles of these sizes."""
-    config = RANDOM[name](1)
-    both = [tile] * 2, [patch] * 2
-    size, cut = both if name == "internvl" else (tile, patch)
-    config["vision_config"] |= {"image_size": size, "patch_size": cut}
-    return config | ({"downsample_ratio": 1 / merge} if name == "internvl" else {"scale_factor": merge})
-
-
-def tower_of(name, **sizes):
-    return families.find(name).tower(config_of(name, **sizes))
+def tower_of(name, tile=TILE, patch=PATCH, merge=MERGE):
+    return families.find(name).tower(sized(name, RANDOM[name](1), tile, patch, merge))
 
 
 def noise(rng, width, height):
@@ -43,11 +41,10 @@ def chat_of(name, folder):
     return Chat(SimpleNamespace(processor=processor, shape=shape, path=folder))
 
 
-def check_pictures(name, folder, count, largest, **rule):
+def check_pictures(name, folder, count, largest, tower):
     """`count` generated pictures as the processor makes them: ids of the whole prompt, and pixels within 1e-5."""
-    tower = tower_of(name)
-    write_processor(name, folder, TILE, tower.side**2, **rule)
-    read, theirs, chat = tower.rule(rule_of(name, TILE, **rule)), processor_of(name, folder), chat_of(name, folder)
+    write_processor(name, folder, tower.size, tower.side**2)
+    read, theirs, chat = tower.rule(rule_of(name, tower.size)), processor_of(name, folder), chat_of(name, folder)
     rng, worst, tiles = np.random.default_rng(count), 0.0, set()
     for number in range(count):
         sizes = np.exp(rng.uniform(np.log(1), np.log(largest), (1 + number % 2, 2))).astype(int)
@@ -56,28 +53,39 @@ def check_pictures(name, folder, count, largest, **rule):
         found = [tower.picture(image, read) for image in images]
         ids = chat.encode(QUESTION, None, [picture.layout for picture in found])
         np.testing.assert_array_equal(ids, expected["input_ids"][0])
-        pixels = expected["pixel_values"].numpy().reshape(-1, 3, TILE, TILE)
+        pixels = expected["pixel_values"].numpy().reshape(-1, 3, tower.size, tower.size)
         ours = tower.feeds(found)["pixel_values"]
         assert ours.shape == pixels.shape and ours.dtype == np.float32
         worst = max(worst, float(np.abs(ours - pixels).max()))
         for picture, image in zip(found, images, strict=True):
             assert picture.tokens == len(picture.pixels) * tower.side**2 == picture.layout.text.count(IMAGE)
             width, height = tower.resized(image.size, read)
-            assert picture.grid == (1, height // TILE * tower.side, width // TILE * tower.side)
+            assert picture.grid == (1, height // tower.size * tower.side, width // tower.size * tower.side)
             tiles.add(len(picture.pixels))
     assert worst <= 1e-5
-    assert len(tiles) > min(4, count // 4), "pictures of several numbers of tiles"
+    assert len(tiles) > 2, "pictures of several numbers of tiles"
 
 
 @names
 def test_pictures_and_prompts_are_those_of_the_processor_of_transformers(name, tmp_path):
-    check_pictures(name, tmp_path, 10, 300)
+    check_pictures(name, tmp_path, 10, 300, tower_of(name))
 
 
 @pytest.mark.wide
 @names
 def test_200_pictures_and_prompts_are_those_of_the_processor_of_transformers(name, tmp_path):
-    check_pictures(name, tmp_path, 200, 1200)
+    check_pictures(name, tmp_path, 200, 1200, tower_of(name))
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("smolvlm", (384, 14, 3)), ("smolvlm", (512, 16, 4)), ("idefics3", (364, 14, 2)), ("internvl", (448, 14, 2))],
+)
+def test_so_are_tiles_of_the_published_sizes(name, sizes, tmp_path):
+    check_pictures(
+        name, tmp_path, 12, 3000, tower_of(name, **dict(zip(("tile", "patch", "merge"), sizes, strict=True)))
+    )
 
 
 RULES = [
@@ -108,5 +116,23 @@ def check_rule(name, folder, rule, count, largest):
         np.testing.assert_allclose(found.pixels, pixels, rtol=0, atol=1e-5)
 
 
-def test_no_side_of_a_picture_is_above_4096_pixels(tmp_path):
-    check_rule("smolvlm", tmp_path, {"size": {"longest_edge": 5000}}, 0, 300)
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 9000), st.integers(1, 9000), st.integers(1, 5000))
+def test_sizes_of_any_picture_are_those_of_transformers(width, height, longest):
+    """Up to the bound of 4096 pixels, and the many roundings on the way to whole tiles."""
+    image = np.broadcast_to(np.uint8(0), (3, height, width))
+    expected = get_resize_output_image_size(image, longest)
+    assert bounded(brought_to((width, height), longest)) == expected[::-1]
+    rule = tower_of("smolvlm").rule(rule_of("smolvlm", TILE, size={"longest_edge": longest}))
+    asked = []
+    stub = SimpleNamespace(resize=lambda _, size, resample: asked.append((size.width, size.height)))
+    SmolVLMImageProcessorPil.resize_for_vision_encoder(stub, np.broadcast_to(np.uint8(0), (3, *expected)), TILE)
+    assert rule.canvas((width, height), TILE) == [expected[::-1], *asked]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 4), st.integers(1, 14))
+def test_grids_of_tiles_are_those_of_transformers(width, height, least, most):
+    rule = tower_of("internvl").rule(rule_of("internvl", TILE, min_patches=least, max_patches=most))
+    expected = get_optimal_tiled_canvas((height, width), (TILE, TILE), least, most) if most > 1 else (1, 1)
+    assert rule.grid((width, height), TILE) == expected

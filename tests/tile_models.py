@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from random_models import IMAGE, random_text_config
+from random_models import IMAGE, random_checkpoint, random_text_config
 
 
 def _text(kinds: list[str], seed: int) -> dict[str, Any]:
@@ -65,6 +65,14 @@ def random_internvl(seed: int) -> dict[str, Any]:
         "tie_word_embeddings": tied,
     }
     return found | {"projector_hidden_act": r.choice(["gelu", "relu"]), "image_seq_length": side**2}
+
+
+def sized(name: str, config: dict[str, Any], tile: int, patch: int, merge: int) -> dict[str, Any]:
+    """The same with tiles of these sizes."""
+    internvl = name == "internvl"
+    vision = {"image_size": [tile] * 2 if internvl else tile, "patch_size": [patch] * 2 if internvl else patch}
+    merging = {"downsample_ratio": 1 / merge} if internvl else {"scale_factor": merge}
+    return config | merging | {"vision_config": config["vision_config"] | vision}
 
 
 RANDOM = {"smolvlm": random_smolvlm, "idefics3": random_idefics3, "internvl": random_internvl}
@@ -179,3 +187,18 @@ def asked_of(processor: Any, images: list[Any], question: str, system: str | Non
     messages.append({"role": "user", "content": blocks})
     how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     return processor.apply_chat_template(messages, **how)
+
+
+TILE, PATCH, MERGE = 28, 7, 2  # of checkpoints that take questions: 2 x 2 image tokens a tile
+
+
+def answering(name: str, folder: Path, seed: int = 0) -> Path:
+    """A random checkpoint that takes questions; widths that can be packed in 4 bits."""
+    vocab = write_processor(name, folder, TILE, (TILE // PATCH // MERGE) ** 2)
+    config = sized(name, RANDOM[name](5), TILE, PATCH, MERGE)
+    config["text_config"] |= {
+        "vocab_size": vocab, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "hidden_act": "silu", "num_hidden_layers": 4, "head_dim": 16,
+    }  # fmt: skip
+    config["vision_config"] |= {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    return random_checkpoint(config, folder, seed)
