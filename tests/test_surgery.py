@@ -39,7 +39,7 @@ def masked_prefill(x, req, dropped, layer):
     import torch
     from torch.nn import functional as F
 
-    lm = x.model.model.language_model
+    lm = x.model.get_decoder()
     h = torch.from_numpy(req.inputs_embeds)
     positions = torch.from_numpy(req.position_ids)
     cos, sin = lm.rotary_emb(h, positions if len(positions) > 1 else positions[0])

@@ -3,6 +3,8 @@
 random token ids and image embeddings -> prefill, row gather, decode steps, each timed, dense and sparse in turn
 """
 
+import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +16,7 @@ import numpy as np
 from ..base import environment
 from ..base.errors import InputError
 from ..bundle.bundle import Bundle
-from ..families import Picture, Pictures
+from ..families import Picture, Pictures, Tower
 from ..host.decode import Spent, decode
 from ..host.request import Request
 from ..host.runner import Budget, Prefilled, Runner
@@ -40,13 +42,13 @@ def measure(
     """Milliseconds per phase, dense and sparse. `vision` also times the vision graph, which is the same for both.
 
     backend None: the one that the bundle was built for.
-    image_tokens None: IMAGE_TOKENS, or none where the model takes no pictures.
+    image_tokens None: about IMAGE_TOKENS, as many as a picture can have, or none where the model takes no pictures.
     Raises InputError, BundleError.
     """
     bundle = Bundle(path)
     runner = Runner(bundle, threads, backend=backend)
     if image_tokens is None:
-        image_tokens = IMAGE_TOKENS if bundle.shape.sees else 0
+        image_tokens = _likely(runner.tower) if bundle.shape.sees else 0
     runner.check_length(prompt_tokens + image_tokens + new_tokens)  # before so many patches are made
     pictures = _pictures(runner, image_tokens) if image_tokens or vision else []
     request = made_up_request(runner, prompt_tokens, pictures)
@@ -126,6 +128,16 @@ def _timed(
         times.setdefault("gather", []).append(sum(s.gather for s in spent))
     times.setdefault("decode", []).extend(s.step for s in spent)
     return prefilled, steps.per_step(prefilled, len(spent))
+
+
+def _likely(tower: Tower) -> int:
+    """The number of image tokens nearest to IMAGE_TOKENS that pictures can have."""
+    for distance in itertools.count():
+        for tokens in (IMAGE_TOKENS - distance, IMAGE_TOKENS + distance):
+            with contextlib.suppress(InputError):
+                if tokens > 0 and tower.sized(tokens, np.random.default_rng(0)):
+                    return tokens
+    raise AssertionError  # every tower has pictures of some size
 
 
 def _pictures(runner: Runner, image_tokens: int) -> list[Picture]:

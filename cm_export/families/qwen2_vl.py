@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ..base import dims
+from ..base.colours import RULE_FILE, Colours
 from ..base.errors import InputError
 from ..base.settings import FIX, flag, is_number, number
 from . import (
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 # transformers hands `cu_seq_lens_q` to implementations whose name contains "flash" and loops over lengths otherwise.
 ATTENTION = "cm_export_vision_flash"
-RULE_FILE = "preprocessor_config.json"
 MAX_RATIO = 200  # of a picture's sides: transformers' smart_resize refuses more
 
 
@@ -302,6 +302,11 @@ class ImageRule:
     resample: int = 3
     rescale: float = 1 / 255
 
+    @property
+    def colours(self) -> Colours:
+        """What becomes of colours."""
+        return Colours(self.mean, self.std, self.rescale, self.resample)
+
 
 def image_rule(processor: Config) -> ImageRule:
     """The rule in a preprocessor_config.json, read as transformers' Qwen2VLImageProcessor reads it. Raises InputError.
@@ -318,21 +323,17 @@ def image_rule(processor: Config) -> ImageRule:
         raise InputError("do_resize = false is not supported", where=where, fix="remove the key")
     if processor.get("do_center_crop"):
         raise InputError("do_center_crop = true, yet pictures are not cropped", where=where, fix="remove the key")
-    normalize, (least, most) = flag(processor, "do_normalize", True, where), _limits(processor)
-    resample = processor.get("resample", d.resample)
-    if type(resample) is not int or resample not in range(6):
-        raise InputError(f"resample = {resample!r} is none of Pillow's filters, 0 to 5", where=where, fix=FIX)
-    rescale = flag(processor, "do_rescale", True, where)
+    (least, most), colours = _limits(processor), Colours.of(processor, d.mean, d.std, d.resample)
     return ImageRule(
         patch=_size(processor, "patch_size", d.patch),
         merge=_size(processor, "merge_size", d.merge),
         temporal=_size(processor, "temporal_patch_size", d.temporal),
         min_pixels=least,
         max_pixels=most,
-        mean=_of_channels(processor, "image_mean", d.mean) if normalize else (0.0, 0.0, 0.0),
-        std=_of_channels(processor, "image_std", d.std) if normalize else (1.0, 1.0, 1.0),
-        resample=resample,
-        rescale=number(processor, "rescale_factor", d.rescale, where) if rescale else 1.0,
+        mean=colours.mean,
+        std=colours.std,
+        resample=colours.resample,
+        rescale=colours.rescale,
     )
 
 
@@ -360,15 +361,6 @@ def _size(processor: Config, key: str, default: int) -> int:
     return int(value)
 
 
-def _of_channels(processor: Config, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
-    """One number for each of the three colours, or one for all; a divisor of 0 is refused."""
-    value = processor.get(key, default)
-    values = value if isinstance(value, list | tuple) else [value] * 3
-    if len(values) != 3 or not all(is_number(v) and (v or key != "image_std") for v in values):
-        raise InputError(f"{key} = {value!r} is not three numbers", where=RULE_FILE, fix=FIX)
-    return tuple(map(float, values))
-
-
 def target_size(height: int, width: int, rule: ImageRule) -> tuple[int, int]:
     """Height and width in pixels after the resize: multiples of patch*merge, area within the rule. Raises InputError."""
     factor = rule.patch * rule.merge
@@ -388,13 +380,10 @@ def target_size(height: int, width: int, rule: ImageRule) -> tuple[int, int]:
 def patchify(images: list[Any], rule: ImageRule) -> tuple[np.ndarray, np.ndarray]:
     """PIL RGB pictures -> pixel_values [N, C*T*p*p] float32 and grid [images, 3] int64 (t, h, w in patches)."""
     rows, grids = [], []
-    # What becomes of each of the 256 values of a band, in the types and the order of transformers: equal to the last bit.
-    scaled = (np.arange(256, dtype=np.float64) * rule.rescale).astype(np.float32)[:, None]
-    values = (scaled - np.asarray(rule.mean, np.float32)) / np.asarray(rule.std, np.float32)  # [256,3]
+    colours = rule.colours
     for image in images:
         h, w = target_size(image.height, image.width, rule)
-        bands = np.asarray(image.resize((w, h), rule.resample))
-        x = np.stack([values[:, band][bands[..., band]] for band in range(3)])
+        x = colours.read(colours.resized(image, w, h))
         gh, gw, m, p = h // rule.patch, w // rule.patch, rule.merge, rule.patch
         x = x.reshape(3, gh // m, m, p, gw // m, m, p).transpose(1, 4, 2, 5, 0, 3, 6)  # gh gw m m C p p
         x = np.broadcast_to(x[:, :, :, :, :, None], (*x.shape[:5], rule.temporal, p, p))

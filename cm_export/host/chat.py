@@ -6,7 +6,7 @@ Text is data: what reads as a control token in it is encoded as text (see contro
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cached_property
 from typing import Any, NoReturn
@@ -18,6 +18,8 @@ from ..bundle.bundle import Bundle
 from ..families import Layout
 from .control_tokens import ControlTokens, Rendering
 from .writing import Writing
+
+_MARK = "mark"  # a word that no template writes of its own
 
 
 class Chat:
@@ -114,7 +116,7 @@ class Chat:
         """What the template makes of a conversation."""
         if self._template is None:
             return prompts[0]
-        messages = [{"role": "system", "content": system}] if system else []
+        messages = [{"role": "system", "content": self._system(system)}] if system else []
         for i, prompt in enumerate(prompts):
             messages.append({"role": "user", "content": self._blocks(prompt, 0 if i else pictures)})
             if i < len(answers):
@@ -125,6 +127,30 @@ class Chat:
         """A message's content. Templates of models without pictures know it as text only."""
         blocks = [{"type": "image"}] * pictures + [{"type": "text", "text": text}]
         return blocks if self._bundle.shape.sees else text
+
+    def _system(self, text: str) -> Any:
+        """A system message's content, in a form that the template writes. Raises BundleError where it writes none."""
+        if not self._system_forms:
+            self._render(self._template, self._with_system(text), True)  # if it fails, that is the reason
+            fix = "leave it out, or put it into the question"
+            raise BundleError("its chat template leaves a system message out", where=self._bundle.path, fix=fix)
+        return self._system_forms[0](text)
+
+    @cached_property
+    def _system_forms(self) -> list[Callable[[str], Any]]:
+        """What a system message may be: some templates read text only, some nothing but blocks and drop the text."""
+        forms: list[Callable[[str], Any]] = [str, lambda text: self._blocks(text, 0)]
+        return [form for form in forms if self._shows_system(form(_MARK))]
+
+    def _shows_system(self, content: Any) -> bool:
+        """Whether the template writes a system message of this content, _MARK in it."""
+        try:
+            return _MARK in self._render(self._template, self._with_system(content), True)
+        except BundleError:
+            return False
+
+    def _with_system(self, content: Any) -> list[dict[str, Any]]:
+        return [{"role": "system", "content": content}, {"role": "user", "content": self._blocks("", 0)}]
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that the vocabulary lacks (only tokenizers with an unknown token have such)."""

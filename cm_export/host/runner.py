@@ -6,6 +6,7 @@ images -> see -> Pictures -> request -> prefill -> Prefilled -> row -> decode lo
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -195,7 +196,7 @@ class Runner:
             shown = given(image, f"picture {number}")
             check_size(shown.image, self.tower.min_side, self.tower.max_ratio, shown.name)
             picture = self.tower.picture(shown.image, self.picture_rule)
-            self._check_memory(self.tower.memory(picture), len(picture.pixels), shown.name)
+            self._check_memory(self.tower.memory(picture), shown)
             seen.append(Pictures(self.backend.vision(self.tower.feeds([picture])), (picture.layout,)))
         return Pictures.joined(seen)
 
@@ -203,14 +204,18 @@ class Runner:
         """What the user should know about a picture and how the tower reads it. Raises InputError as `see` does."""
         return [*picture.notes, *picture_notes.on_size(picture.image, self.tower, self.picture_rule)]
 
-    def _check_memory(self, need: int, patches: int, name: str) -> None:
+    def _check_memory(self, need: int, shown: Opened) -> None:
         free = psutil.virtual_memory().available
         if need > 0.9 * free:
-            raise InputError(
-                f"{patches} patches need about {size(need)}, {size(free)} are free",
-                where=name,
-                fix=f"shrink it to {(0.9 * free / need) ** 0.25:.0%} of its width and height or less",
+            (width, height), share = shown.image.size, (0.9 * free / need) ** 0.25
+            less = max(1, int(share * width)), max(1, int(share * height))
+            # Some towers read every picture at the same size.
+            helps = math.prod(self.tower.resized(less, self.picture_rule)) < math.prod(
+                self.tower.resized(shown.image.size, self.picture_rule)
             )
+            fix = f"shrink it to {share:.0%} of its width and height or less" if helps else "free memory first"
+            what = f"the vision graph needs about {size(need)} for it, {size(free)} are free"
+            raise InputError(what, where=shown.name, fix=fix)
 
     def request(self, ids: np.ndarray, pictures: Pictures) -> Request:
         """A prompt ready to run. Raises InputError, also when it is longer than the model can hold."""

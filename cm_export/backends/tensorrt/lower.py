@@ -64,9 +64,9 @@ def lower(
         _write_out_attention(edit)
     halves = halving.halve(edit, weights, products)
     if not target.native_norm:
-        _replace(edit, "RMSNormalization", written.NORM, "epsilon")
+        _replace(edit, "RMSNormalization", "epsilon", written.NORM)
     if not target.native_attention:
-        _replace(edit, "Attention", written.ATTENTION, "scale")
+        _replace(edit, "Attention", "scale", written.ATTENTION, written.ATTENTION_TO_ALL)
     lowered = edit.export()
     _set_opset(lowered, 24 if target.kv == "in_place" else OPSET)
     lowered = inliner.inline_selected_functions(lowered, [(DOMAIN, p) for p in own], exclude=True)
@@ -231,10 +231,13 @@ def _drop_inputs(edit: Edit, names: set[str]) -> None:
         edit.graph.inputs.remove(tensor)
 
 
-def _replace(edit: Edit, kind: str, function: onnx.FunctionProto, attribute: str) -> None:
-    """Every node of `kind` becomes a call of `function`, which takes `attribute` alone."""
-    nodes = [n for n in edit.graph.nodes if n.op == kind]
-    for node in nodes:
+def _replace(edit: Edit, kind: str, attribute: str, *functions: onnx.FunctionProto) -> None:
+    """Every node of `kind` becomes a call of the function with as many inputs, which takes `attribute` alone."""
+    by_inputs = {len(f.input): f for f in functions}
+    for node in [n for n in edit.graph.nodes if n.op == kind]:
+        if len(node.inputs) not in by_inputs:
+            raise SurgeryError(f"{kind} of {len(node.inputs)} inputs has no written form", where=node.name)
+        function = by_inputs[len(node.inputs)]
         node.op, node.domain = function.name, DOMAIN
         node.attrs = {attribute: node.attrs[attribute]}
         edit.functions[function.name] = function

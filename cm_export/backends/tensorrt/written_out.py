@@ -2,6 +2,7 @@
 
 Norm       x * rsqrt(mean(x^2) + epsilon) * w          RMSNormalization, in float32
 Attend     softmax(scale q k^T + mask) v               Attention; k and v repeated for their query heads
+AttendToAll  the same without a mask                   Attention among all rows of a tile
 CacheRow   present = past, with one new row            a copy (older), or in place (TensorScatter, the KV update)
 CoreRows   CoreFFN over rows that were gathered        where there is no plugin
 """
@@ -23,32 +24,39 @@ NORM = function("""
         y = Mul (direction, weight)
     }""")
 
-ATTENTION = function("""
-    Attend <scale> (q, k, v, mask) => (y) {
-        two = Constant <value_ints = [2]> ()
-        batch = Shape <start = 0, end = 1> (q)
-        heads = Shape <start = 1, end = 2> (q)
-        size = Shape <start = 3> (q)
-        key_heads = Shape <start = 1, end = 2> (k)
-        context = Shape <start = 2, end = 3> (k)
-        group = Div (heads, key_heads)
-        grouped = Concat <axis = 0> (batch, key_heads, group, context, size)
-        flat = Concat <axis = 0> (batch, heads, context, size)
-        k_1 = Unsqueeze (k, two)
-        v_1 = Unsqueeze (v, two)
-        k_repeated = Expand (k_1, grouped)
-        v_repeated = Expand (v_1, grouped)
-        k_heads = Reshape (k_repeated, flat)
-        v_heads = Reshape (v_repeated, flat)
-        factor32 = Constant <value_float: float = @scale> ()
-        factor = CastLike (factor32, q)
-        q_scaled = Mul (q, factor)
-        k_t = Transpose <perm = [0, 1, 3, 2]> (k_heads)
-        logits = MatMul (q_scaled, k_t)
-        masked = Add (logits, mask)
-        weights = Softmax <axis = -1> (masked)
-        y = MatMul (weights, v_heads)
-    }""")
+
+def _attention(name: str, mask: str, masked: str) -> onnx.FunctionProto:
+    """q [B,H,S,d], k and v [B,Hk,P,d] -> [B,H,S,d]; `masked` makes scores of products."""
+    return function(f"""
+        {name} <scale> (q, k, v{mask}) => (y) {{
+            two = Constant <value_ints = [2]> ()
+            batch = Shape <start = 0, end = 1> (q)
+            heads = Shape <start = 1, end = 2> (q)
+            size = Shape <start = 3> (q)
+            key_heads = Shape <start = 1, end = 2> (k)
+            context = Shape <start = 2, end = 3> (k)
+            group = Div (heads, key_heads)
+            grouped = Concat <axis = 0> (batch, key_heads, group, context, size)
+            flat = Concat <axis = 0> (batch, heads, context, size)
+            k_1 = Unsqueeze (k, two)
+            v_1 = Unsqueeze (v, two)
+            k_repeated = Expand (k_1, grouped)
+            v_repeated = Expand (v_1, grouped)
+            k_heads = Reshape (k_repeated, flat)
+            v_heads = Reshape (v_repeated, flat)
+            factor32 = Constant <value_float: float = @scale> ()
+            factor = CastLike (factor32, q)
+            q_scaled = Mul (q, factor)
+            k_t = Transpose <perm = [0, 1, 3, 2]> (k_heads)
+            logits = MatMul (q_scaled, k_t)
+            {masked}
+            weights = Softmax <axis = -1> (scores)
+            y = MatMul (weights, v_heads)
+        }}""")
+
+
+ATTENTION = _attention("Attend", ", mask", "scores = Add (logits, mask)")
+ATTENTION_TO_ALL = _attention("AttendToAll", "", "scores = Identity (logits)")
 
 CACHE_COPY = function("""
     CacheRow (past, new, at) => (present) {
