@@ -40,13 +40,13 @@ def measure(
     """Milliseconds per phase, dense and sparse. `vision` also times the vision graph, which is the same for both.
 
     backend None: the one that the bundle was built for.
-    image_tokens None: IMAGE_TOKENS, or none where the model takes no pictures.
+    image_tokens None: about IMAGE_TOKENS, or none where the model takes no pictures.
     Raises InputError, BundleError.
     """
     bundle = Bundle(path)
     runner = Runner(bundle, threads, backend=backend)
     if image_tokens is None:
-        image_tokens = IMAGE_TOKENS if bundle.shape.sees else 0
+        image_tokens = bundle.tower.nearest(IMAGE_TOKENS) if bundle.tower else 0
     runner.check_length(prompt_tokens + image_tokens + new_tokens)  # before so many patches are made
     pictures = _pictures(runner, image_tokens) if image_tokens or vision else []
     request = made_up_request(runner, prompt_tokens, pictures)

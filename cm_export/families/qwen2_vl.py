@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 # transformers hands `cu_seq_lens_q` to implementations whose name contains "flash" and loops over lengths otherwise.
 ATTENTION = "cm_export_vision_flash"
 RULE_FILE = "preprocessor_config.json"
+Colours = tuple[float, ...]  # one number for each of the three
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_RATIO = 200  # of a picture's sides: transformers' smart_resize refuses more
 
 
@@ -297,8 +300,8 @@ class ImageRule:
     temporal: int = 2
     min_pixels: float = 56 * 56
     max_pixels: float = 28 * 28 * 1280
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    mean: Colours = CLIP_MEAN
+    std: Colours = CLIP_STD
     resample: int = 3
     rescale: float = 1 / 255
 
@@ -318,22 +321,30 @@ def image_rule(processor: Config) -> ImageRule:
         raise InputError("do_resize = false is not supported", where=where, fix="remove the key")
     if processor.get("do_center_crop"):
         raise InputError("do_center_crop = true, yet pictures are not cropped", where=where, fix="remove the key")
-    normalize, (least, most) = flag(processor, "do_normalize", True, where), _limits(processor)
-    resample = processor.get("resample", d.resample)
-    if type(resample) is not int or resample not in range(6):
-        raise InputError(f"resample = {resample!r} is none of Pillow's filters, 0 to 5", where=where, fix=FIX)
-    rescale = flag(processor, "do_rescale", True, where)
+    least, most = _limits(processor)
     return ImageRule(
         patch=_size(processor, "patch_size", d.patch),
         merge=_size(processor, "merge_size", d.merge),
         temporal=_size(processor, "temporal_patch_size", d.temporal),
         min_pixels=least,
         max_pixels=most,
-        mean=_of_channels(processor, "image_mean", d.mean) if normalize else (0.0, 0.0, 0.0),
-        std=_of_channels(processor, "image_std", d.std) if normalize else (1.0, 1.0, 1.0),
-        resample=resample,
-        rescale=number(processor, "rescale_factor", d.rescale, where) if rescale else 1.0,
+        **colours(processor, d.mean, d.std),
     )
+
+
+def colours(processor: Config, mean: Colours, std: Colours) -> dict[str, Any]:
+    """How values of pixels are computed: mean, std, resample, rescale; `mean`, `std`: the defaults. Raises InputError."""
+    where = RULE_FILE
+    resample = processor.get("resample", 3)
+    if type(resample) is not int or resample not in range(6):
+        raise InputError(f"resample = {resample!r} is none of Pillow's filters, 0 to 5", where=where, fix=FIX)
+    normalize, rescale = (flag(processor, key, True, where) for key in ("do_normalize", "do_rescale"))
+    return {
+        "mean": of_colours(processor, "image_mean", mean) if normalize else (0.0, 0.0, 0.0),
+        "std": of_colours(processor, "image_std", std) if normalize else (1.0, 1.0, 1.0),
+        "resample": resample,
+        "rescale": number(processor, "rescale_factor", 1 / 255, where) if rescale else 1.0,
+    }
 
 
 def _limits(processor: Config) -> tuple[float, float]:
@@ -360,7 +371,7 @@ def _size(processor: Config, key: str, default: int) -> int:
     return int(value)
 
 
-def _of_channels(processor: Config, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+def of_colours(processor: Config, key: str, default: Colours) -> Colours:
     """One number for each of the three colours, or one for all; a divisor of 0 is refused."""
     value = processor.get(key, default)
     values = value if isinstance(value, list | tuple) else [value] * 3
@@ -388,19 +399,24 @@ def target_size(height: int, width: int, rule: ImageRule) -> tuple[int, int]:
 def patchify(images: list[Any], rule: ImageRule) -> tuple[np.ndarray, np.ndarray]:
     """PIL RGB pictures -> pixel_values [N, C*T*p*p] float32 and grid [images, 3] int64 (t, h, w in patches)."""
     rows, grids = [], []
-    # What becomes of each of the 256 values of a band, in the types and the order of transformers: equal to the last bit.
-    scaled = (np.arange(256, dtype=np.float64) * rule.rescale).astype(np.float32)[:, None]
-    values = (scaled - np.asarray(rule.mean, np.float32)) / np.asarray(rule.std, np.float32)  # [256,3]
     for image in images:
         h, w = target_size(image.height, image.width, rule)
-        bands = np.asarray(image.resize((w, h), rule.resample))
-        x = np.stack([values[:, band][bands[..., band]] for band in range(3)])
+        x = pixel_values(image.resize((w, h), rule.resample), rule.mean, rule.std, rule.rescale)
         gh, gw, m, p = h // rule.patch, w // rule.patch, rule.merge, rule.patch
         x = x.reshape(3, gh // m, m, p, gw // m, m, p).transpose(1, 4, 2, 5, 0, 3, 6)  # gh gw m m C p p
         x = np.broadcast_to(x[:, :, :, :, :, None], (*x.shape[:5], rule.temporal, p, p))
         rows.append(x.reshape(gh * gw, -1))
         grids.append((1, gh, gw))
     return np.ascontiguousarray(np.concatenate(rows)), np.asarray(grids, np.int64)
+
+
+def pixel_values(image: Image.Image, mean: Colours, std: Colours, rescale: float) -> np.ndarray:
+    """A PIL RGB picture as [3,height,width] float32; in the types and the order of transformers: equal to the last bit."""
+    # What becomes of each of the 256 values of a colour.
+    scaled = (np.arange(256, dtype=np.float64) * rescale).astype(np.float32)[:, None]
+    values = (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)  # [256,3]
+    bands = np.asarray(image)
+    return np.stack([values[:, band][bands[..., band]] for band in range(3)])
 
 
 def vision_inputs(pixel_values: np.ndarray, grid: np.ndarray, merge: int) -> dict[str, np.ndarray]:

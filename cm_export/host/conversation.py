@@ -223,11 +223,13 @@ class Conversation:
         one.ended = one.now()
         one.first = one.first or one.ended
         kept = kept_cells(context, self._pictures)
-        stats = _stats(one, ids, kept, runner.bundle.shape.ffn)
+        stats = _stats(one, ids, runner.bundle.shape.ffn)
         if one.before is not None:
             stats |= {"read_tokens": context.request.tokens - one.before.request.tokens}
         unknown = runner.chat.unknown_words(one.prompt)
-        notes = [] if one.before else [picture_notes.line(p.name, n) for p in self._images for n in runner.notes_on(p)]
+        notes, of = [], len(self._images)
+        if not one.before:
+            notes = [picture_notes.line(p.name, n) for p in self._images for n in runner.notes_on(p, of)]
         notes += [f"unknown to this model's vocabulary: {', '.join(unknown)}"] if unknown else []
         assert one.prompt_ids is not None  # set with the context
         self._context, self._ids = context, one.prompt_ids
@@ -268,7 +270,7 @@ def whole(stream: Stream, on_text: Callable[[str], None] | None = None) -> Answe
     return stream.answer
 
 
-def _stats(one: Answering, ids: list[int], kept: list[np.ndarray], ffn: int) -> dict[str, Any]:
+def _stats(one: Answering, ids: list[int], ffn: int) -> dict[str, Any]:
     """The figures of an answer."""
     context, report, decode_s = one.ready, one.report, one.ended - one.first
     stats = {
@@ -276,7 +278,7 @@ def _stats(one: Answering, ids: list[int], kept: list[np.ndarray], ffn: int) -> 
         "prompt_tokens": context.request.tokens,
         "image_tokens": context.request.image_tokens,
         "kept_tokens": context.kept_tokens.shape[1],
-        "image_tokens_kept": int(sum(k.sum() for k in kept)),
+        "image_tokens_kept": int(context.request.is_image[0, context.kept_tokens[0]].sum()),
         "neurons": ffn,
         "neurons_kept": context.neurons,
         "new_tokens": len(ids),

@@ -66,7 +66,8 @@ def lower(
     if not target.native_norm:
         _replace(edit, "RMSNormalization", written.NORM, "epsilon")
     if not target.native_attention:
-        _replace(edit, "Attention", written.ATTENTION, "scale")
+        _replace(edit, "Attention", written.ATTENTION, "scale", inputs=4)
+        _replace(edit, "Attention", written.ATTENTION_TO_ALL, "scale", inputs=3)
     lowered = edit.export()
     _set_opset(lowered, 24 if target.kv == "in_place" else OPSET)
     lowered = inliner.inline_selected_functions(lowered, [(DOMAIN, p) for p in own], exclude=True)
@@ -231,9 +232,9 @@ def _drop_inputs(edit: Edit, names: set[str]) -> None:
         edit.graph.inputs.remove(tensor)
 
 
-def _replace(edit: Edit, kind: str, function: onnx.FunctionProto, attribute: str) -> None:
-    """Every node of `kind` becomes a call of `function`, which takes `attribute` alone."""
-    nodes = [n for n in edit.graph.nodes if n.op == kind]
+def _replace(edit: Edit, kind: str, function: onnx.FunctionProto, attribute: str, inputs: int | None = None) -> None:
+    """Every node of `kind` (with so many inputs) becomes a call of `function`, which takes `attribute` alone."""
+    nodes = [n for n in edit.graph.nodes if n.op == kind and inputs in (None, len(n.inputs))]
     for node in nodes:
         node.op, node.domain = function.name, DOMAIN
         node.attrs = {attribute: node.attrs[attribute]}

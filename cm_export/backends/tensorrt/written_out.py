@@ -1,7 +1,7 @@
 """Ops that some TensorRT versions do not know, written out in ones that all of them know; and the two forms of the cache.
 
 Norm       x * rsqrt(mean(x^2) + epsilon) * w          RMSNormalization, in float32
-Attend     softmax(scale q k^T + mask) v               Attention; k and v repeated for their query heads
+Attend     softmax(scale q k^T + mask) v               Attention; k and v repeated for their query heads; AttendToAll: no mask
 CacheRow   present = past, with one new row            a copy (older), or in place (TensorScatter, the KV update)
 CoreRows   CoreFFN over rows that were gathered        where there is no plugin
 """
@@ -23,8 +23,8 @@ NORM = function("""
         y = Mul (direction, weight)
     }""")
 
-ATTENTION = function("""
-    Attend <scale> (q, k, v, mask) => (y) {
+_ATTEND = """
+    {name} <scale> (q, k, v{mask}) => (y) {{
         two = Constant <value_ints = [2]> ()
         batch = Shape <start = 0, end = 1> (q)
         heads = Shape <start = 1, end = 2> (q)
@@ -45,10 +45,13 @@ ATTENTION = function("""
         q_scaled = Mul (q, factor)
         k_t = Transpose <perm = [0, 1, 3, 2]> (k_heads)
         logits = MatMul (q_scaled, k_t)
-        masked = Add (logits, mask)
-        weights = Softmax <axis = -1> (masked)
+{masked}        weights = Softmax <axis = -1> ({scores})
         y = MatMul (weights, v_heads)
-    }""")
+    }}"""
+ATTENTION = function(
+    _ATTEND.format(name="Attend", mask=", mask", masked="        masked = Add (logits, mask)\n", scores="masked")
+)
+ATTENTION_TO_ALL = function(_ATTEND.format(name="AttendToAll", mask="", masked="", scores="logits"))
 
 CACHE_COPY = function("""
     CacheRow (past, new, at) => (present) {
