@@ -102,7 +102,7 @@ def hf_decoder(x, embeds, positions, mask, past=None, **further):
     with torch.no_grad():
         out = x.model.model.language_model(
             inputs_embeds=torch.from_numpy(embeds),
-            position_ids=torch.from_numpy(positions),
+            position_ids=torch.from_numpy(positions if len(positions) > 1 else positions[0]),
             attention_mask=torch.from_numpy(mask),
             past_key_values=past,
             use_cache=True,
@@ -116,7 +116,7 @@ def hf_decoder(x, embeds, positions, mask, past=None, **further):
 def test_prefill_with_left_padding_equals_transformers(exported, seed, batch, length):
     x, rng = exported(seed), np.random.default_rng(seed + length)
     embeds = rng.standard_normal((batch, length, x.shape.hidden)).astype(np.float32)
-    positions = rng.integers(0, 50, (3, batch, length))
+    positions = rng.integers(0, 50, (x.shape.position_axes, batch, length))
     mask = np.ones((batch, length), np.int64)
     for b in range(1, batch):
         mask[b, : rng.integers(0, length)] = 0
@@ -136,7 +136,7 @@ def test_prefill_with_left_padding_equals_transformers(exported, seed, batch, le
 def test_decode_at_any_past_and_of_any_length_equals_transformers(exported, seed, batch, past, new):
     x, rng = exported(seed), np.random.default_rng(seed + past)
     first = rng.standard_normal((batch, past, x.shape.hidden)).astype(np.float32)
-    positions = rng.integers(0, 50, (3, batch, past + new))
+    positions = rng.integers(0, 50, (x.shape.position_axes, batch, past + new))
     mask = np.ones((batch, past + new), np.int64)
     mask[1:, : past // 2] = 0
     _, cache = hf_decoder(x, first, positions[..., :past], mask[:, :past])

@@ -42,7 +42,7 @@ def outside(tmp_path_factory):
     about = folder / "llava_like-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: llava-like\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[cm_export.families]\nllava = llava_like\n")
+    (about / "entry_points.txt").write_text("[cm_export.families]\nvipllava = llava_like\n")
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
     yield folder
@@ -50,7 +50,7 @@ def outside(tmp_path_factory):
 
 
 def random_llava(seed: int, folder: Path) -> Path:
-    """A tiny random checkpoint of LlavaForConditionalGeneration: sizes, layer of the features and tying drawn at random."""
+    """A tiny random checkpoint of VipLlavaForConditionalGeneration: sizes, layer of the features and tying drawn at random."""
     r = random.Random(seed)
     text = random_text_config("llama", seed)
     heads = r.choice([1, 2])
@@ -65,7 +65,7 @@ def random_llava(seed: int, folder: Path) -> Path:
         "patch_size": patch,
         "projection_dim": 16,
     }
-    config = transformers.LlavaConfig(
+    config = transformers.VipLlavaConfig(
         text_config=text,
         vision_config=vision,
         image_token_index=IMAGE,
@@ -73,7 +73,7 @@ def random_llava(seed: int, folder: Path) -> Path:
         tie_word_embeddings=text["tie_word_embeddings"],
     )
     torch.manual_seed(seed)
-    model = transformers.LlavaForConditionalGeneration(config).eval()
+    model = transformers.VipLlavaForConditionalGeneration(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(0, 0.8 / p[0].numel() ** 0.5) if p.ndim > 1 else p.normal_(0 if "bias" in name else 1, 0.1)
@@ -86,7 +86,7 @@ def llava(request, outside, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llava")
     (folder / "out").mkdir()
     path = random_llava(request.param, folder / "model")
-    return Exported(path, folder / "out", families.find("llava"))
+    return Exported(path, folder / "out", families.find("vipllava"))
 
 
 def asked(x, layout, rng):
@@ -121,10 +121,10 @@ def stock(x, ids, pictures, steps):
 
 
 def test_a_family_is_found_by_the_entry_point_of_a_distribution(outside):
-    assert type(families.find("llava")).__name__ == "Llava"
-    assert "llava" in families.names()
-    with pytest.raises(InputError, match="did you mean 'llava'"):
-        families.find("lava")
+    assert type(families.find("vipllava")).__name__ == "VipLlava"
+    assert "vipllava" in families.names()
+    with pytest.raises(InputError, match="did you mean 'vipllava'"):
+        families.find("vipllav")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -197,7 +197,7 @@ def test_the_command_line_builds_and_runs_it(llava, outside, tmp_path, monkeypat
 def test_without_its_distribution_the_bundle_names_the_family(llava, outside, tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONPATH", raising=False)
     done = cm_export("build", "--model", llava.path, "--out", tmp_path / "x.plan", "--quiet")
-    assert done.returncode == 2 and "model_type 'llava' is not supported" in done.stderr
+    assert done.returncode == 2 and "model_type 'vipllava' is not supported" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------ further outputs

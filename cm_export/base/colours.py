@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 RULE_FILE = "preprocessor_config.json"  # of a checkpoint: how its processor makes pixels of a picture
 Bands = tuple[float, ...]
+BICUBIC = 3  # of Pillow
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class Colours:
             raise InputError(f"resample = {chosen!r} is none of Pillow's filters, 0 to 5", where=RULE_FILE, fix=FIX)
         normalised, rescaled = (flag(processor, f"do_{what}", True, RULE_FILE) for what in ("normalize", "rescale"))
         return cls(
-            _of_bands(processor, "image_mean", mean) if normalised else (0.0, 0.0, 0.0),
-            _of_bands(processor, "image_std", std) if normalised else (1.0, 1.0, 1.0),
+            of_bands(processor, "image_mean", mean) if normalised else (0.0, 0.0, 0.0),
+            of_bands(processor, "image_std", std) if normalised else (1.0, 1.0, 1.0),
             number(processor, "rescale_factor", 1 / 255, RULE_FILE) if rescaled else 1.0,
             chosen,
         )
@@ -60,7 +63,7 @@ class Colours:
         return np.stack([values[:, band][bands[..., band]] for band in range(3)])
 
 
-def _of_bands(processor: Mapping[str, Any], key: str, default: Bands) -> Bands:
+def of_bands(processor: Mapping[str, Any], key: str, default: Bands) -> Bands:
     """One number for each of the three colours, or one for all; a divisor of 0 is refused."""
     value = processor.get(key, default)
     values = value if isinstance(value, list | tuple) else [value] * 3

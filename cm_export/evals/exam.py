@@ -62,22 +62,28 @@ class Exam:
 
     def __init__(self, runner: Runner, task: Task, progress: Callable[..., None]):
         self.runner, self.task, self.progress = runner, task, progress
-        names = sorted({p for q in task.questions for p in q.pictures})
-        digest, self._seen, notes = hashlib.sha256(), {}, {}
+        digest, notes = hashlib.sha256(), {}
+        self._seen: dict[tuple[str, int], Pictures] = {}  # by name and by how many pictures the question has
+        counts: dict[str, set[int]] = {}
+        for q in task.questions:
+            for name in q.pictures:
+                counts.setdefault(name, set()).add(len(q.pictures))
+        names = sorted(counts)
         for i, name in enumerate(names):
             if i % 50 == 0:
                 progress("look at the pictures", i, len(names))
             picture = task.open_picture(name)
             digest.update(repr(picture.size).encode() + picture.tobytes())
             shown = Opened(picture, name, tuple(task.notes.get(name, ())))
-            self._seen[name] = runner.see([shown])
+            for of in sorted(counts[name]):
+                self._seen[name, of] = runner.see([shown], of)
             notes[name] = runner.notes_on(shown)
         self.notes = counted(notes, len(names))
         self.fingerprint = digest.hexdigest()
 
     def prefill(self, runner: Runner, question: Question, budget: Budget) -> Prefilled:
         """A question's prompt after prefill."""
-        pictures = Pictures.joined([self._seen[p] for p in question.pictures])
+        pictures = Pictures.joined([self._seen[p, len(question.pictures)] for p in question.pictures])
         request = runner.ask(question.text, pictures, control_tokens=self.task.control_tokens)
         return runner.prefill(request, budget)
 

@@ -192,6 +192,10 @@ class Tower(ABC):
     def picture(self, image: Image.Image, rule: Any) -> Picture:
         """A PIL RGB picture as the tower reads it. Raises InputError for a size that cannot be cut into patches."""
 
+    def rule_for(self, rule: Any, pictures: int) -> Any:
+        """The rule for each of so many pictures of one prompt: where several are read in less detail than one alone."""
+        return rule
+
     def resized(self, size: tuple[int, int], rule: Any) -> tuple[int, int]:
         """(width, height) in pixels at which a picture of this size is read: what a remark on small pictures is made of."""
         return size

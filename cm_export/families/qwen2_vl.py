@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ..base import dims
-from ..base.colours import RULE_FILE, Colours
+from ..base.colours import CLIP_MEAN, CLIP_STD, RULE_FILE, Bands, Colours
 from ..base.errors import InputError
 from ..base.settings import FIX, flag, is_number, number
 from . import (
@@ -297,8 +297,8 @@ class ImageRule:
     temporal: int = 2
     min_pixels: float = 56 * 56
     max_pixels: float = 28 * 28 * 1280
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    mean: Bands = CLIP_MEAN
+    std: Bands = CLIP_STD
     resample: int = 3
     rescale: float = 1 / 255
 

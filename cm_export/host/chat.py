@@ -108,9 +108,18 @@ class Chat:
                 f"the chat template places {len(parts) - 1} of {len(pictures)} pictures", where=self._bundle.path
             )
         filled = parts[0] + "".join(picture.written(mark) + p for picture, p in zip(pictures, parts[1:], strict=True))
-        # As transformers does: a template has written every special token, a second <s> would be one too many.
-        encoding = self._control.encode(Rendering(filled, found.shown), add_special_tokens=self._template is None)
+        encoding = self._control.encode(Rendering(filled, found.shown), self._adds_special_tokens(filled))
         return np.array(encoding.ids, np.int64)
+
+    def _adds_special_tokens(self, text: str) -> bool:
+        """Whether the tokenizer adds its special tokens, such as <s>, to a prompt. As transformers does.
+
+        A template has written them; one of a model with pictures may leave them out, unless its text begins with <s>.
+        """
+        if self._template is None:
+            return True
+        begin = self._special.get("bos_token")
+        return self._bundle.shape.sees and not (begin and text.startswith(begin))
 
     def _write(self, prompts: Sequence[str], answers: Sequence[str], system: str | None, pictures: int) -> str:
         """What the template makes of a conversation."""

@@ -227,7 +227,9 @@ class Conversation:
         if one.before is not None:
             stats |= {"read_tokens": context.request.tokens - one.before.request.tokens}
         unknown = runner.chat.unknown_words(one.prompt)
-        notes = [] if one.before else [picture_notes.line(p.name, n) for p in self._images for n in runner.notes_on(p)]
+        notes, of = [], len(self._images)
+        if not one.before:
+            notes = [picture_notes.line(p.name, n) for p in self._images for n in runner.notes_on(p, of)]
         notes += [f"unknown to this model's vocabulary: {', '.join(unknown)}"] if unknown else []
         assert one.prompt_ids is not None  # set with the context
         self._context, self._ids = context, one.prompt_ids

@@ -185,24 +185,25 @@ class Runner:
         file = self.bundle.processor("preprocessor_config.json")
         return self.tower.rule(json.loads(file.read_bytes()) if file else {})
 
-    def see(self, images: Sequence[Any]) -> Pictures:
-        """Pictures (as `images.given` takes them) through the vision graph.
+    def see(self, images: Sequence[Any], of: int | None = None) -> Pictures:
+        """Pictures (as `images.given` takes them) through the vision graph; `of`: of how many in the prompt (None: these).
 
         Raises InputError for one that cannot be read, cannot be cut into patches or does not fit in memory.
         """
-        seen = []
+        seen, of = [], of or len(images)
         # Patches attend within their own picture, so one at a time needs the least memory.
         for number, image in enumerate(images, 1):
             shown = given(image, f"picture {number}")
             check_size(shown.image, self.tower.min_side, self.tower.max_ratio, shown.name)
-            picture = self.tower.picture(shown.image, self.picture_rule)
+            picture = self.tower.picture(shown.image, self.tower.rule_for(self.picture_rule, of))
             self._check_memory(self.tower.memory(picture), shown)
             seen.append(Pictures(self.backend.vision(self.tower.feeds([picture])), (picture.layout,)))
         return Pictures.joined(seen)
 
-    def notes_on(self, picture: Opened) -> list[Note]:
-        """What the user should know about a picture and how the tower reads it. Raises InputError as `see` does."""
-        return [*picture.notes, *picture_notes.on_size(picture.image, self.tower, self.picture_rule)]
+    def notes_on(self, picture: Opened, of: int = 1) -> list[Note]:
+        """What the user should know about one of so many pictures of a prompt. Raises InputError as `see` does."""
+        rule = self.tower.rule_for(self.picture_rule, of)
+        return [*picture.notes, *picture_notes.on_size(picture.image, self.tower, rule)]
 
     def _check_memory(self, need: int, shown: Opened) -> None:
         free = psutil.virtual_memory().available

@@ -28,4 +28,8 @@ ALIASES = {
     "qwen2-vl": _QWEN2_VL_2B,
     "qwen2-vl-2b": _QWEN2_VL_2B,
     "qwen2-vl-7b": Alias("Qwen/Qwen2-VL-7B-Instruct", "eed13092ef92e448dd6875b2a00151bd3f7db0ac"),
+    "llava-1.5-7b": Alias("llava-hf/llava-1.5-7b-hf", "b234b804b114d9e37bb655e11cbbb5f5e971b7a9"),
+    "llava-onevision-0.5b": Alias(
+        "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "74dd0bf867a4cda7950c17663794267c60cf4b40"
+    ),
 }

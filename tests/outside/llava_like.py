@@ -1,8 +1,8 @@
-"""A family that is not part of the package: LLaVA-1.5 (`model_type = llava`), CLIP tower, projector outside it, plain rope.
+"""A family that is not part of the package: ViP-LLaVA (`model_type = vipllava`), CLIP tower, projector outside it, plain rope.
 
     picture -> square of S x S pixels -> (S / p)^2 image tokens, always as many      no grid is chosen, nothing is merged
 
-Source: LLaVA-1.5 (arXiv 2310.03744), section 3.
+Source: ViP-LLaVA (arXiv 2312.00784), section 3.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from cm_export.families import (
 IMAGES = "images"
 
 
-class Llava(Family):
-    model_class = "LlavaForConditionalGeneration"
+class VipLlava(Family):
+    model_class = "VipLlavaForConditionalGeneration"
     layer = "model.language_model.layers.{layer}."
     embedding = "model.language_model.embed_tokens.weight"
 
@@ -127,4 +127,4 @@ class ClipTower(Tower):
         return {IMAGES: (1, 1, 1)}
 
 
-FAMILY = Llava()
+FAMILY = VipLlava()

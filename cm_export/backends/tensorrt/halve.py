@@ -43,7 +43,7 @@ def halve(edit: Edit, weights: Container[str], products: np.dtype) -> set[str]:
         weight = [_weight(t, weights) for t in node.inputs]
         if node.op not in _OWN and not (node.op in _PRODUCTS and any(weight)):
             continue
-        for i in range(min(_FLOATS.get(node.op, 99), len(node.inputs))):
+        for i in range(min(_FLOATS.get(node.op, len(node.inputs)), len(node.inputs))):
             if stored := weight[i]:
                 halves.add(stored)
                 continue
