@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..base.by_name import nearest
-from ..base.errors import InputError
+from ..base.errors import CmExportError, InputError
 from ..host import asking
 from ..host.asking import Asked
 from ..host.sampling import Sampling
@@ -80,7 +80,9 @@ def _wanted(request: object, bounds: Bounds, pictures: Sequence[bytes]) -> Wante
     given = {name: value for name, value in request.items() if value is not None}  # null: as if it was not there
     for name, value in given.items():
         if name not in _KNOWN:
-            raise InputError(f"unknown field {short(name)}", where="body", fix=nearest(str(name)[:SHOWN], list(_KNOWN)))
+            raise InputError(
+                f"unknown field {short(name)}", where="body", fix=nearest(str(name)[:SHOWN], [*OPENAI, *OURS])
+            )
         if name in NEUTRAL and not any(
             value == v and isinstance(value, bool) == isinstance(v, bool) for v in NEUTRAL[name]
         ):
@@ -169,7 +171,7 @@ def _deadline(given: Mapping[str, Any]) -> float | None:
     return float(value)
 
 
-def in_their_words(error: InputError) -> InputError:
+def in_their_words(error: CmExportError) -> InputError:
     """The same error: its place as the client calls it, and no longer than it needs to be."""
     where = str(error.where or "body").removeprefix("sampling: ").removeprefix("sampling")
     name = re.match(r"\w*", where)[0]  # type: ignore[index]  # it always matches
