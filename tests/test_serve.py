@@ -1,4 +1,4 @@
-"""`cm-export serve`: the official client gets what `cm-export run` gives; whatever else comes is refused, and nothing is left behind."""
+"""`cm-export serve`: the official client gets what `cm-export run` gives; all else is refused, and nothing is left behind."""
 
 import json
 import os
@@ -139,7 +139,7 @@ def test_a_stream_comes_in_pieces_and_ends_as_openai_says(client, model):
     found = chunks[-1].model_extra["cm_export"]
     assert found["image_tokens_kept"] == alone.stats["image_tokens_kept"] and found["stopped"] == "stop token"
     cells = "".join("01"[int(cell)] for cell in alone.kept[0].ravel())
-    assert found["kept"] == [{"rows": 4, "columns": 4, "cells": cells}]
+    assert found["kept"] == [{"rows": 8, "columns": 8, "cells": cells}]
     assert client.chat.completions.create(**how, max_tokens=2).choices[0].finish_reason == "length"
 
 
@@ -181,7 +181,7 @@ def test_a_full_queue_and_a_deadline_are_errors_of_their_own(model):
             until(lambda: service.scheduler.load().queued == 1)
             status, body = sent(url, {"messages": said()})
             assert (status, body["error"]["code"]) == (429, "server_busy")
-            with pytest.raises(openai.InternalServerError, match="within its 0.5 s"):
+            with pytest.raises(openai.InternalServerError, match=r"within its 0\.5 s"):
                 late.result()
         first.close()
 
@@ -243,13 +243,14 @@ def test_three_hundred_malformed_requests_are_each_refused_within_a_second(serve
     assert client.chat.completions.create(messages=said(), model="demo").choices[0].message.content
 
 
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
 RAW = (
-    b"", b"\r\n\r\n", b"hello\r\n\r\n", b"GET /\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00", b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
-    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
-    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999\r\nContent-Type: application/json\r\n\r\n",
-    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-    b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 200_000 + b"\r\n\r\n", b"GET /../../etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n",
-    b"GET /%2e%2e%2fapp.py HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /page/..%2fapp.py HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"", b"\r\n\r\n", b"hello\r\n\r\n", b"GET /\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00", GET + b"Host: b\r\n\r\n",
+    POST + b"Content-Length: -5\r\n\r\n", POST + b"Content-Length: 99999999999999999999\r\n\r\n",
+    POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", POST + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n{}",
+    GET + b"X: " + b"a" * 200_000 + b"\r\n\r\n", GET.replace(b"/ ", b"/../../etc/passwd ", 1) + b"\r\n",
+    GET.replace(b"/ ", b"/%2e%2e%2fapp.py ", 1) + b"\r\n", GET.replace(b"/ ", b"/page/..%2fapp.py ", 1) + b"\r\n",
 )  # fmt: skip
 
 
@@ -274,9 +275,13 @@ def test_bodies_that_are_too_large_or_too_slow_are_refused(model, monkeypatch):
                 b"Content-Length: 100\r\n\r\n{"
             )
             assert slow.recv(100).startswith(b"HTTP/1.1 408")
-        for begin in (b"", b"GET /healthz HTTP/1.1\r\nHo", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET"):
-            with socket.create_connection(address, timeout=5) as silent:  # never ends a request's head
+        whole = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        for begin, answered in ((b"", False), (whole[:30], False), (whole, True)):
+            with socket.create_connection(address, timeout=5) as silent:  # never ends the head of a request
                 silent.sendall(begin)
+                if answered:
+                    assert silent.recv(1000).startswith(b"HTTP/1.1 200")
+                    silent.sendall(whole[:30])
                 while silent.recv(1000):
                     pass
         stream = client_of(url)
@@ -400,7 +405,7 @@ def test_a_server_that_was_killed_leaves_clients_an_error_and_comes_back_at_the_
         stream = client_of(url).chat.completions.create(messages=said(), model="demo", stream=True, **LONG)
         next(iter(stream))
         os.kill(server.pid, signal.SIGKILL)
-        with pytest.raises((openai.APIError, Exception), match=r"closed|reset|incomplete|disconnected"):
+        with pytest.raises(Exception, match=r"closed|reset|incomplete|disconnected"):
             list(stream)
         with process(demo_bundle, port=urlsplit(url).port) as (_, again):
             answer = client_of(again).chat.completions.create(messages=said(), model="demo")

@@ -11,8 +11,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -31,9 +29,8 @@ from .door import Door
 from .messages import Bounds
 from .metrics import Prometheus
 from .plain import parse
-from .reply import Reply
+from .reply import Reply, Room
 from .scheduler import Scheduler
-from .ticket import Busy
 from .wire import Wanted, read
 
 PAGE = {"": "text/html", "page.js": "text/javascript", "page.css": "text/css"}
@@ -51,24 +48,6 @@ class Settings:
     memory: int = 2**30  # of bodies and pictures of all requests together
     hosts: frozenset[str] | None = None  # that requests may be addressed to; None: any
     log_prompts: bool = False
-
-
-class Room:
-    """Memory for what clients send; only for the thread of the event loop."""
-
-    def __init__(self, size: int):
-        self._size = self._left = size
-
-    @contextmanager
-    def held(self, size: int) -> Iterator[None]:
-        """Raises Busy where that much is not left."""
-        if size > self._left:
-            raise Busy("holds as many pictures as it can", where="the server", fix="try again in a few seconds")
-        self._left -= size
-        try:
-            yield
-        finally:
-            self._left += size
 
 
 class Service:

@@ -54,7 +54,7 @@ class Door:
             if message["type"] == "http.response.start":
                 entry["status"] = message["status"]
                 more = (*_HEADERS, (b"x-request-id", entry["request_id"].encode()))
-                message = message | {"headers": [*message.get("headers", ()), *more]}
+                message = {**message, "headers": [*message.get("headers", ()), *more]}
             await send(message)
 
         try:

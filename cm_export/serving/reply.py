@@ -6,6 +6,8 @@ scheduler's threads --call_soon_threadsafe--> events --> JSON or data: lines    
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import anyio
@@ -16,7 +18,7 @@ from ..base.errors import CmExportError
 from ..host.conversation import Answer
 from .completions import Form, Refused, encoded, event, refusal
 from .scheduler import Scheduler
-from .ticket import Event, Failed, Finished, Piece
+from .ticket import Busy, Event, Failed, Finished, Piece
 from .wire import Wanted
 
 TICK_SECONDS = 10.0  # without text, after which a stream says that it lives
@@ -24,11 +26,22 @@ WRITE_SECONDS = 30.0  # for a client to read what was written, before it counts 
 _EVENTS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # nobody on the way may hold pieces back
 
 
-class Room(Protocol):
-    """Memory for pictures."""
+class Room:
+    """Memory for what clients send; only for the thread of the event loop."""
 
-    def held(self, size: int) -> Any:
-        """A context that holds it."""
+    def __init__(self, size: int):
+        self._size = self._left = size
+
+    @contextmanager
+    def held(self, size: int) -> Iterator[None]:
+        """Raises Busy where that much is not left."""
+        if size > self._left:
+            raise Busy("holds as many pictures as it can", where="the server", fix="try again in a few seconds")
+        self._left -= size
+        try:
+            yield
+        finally:
+            self._left += size
 
 
 class Server(Protocol):

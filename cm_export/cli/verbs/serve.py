@@ -17,7 +17,7 @@ _LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})
     examples=(
         "cm-export serve demo.plan",
         "cm-export serve engine.plan --port 9000 --at-once 4 --max-tokens 512",
-        "CM_EXPORT_API_KEY=... cm-export serve engine.plan --host 0.0.0.0",
+        "cm-export serve engine.plan --host 0.0.0.0 --api-key KEY",
     ),
 )
 @bundle_argument
