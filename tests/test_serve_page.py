@@ -45,7 +45,7 @@ def test_a_dropped_picture_is_answered_pruned_and_dense_with_the_kept_patches_ov
         assert text(tab, "#dense .text") == model.generate(QUESTION, PICTURE, dense=True).text.strip()
         assert text(tab, "#counted") == f"{alone.kept[0].sum()} of {alone.kept[0].size} patches kept"
         drawn = "document.getElementById('kept').getContext('2d').getImageData(0, 0, 1e4, 1e4).data.some((v) => v)"
-        assert tab.run(drawn) and "compared with dense" in text(tab, "#verdict")
+        assert tab.run(drawn) and "of the dense model's time; then" in text(tab, "#verdict")
         tab.picture(tmp_path / f"{width}.png")
         assert tab.run("document.documentElement.scrollWidth") <= width
         assert not tab.complaints and {request.split("/")[2] for request in tab.requests if "://" in request} == {

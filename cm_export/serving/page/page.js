@@ -173,12 +173,12 @@ async function one(id, dense, signal) {
 }
 
 function compare(sparse, dense) {
-  const times = (a, b) => `${number(a / b, a / b < 0.95 || a / b >= 1.05 ? 1 : 2)} times`;
-  const first = times(dense.queue_s + dense.ttft_s, sparse.queue_s + sparse.ttft_s);
-  const parts = [`first token ${first} as fast`];
-  if (dense.tokens_per_s && sparse.tokens_per_s) parts.push(`then ${times(sparse.tokens_per_s, dense.tokens_per_s)}`);
-  const same = sparse.text === dense.text ? "The same answer" : "Another answer";
-  at("verdict").textContent = `${same}; compared with dense: ${parts.join(", ")}.`;
+  const share = (a, b) => `${number((100 * a) / b, 0)} %`;
+  const first = share(sparse.queue_s + sparse.ttft_s, dense.queue_s + dense.ttft_s);
+  let text = sparse.text === dense.text ? "The dense model says the same." : "The dense model says something else.";
+  text += ` Pruned, the first token took ${first} of the dense model's time`;
+  if (dense.tokens_per_s && sparse.tokens_per_s) text += `; then text came at ${share(sparse.tokens_per_s, dense.tokens_per_s)} of its speed`;
+  at("verdict").textContent = `${text}.`;
   at("verdict").hidden = false;
 }
 
@@ -191,6 +191,7 @@ async function ask(event) {
   at("stop").hidden = false;
   at("verdict").hidden = true;
   at("dense").hidden = true;
+  if (matchMedia("(max-width: 760px)").matches) at("answers").scrollIntoView({ behavior: "smooth" });
   for (const id of ["sparse", "dense"]) at(id).querySelector("dl").replaceChildren();
   try {
     const sparse = await one("sparse", false, running.signal);
