@@ -75,9 +75,12 @@ class Page:
         )
 
     def open(self, file: Path) -> None:
-        self.send("Page.navigate", url=file.resolve().as_uri())
-        end = time.monotonic() + 60
-        while self.run("document.readyState") != "complete" or self.run("location.protocol") != "file:":
+        self.visit(file.resolve().as_uri())
+
+    def visit(self, url: str) -> None:
+        self.send("Page.navigate", url=url)
+        end, protocol = time.monotonic() + 60, url.partition("//")[0]
+        while self.run("document.readyState") != "complete" or self.run("location.protocol") != protocol:
             assert time.monotonic() < end, "the page did not load"
 
     def run(self, script: str) -> Any:

@@ -34,7 +34,7 @@ debug_option = click.option(
 )
 
 
-_MAY_BE_EMPTY = {"prompts", "system"}  # texts; `run` has its own words for an empty question
+_MAY_BE_EMPTY = {"prompt", "prompts", "system"}  # texts; `run` has its own words for an empty question
 
 
 class Verb(click.Command):

@@ -22,6 +22,10 @@ from .writing import Writing
 _MARK = "mark"  # a word that no template writes of its own
 
 
+class NotInTemplate(BundleError):
+    """What was said has no place in the checkpoint's chat template; another question has."""
+
+
 class Chat:
     """The tokenizer of one bundle. Raises BundleError if the checkpoint came without one."""
 
@@ -89,7 +93,7 @@ class Chat:
             except UnicodeEncodeError as e:
                 raise InputError("is not valid text (UTF-8)", where=where) from e
         if self._template is None and (system or pictures or answers):
-            raise BundleError(
+            raise NotInTemplate(
                 "its checkpoint has no chat template, which places pictures, system messages and later questions",
                 where=self._bundle.path,
                 fix="leave them out, or add chat_template.jinja there and build again",
@@ -211,7 +215,7 @@ class Chat:
         try:
             return str(template.render(messages=messages, add_generation_prompt=is_open, **self._special))
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
-            raise BundleError(f"the chat template fails ({e})", where=self._bundle.path) from e
+            raise NotInTemplate(f"the chat template fails ({e})", where=self._bundle.path) from e
 
 
 def _template(bundle: Bundle, config: dict[str, Any]) -> str | None:

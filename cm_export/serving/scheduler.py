@@ -20,6 +20,7 @@ from typing import Protocol
 
 from ..base.errors import CmExportError, InputError
 from ..host.asking import Asked
+from ..host.chat import NotInTemplate
 from ..host.conversation import Answer, Answering, Conversation, Stream
 from ..host.decode import Batch, Row
 from ..host.loaded import LoadedBundle
@@ -388,5 +389,5 @@ class Scheduler:
 def _outcome(event: Finished | Failed) -> str:
     if isinstance(event, Finished):
         return "answered"
-    kinds = ((Cancelled, "cancelled"), (Expired, "expired"), (InputError, "invalid"))
+    kinds = ((Cancelled, "cancelled"), (Expired, "expired"), (InputError, "invalid"), (NotInTemplate, "invalid"))
     return next((name for kind, name in kinds if isinstance(event.error, kind)), "failed")
