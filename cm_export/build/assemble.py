@@ -52,11 +52,18 @@ def _manifest(job: Job, stages: Stages) -> dict[str, Any]:
             "source": named(source),
             "type": source.model_type,
             "revision": source.revision,
-            "files": source.files,
+            "files": source.identity,
+            "adapter": job.merge.to_dict() if job.merge else None,
             "config": job.config,
             "embedding": job.family.embedding,  # the host looks token embeddings up in the weight file
         },
-        "recipe": job.recipe.to_dict() | {"model": None, "calibration": CALIBRATION if job.calibration else None},
+        "recipe": job.recipe.to_dict()
+        | {
+            "model": None,
+            "calibration": CALIBRATION if job.calibration else None,
+            # A name, which no rebuild from elsewhere finds: better than one without the adapter.
+            "adapter": source.adapter.path.name if source.adapter else None,
+        },
         "generation": job.generation.settings,
         "notes": [*job.notes, *job.generation.notes, *_unread(stages.state("weights").get("unread", []))],
         "versions": {n: version(n) for n in _LIBRARIES}

@@ -63,7 +63,7 @@ def build(
         fix = "give a --work-dir that neither holds --out nor lies in it"
         raise InputError("the stages and the bundle would lie in each other", where=work, fix=fix)
     progress("check the checkpoint")
-    source = checkpoint.resolve(model, recipe.revision)
+    source = checkpoint.resolve(model, recipe.revision, Path(recipe.adapter) if recipe.adapter else None)
     notes = _replaced(out, source, force)
     with contextlib.ExitStack() as held:
         held.enter_context(disk.made(out.parent))
@@ -89,7 +89,7 @@ def build(
 def _replaced(out: Path, source: checkpoint.Checkpoint, force: bool) -> list[str]:
     """A note where the bundle at `out` is of other weights of the same name. Raises InputError for another model's."""
     old, name = directory.model_of(out), named(source)
-    if old is None or _weights(old["files"]) == _weights(source.files):
+    if old is None or _weights(old["files"]) == _weights(source.identity):
         return []
     if str(old.get("source")).partition("@")[0] == name.partition("@")[0]:
         return [f"{out} was built from other weights of {name}, and is replaced"]

@@ -20,8 +20,10 @@ from ..plugins.core_ffn.op import ACTIVATIONS
 from ..recipe.recipe import Recipe
 from ..recipe.unread import unread
 from ..source import generation, model, processor
+from ..source.adapter import Merge, fit
 from ..source.checkpoint import Checkpoint
 from ..source.generation import Generation
+from ..source.parameters import parameters
 from ..source.probe import Probe, probe
 from ..surgery import pipeline
 from . import engines
@@ -44,6 +46,7 @@ class Job:
     calibration: Calibration | None  # neurons in the order of the weight file
     order: np.ndarray | None  # [L,F] of the weight file: place -> neuron; None: the checkpoint's own
     measured: str | None  # sha256 of the calibration file
+    merge: Merge | None  # the adapter that the weights are written with
     aim: engines.Aim | None  # of TensorRT engines; None with other backends
     threads: int
     progress: Step
@@ -64,6 +67,7 @@ def prepare(source: Checkpoint, recipe: Recipe, threads: int, progress: Step) ->
         raise InputError(f"unknown hidden_act {shape.activation!r}", where=source.path / "config.json", fix=fix)
     with tempfile.TemporaryDirectory(prefix=disk.TEMPORARY) as work, disk.writing(Path(work)):
         found = processor.check(source.path, source.config, shape, tower, Path(work))
+    merge = fit(source.adapter, parameters(source.path, family)) if source.adapter else None
     settings = generation.read(source.path, source.config)
     notes = (*source.notes, *found, *unread(recipe))
     for note in (*notes, *settings.notes):
@@ -75,8 +79,8 @@ def prepare(source: Checkpoint, recipe: Recipe, threads: int, progress: Step) ->
     measured = file_sha256(Path(recipe.calibration)) if recipe.calibration is not None else None
     inputs = probe(shape, tower, config)  # not the recipe's seed: the weights stage keeps PyTorch's answers to it
     return Job(
-        source, family, config, shape, tower, recipe, inputs, settings, calibration, order, measured, aim, threads,
-        progress, notes,
+        source, family, config, shape, tower, recipe, inputs, settings, calibration, order, measured, merge, aim,
+        threads, progress, notes,
     )  # fmt: skip
 
 
@@ -85,5 +89,5 @@ def _calibration(recipe: Recipe, source: Checkpoint) -> tuple[Calibration | None
     if recipe.calibration is None:
         return None, None
     found = read_calibration(Path(recipe.calibration))
-    belongs(found, source.files, recipe.calibration)
+    belongs(found, source.identity, recipe.calibration)
     return (found.reordered(), found.order) if recipe.neurons.block > 1 else (found, None)

@@ -36,6 +36,8 @@ def print_bundle(bundle: Mapping[str, Any]) -> None:
     """bundle: what `inspect_bundle.describe` returns."""
     console = _console()
     console.print(Text(f"{bundle['path']}  ({_value(bundle['model'])})", style="bold"))
+    if bundle["adapter"]:
+        console.print(_adapter(bundle["adapter"]), markup=False, soft_wrap=True)
     facts = [*_flat(bundle["recipe"]), *((f"pruned {key}", value) for key, value in bundle["pruned"].items())]
     console.print(_table(("recipe", "value"), facts))
     rows = [
@@ -51,6 +53,11 @@ def print_bundle(bundle: Mapping[str, Any]) -> None:
     passes = [(p["graph"], p["name"], f"{p['count']}") for p in bundle["passes"]]
     console.print(_table(("graph", "pass", "sites"), passes, right=(2,)))
     console.print(_table(("made with", "version"), bundle["versions"].items()))
+
+
+def _adapter(adapter: Mapping[str, Any]) -> str:
+    said = "adapter {name}, merged into {weights} weights: rank {rank}, alpha {alpha}".format(**adapter)
+    return f"{said}; sha256 {adapter['files']['adapter_model.safetensors'][:16]}"
 
 
 def _engines(console: Console, engines: Mapping[str, Any]) -> None:

@@ -308,9 +308,11 @@ def check_decoder(text: Config, head_dim: int | None = None) -> None:
     where = "config.json"
     kinds = {*(text.get("layer_types") or [])} - {"full_attention"}
     if "sliding_attention" in kinds:
-        raise InputError("sliding-window attention is not supported", where=f"{where}: use_sliding_window")
+        what, place = "sliding-window attention is not supported", f"{where}: use_sliding_window"
+        raise InputError(what, where=place, fix="docs/families.md says why")
     if kinds:
-        raise InputError(f"{', '.join(sorted(map(str, kinds)))} is not supported", where=f"{where}: layer_types")
+        what, place = f"{', '.join(sorted(map(str, kinds)))} is not supported", f"{where}: layer_types"
+        raise InputError(what, where=place, fix="docs/families.md says why")
     rope = text.get("rope_parameters") or {}
     kind, theta = rope.get("rope_type", "default"), rope.get("rope_theta", 1)
     if any(isinstance(value, dict) for value in rope.values()):

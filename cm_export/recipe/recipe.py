@@ -175,6 +175,9 @@ class Recipe:
         None, "--model", "demo, scenes, qwen2-vl, qwen2-vl-7b, a directory, or a hub id owner/name[@revision]"
     )
     revision: str | None = option(None, "--revision", "Commit, branch or tag of a hub id")
+    adapter: str | None = option(
+        None, "--adapter", "Directory of a LoRA adapter, as peft saves it, that is merged into the weights", path=True
+    )
     neurons: Neurons = field(default_factory=Neurons)
     tokens: Tokens = field(default_factory=Tokens)
     weights: StoredWeights = field(default_factory=StoredWeights)
@@ -278,8 +281,9 @@ def load(name_or_path: str) -> Recipe:
         raise InputError(f"cannot read the recipe ({e.strerror})", where=path) from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise InputError(f"not valid TOML ({e})", where=path) from e
-    if isinstance(values.get("calibration"), str):  # beside the recipe, wherever the command runs
-        values["calibration"] = str(path.parent / values["calibration"])
+    for key in ("calibration", "adapter"):
+        if isinstance(values.get(key), str):  # beside the recipe, wherever the command runs
+            values[key] = str(path.parent / values[key])
     return from_dict(values, str(path))
 
 

@@ -7,6 +7,7 @@
 Nothing is unpickled, no code of a checkpoint runs, and torch is not imported. What a directory may hold is in directory.py.
 """
 
+import dataclasses
 import math
 import os
 import re
@@ -22,7 +23,9 @@ from ..base.hashes import file_sha256
 from ..base.json_file import read_object
 from ..base.links import dead
 from ..recipe.aliases import ALIASES
+from . import adapter as adapters
 from . import directory
+from .adapter import Adapter
 from .safetensors_check import damaged
 
 PATTERNS = ("*.json", "*.txt", "*.jinja", "*.safetensors", "*.model")  # lines of SHA256SUMS about a checkpoint
@@ -43,14 +46,28 @@ class Checkpoint:
     files: dict[str, str]
     config: dict[str, Any]
     notes: tuple[str, ...] = ()  # what is no error and yet may surprise
+    adapter: Adapter | None = None  # to be merged into the weights
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """File -> sha256 of all that the weights of a bundle depend on."""
+        return self.files | {
+            f"adapter/{name}": digest for name, digest in (self.adapter.files if self.adapter else {}).items()
+        }
 
 
-def resolve(model: str, revision: str | None = None) -> Checkpoint:
-    """The verified checkpoint that `model` names. Raises InputError; a first use of a hub id downloads it."""
+def resolve(model: str, revision: str | None = None, adapter: Path | None = None) -> Checkpoint:
+    """The verified checkpoint that `model` names, and the adapter. Raises InputError; a first use of a hub id downloads it."""
     place, wanted = locate(model, revision)
+    lora = adapters.read(adapter) if adapter else None  # before gigabytes are fetched or hashed
+    named, shadowed = model.strip(), _shadowed(model)
     if isinstance(place, Path):
-        return _verified(place, None, source=model.strip(), notes=_shadowed(model))
-    return _verified(*_from_hub(place, wanted), source=model.strip(), notes=_shadowed(model))
+        found = _verified(place, None, named, shadowed)
+    else:
+        found = _verified(*_from_hub(place, wanted), named, shadowed)
+    return (
+        dataclasses.replace(found, adapter=lora, notes=(*found.notes, *adapters.notes(lora, named))) if lora else found
+    )
 
 
 def locate(model: str, revision: str | None = None) -> tuple[Path | str, str | None]:

@@ -14,6 +14,7 @@ from .. import families
 from ..base.errors import InputError
 from ..base.json_file import check_content, read_object
 from ..base.links import dead
+from .not_yet import PAGE, why_not
 from .safetensors_check import FLOATS, INTEGERS, damaged, tensor_types
 
 INDEX = "model.safetensors.index.json"
@@ -117,7 +118,10 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
     known, model_type = families.names(), config.get("model_type")
     if model_type not in known:
         said = f"model_type {model_type!r} is not supported" if model_type else "no model_type"
-        raise InputError(said, where=folder / "config.json", fix=f"supported: {', '.join(known) or 'none'}")
+        reason, fix = why_not(model_type), f"supported: {', '.join(known) or 'none'}"
+        if reason:
+            said, fix = f"{said}, it {reason}", f"{fix}; {PAGE} says what each of the others lacks"
+        raise InputError(said, where=folder / "config.json", fix=fix)
 
 
 def _check_tensors(file: Path, types: Mapping[str, str]) -> None:

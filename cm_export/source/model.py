@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,14 +139,16 @@ def write_weights(
     probe: Probe,
     progress: Callable[..., None],
     order: np.ndarray | None = None,
+    merged: Callable[[str, Any], Any] = lambda name, parameter: parameter,
 ) -> dict[str, Any]:
     """Weight file, processor files and the reference answers of one checkpoint into `folder`.
 
     The file is read back with the safetensors library and compared with the checkpoint, value by value; the reference
     run of stock transformers then reads it. So the model is never in memory twice.
     order [L,F]: neurons are stored in this order (place -> id of the checkpoint), which changes no FFN's meaning.
+    merged: (name, parameter) -> what is written in its place, such as with an adapter in it; the reference run reads that.
     """
-    digest, unread = _write_and_compare(path, family, folder / weights.FILE, progress, order)
+    digest, unread = _write_and_compare(path, family, folder / weights.FILE, progress, order, merged)
     gc.collect()  # models hold cycles; the mapped files leave memory only now
     progress("ask PyTorch for the reference answers")
     stock = reading(path, folder / weights.FILE, family)
@@ -162,23 +165,29 @@ def write_weights(
 
 
 def _write_and_compare(
-    path: Path, family: Family, file: Path, progress: Callable[..., None], order: np.ndarray | None
+    path: Path,
+    family: Family,
+    file: Path,
+    progress: Callable[..., None],
+    order: np.ndarray | None,
+    merged: Callable[[str, Any], Any],
 ) -> tuple[str, list[str]]:
     """Write the weight file, prove it equal to the checkpoint; (its sha256, tensors that the model does not read)."""
     loaded, unread = _load(path, family, stored_dtype(path))
     parameters = dict(loaded.named_parameters())
     del loaded  # nothing of it outlives the call
+    value = {name: partial(merged, name, parameter.detach()) for name, parameter in parameters.items()}
     tensors, total, what = (
-        [planned(n, p, family, neuron_order(n, family, order)) for n, p in parameters.items()],
+        [planned(n, p, family, neuron_order(n, family, order), value[n]) for n, p in parameters.items()],
         len(parameters),
         "write the weights: tensor",
     )
     digest = weights.write(
         file, [_announced(t, i, lambda i: progress(what, i + 1, total)) for i, t in enumerate(tensors)]
     )
-    for i, (name, parameter) in enumerate(parameters.items()):
+    for i, name in enumerate(parameters):
         progress("compare the weights with the checkpoint: tensor", i + 1, total)
-        _compare(file, name, parameter, family, path, neuron_order(name, family, order))
+        _compare(file, name, value[name](), family, path, neuron_order(name, family, order))
     return digest, unread
 
 
@@ -247,14 +256,25 @@ def read_reference(folder: Path) -> dict[str, np.ndarray]:
         return dict(data)
 
 
-def planned(name: str, parameter: Any, family: Family, order: np.ndarray | None = None) -> weights.Planned:
-    """How a parameter is read: whole, or transposed a block of neurons at a time; `order` [F]: place -> neuron."""
+def planned(
+    name: str,
+    parameter: Any,
+    family: Family,
+    order: np.ndarray | None = None,
+    value: Callable[[], Any] | None = None,
+) -> weights.Planned:
+    """How a parameter is read: whole, or transposed a block of neurons at a time; `order` [F]: place -> neuron.
+
+    value: makes what is written in its place, of its shape.
+    """
     import torch
 
     turned = is_neuron_major(name, family)
-    data = parameter.detach().t() if turned else parameter.detach()
+    shape = tuple(parameter.shape)[::-1] if turned else tuple(parameter.shape)
 
     def read(block: int = 4096) -> Iterator[np.ndarray]:
+        data = value() if value else parameter.detach()
+        data = data.t() if turned else data
         if order is not None:
             for start in range(0, data.shape[0], block):
                 ids = torch.from_numpy(order[start : start + block].astype(np.int64))
@@ -266,7 +286,7 @@ def planned(name: str, parameter: Any, family: Family, order: np.ndarray | None 
         for start in range(0, data.shape[0], block):
             yield data[start : start + block].to(torch.float32).contiguous().numpy()
 
-    return weights.Planned(stored_name(name, family), np.dtype("<f4"), tuple(data.shape), read)
+    return weights.Planned(stored_name(name, family), np.dtype("<f4"), shape, read)
 
 
 def _announced(tensor: weights.Planned, number: int, announce: Callable[[int], None]) -> weights.Planned:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def _recipe(job: "Job") -> Recipe:
     """The recipe without what no portable graph depends on: reading `engine` here fails, so that no key can miss it."""
     recipe = dataclasses.replace(
-        job.recipe, model=None, revision=None, calibration=None, backend="", weights=StoredWeights()
+        job.recipe, model=None, revision=None, adapter=None, calibration=None, backend="", weights=StoredWeights()
     )
     return dataclasses.replace(recipe, engine=None)  # type: ignore[arg-type]  # reading it is to fail
 

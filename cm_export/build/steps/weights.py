@@ -14,12 +14,15 @@ if TYPE_CHECKING:
 def _inputs(job: "Job") -> dict[str, Any]:
     # Without an order of neurons it is the same for every recipe.
     order = {} if job.order is None else {"order": fingerprint(job.order)}
-    return {"files": job.source.files, "probe": fingerprint(job.inputs), **order}
+    return {"files": job.source.identity, "probe": fingerprint(job.inputs), **order}
 
 
 def _run(folder: Path, job: "Job", stages: "Stages") -> dict[str, Any]:
     job.progress("load the checkpoint")
-    return model.write_weights(job.source.path, job.family, folder, job.tower, job.inputs, job.progress, job.order)
+    merged = {"merged": job.merge.apply} if job.merge else {}
+    return model.write_weights(
+        job.source.path, job.family, folder, job.tower, job.inputs, job.progress, job.order, **merged
+    )
 
 
 STAGE = Stage("weights", (), _inputs, _run)
