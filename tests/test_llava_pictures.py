@@ -20,8 +20,11 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from cm_export import families
 from cm_export.base import dims
 from cm_export.base.errors import InputError
+from cm_export.build import job
 from cm_export.families import llava, llava_onevision
+from cm_export.recipe.recipe import Recipe
 from cm_export.source import model as hf
+from cm_export.source import probe as source_probe
 
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 CROP = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
@@ -61,7 +64,7 @@ def pictures(count, largest, seed=0):
 def check_squares(tower, case, count, largest):
     given = SQUARE[case]
     rule, theirs = tower.rule(given), THEIRS[given.get("image_processor_type", "Llava")[:4]](**given)
-    for image in pictures(count, largest):
+    for image in pictures(count, largest, list(SQUARE).index(case)):
         expected = theirs([image], return_tensors="np")["pixel_values"]
         np.testing.assert_allclose(tower.picture(image, rule).pixels, expected, rtol=0, atol=1e-5)
 
@@ -247,6 +250,14 @@ def test_a_published_config_gives_the_sizes_of_the_model_and_memory_without_its_
     shape = families.find(config["model_type"]).shape(config)
     assert shape.weights == pytest.approx(1e9 * PUBLISHED[name][1], rel=1e-3)
     assert shape.sees and shape.position_axes == 1 and shape.image_token == PUBLISHED[name][2]
+    assert shape.stop_ids == ((2,) if "1.5" in name else (151645,))
+    asked, recipe = source_probe.probe(shape, tower, config), Recipe()
+    job.check_proof(recipe, tower, asked)
+    with pytest.raises(InputError, match="proved on a prompt"):
+        job.check_proof(recipe.replace(engine__max_prompt=600), tower, asked)
+    if "onevision" in name:
+        with pytest.raises(InputError, match="one of which has more patches"):
+            job.check_proof(recipe.replace(engine__max_patches=1500), tower, asked)
     probe = tower.probes(np.random.default_rng(0))
     assert sum(p.tokens for p in probe) < 2000, "proofs of engines fit into the default prompt"
     assert all(1e7 < tower.memory(p) < 1e9 for p in probe)

@@ -78,10 +78,27 @@ def prepare(source: Checkpoint, recipe: Recipe, threads: int, progress: Step) ->
     pipeline.check_recipe(recipe, shape)
     measured = file_sha256(Path(recipe.calibration)) if recipe.calibration is not None else None
     inputs = probe(shape, tower, config)  # not the recipe's seed: the weights stage keeps PyTorch's answers to it
+    if aim is not None:
+        check_proof(recipe, tower, inputs)
     return Job(
         source, family, config, shape, tower, recipe, inputs, settings, calibration, order, measured, merge, aim,
         threads, progress, notes,
     )  # fmt: skip
+
+
+def check_proof(recipe: Recipe, tower: Tower | None, asked: Probe) -> None:
+    """Raises InputError where engines could not take the prompt and the pictures on which they are proved."""
+    e, tokens = recipe.engine, len(asked.ids)
+    what = "engines are proved on a prompt of {} tokens with pictures of this model"
+    if tokens > e.max_prompt:
+        raise InputError(what.format(tokens), where=f"engine.max_prompt = {e.max_prompt}", fix=f"--max-prompt {tokens}")
+    ranges = tower.axis_ranges(e.max_patches) if tower else {}
+    for port in tower.inputs if tower else ():
+        for picture in asked.pictures:
+            lengths = tower.feeds([picture])[port.name].shape if tower else ()
+            if any(isinstance(a, str) and n > ranges[a][2] for a, n in zip(port.axes, lengths, strict=True)):
+                where = f"engine.max_patches = {e.max_patches}"
+                raise InputError(f"{what.format(tokens)}, one of which has more patches", where=where, fix="raise it")
 
 
 def _calibration(recipe: Recipe, source: Checkpoint) -> tuple[Calibration | None, np.ndarray | None]:

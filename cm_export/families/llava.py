@@ -107,13 +107,14 @@ def _chosen_layers(config: Config) -> list[int]:
 class TileTower(Tower):
     """Squares of one size, attention within each; tokens of patches row by row. What a picture becomes, subclasses say."""
 
-    prefixes = ("model.vision_tower.", "model.multi_modal_projector.")
+    prefixes: tuple[str, ...] = ("model.vision_tower.", "model.multi_modal_projector.")
     min_side = 1
     max_ratio = MAX_RATIO  # a longer strip would be enlarged to gigabytes
 
     def __init__(self, config: Config):
         vision = config["vision_config"]
-        self.size, self.patch, self.heads = vision["image_size"], vision["patch_size"], vision["num_attention_heads"]
+        self.size, self.patch = int(vision["image_size"]), int(vision["patch_size"])
+        self.heads = int(vision["num_attention_heads"])
         self.width, self.ffn = int(vision["hidden_size"]), int(vision["intermediate_size"])
         self.side: int = self.size // self.patch  # patches along one side
         self.kind, self.layers = vision["model_type"], _chosen_layers(config)
@@ -347,7 +348,7 @@ def padded(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
 
     side = max(image.size)
     out = pil.new("RGB", (side, side), background)
-    out.paste(image, tuple((side - n) // 2 for n in image.size))
+    out.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return out
 
 

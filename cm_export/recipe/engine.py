@@ -19,7 +19,8 @@ class EngineSettings:
         choices=tuple(PRECISIONS),
     )
     capacity: int = option(4096, "--capacity", "Rows of the cache: prompt and answer together", low=96, high=2**20)
-    # Proofs of engines use a prompt of 34 tokens and a picture of 12 x (patches merged per side)^2 patches, 48 or 108.
+    # Proofs of engines use, of Qwen2-VL, a prompt of 34 tokens and a picture of 12 x (patches merged per side)^2 patches, 48
+    # or 108; of LLaVA two pictures of 576 tokens. A build says where either is too small.
     max_prompt: int = option(2048, "--max-prompt", "Longest prompt, in tokens", low=48, high=2**19)
     max_patches: int = option(4096, "--max-patches", "Patches of the largest picture", low=128, high=2**20)
     max_batch: int = option(1, "--max-batch", "Requests that decode together", low=1, high=4096)
