@@ -1,5 +1,7 @@
 """What the host of SmolVLM, Idefics3 and InternVL makes of pictures equals transformers': tiles, prompts, token ids."""
 
+import itertools
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tile_models import MERGE, PATCH, RANDOM, TILE, asked_of, processor_of, rule_of, sized, write_processor
+from random_models import random_config
+from tile_models import (
+    MERGE,
+    PATCH,
+    PUBLISHED,
+    RANDOM,
+    TILE,
+    asked_of,
+    processor_of,
+    published,
+    rule_of,
+    sized,
+    write_processor,
+)
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 from transformers.models.smolvlm.image_processing_pil_smolvlm import (
     SmolVLMImageProcessorPil,
@@ -15,9 +30,12 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import (
 )
 
 from cm_export import families
+from cm_export.base.errors import InputError
 from cm_export.families import IMAGE
 from cm_export.families.idefics3 import bounded, brought_to
 from cm_export.host.chat import Chat
+from cm_export.recipe.recipe import Recipe
+from cm_export.source import model as hf
 
 names = pytest.mark.parametrize("name", RANDOM)
 QUESTION = "what shape is red ?"
@@ -136,3 +154,108 @@ def test_grids_of_tiles_are_those_of_transformers(width, height, least, most):
     rule = tower_of("internvl").rule(rule_of("internvl", TILE, min_patches=least, max_patches=most))
     expected = get_optimal_tiled_canvas((height, width), (TILE, TILE), least, most) if most > 1 else (1, 1)
     assert rule.grid((width, height), TILE) == expected
+
+
+# ---------------------------------------------------------------- published checkpoints
+# Bytes of memory that a further tile takes in ONNX Runtime's vision graph, measured with two layers of each tower.
+MEASURED = {
+    "HuggingFaceTB/SmolVLM2-2.2B-Instruct": 57e6,
+    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": 64e6,
+    "OpenGVLab/InternVL3-1B-hf": 112e6,
+}
+
+
+def normalised(name, folder, small=False):
+    (folder / "config.json").write_text(json.dumps(published(name, small)))
+    config = hf.read_config(folder)
+    return families.find(config["model_type"]), config
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_config_gives_the_sizes_of_the_model_and_memory_without_its_weights(name, tmp_path):
+    family, config = normalised(name, tmp_path)
+    family.check_config(config)
+    shape, tower = family.shape(config), family.tower(config)
+    assert shape.weights == pytest.approx(1e9 * PUBLISHED[name][1], rel=1e-3)
+    assert (shape.position_axes, shape.image_token, tower.hidden) == (1, config["image_token_id"], shape.hidden)
+    one, several = (tower.sized(tower.side**2 * n, np.random.default_rng(0))[0] for n in (1, 5))
+    assert tower.memory(several) == 5 * tower.memory(one)
+    if name in MEASURED:
+        assert MEASURED[name] < tower.memory(one) < 1.5 * MEASURED[name]
+    fused, plain = (tower.engine_memory(13 * tower.patches, fused) for fused in (True, False))
+    assert 1e8 < fused < plain < 4e9
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_engines_take_the_largest_picture_of_its_processor_and_a_question(name, tmp_path):
+    family, config = normalised(name, tmp_path)
+    shape, tower = family.shape(config), family.tower(config)
+    rule = tower.rule(rule_of(config["model_type"], tower.size))
+    tiles, tokens = 0, 0
+    for size in itertools.product((400, 900, 1200, 4000), repeat=2):
+        width, height = (n // tower.size for n in tower.resized(size, rule))
+        placed = tower.layout(height, width)
+        tiles, tokens = max(tiles, placed.tokens // tower.side**2), max(tokens, placed.tokens)
+    assert tiles in (13, 17)
+    engine = Recipe().for_model(shape).engine
+    assert tower.axis_ranges(engine.max_patches)["tiles"][2] >= tiles
+    assert engine.max_prompt >= tokens + 512 and engine.capacity >= engine.max_prompt + 2048
+    chosen = Recipe().replace(engine__max_prompt=300).for_model(shape).engine
+    assert (chosen.max_prompt, chosen.max_patches) == (300, 4096), "what somebody chose stays"
+    least = tower.axis_ranges(1)["tiles"]
+    assert least[2] == max(len(p.pixels) for p in tower.probes(np.random.default_rng(0))), "the proofs' pictures fit"
+
+
+WRONG = {
+    "another rule": ("smolvlm", {"image_processor_type": "Qwen2VLImageProcessor"}, "cuts pictures in another way"),
+    "tiles of another size": ("smolvlm", {"max_image_size": {"longest_edge": 30}}, "max_image_size"),
+    "a size that is no edge": ("idefics3", {"size": {"height": 3, "width": 4}}, "size = "),
+    "no number of pixels": ("idefics3", {"size": {"longest_edge": "64"}}, "size = "),
+    "tiles that are not square": ("internvl", {"size": {"height": TILE, "width": 30}}, "size = "),
+    "a broken number": ("internvl", {"max_patches": 1.5}, "max_patches"),
+    "no filter": ("internvl", {"resample": 9}, "resample"),
+    "no division": ("smolvlm", {"image_std": [0.5, 0, 0.5]}, "image_std"),
+    "cropped": ("smolvlm", {"do_center_crop": True}, "do_center_crop"),
+    "no tiles": ("internvl", {"max_patches": 1, "do_resize": False}, "do_resize"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_picture_rule_that_is_not_followed_is_refused_and_named(case):
+    name, rule, said = WRONG[case]
+    with pytest.raises(InputError, match=said):
+        tower_of(name).rule(rule_of(name, TILE, **rule))
+
+
+NOT_EXPORTED = {
+    "a merge that divides no tile": ("idefics3", {"scale_factor": 3}, {}, "scale_factor 3"),
+    "patches larger than a tile": ("smolvlm", {}, {"patch_size": 99}, "image_size"),
+    "tiles that are not square": ("internvl", {}, {"image_size": [28, 56]}, "square"),
+    "a ratio that divides no tile": ("internvl", {"downsample_ratio": 0.3}, {}, "downsample_ratio"),
+    "the class row among the tokens": ("internvl", {"vision_feature_select_strategy": "full"}, {}, "class row"),
+    "features of several layers": ("internvl", {"vision_feature_layer": [-2, -1]}, {}, "vision_feature_layer"),
+    "a layer that is not there": ("internvl", {"vision_feature_layer": -9}, {}, "vision_feature_layer"),
+    "an image token outside the vocabulary": ("smolvlm", {"image_token_id": 10**6}, {}, "image_token_id"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_EXPORTED)
+def test_a_setting_that_cannot_be_exported_is_refused_and_named(case, tmp_path):
+    name, outer, vision, said = NOT_EXPORTED[case]
+    config = sized(name, RANDOM[name](1), TILE, PATCH, MERGE) | outer
+    config["vision_config"] |= vision
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=said):
+        families.find(name).check_config(hf.read_config(tmp_path))
+
+
+@names
+def test_a_decoder_that_no_family_knows_is_refused_by_its_type(name, tmp_path):
+    config = RANDOM[name](1)
+    config["text_config"] = {"model_type": "mixtral", "hidden_size": 32, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"text_config\.model_type 'mixtral'"):
+        families.find(name).check_config(hf.read_config(tmp_path))
+    config["text_config"] = {**random_config(1)["text_config"], "model_type": "qwen2_vl"}
+    with pytest.raises(InputError, match="no plain decoder"):
+        families.find(name).check_config(config)

@@ -1,5 +1,6 @@
 """Random configurations of SmolVLM, Idefics3 and InternVL, the sizes of published checkpoints, and their chat templates."""
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -202,3 +203,79 @@ def answering(name: str, folder: Path, seed: int = 0) -> Path:
     }  # fmt: skip
     config["vision_config"] |= {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     return random_checkpoint(config, folder, seed)
+
+
+# ---------------------------------------------------------------- published checkpoints
+_SIGLIP = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "patch_size": 14,
+}
+_INTERNVIT = {
+    "attention_bias": True, "hidden_act": "gelu", "hidden_size": 1024, "image_size": [448, 448], "intermediate_size": 4096,
+    "layer_norm_eps": 1e-6, "layer_scale_init_value": 0.1, "model_type": "internvl_vision", "norm_type": "layer_norm",
+    "num_attention_heads": 16, "num_channels": 3, "num_hidden_layers": 24, "patch_size": [14, 14], "use_qk_norm": False,
+    "use_absolute_position_embeddings": True, "use_mask_token": False, "use_mean_pooling": True,
+}  # fmt: skip
+
+
+def _internvl(**text: Any) -> dict[str, Any]:
+    shared = {
+        "model_type": "qwen2", "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu", "num_key_value_heads": 2,
+        "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "sliding_window": None,
+        "use_sliding_window": False, "vocab_size": 151674,
+    }  # fmt: skip
+    found = {"model_type": "internvl", "downsample_ratio": 0.5, "image_seq_length": 256, "image_token_id": 151667}
+    found |= {"projector_hidden_act": "gelu", "vision_feature_layer": -1, "vision_feature_select_strategy": "default"}
+    return found | {"vision_config": _INTERNVIT, "text_config": shared | text}
+
+
+# config.json of published checkpoints, as far as it says sizes, and their weights of a decoded token in 10^9.
+PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
+    "HuggingFaceTB/SmolVLM2-2.2B-Instruct": (
+        {"model_type": "smolvlm", "image_token_id": 49190, "scale_factor": 3, "tie_word_embeddings": False,
+         "vision_config": _SIGLIP | {"model_type": "smolvlm_vision", "image_size": 384},
+         "text_config": {"model_type": "llama", "head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192,
+                         "max_position_embeddings": 8192, "num_hidden_layers": 24, "rms_norm_eps": 1e-5,
+                         "rope_theta": 130000, "vocab_size": 49280}},
+        1.7115,
+    ),
+    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": (
+        {"model_type": "smolvlm", "image_token_id": 49190, "scale_factor": 4, "tie_word_embeddings": False,
+         "vision_config": {"model_type": "smolvlm_vision", "hidden_size": 768, "image_size": 512,
+                           "num_attention_heads": 12, "patch_size": 16},
+         "text_config": {"model_type": "llama", "head_dim": 64, "hidden_size": 960, "intermediate_size": 2560,
+                         "max_position_embeddings": 8192, "num_attention_heads": 15, "num_hidden_layers": 32,
+                         "num_key_value_heads": 5, "rms_norm_eps": 1e-5, "rope_theta": 100000, "vocab_size": 49280}},
+        0.3619,
+    ),
+    "HuggingFaceM4/Idefics3-8B-Llama3": (
+        {"model_type": "idefics3", "image_token_id": 128257, "scale_factor": 2, "tie_word_embeddings": False,
+         "vision_config": _SIGLIP | {"model_type": "idefics3", "image_size": 364},
+         "text_config": {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                         "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+                         "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "vocab_size": 128259,
+                         "eos_token_id": [128001, 128008, 128009],
+                         "rope_scaling": {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                                          "original_max_position_embeddings": 8192, "rope_type": "llama3"}}},
+        7.5047,
+    ),
+    "OpenGVLab/InternVL3-1B-hf": (
+        _internvl(hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_hidden_layers=24), 0.4937,
+    ),
+    "OpenGVLab/InternVL3-2B-hf": (
+        _internvl(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_hidden_layers=28), 1.5432,
+    ),
+}  # fmt: skip
+
+
+def published(name: str, small: bool = False) -> dict[str, Any]:
+    """A published config.json; `small`: two layers each of tower and decoder, and a small vocabulary."""
+    config = copy.deepcopy(PUBLISHED[name][0])
+    if small:
+        config["text_config"] |= {"num_hidden_layers": 2, "vocab_size": 512, "bos_token_id": 0, "eos_token_id": 2}
+        config["vision_config"] |= {"num_hidden_layers": 2}
+        config |= {"image_token_id": IMAGE, "pad_token_id": 0}
+    return config

@@ -57,6 +57,10 @@ class Shape:
     position_axes: int = 1  # A of position_ids [A,B,S]: one row for plain rotary positions, three for M-RoPE
     image_token: int = -1  # equals no token id, so that without pictures every token is text
     whole_layers: int = 0  # layers that must see every token: image tokens may be cut after them, not before
+    largest: tuple[int, int] = (
+        0,
+        0,
+    )  # patches and image tokens of the usual processor's largest picture; 0: any number
 
     @property
     def weights(self) -> int:

@@ -44,7 +44,7 @@ class Idefics3(Family):
 
     def shape(self, config: Config) -> Shape:
         """Sizes of a checkpoint. Raises InputError."""
-        return text_shape(config)
+        return self.tower(config).holding(text_shape(config), 4 * 4)
 
     def check_config(self, config: Config) -> None:
         """Refuse what a static graph cannot hold rightly. Raises InputError naming the setting."""
@@ -69,7 +69,7 @@ def text_model(config: Config) -> Family:
     except InputError as e:
         what = f"text_config.model_type {kind!r} is not supported"
         raise InputError(what, where="config.json", fix=e.fix) from e
-    if found.tower(config) or any(getattr(found, name) != getattr(Family, name) for name in names):
+    if any(getattr(found, name) != getattr(Family, name) for name in names):
         raise InputError(f"text_config.model_type {kind!r} is no plain decoder", where="config.json")
     return found
 
@@ -185,6 +185,10 @@ class TileTower(Tower):
     def cut(self, image: Image.Image, rule: Any) -> tuple[list[np.ndarray], int, int]:
         """Tiles of a picture [3,S,S], row by row, then the thumbnail; rows and columns of tiles."""
 
+    def holding(self, shape: Shape, tiles: int) -> Shape:
+        """The same with a largest picture of so many tiles and a thumbnail."""
+        return replace(shape, largest=((tiles + 1) * self.patches, (tiles + 1) * self.side**2))
+
     def module(self, model: Any) -> torch.nn.Module:
         """The tower and what makes image tokens of its patches."""
         from torch import nn
@@ -258,7 +262,7 @@ class TileTower(Tower):
 
     def memory(self, picture: Picture) -> int:
         """Scores of every head, the residual stream with its branches, and the FFN: all tiles of the picture at once."""
-        return len(picture.pixels) * 4 * (2 * self.heads * self.rows**2 + self.rows * (8 * self.width + 3 * self.ffn))
+        return len(picture.pixels) * 4 * (self.heads * self.rows**2 + self.rows * (4 * self.width + 2 * self.ffn))
 
     def most_tiles(self, patches: int) -> int:
         """How many tiles a picture of so many patches has; every engine takes the pictures of the probe."""

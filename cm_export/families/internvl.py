@@ -24,6 +24,7 @@ from .idefics3 import TileTower, check_text, check_tile, text_shape, tiles_of
 if TYPE_CHECKING:
     from PIL import Image
 
+MOST = 12  # tiles of a picture besides the thumbnail, where the file says nothing
 # CLIP's colours, which the processor takes where the file says nothing.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -37,7 +38,7 @@ class InternVL(Family):
 
     def shape(self, config: Config) -> Shape:
         """Sizes of a checkpoint. Raises InputError."""
-        return text_shape(config)
+        return self.tower(config).holding(text_shape(config), MOST)
 
     def check_config(self, config: Config) -> None:
         """Refuse what a static graph cannot hold rightly. Raises InputError naming the setting."""
@@ -150,7 +151,7 @@ class InternVLTower(TileTower):
             what = f"size = {size!r}, tiles of this model have {self.size} pixels (vision_config.image_size)"
             fix = f'write {{"height": {self.size}, "width": {self.size}}}'
             raise InputError(what, where=RULE_FILE, fix=fix)
-        least, most = (number(processor, f"{m}_patches", d, RULE_FILE, above=0) for m, d in (("min", 1), ("max", 12)))
+        least, most = (number(processor, f"{m}_patches", d, RULE_FILE, above=0) for m, d in (("min", 1), ("max", MOST)))
         if least != int(least) or most != int(most):
             raise InputError("min_patches and max_patches are not whole numbers", where=RULE_FILE, fix=FIX)
         if most <= 1 and not flag(processor, "do_resize", True, RULE_FILE):

@@ -30,6 +30,7 @@ VOTERS = ("all", "text", "last")
 BLOCKS = (1, 8, 16, 32)
 TINY = 2**25  # weights of a decoder below which neither fewer bits nor fewer rows make a step much faster
 ACTIVE_SHARE = 0.83  # keeps at least .95 of the next tokens of a small language model (docs/active.md)
+QUESTION = 512  # tokens of a prompt beside those of its picture, for which engines hold room
 _OF_ACTIVE = ("neurons__share", "neurons__rest_share")
 LEAST_ACTIVE = 0.2  # share that a policy of thresholds can be asked for
 BEFORE_LAYERS = {"embeds", "image_mask", "vote", "seed"}  # what a token policy can read before the first layer
@@ -207,9 +208,10 @@ class Recipe:
     def for_model(self, shape: "Shape") -> "Recipe":
         """The recipe as a bundle of this model records it; of a tiny model, neurons that nobody asked to prune stay.
 
-        Without pictures, so do tokens; a cut that nobody placed gives way to layers that must see every token.
+        Without pictures, so do tokens; a cut that nobody placed gives way to layers that must see every token, and limits
+        of engines that nobody chose to the largest picture.
         """
-        found = self._weighed(shape)
+        found = self._weighed(shape)._holding(shape)
         if not shape.sees and not self._asked("tokens"):
             return found.replace(tokens__policy="dense")
         if "tokens__prune_layer" not in self.chosen and 0 < self.tokens.prune_layer < shape.whole_layers:
@@ -234,6 +236,19 @@ class Recipe:
             fixed = found.neurons.policy != "dense" and not found.neurons.by_threshold
             found = found.replace(weights__precision="int8" if pays and not fixed else "fp32")
         return found
+
+    def _holding(self, shape: "Shape") -> "Recipe":
+        """The same with engines that take the largest picture, a question about it and an answer, where nobody chose less."""
+        engine, (patches, tokens) = self.engine, shape.largest
+        prompt = max(engine.max_prompt, tokens + QUESTION)
+        wanted = {
+            "max_patches": max(engine.max_patches, patches),
+            "max_prompt": prompt,
+            "capacity": max(engine.capacity, prompt + engine.capacity - engine.max_prompt),
+        }
+        if tokens and not {f"engine__{key}" for key in wanted} & self.chosen:
+            return self.replace(**{f"engine__{k}": v for k, v in wanted.items() if v != getattr(engine, k)})
+        return self
 
     def _asked(self, table: str) -> bool:
         """Whether somebody set a key of this table."""
