@@ -87,7 +87,9 @@ def rows_per_step(url):
     """(sum, count) of the rows of all steps so far."""
     connection = HTTPConnection(urlsplit(url).netloc)
     connection.request("GET", "/metrics")
-    lines = dict(line.split() for line in connection.getresponse().read().decode().splitlines() if " " in line and line[0] != "#")
+    lines = dict(
+        line.split() for line in connection.getresponse().read().decode().splitlines() if " " in line and line[0] != "#"
+    )
     connection.close()
     return float(lines["cm_export_batch_rows_sum"]), float(lines["cm_export_batch_rows_count"])
 
@@ -97,7 +99,20 @@ def measure(bundle, threads, tokens, rounds):
     with cm_export.load(bundle, threads=threads) as model:
         alone = in_process(model, tokens, rounds)
         versions = model.bundle.manifest["versions"]
-    command = [sys.executable, "-m", "cm_export", "serve", bundle, "--name", "demo", "--port", 0, "--threads", threads, "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "cm_export",
+        "serve",
+        bundle,
+        "--name",
+        "demo",
+        "--port",
+        0,
+        "--threads",
+        threads,
+        "--quiet",
+    ]
     started = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         url, rows = started.stdout.readline().strip(), []
