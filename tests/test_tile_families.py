@@ -295,12 +295,23 @@ def test_run_answers_as_transformers_does_with_its_own_processor(name, sizes, sy
 
 def test_a_later_question_on_the_command_line_is_the_conversation_of_transformers(name, tmp_path):
     """Both questions in one run, the second over the cache of the first."""
-    model, plan = bundle_of(name, "--tokens", "dense", "--neurons", "dense")
+    model, plan = bundle_of(name)
     ((image, path),) = drawn(tmp_path, [(50, 30)])
-    words = ["--image", path, "--prompt", QUESTION, "--prompt", "and the line ?", "--max-new-tokens", "6", "--json"]
+    words = [
+        "--image",
+        path,
+        "--prompt",
+        QUESTION,
+        "--prompt",
+        "and the line ?",
+        "--max-new-tokens",
+        "6",
+        "--json",
+        "--dense",
+    ]
     done = cm_export("run", plan, *words)
     assert done.returncode == 0, done.stderr
-    first, second = json.loads(done.stdout)
+    first, second = json.loads(done.stdout)["turns"]
     processor = processor_of(name, model)
     said = [({"type": "image", "image": image}, QUESTION), (None, "and the line ?")]
     messages = []
@@ -338,7 +349,7 @@ def test_kept_tokens_are_counted_and_drawn_where_they_lie(name, tmp_path):
 
 
 def test_thresholds_and_weights_of_4_bits_answer(name, tmp_path):
-    _, plan = bundle_of(name, "--neurons", "active", "--weights", "int4")
+    _, plan = bundle_of(name, "--neurons", "active", "--weights", "int4", "--prune-layer", "1")
     ((_, path),) = drawn(tmp_path, [(60, 80)])
     done = cm_export("run", plan, "--image", path, "--prompt", QUESTION, "--max-new-tokens", "4", "--json")
     assert done.returncode == 0, done.stderr
