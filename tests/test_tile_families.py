@@ -22,8 +22,12 @@ from tile_models import RANDOM, answering, asked_of, processor_of
 from tolerances import agrees
 
 from cm_export import families
+from cm_export.bundle.bundle import Bundle
+from cm_export.evals import bench
 from cm_export.families import IMAGE, Picture, Pictures
+from cm_export.host.overlay import compose
 from cm_export.host.request import Request, prefill_feeds, sparse_feeds
+from cm_export.host.runner import Runner
 from cm_export.recipe.recipe import Recipe
 
 WIDE = [(name, seed) for name in RANDOM for seed in range(10, 18)]
@@ -287,3 +291,88 @@ def test_run_answers_as_transformers_does_with_its_own_processor(name, sizes, sy
     found = json.loads(done.stdout)
     assert (found["prompt_tokens"], found["image_tokens"]) == (ids.shape[1], image_tokens)
     assert found["token_ids"] == tokens
+
+
+def test_a_later_question_on_the_command_line_is_the_conversation_of_transformers(name, tmp_path):
+    """Both questions in one run, the second over the cache of the first."""
+    model, plan = bundle_of(name)
+    ((image, path),) = drawn(tmp_path, [(50, 30)])
+    words = [
+        "--image",
+        path,
+        "--prompt",
+        QUESTION,
+        "--prompt",
+        "and the line ?",
+        "--max-new-tokens",
+        "6",
+        "--json",
+        "--dense",
+    ]
+    done = cm_export("run", plan, *words)
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout)["turns"]
+    processor = processor_of(name, model)
+    said = [({"type": "image", "image": image}, QUESTION), (None, "and the line ?")]
+    messages = []
+    for i, (picture, text) in enumerate(said):
+        messages.append({"role": "user", "content": [*([picture] if picture else []), {"type": "text", "text": text}]})
+        if i == 0:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": first["text"]}]})
+    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    expected = processor.apply_chat_template(messages, **how)["input_ids"]
+    assert second["prompt_tokens"] == expected.shape[1]
+
+
+def test_kept_tokens_are_counted_and_drawn_where_they_lie(name, tmp_path):
+    """A thumbnail's tokens count and cover no cell."""
+    _, plan = bundle_of(name)
+    ((_, path),) = drawn(tmp_path, [(90, 50)])
+    words = ["--image", path, "--prompt", QUESTION, "--max-new-tokens", "2", "--json", "--token-share"]
+    for share in ("1", "0.3"):
+        done = cm_export("run", plan, *words, share, "--overlay", tmp_path / f"{share}.png")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert found["image_tokens_kept"] == round(float(share) * found["image_tokens"])
+        assert found["kept_tokens"] == found["prompt_tokens"] - found["image_tokens"] + found["image_tokens_kept"]
+    runner = Runner(Bundle(plan), threads=1)
+    picture = runner.tower.picture(Image.open(path).convert("RGB"), runner.picture_rule)
+    rows, columns = picture.grid[1:]
+    stays = np.zeros(picture.tokens, bool)
+    stays[[0, 1, runner.tower.side**2, picture.tokens - 1]] = (
+        True  # two of the first tile, one of the next, one of the last
+    )
+    kept = picture.layout.kept(stays)
+    assert kept.shape == (rows, columns)
+    assert np.argwhere(kept).tolist() == [[0, 0], [0, 1], [0, runner.tower.side]], "and none of the thumbnail"
+    assert compose(Image.open(path), kept).size[0] % columns == 0
+
+
+def test_thresholds_and_weights_of_4_bits_answer(name, tmp_path):
+    _, plan = bundle_of(name, "--neurons", "active", "--weights", "int4", "--prune-layer", "1")
+    ((_, path),) = drawn(tmp_path, [(60, 80)])
+    done = cm_export("run", plan, "--image", path, "--prompt", QUESTION, "--max-new-tokens", "4", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["image_tokens_kept"] < found["image_tokens"] and found["neurons_kept"] < found["neurons"]
+    packed = Bundle(plan).packed
+    assert packed is not None and any(name.startswith("vision.") for name in packed.entries)
+
+
+def test_bench_and_eval_take_it(name, tmp_path):
+    _, plan = bundle_of(name)
+    words = ["--new-tokens", "2", "--repeats", "1", "--json"]
+    done = cm_export("bench", plan, "--image-tokens", "20", "--vision", *words)
+    assert done.returncode == 0, done.stderr
+    done = cm_export("bench", plan, "--image-tokens", "21", *words)
+    assert done.returncode == 2 and "no picture has 21 image tokens" in done.stderr
+    drawn(tmp_path, [(60, 80)])
+    (tmp_path / "my.jsonl").write_text(json.dumps({"image": "0.png", "question": QUESTION, "answer": "circle"}))
+    done = cm_export("eval", plan, "--data", tmp_path / "my.jsonl", "--out", tmp_path / "r.json", "--quiet")
+    assert done.returncode == 0, done.stderr
+
+
+def test_bench_takes_the_nearest_number_of_image_tokens_that_pictures_have(name):
+    """4 image tokens a tile: one tile, or three and more of them."""
+    tower = Bundle(bundle_of(name)[1]).tower
+    assert [bench.likely(tower, n) for n in (1, 4, 7, 9, 29, 256)] == [4, 4, 4, 12, 28, 256]

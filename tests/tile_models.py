@@ -199,7 +199,7 @@ def answering(name: str, folder: Path, seed: int = 0) -> Path:
     config = sized(name, RANDOM[name](5), TILE, PATCH, MERGE)
     config["text_config"] |= {
         "vocab_size": vocab, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "hidden_act": "silu", "num_hidden_layers": 4, "head_dim": 16,
+        "num_key_value_heads": 2, "hidden_act": "silu", "num_hidden_layers": 2, "head_dim": 16,
     }  # fmt: skip
     config["vision_config"] |= {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     return random_checkpoint(config, folder, seed)

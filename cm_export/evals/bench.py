@@ -48,7 +48,7 @@ def measure(
     bundle = Bundle(path)
     runner = Runner(bundle, threads, backend=backend)
     if image_tokens is None:
-        image_tokens = _likely(runner.tower) if bundle.shape.sees else 0
+        image_tokens = likely(runner.tower, IMAGE_TOKENS) if bundle.shape.sees else 0
     runner.check_length(prompt_tokens + image_tokens + new_tokens)  # before so many patches are made
     pictures = _pictures(runner, image_tokens) if image_tokens or vision else []
     request = made_up_request(runner, prompt_tokens, pictures)
@@ -130,10 +130,10 @@ def _timed(
     return prefilled, steps.per_step(prefilled, len(spent))
 
 
-def _likely(tower: Tower) -> int:
-    """The number of image tokens nearest to IMAGE_TOKENS that pictures can have."""
+def likely(tower: Tower, wanted: int) -> int:
+    """The number of image tokens nearest to `wanted` that pictures can have."""
     for distance in itertools.count():
-        for tokens in (IMAGE_TOKENS - distance, IMAGE_TOKENS + distance):
+        for tokens in (wanted - distance, wanted + distance):
             with contextlib.suppress(InputError):
                 if tokens > 0 and tower.sized(tokens, np.random.default_rng(0)):
                     return tokens

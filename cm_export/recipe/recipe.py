@@ -173,7 +173,9 @@ class Recipe:
     """Everything that decides what a bundle is, besides the checkpoint itself."""
 
     model: str | None = option(
-        None, "--model", "demo, scenes, qwen2-vl, qwen2-vl-7b, a directory, or a hub id owner/name[@revision]"
+        None,
+        "--model",
+        "demo, scenes, qwen2-vl, smolvlm2-2.2b or another short name, a directory, or a hub id owner/name[@revision]",
     )
     revision: str | None = option(None, "--revision", "Commit, branch or tag of a hub id")
     adapter: str | None = option(

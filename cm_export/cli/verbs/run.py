@@ -118,9 +118,8 @@ def command(
             from ...host.overlay import draw_overlay
 
             for drawing, picture, kept in zip(here, images, answer.kept, strict=True):
-                draw_overlay(
-                    picture.image, kept, drawing, f"{int(kept.sum())} of {kept.size} image tokens kept\n{prompt}"
-                )
+                caption = f"image tokens kept in {int(kept.sum())} of {kept.size} cells\n{prompt}"
+                draw_overlay(picture.image, kept, drawing, caption)
         turn = {"text": answer.text, "token_ids": answer.token_ids, **answer.stats}
         turn |= {"notes": answer.notes, "overlays": here}
         first = first or answer.stats
