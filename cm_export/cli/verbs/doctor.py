@@ -18,6 +18,7 @@ EXTRAS = {
     "tensorrt-rtx": "builds and runs engines on RTX cards: --backend tensorrt-rtx",
     "eval": "brings the pictures and questions that `cm-export eval` asks",
     "bench": "measures neuron policies on a real language model: `make bench-quality`",
+    "serve": "answers over HTTP as OpenAI's API does: `cm-export serve`",
     "tune": "searches recipes: `cm-export tune`",
     "dev": "runs the tests and the linter",
 }
