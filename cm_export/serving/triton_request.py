@@ -17,7 +17,7 @@ import numpy as np
 
 from ..base.errors import InputError
 from ..host.conversation import Answer
-from . import wire
+from . import plain, wire
 from .triton_settings import Settings
 from .wire import Wanted
 
@@ -159,7 +159,7 @@ def _messages(given: Given) -> Any:
         if len(said) > _MESSAGES_BYTES:
             raise InputError(f"has more than {_MESSAGES_BYTES >> 20} MiB", where="messages", fix="send less")
         try:
-            return wire.parse(said)
+            return plain.parse(said)
         except InputError as e:
             raise InputError(e.what, where="messages", fix="send a JSON list of messages") from e
     first = [] if system is None else [{"role": "system", "content": _text(system, "system")}]

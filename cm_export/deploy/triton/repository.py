@@ -24,7 +24,7 @@ from typing import Any
 from ... import __version__
 from ...base import atomic, disk
 from ...base.errors import CmExportError, InputError
-from ...base.json_file import read_json
+from ...base.json_file import read_object
 from ...base.links import behind_links
 from ...bundle.bundle import MANIFEST, Bundle
 from ...families import Arrays
@@ -116,7 +116,7 @@ def check_out(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()):
         if not (out / RECORD).is_file():
             raise InputError("holds something that is no repository of ours", where=out, fix="give another --out")
-        ours = set(read_json(out / RECORD, "cm-export deploy triton").get("files", ()))
+        ours = set(read_object(out / RECORD, "give another --out").get("files", ()))
         foreign = [f for f in _files(out) if f not in ours]
         if foreign:
             fix = "move it elsewhere, or give another --out"

@@ -10,14 +10,16 @@ from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 
-from packaging.requirements import Requirement
-
 from ...base.errors import CmExportError
-from ...base.install import DISTRIBUTION, pip_install
+from ...base.install import pip_install
 
 # In the order of imports, from the first to `serving`; without what makes bundles.
 PACKAGES = (
-    "base", "quant", "families", "recipe", "bundle", "plugins", "policies", "host", "backends", "serving",
+    "base", "quant", "families", "recipe", "bundle", "plugins", "policies", "surgery", "host", "backends", "serving",
+)  # fmt: skip
+# Distributions that these import; a test compares them with what the files say.
+NEEDS = (
+    "jinja2", "ml-dtypes", "numpy", "onnx", "onnxruntime", "packaging", "pillow", "psutil", "safetensors", "tokenizers",
 )  # fmt: skip
 _IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.cu", "*.cuh", "native", "emulator", "harness")
 
@@ -32,22 +34,22 @@ def copy(folder: Path) -> None:
 
 
 def requirements(tensorrt: str | None) -> list[str]:
-    """Lines of requirements.txt: what the package needs, in the versions that are here; `tensorrt`: that of engines.
+    """Lines of requirements.txt: what that package imports, in the versions that are here; `tensorrt`: that of engines.
 
-    Containers of older Pythons than this one's take the lowest versions that the package admits instead.
+    A container with an older Python than 3.11 takes what there is for it.
     """
-    try:
-        lines = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or ()]
-    except metadata.PackageNotFoundError as e:
-        raise CmExportError(
-            "is not installed, so nothing says what it needs", where=DISTRIBUTION, fix=pip_install()
-        ) from e
     out = []
-    for line in lines:
-        if line.marker is None or (line.marker.evaluate({"extra": ""}) and "extra" not in str(line.marker)):
-            out.append(f"{line.name}=={metadata.version(line.name)}; python_version >= '3.11'")
-        if line.marker is None or ("extra" not in str(line.marker) and "<" in str(line.marker)):
-            out.append(f"{line.name}{line.specifier}; python_version < '3.11'")
-    if tensorrt:
-        out += [f"tensorrt=={tensorrt}", "cuda-bindings>=12.8"]
-    return out
+    for name in NEEDS:
+        found = next(filter(None, map(_version, (name, f"{name}-gpu"))), None)
+        if found is None:
+            raise CmExportError("is not installed, so its version is not known", where=name, fix=pip_install())
+        out += [f"{found}; python_version >= '3.11'", f"{name}; python_version < '3.11'"]
+    out.append("tomli; python_version < '3.11'")
+    return [*out, f"tensorrt=={tensorrt}", "cuda-bindings>=12.8"] if tensorrt else out
+
+
+def _version(name: str) -> str | None:
+    try:
+        return f"{name}=={metadata.version(name)}"
+    except metadata.PackageNotFoundError:
+        return None
