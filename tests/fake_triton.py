@@ -68,7 +68,7 @@ class _Metric:
 
 
 class MetricFamily:
-    COUNTER, GAUGE = "counter", "gauge"
+    COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
     all: dict = {}  # noqa: RUF012
 
     def __init__(self, name: str, description: str, kind: str):

@@ -183,8 +183,18 @@ def test_the_package_in_the_repository_answers_without_another_one(deployed, tmp
     assert done.stdout.startswith(str(deployed[0] / "vlm" / "1"))
 
 
-OPTIONAL = {"torch", "transformers", "prometheus_client", "tensorrt", "tensorrt_rtx", "cuda", "tomli", "tomllib"}
-MODULES = {"PIL": "pillow", "ml_dtypes": "ml-dtypes"}
+OPTIONAL = {
+    "click",
+    "torch",
+    "transformers",
+    "prometheus_client",
+    "tensorrt",
+    "tensorrt_rtx",
+    "cuda",
+    "tomli",
+    "tomllib",
+}
+MODULES = {"PIL": "pillow", "ml_dtypes": "ml-dtypes", "onnx_graphsurgeon": "onnx-graphsurgeon"}
 
 
 def test_the_requirements_are_what_the_package_in_the_repository_imports(deployed):
@@ -251,7 +261,8 @@ def test_engines_become_plans_in_the_container_of_their_tensorrt(whole_bundle):
     assert plan.how == "tensorrt_plan" and plan.container.image.endswith(":25.09-py3") and plan.left_out == {}
     assert plan.files("prefill") == {"model.plan": "engines/prefill.plan"} and plan.plugins.endswith("libcm_plugins.so")
     assert not fit.plan(with_engines(whole_bundle, version="99.1"), None, "in_process").container.known
-    assert runtime.requirements("10.13.3.9")[-2:] == ["tensorrt==10.13.3.9", "cuda-bindings>=12.8"]
+    assert "numpy<2" in runtime.requirements("10.6.0.26", containers.of_engines("10.6.0.26"))
+    assert runtime.requirements("10.13.3.9", plan.container)[-2:] == ["tensorrt==10.13.3.9", "cuda-bindings>=12.8"]
 
 
 def test_engines_that_write_their_cache_in_place_get_no_decode_model_but_answer_in_process(whole_bundle):
@@ -354,14 +365,22 @@ def test_what_cannot_be_answered_is_an_invalid_argument_in_one_line(vlm):
         assert re.search(words, sent.error.text), (words, sent.error.text)
 
 
+def until(true, seconds=20.0):
+    """Wait for what other threads do."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "did not come true"
+        time.sleep(0.005)
+
+
 LONG = {"text_input": b"hello", "max_tokens": 1024, "min_tokens": 1024, "stream": True}
 
 
 def test_a_closed_stream_frees_its_place_and_more_than_can_wait_are_refused(vlm):
-    running = [ask(vlm, **LONG) for _ in range(4)]
-    end = time.monotonic() + 20
-    while vlm.scheduler.load().queued < 2 and time.monotonic() < end:
-        time.sleep(0.01)
+    running = []
+    for busy in ((2, 0), (2, 2)):
+        running += [ask(vlm, **LONG) for _ in range(2)]
+        until(lambda busy=busy: (vlm.scheduler.load().running, vlm.scheduler.load().queued) == busy)
     refused = ask(vlm, text_input=b"hello")
     refused.wait()
     assert refused.error.code == refused.error.UNAVAILABLE and "try again" in refused.error.text
@@ -377,12 +396,10 @@ def test_the_log_has_a_line_for_each_request_and_no_text_of_it(vlm):
     fake_triton.Logger.lines.clear()
     ask(vlm, text_input=b"hello secret").wait()
     ask(vlm, text_input=b"secret", max_tokens=0).wait()
-    end = time.monotonic() + 5
-    while len(fake_triton.Logger.lines) < 2 and time.monotonic() < end:
-        time.sleep(0.01)
+    until(lambda: len(fake_triton.Logger.lines) == 2)
     lines = [json.loads(line.removeprefix("cm-export request ")) for line in fake_triton.Logger.lines]
     assert sorted(line["outcome"] for line in lines) == ["InputError", "answered"]
     assert "secret" not in "".join(fake_triton.Logger.lines)
     families = fake_triton.MetricFamily.all
-    assert families["cm_export_time_to_first_token_seconds_count"].metrics[0].value >= 1
+    assert families["cm_export_time_to_first_token_seconds"].metrics[0].seen
     assert families["cm_export_requests_waiting"].metrics[0].labels == {"model": "vlm", "version": "1"}

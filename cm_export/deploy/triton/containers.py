@@ -25,6 +25,9 @@ TENSORRT = {
     "10.14.1": "25.11",
 }
 
+# From this one on the Python backend's stub reads arrays of numpy 2; older ones end at the first text (pybind11 before 2.12).
+NUMPY_2 = "24.12"
+
 # docs/introduction/compatibility.md of Triton's sources: 25.10 has ONNX Runtime 1.23.1, 1.23.0 computes attention wrongly.
 ONNXRUNTIME = "25.10"
 
@@ -39,6 +42,11 @@ class Container:
     @property
     def image(self) -> str:
         return f"{IMAGE}:{self.tag}-py3"
+
+    @property
+    def takes_numpy_2(self) -> bool:
+        """Whether a Python model in it may use numpy 2."""
+        return not self.known or self.tag >= NUMPY_2
 
 
 def of_engines(version: str) -> Container:

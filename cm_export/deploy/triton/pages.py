@@ -43,7 +43,7 @@ def files(bundle: Bundle, name: str, plan: Plan, settings: Settings) -> dict[str
     return {
         "README.md": readme,
         "Dockerfile": config.render("Dockerfile.j2", container=plan.container),
-        "requirements.txt": "\n".join(runtime.requirements(plan.tensorrt)) + "\n",
+        "requirements.txt": "\n".join(runtime.requirements(plan.tensorrt, plan.container)) + "\n",
         "vlm/config.pbtxt": config.vlm(settings),
         "vlm/1/model.py": config.render("model.py.j2"),
     }

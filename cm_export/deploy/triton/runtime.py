@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ...base.errors import CmExportError
 from ...base.install import pip_install
+from .containers import Container
 
 # In the order of imports, from the first to `serving`; without what makes bundles.
 PACKAGES = (
@@ -19,7 +20,8 @@ PACKAGES = (
 )  # fmt: skip
 # Distributions that these import; a test compares them with what the files say.
 NEEDS = (
-    "jinja2", "ml-dtypes", "numpy", "onnx", "onnxruntime", "packaging", "pillow", "psutil", "safetensors", "tokenizers",
+    "jinja2", "ml-dtypes", "numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "packaging", "pillow", "psutil",
+    "safetensors", "tokenizers",
 )  # fmt: skip
 _IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.cu", "*.cuh", "native", "emulator", "harness")
 
@@ -33,13 +35,16 @@ def copy(folder: Path) -> None:
         shutil.copytree(Path(str(files(f"cm_export.{name}"))), there / name, ignore=_IGNORED)
 
 
-def requirements(tensorrt: str | None) -> list[str]:
+def requirements(tensorrt: str | None, container: Container) -> list[str]:
     """Lines of requirements.txt: what that package imports, in the versions that are here; `tensorrt`: that of engines.
 
     A container with an older Python than 3.11 takes what there is for it.
     """
     out = []
     for name in NEEDS:
+        if name == "numpy" and not container.takes_numpy_2:
+            out.append("numpy<2")
+            continue
         found = next(filter(None, map(_version, (name, f"{name}-gpu"))), None)
         if found is None:
             raise CmExportError("is not installed, so its version is not known", where=name, fix=pip_install())
