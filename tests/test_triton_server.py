@@ -174,11 +174,17 @@ UNEQUAL = (
 )  # fmt: skip
 
 
+def ids(answer):
+    """Its tokens; Triton writes a list of one as a number."""
+    found = answer["token_ids"]
+    return found if isinstance(found, list) else [found]
+
+
 def same(events, expected):
     """Whether a stream brought that answer, token for token."""
     return (
         "".join(event["text_output"] for event in events) == expected.text
-        and events[-1]["token_ids"] == expected.token_ids
+        and ids(events[-1]) == expected.token_ids
         and events[-1]["image_tokens_kept"] == expected.stats["image_tokens_kept"]
     )
 
@@ -198,7 +204,7 @@ def test_it_loads_is_ready_and_says_what_it_takes(server):
 def test_a_stream_is_what_run_answers_token_for_token(server, expected, number):
     events = server.stream(text_input=QUESTION, **UNEQUAL[number][0])
     assert same(events, expected[number])
-    assert len(events) > 2 and all("token_ids" not in event for event in events[:-1])
+    assert len(events) > 1 and all("token_ids" not in event for event in events[:-1])
     status, whole = server.generate(text_input=QUESTION, **UNEQUAL[number][0])
     assert status == 200 and whole["text_output"] == expected[number].text
 
@@ -245,6 +251,39 @@ def until(true, seconds=10.0):
     while not true():
         assert time.monotonic() < end, "did not come true"
         time.sleep(0.02)
+
+
+def test_streaming_costs_at_most_two_milliseconds_a_token(server, alone):
+    """The best of several: beside an answer in this process, everything that a server adds."""
+    how, many = Sampling(min_new_tokens=200), 200
+    inside, through = [], []
+    for _ in range(5):
+        stats = alone.generate("hello", max_new_tokens=many, sampling=how).stats
+        inside.append(stats["decode_s"] / (stats["new_tokens"] - 1))
+        connection = http.client.HTTPConnection("127.0.0.1", server.http, timeout=60)
+        fields = {"text_input": "hello", "max_tokens": many, "min_tokens": many, "stream": True}
+        connection.request("POST", "/v2/models/vlm/generate_stream", json.dumps(fields))
+        times = [time.perf_counter() for line in connection.getresponse() if line.startswith(b"data: ")]
+        through.append((times[-1] - times[0]) / (many - 1))
+    print(f"ms a token: {min(inside) * 1e3:.2f} inside, {min(through) * 1e3:.2f} through the server")
+    assert min(through) - min(inside) < 0.002
+
+
+def tokens_a_second(server, clients, many=200):
+    fields = {"text_input": "hello", "max_tokens": many, "min_tokens": many}
+    threads = [threading.Thread(target=server.generate, kwargs=fields | {"client": str(n)}) for n in range(clients)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return clients * many / (time.perf_counter() - started)
+
+
+def test_clients_together_get_more_tokens_a_second_than_one(server):
+    speeds = {n: max(tokens_a_second(server, n) for _ in range(3)) for n in (1, 4, 8)}
+    print("tokens a second:", {n: round(speed) for n, speed in speeds.items()})
+    assert speeds[4] > 1.2 * speeds[1]
 
 
 def test_tritonclient_streams_pictures_as_bytes(server, expected):
@@ -311,7 +350,8 @@ def test_300_malformed_requests_are_refused_at_once_and_the_server_goes_on(serve
         body, started = malformed(rng), time.monotonic()
         status, answer = server.call("POST", f"/v2/models/vlm/{rng.choice(['generate', 'generate_stream'])}", body)
         slowest = max(slowest, time.monotonic() - started)
-        assert b"error" in answer and (400 <= status < 500 or b"Unable to parse" in answer), (
+        of_triton = b"parse" in answer  # what is no JSON never reaches us, and is a 500
+        assert b"error" in answer and (400 <= status < 500 or of_triton), (
             body[:200],
             status,
             answer,
@@ -333,7 +373,7 @@ def test_a_giant_body_and_a_picture_of_too_many_pixels_are_refused(server):
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0))
     bomb = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(10**6))) + chunk(b"IEND", b"")
     status, answer = server.generate(text_input="x", images=[base64.b64encode(bomb).decode()])
-    assert status == 400 and "million pixels" in answer["error"]
+    assert status == 400 and "too many pixels" in answer["error"]
     status, answer = server.generate(text_input="x" * 300_000)
     assert status == 400 and "characters" in answer["error"]
     status, answer = server.generate(text_input="x", images=["A" * 45_000_000])
@@ -347,7 +387,7 @@ def test_unloading_answers_those_who_are_there_and_loading_again_answers_the_sam
         while not stop.is_set():
             status, answer = server.generate(text_input=QUESTION, **UNEQUAL[number][0])
             if status == 200 and "token_ids" in answer:
-                (right if answer["token_ids"] == expected[number].token_ids else wrong).append(answer)
+                (right if ids(answer) == expected[number].token_ids else wrong).append(answer)
             elif status == 200:
                 wrong.append(answer)
             else:
@@ -386,6 +426,9 @@ def test_a_killed_stub_fails_requests_clearly_and_loading_the_model_again_mends_
         server.call("POST", "/v2/repository/models/vlm/load", {})
         until(lambda: server.ready("/v2/models/vlm/ready"), 60)
         assert same(server.stream(text_input=QUESTION, **UNEQUAL[0][0]), expected[0])
+        waiting.join(60)
+        print("the stream that was open ended with", [(a[0], a[1][-300:]) for a in answers])
+        assert not any(b"stop_reason" in body for _, body in answers)
 
 
 def test_a_killed_server_ends_its_clients_and_answers_again_when_it_is_started(repository, expected):

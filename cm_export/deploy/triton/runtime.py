@@ -20,8 +20,8 @@ PACKAGES = (
 )  # fmt: skip
 # Distributions that these import; a test compares them with what the files say.
 NEEDS = (
-    "jinja2", "ml-dtypes", "numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "packaging", "pillow", "psutil",
-    "safetensors", "tokenizers",
+    "jinja2", "ml-dtypes", "numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "pillow", "psutil", "safetensors",
+    "tokenizers",
 )  # fmt: skip
 _IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.cu", "*.cuh", "native", "emulator", "harness")
 
