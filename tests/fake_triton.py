@@ -113,8 +113,8 @@ class Sent:
 
 
 class Request:
-    def __init__(self, sent: Sent, **inputs):
-        self._sent = sent
+    def __init__(self, sent: Sent, parameters: str = "", **inputs):
+        self._sent, self._parameters = sent, parameters
         self.tensors = {name: Tensor(name, _array(name, value)) for name, value in inputs.items()}
 
     def get_response_sender(self) -> Sent:
@@ -122,6 +122,9 @@ class Request:
 
     def request_id(self) -> str:
         return ""
+
+    def parameters(self) -> str:
+        return self._parameters
 
 
 def _array(name: str, value) -> np.ndarray:

@@ -11,10 +11,12 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import fake_triton
 import numpy as np
 import pytest
+import yaml
 from conftest import cm_export
 from fake_triton import Request, Sent
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
@@ -26,6 +28,7 @@ from cm_export.deploy.triton import containers, fit, repository, runtime
 from cm_export.host.sampling import Sampling
 from cm_export.recipe.aliases import DEMO
 from cm_export.serving import triton_request
+from cm_export.serving.metrics import FIGURES
 from cm_export.serving.triton import Model
 from cm_export.serving.triton_settings import Settings
 
@@ -276,6 +279,76 @@ def test_engines_that_write_their_cache_in_place_get_no_decode_model_but_answer_
     assert fit.plan(with_engines(whole_bundle, backend="tensorrt-rtx"), "onnxruntime", "bls").how == "onnxruntime"
 
 
+# ---------------------------------------------------------------- kubernetes/triton
+
+BASE = Path(__file__).parent.parent / "kubernetes" / "triton"
+
+
+@pytest.fixture(scope="module")
+def base():
+    """Its objects by kind, as kustomize reads them: a name that appears twice in one mapping is an error."""
+    listed = yaml.safe_load((BASE / "kustomization.yaml").read_text())["resources"]
+    found = [yaml.safe_load((BASE / name).read_text()) for name in listed]
+    assert sorted([*listed, "kustomization.yaml", "queue-time-rule.yaml"]) == sorted(p.name for p in BASE.iterdir())
+    return {one["kind"]: one for one in found}
+
+
+def test_every_object_of_the_base_is_about_the_same_pods(base):
+    versions = {"Deployment": "apps/v1", "Service": "v1", "PodDisruptionBudget": "policy/v1"}
+    versions["HorizontalPodAutoscaler"] = "autoscaling/v2"
+    assert {kind: one["apiVersion"] for kind, one in base.items()} == versions
+    pod = base["Deployment"]["spec"]["template"]
+    labels = pod["metadata"]["labels"]
+    assert base["Deployment"]["spec"]["selector"]["matchLabels"] == labels
+    assert base["Service"]["spec"]["selector"] == labels
+    assert base["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
+    target = base["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
+    assert (target["kind"], target["name"]) == ("Deployment", base["Deployment"]["metadata"]["name"])
+    (container,) = pod["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert (
+        ports
+        == {"http": 8000, "grpc": 8001, "metrics": 8002}
+        == {port["targetPort"]: port["port"] for port in base["Service"]["spec"]["ports"]}
+    )
+    assert pod["metadata"]["annotations"]["prometheus.io/port"] == str(ports["metrics"])
+
+
+def test_pods_of_the_base_run_without_root_and_write_only_where_they_must(base):
+    pod = base["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["securityContext"]["runAsNonRoot"] and not pod["automountServiceAccountToken"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}
+    }  # fmt: skip
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert {m["name"] for m in container["volumeMounts"] if not m.get("readOnly")} == {"shm", "tmp"}
+    assert volumes["shm"]["emptyDir"]["medium"] == "Memory" and set(volumes) == {"models", "shm", "tmp"}
+
+
+def test_the_base_runs_and_probes_what_a_repository_has(base, deployed):
+    out, _ = deployed
+    (container,) = base["Deployment"]["spec"]["template"]["spec"]["containers"]
+    readme = (out / "README.md").read_text()
+    assert all(word in readme for word in container["args"] if not word.startswith("--exit-timeout"))
+    probe = container["livenessProbe"]
+    (mount,) = [m["mountPath"] for m in container["volumeMounts"] if m["name"] == "models"]
+    assert probe["exec"]["command"] == ["python3", f"{mount}/alive.py"] and (out / "alive.py").is_file()
+    limits = re.findall(r"timeout=(\d+)|\"deadline\": (\d+)", (out / "alive.py").read_text())
+    assert all(int(a or b) < probe["timeoutSeconds"] for a, b in limits) and len(limits) == 2
+    exits = next(int(word.rpartition("=")[2]) for word in container["args"] if "exit-timeout" in word)
+    assert exits < base["Deployment"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+
+
+def test_pods_are_added_by_a_figure_that_the_model_counts(base):
+    (metric,) = base["HorizontalPodAutoscaler"]["spec"]["metrics"]
+    (rule,) = yaml.safe_load((BASE / "queue-time-rule.yaml").read_text())["rules"]["custom"]
+    assert metric["pods"]["metric"]["name"] == rule["name"]["as"]
+    named = set(re.findall(r"cm_export_\w+", rule["metricsQuery"] + rule["seriesQuery"]))
+    assert named == {"cm_export_queue_seconds_sum", "cm_export_queue_seconds_count"}
+    assert "cm_export_queue_seconds" in {figure.name for figure in FIGURES if figure.kind == "histogram"}
+
+
 # ---------------------------------------------------------------- the model, without a server
 
 
@@ -354,6 +427,7 @@ REFUSED = [
     ({"text_input": b"a", "dense": True, "guard": 4}, "guard"),
     ({"text_input": b"a", "stop": [b"\xff"]}, "stop: is no text"),
     ({"text_input": b"a", "deadline": 0.0}, "deadline"),
+    ({"text_input": b"a", "parameters": '{"max_token": 5}'}, "unknown input 'max_token'; did you mean 'max_tokens'"),
 ]  # fmt: skip
 
 

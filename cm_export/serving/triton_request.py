@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..base.by_name import nearest
 from ..base.errors import InputError
 from ..host.conversation import Answer
 from . import plain, wire
@@ -82,6 +83,11 @@ _FIGURES = {
     "image_tokens_kept": "image_tokens_kept", "neurons": "neurons", "neurons_kept": "neurons_kept",
     "queue_seconds": "queue_s", "first_token_seconds": "ttft_s", "total_seconds": "total_s",
 }  # fmt: skip
+# Parameters that clients and the server itself give to every request.
+_OF_TRITON = {
+    "binary_data_output", "headers", "id", "priority", "sequence_end", "sequence_id", "sequence_start", "timeout",
+}  # fmt: skip
+_SHOWN = 200  # characters of a client's name in an error
 _OURS = ("text_input", "images", "system", "client")  # the others go to wire.py under their own names
 _BASE64 = re.compile(rb"[A-Za-z0-9+/\s]*={0,2}\s*")
 _DATA = re.compile(rb"data:image/[\w.+-]{1,40};base64,", re.IGNORECASE)
@@ -103,7 +109,10 @@ class Given:
 
 def tensors(request: Any, utils: Any) -> Given:
     """The values of its inputs: bytes, numbers and lists of bytes. Raises InputError."""
-    values: dict[str, Any] = {}
+    names, values = [known.name for known in INPUTS], dict[str, Any]()
+    for name in json.loads(request.parameters() or "{}"):  # over HTTP, fields that are no inputs arrive as these
+        if not (name in _OF_TRITON or name.startswith("triton_")):
+            raise InputError(f"unknown input {name[:_SHOWN]!r}", where="request", fix=nearest(name[:_SHOWN], names))
     for known in INPUTS:
         tensor = utils.get_input_tensor_by_name(request, known.name)
         if tensor is None:

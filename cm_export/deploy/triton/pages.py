@@ -43,6 +43,7 @@ def files(bundle: Bundle, name: str, plan: Plan, settings: Settings) -> dict[str
     return {
         "README.md": readme,
         "Dockerfile": config.render("Dockerfile.j2", container=plan.container),
+        "alive.py": config.render("alive.py.j2"),
         "requirements.txt": "\n".join(runtime.requirements(plan.tensorrt, plan.container)) + "\n",
         "vlm/config.pbtxt": config.vlm(settings),
         "vlm/1/model.py": config.render("model.py.j2"),

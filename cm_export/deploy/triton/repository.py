@@ -1,7 +1,7 @@
 """A bundle becomes a model repository for Triton: every graph as a model, `vlm` that answers, all on one copy of the weights.
 
 model_repository/
-  README.md, Dockerfile, requirements.txt, cm-export.json      how to run it, and what was written (Triton reads folders only)
+  README.md, Dockerfile, requirements.txt, alive.py, cm-export.json   how to run it, and what was written
   vlm/config.pbtxt, vlm/1/model.py, vlm/1/cm_export/*          the Python model, and the package that it runs
   vlm/1/bundle/*                                               the bundle: second names of its files where links work, else copies
   vision/config.pbtxt, vision/1/model.plan (or model.onnx)     further names of files of that bundle; prefill, decode, ...
