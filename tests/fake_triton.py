@@ -16,14 +16,6 @@ TYPES |= {"min_tokens": np.int32, "stream": np.bool_, "dense": np.bool_, "kept":
 FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "token_share", "neuron_share", "deadline")
 
 
-class Logger:
-    lines: list[str] = []  # noqa: RUF012
-
-    @classmethod
-    def log_info(cls, text: str) -> None:
-        cls.lines.append(text)
-
-
 class Tensor:
     def __init__(self, name: str, value: np.ndarray):
         assert isinstance(value, np.ndarray) and value.dtype != np.float64, name
@@ -89,9 +81,11 @@ class Sent:
 
     def __init__(self):
         self.responses, self.cancelled, self._last = [], False, threading.Event()
+        self.threads = set()
 
     def send(self, response: InferenceResponse, flags: int = 0) -> None:
         assert not self._last.is_set(), "a response after the last one"
+        self.threads.add(threading.current_thread().name)
         self.responses.append((response.tensors, response.error, bool(flags)))
         if flags:
             self._last.set()
