@@ -8,7 +8,7 @@ ASK = run $(DEMO) --image $(PICTURE) --prompt $(QUESTION)
 SPEED = bench $(DEMO) --image-tokens 144 --threads 1
 STAMP := .venv/.installed
 
-.PHONY: demo test test-families lint clean accuracy bench-quality bench-precision bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal lowest bench-cpu bench-peers bench-active
+.PHONY: demo test test-families test-triton lint clean accuracy bench-quality bench-precision bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal lowest bench-cpu bench-peers bench-active
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("the versions of constraints.txt need Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
@@ -42,7 +42,19 @@ test: $(STAMP)
 
 # What `make test` does for one configuration of a family, for many of them, and every picture rule on 200 pictures (minutes).
 test-families: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m wide
+	$(BIN)/python -m pytest -n 2 -m 'wide and not triton'
+
+# A real Triton server, set up under artifacts/triton without a GPU or containers, loads what `deploy triton` writes (a few minutes).
+# SOAK=1 loads it for two minutes besides, and looks at its memory; SOAK_SECONDS=900 for longer.
+TRITON := artifacts/triton
+$(TRITON)/.installed: $(STAMP) tests/triton_setup.sh tests/triton_stand_in.py | $(DEMO)
+	rm -rf $(TRITON) && mkdir -p $(TRITON)
+	$(BIN)/cm-export deploy triton $(DEMO) --out $(TRITON)/models --quiet --no-warm-up
+	PYTHON=$(PYTHON) bash tests/triton_setup.sh $(TRITON) $(TRITON)/models/requirements.txt
+	@touch $@
+
+test-triton: $(TRITON)/.installed
+	TRITON_HOME=$(TRITON) $(BIN)/python -m pytest -m 'triton$(if $(SOAK),, and not wide)' tests/test_triton_server.py
 
 # The table of docs/accuracy.md: all official test questions, dense and random controls beside (about 40 minutes).
 accuracy: $(STAMP)

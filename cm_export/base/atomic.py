@@ -3,6 +3,7 @@
 A symbolic link stays one: what it leads to is replaced. A device or a pipe, such as /dev/stdout, is written into.
 """
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -38,3 +39,10 @@ def write(path: Path, data: bytes | str) -> None:
                 raise
     except OSError as e:
         raise InputError(f"cannot be written ({e.strerror})", where=path, fix="check the disk and the path") from e
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Swap two directories in one step, so that there is no moment without one; False where that is not known."""
+    libc = ctypes.CDLL(None)
+    # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h; macOS and some network file systems have neither.
+    return hasattr(libc, "renameat2") and libc.renameat2(-100, os.fsencode(a), -100, os.fsencode(b), 2) == 0

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import ctypes
 import glob
 import os
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base import atomic, disk
+from ..base.atomic import exchange as _exchange
 from ..base.errors import InputError
 from . import not_a_bundle
 from .bundle import GRAPHS, MANIFEST
@@ -50,13 +50,6 @@ def assemble(out: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swap two directories in one step, so that there is no moment without a bundle; False where that is not known."""
-    libc = ctypes.CDLL(None)
-    # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h; macOS and some network file systems have neither.
-    return hasattr(libc, "renameat2") and libc.renameat2(-100, os.fsencode(a), -100, os.fsencode(b), 2) == 0
 
 
 # ------------------------------------------------------------------------------------------------- the user's files

@@ -7,8 +7,8 @@ What stays the same for all steps (core neurons, rows, bias) lies in memory of t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -129,7 +129,18 @@ def listed_rows(core_tokens: Sequence[np.ndarray] | None, mask: np.ndarray) -> n
     return out
 
 
-def core_inputs(backend: Any, session: Session, cores: Sequence[CoreSet]) -> Arrays:
+class Takes(Protocol):
+    """What runs a decode graph: a session here, or a model of a server."""
+
+    @property
+    def inputs(self) -> Collection[str]:
+        """Their names."""
+
+    def has(self, name: str) -> bool:
+        """Whether it has an input of that name."""
+
+
+def core_inputs(backend: Any, session: Takes, cores: Sequence[CoreSet]) -> Arrays:
     """Inputs of the whole answer that core sets decide, under the names that the engine has for them.
 
     core_neurons [L,B,K] where layers are alike, core_neurons.i [B,K_i] where they differ in number; ffn.i.* [B,K_i,D]
