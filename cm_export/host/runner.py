@@ -232,7 +232,7 @@ class Runner:
         """Raises InputError where the backend cannot do `what`, for which several tokens are read at once."""
         if not self.backend.reads_several:
             text = f"{what} needs several tokens read at once, its engines read one"
-            raise InputError(text, where=f"backend {self.backend.name}", fix="add --backend onnxruntime")
+            raise InputError(text, where=f"backend {self.backend.name}", fix=self.bundle.elsewhere)
 
     def check_length(self, tokens: int) -> None:
         """Raises InputError when a prompt leaves no room for an answer in what the model can hold."""
