@@ -20,7 +20,7 @@ from ..base.errors import InputError
 from ..base.metrics import check_numbers
 from ..base.units import size
 from ..bundle.bundle import Bundle
-from ..families import Arrays, Pictures, Tower
+from ..families import Arrays, Picture, Pictures, Tower
 from ..recipe.recipe import Recipe
 from . import backend as backends
 from . import picture_notes
@@ -195,13 +195,23 @@ class Runner:
             shown = given(image, f"picture {number}")
             check_size(shown.image, self.tower.min_side, self.tower.max_ratio, shown.name)
             picture = self.tower.picture(shown.image, self.picture_rule)
-            self._check_memory(self.tower.memory(picture), len(picture.pixels), shown.name)
+            self._check_room(picture, shown.name)
             seen.append(Pictures(self.backend.vision(self.tower.feeds([picture])), (picture.layout,)))
         return Pictures.joined(seen)
 
     def notes_on(self, picture: Opened) -> list[Note]:
         """What the user should know about a picture and how the tower reads it. Raises InputError as `see` does."""
         return [*picture.notes, *picture_notes.on_size(picture.image, self.tower, self.picture_rule)]
+
+    def _check_room(self, picture: Picture, name: str) -> None:
+        """Raises InputError for more patches than the vision engine was built for, or than fit in memory without one."""
+        patches, engines = len(picture.pixels), self.bundle.manifest.get("engines")
+        if not engines or engines["backend"] != self.backend.name:
+            return self._check_memory(self.tower.memory(picture), patches, name)
+        most = self.bundle.recipe.engine.max_patches  # whose memory an engine takes whatever the picture
+        if patches > most:
+            fix = f"shrink it to {int(100 * (most / patches) ** 0.5)}% of its width and height or less, or {self.bundle.elsewhere}"
+            raise InputError(f"{patches} patches, the vision engine reads up to {most}", where=name, fix=fix)
 
     def _check_memory(self, need: int, patches: int, name: str) -> None:
         free = psutil.virtual_memory().available
