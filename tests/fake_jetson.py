@@ -137,6 +137,7 @@ class Jetson:
     python: str = sys.executable
     largest_gb: float = 60.0  # piece of memory that CUDA gives
     module: str = ""  # version of the Python package tensorrt; that of trtexec where none is given
+    bindings: str = ""  # version of the Python package cuda-bindings
 
     def __post_init__(self):
         release, model, tensorrt, cuda = RELEASES[self.jetpack]
@@ -209,6 +210,10 @@ class Jetson:
         if "libcudart" not in self.without:
             shutil.copyfile(_libcudart(), library)
         programs.mkdir(exist_ok=True)
+        version = self.bindings or ("12.9.0" if self.cuda.startswith("12.") else "13.0.1")
+        told = self.folder / "installed" / "cuda_bindings.dist-info" / "METADATA"
+        told.parent.mkdir(parents=True, exist_ok=True)
+        told.write_text(f"Metadata-Version: 2.1\nName: cuda-bindings\nVersion: {version}\n")
         script = self.folder / "trtexec.py"
         script.write_text(_TRTEXEC)
         packages = f'libnvinfer-bin) printf "%s" "{self.tensorrt}" ;;'

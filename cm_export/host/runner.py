@@ -210,7 +210,8 @@ class Runner:
             return self._check_memory(self.tower.memory(picture), patches, name)
         most = self.bundle.recipe.engine.max_patches  # whose memory an engine takes whatever the picture
         if patches > most:
-            fix = f"shrink it to {int(100 * (most / patches) ** 0.5)}% of its width and height or less, or {self.bundle.elsewhere}"
+            share = int(100 * (most / patches) ** 0.5)
+            fix = f"shrink it to {share}% of its width and height or less, or {self.bundle.elsewhere}"
             raise InputError(f"{patches} patches, the vision engine reads up to {most}", where=name, fix=fix)
 
     def _check_memory(self, need: int, patches: int, name: str) -> None:
