@@ -108,6 +108,26 @@ def session(leader: int) -> list[int]:
 
 
 @pytest.fixture(scope="session")
+def bare310() -> str:
+    """A Python 3.10 as it is."""
+    from old_pythons import find_python310
+
+    python = find_python310()
+    if python is None:
+        pytest.skip("no Python 3.10 here: install one (apt install python3.10-venv, or pyenv install 3.10)")
+    return python
+
+
+@pytest.fixture(scope="session")
+def python310(bare310) -> str:
+    """A virtual environment of it with what running engines needs; neither ONNX Runtime nor torch."""
+    from old_pythons import make_python310
+
+    folder = shared.once("python310", lambda folder: make_python310(bare310, folder))
+    return str(folder / "venv" / "bin" / "python")
+
+
+@pytest.fixture(scope="session")
 def bare_checkpoint() -> Path:
     """A random checkpoint of two layers and nothing besides: no tokenizer, no chat template, no picture rules."""
 

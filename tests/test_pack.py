@@ -442,10 +442,11 @@ def test_qwen2_vl_2b_with_its_own_vision_fits_an_orin_nano_with_smaller_pictures
     monkeypatch.setattr(memory, "estimated_weights", lambda _bundle, _graphs, precision: by[precision])
     ask = (bundle, pack.GRAPHS, "fp16", EngineSettings(), "copy", False, 5_200_000_000)
     told = memory.smaller(*ask)
-    assert told == "--precision int4 --capacity 1024 --max-patches 1024"
-    fitting = memory.at(EngineSettings(), 1024, 1024)
-    assert memory.predict(by["int4"], bundle, fitting, "copy", False, 5_200_000_000).fits
-    for capacity, patches in ((2048, 256), (1024, 2048)):
+    assert told == "--precision int4 --capacity 2048 --max-patches 256"
+    for capacity, patches in ((2048, 256), (1024, 1024)):
+        engine = memory.at(EngineSettings(), capacity, patches)
+        assert memory.predict(by["int4"], bundle, engine, "copy", False, 5_200_000_000).fits
+    for capacity, patches in ((2048, 512), (4096, 256)):
         engine = memory.at(EngineSettings(), capacity, patches)
         assert not memory.predict(by["int4"], bundle, engine, "copy", False, 5_200_000_000).fits
 

@@ -6,17 +6,13 @@ what this interpreter answers.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from cm_export.recipe.aliases import DEMO
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ["click", "jinja2", "ml-dtypes", "numpy", "pillow", "psutil", "rich", "safetensors", "tokenizers", "tomli"]
 ABSENT = ("onnx", "onnxruntime", "torch", "transformers")
 PARTS = ("base", "quant", "families", "recipe", "bundle", "host")
 ENGINES = (
@@ -60,41 +56,6 @@ print(json.dumps({
     "grid": picture.grid, "pixels": picture.pixels.tolist(),
 }))
 """
-
-
-def find_python310() -> str | None:
-    """A 3.10 interpreter: on PATH, or among pyenv's versions."""
-    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    found = [shutil.which("python3.10"), *sorted(map(str, pyenv.glob("3.10.*/bin/python3.10")))]
-    for python in filter(None, found):  # pyenv's shim is on PATH even where no 3.10 is chosen
-        if subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
-            return python
-    return None
-
-
-@pytest.fixture(scope="session")
-def bare310() -> str:
-    """The interpreter as it is."""
-    python = find_python310()
-    if python is None:
-        pytest.skip("no Python 3.10 here: install one (apt install python3.10-venv, or pyenv install 3.10)")
-    return python
-
-
-@pytest.fixture(scope="session")
-def python310(bare310, tmp_path_factory) -> str:
-    """A virtual environment of it with PACKAGES. Whole answers on a fake TensorRT can be run in it by `answer_of`."""
-    folder = tmp_path_factory.mktemp("python310") / "venv"
-    made = subprocess.run([bare310, "-m", "venv", folder], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"{bare310} cannot make a virtual environment: install python3.10-venv")
-    python = str(folder / "bin" / "python")
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "1", *PACKAGES]
-    done = subprocess.run(install, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        why = done.stderr.strip().splitlines()[-1:]
-        pytest.skip(f"pip cannot install {', '.join(PACKAGES)} ({why}): a package index that is reached makes this run")
-    return python
 
 
 def answer_of(python: str, code: str, *args: object) -> dict:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_engines import ROWS, machine, policies_in_memory, reseal
+from PIL import Image
 from test_core_set import made_up
 from tolerances import agrees
 
@@ -373,6 +374,15 @@ def test_a_prompt_beyond_the_profile_is_refused_and_the_limit_named(sit):
         engine.prefill(request, Budget())
     with pytest.raises(InputError, match="need 301 rows, the cache of these engines has 255"):
         engine.prefill(engine.request(np.full(300, 7), Pictures()), Budget())
+
+
+def test_a_picture_beyond_the_profile_is_refused_with_the_size_that_would_do(sit):
+    engine = engines_of(sit("10.3.0"))
+    large = Image.effect_noise((128, 128), 50)
+    assert len(engine.see([large]).layouts) == 1
+    engine.bundle.__dict__["recipe"] = engine.bundle.recipe.replace(engine__max_patches=512)
+    with pytest.raises(InputError, match=r"1024 patches, the vision engine reads up to 512; shrink it to 70% of its"):
+        engine.see([large])
 
 
 @pytest.mark.parametrize("name", ["decode.plan", "libcm_plugins.so"])

@@ -52,12 +52,15 @@ def imports(tree: ast.AST, package: str, typing: bool = False) -> Iterator[Impor
 
 
 @cache
-def behind(module: str) -> tuple[str, ...]:
-    """`module` and all modules of ours that it imports or names in a string, directly or not, sorted."""
+def behind(module: str, named_only: tuple[str, ...] = NAMED_ONLY) -> tuple[str, ...]:
+    """`module` and all modules of ours that it imports or names in a string, directly or not, sorted.
+
+    named_only: packages that are not taken with all that lies in them where a string names them.
+    """
     known, new = set(), {module}
     while new:
         known |= new
-        new = {name for one in new for name in _next(one)} - known
+        new = {name for one in new for name in _next(one, named_only)} - known
     return tuple(sorted(known))
 
 
@@ -115,7 +118,7 @@ def _source(module: str) -> Path:
     return file
 
 
-def _next(module: str) -> Iterator[str]:
+def _next(module: str, named_only: tuple[str, ...]) -> Iterator[str]:
     """What stands directly behind a module: the packages that it lies in, what it imports, what its strings name."""
     yield from (".".join(module.split(".")[:n]) for n in range(1, module.count(".") + 1))
     imported, named = _read(module)
@@ -123,7 +126,7 @@ def _next(module: str) -> Iterator[str]:
         if one.module.split(".")[0] == PACKAGE:
             inner = f"{one.module}.{one.name}"
             yield inner if one.name and file_of(inner) else one.module
-    for name in named:
+    for name in (n for n in named if n not in named_only):
         yield name
         if _source(name).name == "__init__.py":  # a registry: whatever lies in it may be asked for
             inside = (f"{name}.{p.stem}" for p in sorted(_source(name).parent.iterdir()))
@@ -137,7 +140,7 @@ def _read(module: str) -> tuple[tuple[Import, ...], tuple[str, ...]]:
     tree = ast.parse(content(file))
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    named = (s for s in sorted(strings) if _DOTTED.fullmatch(s) and s not in NAMED_ONLY and file_of(s))
+    named = (s for s in sorted(strings) if _DOTTED.fullmatch(s) and file_of(s))
     return tuple(one for one in imports(tree, package) if not one.typing), tuple(named)
 
 

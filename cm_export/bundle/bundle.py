@@ -11,6 +11,8 @@ engine.plan/
   predictor.safetensors    if decode chooses its neurons itself: low-bit copies of gate and up
   engines/*                *.plan and libcm_plugins.so, if it was built for TensorRT: for one GPU, version and library
   processor/*              tokenizer.json, chat template, preprocessor_config.json
+
+One that a device made for itself (deploy/jetson) has engines in place of the graphs, and of the weights what the host reads.
 """
 
 import hashlib
@@ -47,6 +49,7 @@ from .weights import WeightFile
 
 FORMAT = 2  # 2: nodes of CoreFFN carry block, bits and group
 MANIFEST = not_a_bundle.MANIFEST
+DEVICE = "device"  # key of the manifest that tells a bundle which a device has made
 GRAPHS = ("prefill", "decode", "prefill_dense", "decode_dense")  # of every bundle; its manifest may list more
 
 
@@ -57,29 +60,31 @@ class Bundle:
         """Raises BundleError (InputError if there is nothing at `path`): what is missing, edited or corrupted."""
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
+        self.portable = DEVICE not in self.manifest  # whether it has graphs, for any machine, and not engines alone
+        self.again = _again(self.manifest)  # what mends it
         try:
             self._open()
         except (KeyError, TypeError, AttributeError, ValueError) as e:  # sealed, yet not what this version writes
             what = f"its manifest does not say what is needed ({type(e).__name__}: {e})"
-            raise BundleError(what, where=self.path / MANIFEST, fix="build the bundle again") from e
+            raise BundleError(what, where=self.path / MANIFEST, fix=self.again) from e
         self._failure: BundleError | None = None
         self._checking = threading.Thread(target=self._verify_weights, daemon=True)
         self._checking.start()
 
     def _open(self) -> None:
-        files = self.manifest["files"]
-        for name in {WEIGHTS, *(f"{g}.onnx" for g in (*GRAPHS, *self.manifest["graphs"]))} - set(files):
-            raise BundleError(f"the manifest does not list {name}", where=self.path, fix="build the bundle again")
+        files, graphs = self.manifest["files"], [*self.manifest["graphs"]]
+        needed = [f"{g}.onnx" for g in (*GRAPHS, *graphs)] if self.portable else [f"engines/{g}.plan" for g in graphs]
+        for name in {WEIGHTS, *needed} - set(files):
+            raise BundleError(f"the manifest does not list {name}", where=self.path, fix=self.again)
         for name, entry in files.items():
             file = self._inside(name)
             if not file.is_file():
-                raise BundleError("missing", where=file, fix="build the bundle again")
+                raise BundleError("missing", where=file, fix=self.again)
             if not os.access(file, os.R_OK):
                 raise no_permission(file)
             if file.stat().st_size != entry["bytes"]:
-                raise BundleError(
-                    f"{file.stat().st_size} bytes, the manifest says {entry['bytes']}", where=file, fix=_REBUILD
-                )
+                what = f"{file.stat().st_size} bytes, the manifest says {entry['bytes']}"
+                raise BundleError(what, where=file, fix=self._mend)
             if not _is_large(name):
                 self._verify(file, entry["sha256"])
         self.weights = WeightFile(behind_links(self.path / WEIGHTS))  # ONNX Runtime takes no link for a weight file
@@ -104,8 +109,22 @@ class Bundle:
         if self._failure:
             raise self._failure
 
+    @property
+    def elsewhere(self) -> str:
+        """Where something is done that the engines of this bundle do not do, for error messages."""
+        if self.portable:
+            return "add --backend onnxruntime"
+        return "ask the bundle that was packed, where it was built"
+
+    def check_portable(self) -> None:
+        """Raises BundleError for one that has no graphs to look into, rewrite or run elsewhere."""
+        if not self.portable:
+            fix = f"for everything but `run`, {self.elsewhere}"
+            raise BundleError("holds engines of one device and no graphs", where=self.path, fix=fix)
+
     def graph(self, name: str) -> Path:
         """The file of one graph. Raises BundleError where it has none of that name."""
+        self.check_portable()
         if f"{name}.onnx" not in self.manifest["files"]:
             raise BundleError(f"has no {name}.onnx", where=self.path, fix="build the bundle again")
         return self.path / f"{name}.onnx"
@@ -148,11 +167,15 @@ class Bundle:
             write_predictor(file, self.weights, self.family, self.shape)
         return WeightFile(file)
 
+    @property
+    def _mend(self) -> str:
+        return f"it was edited or corrupted: {self.again}"
+
     def _inside(self, name: str) -> Path:
         pure = PurePosixPath(name)
         file = self.path / pure
         if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in name:
-            raise BundleError(f"its manifest lists {name!r}, which is not inside it", where=self.path, fix=_REBUILD)
+            raise BundleError(f"its manifest lists {name!r}, which is not inside it", where=self.path, fix=self._mend)
         if what := dead(file):
             raise BundleError(
                 what, where=file, fix="copy or download the bundle again, with the files that it links to"
@@ -166,7 +189,7 @@ class Bundle:
 
     def _verify(self, file: Path, expected: str) -> None:
         if file_sha256(file) != expected:
-            raise BundleError("its contents do not match the manifest (sha256)", where=file, fix=_REBUILD)
+            raise BundleError("its contents do not match the manifest (sha256)", where=file, fix=self._mend)
 
     def _verify_weights(self) -> None:
         try:
@@ -179,9 +202,6 @@ class Bundle:
 def _is_large(name: str) -> bool:
     """Whether a file is verified in the background."""
     return name in (WEIGHTS, PREDICTOR, PACKED) or name.endswith(".plan")
-
-
-_REBUILD = "it was edited or corrupted: build the bundle again"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -203,7 +223,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"unreadable manifest ({type(e).__name__}: {e})", where=file, fix="build the bundle again"
         ) from e
     if seal != _seal(manifest):
-        raise BundleError("the manifest was edited (its seal does not match)", where=file, fix="build the bundle again")
+        raise BundleError("the manifest was edited (its seal does not match)", where=file, fix=_again(manifest))
     return manifest
 
 
@@ -217,6 +237,10 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     manifest = {"format": FORMAT, **manifest, "files": files}
     text = json.dumps({**manifest, "seal": _seal(manifest)}, indent=1, sort_keys=True, default=str)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _again(manifest: dict[str, Any]) -> str:
+    return "run build_on_device.sh again" if DEVICE in manifest else "build the bundle again"
 
 
 def _seal(manifest: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from .weights import FILE as WEIGHTS
 def describe(path: Path) -> dict[str, Any]:
     """Everything `cm-export inspect` shows. Raises InputError, BundleError; reads (and verifies) the whole bundle."""
     bundle = Bundle(path)
+    bundle.check_portable()
     bundle.wait_verified()
     m, recipe = bundle.manifest, from_dict(bundle.manifest["recipe"], "manifest.json: recipe")
     graphs = [{"name": n, "bytes": m["files"][f"{n}.onnx"]["bytes"], **g} for n, g in m["graphs"].items()]

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ def progress(silent: bool) -> Iterator[Step]:
     """Yields `step(what, done=None, total=None)`: on stderr, spinners on a terminal, else one plain line per `what`."""
     if silent:
         yield lambda what, done=None, total=None: None
-    elif sys.stderr.isatty() and not wants_plain_text():
+    elif sys.stderr.isatty() and not wants_plain_text() and find_spec("rich"):  # a device needs none to answer
         with _bars() as step:
             yield step
     else:

@@ -40,8 +40,8 @@ class LoadedBundle(Runner):
         self.check_open()
         how = system, dense, neuron_share, token_share, seed, control_tokens, sampling
         asked = asking.before_questions(images, *how)
-        check_converses(self.recipe, dense)
         self.check_reads_several("a second question")
+        check_converses(self.recipe, dense)
         return self.talk(asked)
 
     def generate(

@@ -21,7 +21,7 @@ from ..base.errors import InputError
 from ..base.metrics import check_numbers
 from ..base.units import size
 from ..bundle.bundle import Bundle
-from ..families import Arrays, Pictures, Tower
+from ..families import Arrays, Picture, Pictures, Tower
 from ..recipe.recipe import Recipe
 from . import backend as backends
 from . import picture_notes
@@ -196,14 +196,29 @@ class Runner:
             shown = given(image, f"picture {number}")
             check_size(shown.image, self.tower.min_side, self.tower.max_ratio, shown.name)
             picture = self.tower.picture(shown.image, self.tower.rule_for(self.picture_rule, of))
-            self._check_memory(self.tower.memory(picture), shown)
-            seen.append(Pictures(self.backend.vision(self.tower.feeds([picture])), (picture.layout,)))
+            feeds = self.tower.feeds([picture])
+            self._check_room(picture, feeds, shown)
+            seen.append(Pictures(self.backend.vision(feeds), (picture.layout,)))
         return Pictures.joined(seen)
 
     def notes_on(self, picture: Opened, of: int = 1) -> list[Note]:
         """What the user should know about one of so many pictures of a prompt. Raises InputError as `see` does."""
         rule = self.tower.rule_for(self.picture_rule, of)
         return [*picture.notes, *picture_notes.on_size(picture.image, self.tower, rule)]
+
+    def _check_room(self, picture: Picture, feeds: Arrays, shown: Opened) -> None:
+        """Raises InputError for a picture larger than the vision engine was built for, or than fits in memory without one."""
+        engines = self.bundle.manifest.get("engines")
+        if not engines or engines["backend"] != self.backend.name:
+            return self._check_memory(self.tower.memory(picture), shown)
+        ranges = self.tower.axis_ranges(self.bundle.recipe.engine.max_patches)  # an engine takes the memory of the largest
+        for port in self.tower.inputs:
+            for axis, length in zip(port.axes, feeds[port.name].shape, strict=True):
+                if isinstance(axis, str) and length > (most := ranges[axis][2]):
+                    share = int(100 * (most / length) ** 0.5)
+                    fix = f"shrink it to {share}% of its width and height or less, or {self.bundle.elsewhere}"
+                    what = f"{length} {axis}, the vision engine reads up to {most}"
+                    raise InputError(what, where=shown.name, fix=fix)
 
     def _check_memory(self, need: int, shown: Opened) -> None:
         free = psutil.virtual_memory().available
@@ -238,7 +253,7 @@ class Runner:
         """Raises InputError where the backend cannot do `what`, for which several tokens are read at once."""
         if not self.backend.reads_several:
             text = f"{what} needs several tokens read at once, its engines read one"
-            raise InputError(text, where=f"backend {self.backend.name}", fix="add --backend onnxruntime")
+            raise InputError(text, where=f"backend {self.backend.name}", fix=self.bundle.elsewhere)
 
     def check_length(self, tokens: int) -> None:
         """Raises InputError when a prompt leaves no room for an answer in what the model can hold."""

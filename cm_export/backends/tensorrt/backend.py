@@ -10,6 +10,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from ...base import environment
 from ...base.errors import BundleError, CmExportError, InputError
 from ...base.install import pip_install
@@ -23,7 +25,7 @@ from ...recipe.recipe import Recipe
 from .cache import CacheMemory, StaticCache
 from .cuda import Buffers, Cuda, Pinned, Pool, one_at_a_time, open_cuda
 from .decode import Decoder
-from .session import ELSEWHERE, Library, Session, read
+from .session import Library, Session, read
 
 NAME, MODULE = "tensorrt", "tensorrt"
 
@@ -37,27 +39,28 @@ def open_as(
     name: str, module: str, bundle: Bundle, threads: int, recipe: Recipe | None, graph: Graphs | None
 ) -> Backend:
     """The same for a backend of that name, whose library is the Python module `module`."""
-    recipe = recipe or bundle.recipe
+    recipe, elsewhere = recipe or bundle.recipe, bundle.elsewhere
     if graph:
-        raise CmExportError("an engine cannot be replaced by a graph", where=f"backend {name}", fix=ELSEWHERE)
+        raise CmExportError("an engine cannot be replaced by a graph", where=f"backend {name}", fix=elsewhere)
     if recipe.neurons.in_decode:
         what = f"neurons.policy = {recipe.neurons.policy!r} chooses anew for every token, which no engine does yet"
-        raise InputError(what, where=f"backend {name}", fix=f"build with another policy, or {ELSEWHERE}")
+        raise InputError(what, where=f"backend {name}", fix=f"build with another policy, or {elsewhere}")
     if bundle.recipe.engine.strip_weights:
         what = "its engines hold no weights and must be refitted before they run"
-        raise InputError(what, where=bundle.path, fix=f"build without engine.strip_weights, or {ELSEWHERE}")
+        raise InputError(what, where=bundle.path, fix=f"build without engine.strip_weights, or {elsewhere}")
     engines = bundle.manifest.get("engines")
     if not engines or engines["backend"] != name:
         what = f"holds no engines of {name}" + (f", only of {engines['backend']}" if engines else "")
-        raise BundleError(what, where=bundle.path, fix=f"cm-export build ... --backend {name}, or {ELSEWHERE}")
+        raise BundleError(what, where=bundle.path, fix=f"cm-export build ... --backend {name}, or {elsewhere}")
     try:
         trt = importlib.import_module(module)
     except ImportError as e:
-        fix = f"install it: {pip_install(name)}; or {ELSEWHERE}"
+        of_jetpack = "install JetPack's own: sudo apt-get install python3-libnvinfer"
+        fix = f"install it: {pip_install(name)}; or {elsewhere}" if bundle.portable else of_jetpack
         raise InputError(
             f"the Python package {module} cannot be imported ({e})", where=f"backend {name}", fix=fix
         ) from e
-    return Backend(name, bundle, recipe, threads, trt, open_cuda())
+    return Backend(name, bundle, recipe, threads, trt, open_cuda(elsewhere))
 
 
 class Backend:
@@ -74,7 +77,7 @@ class Backend:
         self._bundle, self._recipe, self._cuda = bundle, recipe, cuda
         self._engines = bundle.manifest["engines"]
         self._check(trt)
-        self._library = Library(trt, cuda)
+        self._library = Library(trt, cuda, self._rebuild, bundle.elsewhere)
         if self._engines.get("plugins"):
             self._load_plugins(self._engines["plugins"])
         self._buffers = Buffers(cuda)
@@ -84,22 +87,26 @@ class Backend:
         self.memory, self.for_answers = CacheMemory(cuda, self._engines), Pool(cuda)
         self.hardware = {"gpu": cuda.gpu.name, "architecture": cuda.gpu.architecture, name: trt.__version__}
 
+    @property
+    def _rebuild(self) -> str:
+        bundle = self._bundle
+        again = f"build on this machine: cm-export build ... --backend {self.name}; or {bundle.elsewhere}"
+        return again if bundle.portable else bundle.again
+
     def _check(self, trt: Any) -> None:
         """Raises BundleError that names what differs: an engine runs on the GPU and the version it was built for."""
         here = {"version": trt.__version__, "architecture": self._cuda.gpu.architecture}
         for what, value in here.items():
             built = self._engines[what]  # one version; one architecture or several, by commas
             if value not in built.split(","):
-                fix = f"build on this machine: cm-export build ... --backend {self.name}; or {ELSEWHERE}"
                 text = f"its engines were built for {what} {built}, this machine has {value}"
-                raise BundleError(text, where=self._bundle.path, fix=fix)
+                raise BundleError(text, where=self._bundle.path, fix=self._rebuild)
 
     def _load_plugins(self, plugins: Mapping[str, str]) -> None:
         name = f"engines/{plugins['name']}"  # compared with its own entry when the bundle was opened
         if self._bundle.manifest["files"].get(name, {}).get("sha256") != plugins["sha256"]:
             what = f"its {name} is not the library that its engines were built with (sha256)"
-            fix = f"build the bundle again: cm-export build ... --backend {self.name}"
-            raise BundleError(what, where=self._bundle.path, fix=fix)
+            raise BundleError(what, where=self._bundle.path, fix=self._rebuild)
         self._library.load_plugins(self._bundle.path / name)
 
     @property
@@ -113,6 +120,11 @@ class Backend:
         names = core_row_names(self._bundle.family, self._bundle.shape.layers)
         return CoreRows(self.weights, names, self.threads)
 
+    @cached_property
+    def down(self) -> list[np.ndarray]:
+        """Every layer's down rows [F,D], of which a fill makes its bias; a device's bundle has no others."""
+        return [self.weights[name] for *_, name in core_row_names(self._bundle.family, self._bundle.shape.layers)]
+
     def ready(self, graph: str, few_rows: bool = False) -> None:
         """Load the engine of `graph` now. Raises BundleError."""
         self.session(graph)
@@ -124,7 +136,8 @@ class Backend:
             file = self._bundle.path / "engines" / f"{graph}.plan"
             if f"engines/{file.name}" not in self._bundle.manifest["files"]:
                 dense = "dense answers and controls need it: " if graph.endswith("_dense") else ""
-                fix = f"{dense}build the bundle with it, or {ELSEWHERE}"
+                build = "build the bundle with it, or " if self._bundle.portable else ""
+                fix = f"{dense}{build}{self._bundle.elsewhere}"
                 raise BundleError(f"has no {self.name} engine of {graph}", where=self._bundle.path, fix=fix)
             self._bundle.wait_verified()  # a plan is code that runs
             streams = self._bundle.recipe.engine.weight_streaming
@@ -171,14 +184,16 @@ class Backend:
 
     def turn(self, feeds: Feeds, cache: Cache) -> tuple[Arrays, StaticCache]:
         """Raises InputError."""
-        raise InputError("a later question is read by no engine yet", where=f"backend {self.name}", fix=ELSEWHERE)
+        raise InputError(
+            "a later question is read by no engine yet", where=f"backend {self.name}", fix=self._bundle.elsewhere
+        )
 
     @one_at_a_time
     def decoder(self, graph: str, cores: Sequence[CoreSet], few_rows: bool = False) -> Decoder:
         """A decoder for these requests. Raises InputError with `few_rows`, which the guard asks for."""
         if few_rows:
             what = "the guard reads several tokens at once, an engine reads one"
-            raise InputError(what, where=f"backend {self.name}", fix=ELSEWHERE)
+            raise InputError(what, where=f"backend {self.name}", fix=self._bundle.elsewhere)
         return Decoder(self, self.session(graph), cores)
 
     def together(self, core: CoreSet) -> Hashable:
@@ -200,7 +215,9 @@ class Backend:
         most = self._engines["capacity"] - listed
         if rows > most:
             what = f"prompt and answer need {rows} rows, the cache of these engines has {most}"
-            fix = f"use a shorter prompt or answer, smaller pictures, a lower --token-share, or {ELSEWHERE}"
+            fix = (
+                f"use a shorter prompt or answer, smaller pictures, a lower --token-share, or {self._bundle.elsewhere}"
+            )
             raise InputError(what, where=f"backend {self.name}", fix=fix)
 
     def pinned(self, name: str, size: int) -> Pinned:

@@ -25,15 +25,18 @@ _ALIGNED = 256  # bytes
 _ROOMY = 1.5  # times what was asked for that a loan may have
 
 
-def open_cuda() -> "Cuda":
-    """The CUDA runtime of this machine. Raises InputError without its Python package or a GPU."""
+def open_cuda(elsewhere: str = "add --backend onnxruntime") -> "Cuda":
+    """The CUDA runtime of this machine; `elsewhere`: what does without it, for error messages.
+
+    Raises InputError without its Python package or a GPU.
+    """
     try:
         runtime = importlib.import_module(_BINDINGS)
     except ImportError as e:
-        fix = f"install it: {pip_install('tensorrt')}; or add --backend onnxruntime"
+        fix = f"install it: {pip_install('tensorrt')}; or {elsewhere}"
         raise InputError(f"the package cuda-bindings cannot be imported ({e})", where="CUDA", fix=fix) from e
     try:
-        return Cuda(runtime)
+        return Cuda(runtime, elsewhere)
     except CmExportError as e:  # as any other thing that is missing here
         raise InputError(e.what, where=e.where, fix=e.fix) from e
 
@@ -54,8 +57,8 @@ class Gpu:
 class Cuda:
     """One stream of one device. `runtime`: the module cuda.bindings.runtime."""
 
-    def __init__(self, runtime: Any):
-        self.runtime, self._lock = runtime, threading.RLock()
+    def __init__(self, runtime: Any, elsewhere: str = "add --backend onnxruntime"):
+        self.runtime, self._lock, self._elsewhere = runtime, threading.RLock(), elsewhere
         self._device = self.call("cudaGetDevice")
         properties = self.call("cudaGetDeviceProperties", self._device)
         name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
@@ -78,7 +81,7 @@ class Cuda:
         if int(code):
             text = self.runtime.cudaGetErrorString(code)[1]
             text = text.decode() if isinstance(text, bytes) else text
-            fix = "see whether nvidia-smi shows the GPU and free memory, or add --backend onnxruntime"
+            fix = f"see whether nvidia-smi shows the GPU and free memory, or {self._elsewhere}"
             raise CmExportError(f"{text} (code {int(code)})", where=f"CUDA: {name}", fix=fix)
         return values[0] if values else None
 

@@ -18,7 +18,7 @@ from ...host.backend import Cache, Tokens
 from ...host.core_set import CoreSet
 from .cache import StaticCache, own
 from .cuda import laid_out, one_at_a_time
-from .session import ELSEWHERE, Session
+from .session import Session
 
 BUCKET = 128  # core_tokens is padded to a multiple of this, so that few shapes occur
 _STEP = ("inputs_embeds", "position_ids", "attention_mask", "write_index", "core_tokens")
@@ -71,7 +71,7 @@ class Decoder:
         session = self._session
         if tokens.embeds.shape[1] != 1:
             what = f"{tokens.embeds.shape[1]} tokens at once"
-            raise InputError(what, where=f"{session.graph} engine reads one at a time", fix=ELSEWHERE)
+            raise InputError(what, where=f"{session.graph} engine reads one at a time", fix=session.library.elsewhere)
         changing = self._changing(tokens, own(cache))
         static = own(cache).writable()
         for name, value in changing.items():
@@ -97,9 +97,8 @@ class Decoder:
         """The inputs of this step as the engine takes them."""
         session = self._session
         if tokens.listed is not None and not session.has("core_tokens"):
-            raise CmExportError(
-                "it reads every row, not the listed ones", where=f"{session.graph} engine", fix=ELSEWHERE
-            )
+            what = "it reads every row, not the listed ones"
+            raise CmExportError(what, where=f"{session.graph} engine", fix=session.library.elsewhere)
         self._backend.check_rows(session, max(cache.lengths) + 1)
         whole = np.zeros((self._batch, session.static_shape("attention_mask")[1]), np.int64)
         for row, mask in zip(whole, tokens.masks, strict=True):
@@ -157,5 +156,5 @@ def core_inputs(backend: Any, session: Takes, cores: Sequence[CoreSet]) -> Array
         gathered = backend.rows.gather(cores).rows.items()
         out |= {n: np.broadcast_to(v, (len(cores), *v.shape[1:])) for n, v in gathered if session.has(n)}
     if session.has("core_bias"):
-        out["core_bias"] = np.stack([core.bias(backend.rows.down) for core in cores], 1)
+        out["core_bias"] = np.stack([core.bias(backend.down) for core in cores], 1)
     return out

@@ -27,7 +27,6 @@ _DTYPES = {
     "UINT8": np.uint8,
     "BOOL": np.bool_,
 }
-ELSEWHERE = "add --backend onnxruntime"
 _GRAPHS = 64  # recorded ones that are kept: two parities times the sizes that core_tokens takes, several times over
 
 
@@ -50,8 +49,9 @@ class Held:
 class Library:
     """`tensorrt` or `tensorrt_rtx`, with a log whose last error goes into ours, and the plugins it was given."""
 
-    def __init__(self, trt: Any, cuda: Cuda):
-        self.trt, self.cuda = trt, cuda
+    def __init__(self, trt: Any, cuda: Cuda, rebuild: str, elsewhere: str):
+        """`rebuild`: what makes the engines again; `elsewhere`: what does without them. Both are for error messages."""
+        self.trt, self.cuda, self.rebuild, self.elsewhere = trt, cuda, rebuild, elsewhere
         self.errors: list[str] = []
         errors, severe = self.errors, (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
 
@@ -71,24 +71,23 @@ class Library:
         try:
             self._plugins = self.runtime.get_plugin_registry().load_library(str(file))
         except Exception as e:
-            raise self.failed(f"the plugin library cannot be loaded ({e})", file, REBUILD) from e
+            raise self.failed(f"the plugin library cannot be loaded ({e})", file, self.rebuild) from e
         if self._plugins is None:
-            raise self.failed("the plugin library cannot be loaded", file, REBUILD)
+            raise self.failed("the plugin library cannot be loaded", file, self.rebuild)
 
     def engine(self, file: Path) -> Any:
         """The engine of a plan. Raises BundleError."""
-        found = self.runtime.deserialize_cuda_engine(file.read_bytes())
+        # Mapped: where processor and GPU share one memory, a plan that was read would be held twice while it loads.
+        plan = np.memmap(file, np.uint8, "r") if file.stat().st_size else b""
+        found = self.runtime.deserialize_cuda_engine(plan)
         if found is None:
-            raise self.failed("TensorRT cannot read this engine", file, REBUILD)
+            raise self.failed("TensorRT cannot read this engine", file, self.rebuild)
         return found
 
     def failed(self, what: str, where: object, fix: str | None = None) -> BundleError:
         """The error to raise, with the last thing that TensorRT said."""
         said = f" ({self.errors[-1]})" if self.errors else ""
         return BundleError(what + said, where=where, fix=fix)
-
-
-REBUILD = f"build the bundle on this machine: cm-export build ... --backend tensorrt; or {ELSEWHERE}"
 
 
 class Session:
@@ -110,7 +109,7 @@ class Session:
         # Engines run one after the other, so the largest one's scratch serves them all.
         self._context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._context is None:
-            raise library.failed("no execution context can be made", file, f"free GPU memory, or {ELSEWHERE}")
+            raise library.failed("no execution context can be made", file, f"free GPU memory, or {library.elsewhere}")
         self._scratch: Buffer | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
@@ -122,7 +121,7 @@ class Session:
 
     def _dtype(self, value: Any) -> np.dtype:
         if value.name not in _DTYPES:
-            raise BundleError(f"tensors of type {value.name} are not known", where=self._file, fix=REBUILD)
+            raise BundleError(f"tensors of type {value.name} are not known", where=self._file, fix=self.library.rebuild)
         return np.dtype(_DTYPES[value.name])
 
     def has(self, name: str) -> bool:
@@ -158,7 +157,7 @@ class Session:
             self._inferred = False
         if not fits:
             sizes = f"{list(shape)} is outside {list(least)} to {list(most)}, for which this engine was built"
-            fix = f"use a shorter prompt, smaller pictures or another share, or {ELSEWHERE}"
+            fix = f"use a shorter prompt, smaller pictures or another share, or {self.library.elsewhere}"
             raise InputError(sizes, where=f"{self.graph} engine: {name}", fix=fix)
         self._shapes[name] = shape
 
@@ -187,7 +186,7 @@ class Session:
         shape = tuple(self._context.get_tensor_shape(name))
         if any(n < 0 for n in shape):
             what = f"its shape {list(shape)} depends on what is computed"
-            raise BundleError(what, where=f"{self.graph} engine: {name}", fix=REBUILD)
+            raise BundleError(what, where=f"{self.graph} engine: {name}", fix=self.library.rebuild)
         return shape
 
     def infer(self) -> None:
@@ -203,7 +202,7 @@ class Session:
         """Every output for these inputs (and what else is in `feeds`). Raises InputError, BundleError."""
         absent = [n for n in self.inputs if n not in feeds]
         if absent:
-            raise BundleError(f"nothing is known for its input {absent[0]}", where=self._file, fix=REBUILD)
+            raise BundleError(f"nothing is known for its input {absent[0]}", where=self._file, fix=self.library.rebuild)
         for name in self.inputs:
             self.give(name, feeds[name])
         self.infer()

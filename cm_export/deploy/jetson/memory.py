@@ -1,10 +1,11 @@
 """The memory that building and running take on a device, predicted from sizes; no device has confirmed it yet.
 
-    run    weights of every engine + caches + activations of every engine + embedding table + CUDA and TensorRT themselves
+    run    weights of every engine + caches + activations of every engine + CUDA and TensorRT themselves + host loop
     build  3 x the weights of the largest engine + CUDA and TensorRT themselves       (engines are built one at a time)
 
-Caches and decode's activations count max_batch times; prompts and pictures are read one at a time. Jetson's CPU and GPU share
-one memory, so everything counts against the same limit. Factors: `FACTORS`, with sources.
+The token embedding and the plans are mapped, not read: of the table only the rows of one cache are counted. Caches and
+decode's activations count max_batch times; prompts and pictures are read one at a time. Jetson's CPU and GPU share one
+memory, so everything counts against the same limit. Factors: `FACTORS`, with sources.
 """
 
 import itertools
@@ -24,7 +25,12 @@ from .devices import PRECISIONS
 FACTORS = {
     "builder": (3.0, "builders are reported to need 2 to 3 times the weights of the engine; the worse one"),
     "runtime": (600_000_000, "CUDA context and TensorRT's libraries, resident; an estimate, bytes"),
+    "host": (
+        250_000_000,
+        "Python 3.10 with the host loop and a tokenizer of 151,000 tokens took 206 MB on x86, bytes",
+    ),
 }
+_PAGE = 4096  # bytes of a file that are mapped at a time
 _SMALLEST = 256  # rows of a cache, or patches of a picture, that are still worth proposing
 Weights = dict[str, int]  # bytes by graph
 
@@ -36,6 +42,7 @@ class Prediction:
     parts: dict[str, int]  # of running
     build_bytes: int
     limit_bytes: int
+    largest: tuple[str, int] = ("", 0)  # what is likely to be asked of CUDA in one piece
 
     @property
     def run_bytes(self) -> int:
@@ -52,6 +59,7 @@ class Prediction:
             "run_bytes": self.run_bytes,
             "limit_bytes": self.limit_bytes,
             "fits": self.fits,
+            "largest": {"what": self.largest[0], "bytes": self.largest[1]},
             "parts": self.parts,
             "factors": {name: value for name, (value, _) in FACTORS.items()},
             "status": "predicted; never checked on a device",
@@ -68,10 +76,14 @@ def predict(weights: Weights, bundle: Any, engine: EngineSettings, kv: str, fuse
         parts["cache, regrouped"] = cache * (2 * engine.max_batch - 1)
     for name in weights:
         parts[f"activations of {name}"] = _ACTIVATIONS[name](bundle, engine, fused)
-    parts["embedding table"] = s.vocab * s.hidden * 2
+    # TensorRT is believed to ask for the weights of an engine at once, as for its scratch memory; a cache is one loan.
+    largest = max(parts.items(), key=lambda part: part[1])
+    row = -(-2 * s.hidden // _PAGE) * _PAGE
+    parts["embedding table"] = min(s.vocab * s.hidden * 2, engine.capacity * row)
     parts["CUDA and TensorRT"] = int(FACTORS["runtime"][0])
+    parts["host loop"] = int(FACTORS["host"][0])
     build = int(FACTORS["builder"][0] * max(weights.values(), default=0) + FACTORS["runtime"][0])
-    return Prediction(parts, build, limit)
+    return Prediction(parts, build, limit, largest)
 
 
 def estimated_weights(bundle: Any, graphs: Iterable[str], precision: str) -> Weights:

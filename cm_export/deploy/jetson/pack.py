@@ -16,8 +16,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ... import __version__
 from ...backends.tensorrt import check_engine as _check_engine
 from ...backends.tensorrt.export import Source, write_graphs
@@ -26,11 +24,12 @@ from ...backends.tensorrt.targets import target as tensorrt_target
 from ...base import disk
 from ...base.errors import CmExportError, InputError
 from ...base.install import pip_install
-from ...bundle import weights
+from ...build.engines import check_recipe
 from ...bundle.bundle import Bundle
 from ...bundle.calibration import FILE as CALIBRATION
 from ...recipe import text as recipe_text
-from . import archive, memory, probes, trtexec
+from ...recipe.engine import EngineSettings
+from . import archive, carried, memory, probes, trtexec
 from .devices import Device, JetPack
 
 FORMAT = 1
@@ -56,6 +55,7 @@ def pack(path: Path, out: Path, order: Order, progress: Step = lambda *_: None) 
     progress("open the bundle")
     bundle, target = Bundle(path), tensorrt_target(order.jetpack.tensorrt)
     source = _source(bundle, order)
+    check_recipe(source.recipe, target)
     engine = source.recipe.engine
     names = [g for g in GRAPHS if g in bundle.manifest["graphs"]]
     _check_memory(bundle, memory.estimated_weights(bundle, names, order.precision), order, engine, target)
@@ -72,7 +72,8 @@ def pack(path: Path, out: Path, order: Order, progress: Step = lambda *_: None) 
             dynamic = {v["name"] for v in written["graphs"][made.graph]["inputs"] if not _static(v)}
             manifest["probes"][probe] = probes.write(made, dynamic, folder)
         _small_files(bundle, source, folder)
-        manifest["embedding"] = _embedding(bundle, folder, written["weights"])
+        host = carried.host_weights(bundle, folder / "onnx", written["weights"], written["graphs"])
+        manifest |= {"embedding": host[0], "host_weights": host}
         (folder / "manifest.json").write_text(_json(manifest), encoding="utf-8")
         (folder / "README.txt").write_text(_readme(manifest), encoding="utf-8")
         progress("verify the bundle's weights")
@@ -168,7 +169,11 @@ def _manifest(
         "probes": {},
         "memory": p.to_dict(),
         "model": m["model"],
+        "recipe": m["recipe"] | {"backend": "tensorrt", "engine": dataclasses.asdict(_engine(source))},
+        "generation": m["generation"],
         "links": m["links"],
+        "packages": carried.packages(bundle, order.jetpack),
+        "cannot_ask": carried.cannot_ask(bundle),
         "source": {"seal": bundle.seal, "files": m["files"]},
     }
 
@@ -184,38 +189,24 @@ def _small_files(bundle: Bundle, source: Source, folder: Path) -> None:
     for name in bundle.manifest["files"]:
         if name.startswith("processor/") or name == CALIBRATION:
             copies[bundle.path / name] = folder / name
-    for script in sorted(scripts.glob("*.py")):
-        copies[script] = folder / "device" / script.name
+    called = ("build_on_device.sh", "ask.py")  # by the user
+    for script in sorted(p for p in scripts.iterdir() if p.suffix in (".py", ".sh")):
+        copies[script] = folder / script.name if script.name in called else folder / "device" / script.name
     copies[Path(_check_engine.__file__)] = folder / "device" / "check_engine.py"
-    copies[scripts / "build_on_device.sh"] = folder / "build_on_device.sh"
+    copies |= {file: folder / place for place, file in carried.modules().items()}
     for start, end in copies.items():
         end.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(start, end)
     r = source.recipe
-    local = dataclasses.replace(r.engine, plugins="", architecture="")
     calibration = CALIBRATION if CALIBRATION in bundle.manifest["files"] else None
     model = bundle.manifest["model"]["source"]
-    recipe = dataclasses.replace(r, model=model, engine=local, calibration=calibration)
+    recipe = dataclasses.replace(r, model=model, engine=_engine(source), calibration=calibration)
     (folder / "recipe.toml").write_text(recipe_text.toml(recipe.replace(backend="tensorrt")), encoding="utf-8")
 
 
-def _embedding(bundle: Bundle, folder: Path, file: str) -> dict[str, Any]:
-    """Where the host finds the token embedding [V,D] in 16 bit: the engines' weight file if it is tied, else its own."""
-    name, shape = bundle.family.embedding, [bundle.shape.vocab, bundle.shape.hidden]
-    tensor = weights.index(folder / "onnx" / file).get(name)
-    if tensor is None or tensor.dtype != np.float16 or list(tensor.shape) != shape:
-        file = "embedding.safetensors"
-        table = bundle.weights[name]
-
-        def pieces() -> Iterator[np.ndarray]:
-            rows = max(1, (1 << 25) // (4 * shape[1]))
-            for at in range(0, shape[0], rows):
-                yield table[at : at + rows].astype(np.float16)
-
-        weights.write(folder / "onnx" / file, [weights.Planned(name, np.dtype("<f2"), tuple(shape), pieces)])
-        tensor = weights.index(folder / "onnx" / file)[name]
-    place = {"offset": tensor.offset, "length": tensor.length}
-    return {"file": f"onnx/{file}", "tensor": name, "dtype": "float16", "shape": shape, **place}
+def _engine(source: Source) -> EngineSettings:
+    """The engine settings of the order, without what belongs to this machine."""
+    return dataclasses.replace(source.recipe.engine, plugins="", architecture="")
 
 
 def _readme(m: dict[str, Any]) -> str:

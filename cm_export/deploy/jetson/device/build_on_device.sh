@@ -11,17 +11,18 @@ usage() {
 Usage: bash build_on_device.sh [OPTIONS]
 
 Checks the device and this archive, compiles the plugin library, builds one engine after the other, compares their
-answers with ONNX Runtime's and measures decode. Run it again after an interruption: what is finished is kept.
+answers with ONNX Runtime's, measures decode and makes the bundle that ask.py asks. Run it again after an interruption:
+what is finished is kept.
 
 Options:
   --dry-run          Check the archive and the device, print the commands, build nothing.
   --no-bench         Leave the measurement out.
   --workspace MB     Largest workspace of the builder.  [default: TensorRT's own]
-  --ignore-memory    Go on where the predicted memory does not fit.
+  --ignore-memory    Go on where the predicted memory does not fit, and try no large piece of it.
   --root DIR         For tests: read the system's files below DIR.
   --help             Show this text.
 
-Results: engines/*.plan, work/libcm_plugins.so, report.json and report.txt beside this script.
+Results: engines/*.plan, work/libcm_plugins.so, bundle/, report.json and report.txt beside this script.
 
 Examples:
   bash build_on_device.sh --dry-run
@@ -160,13 +161,9 @@ if command -v nvpmodel >/dev/null; then
     if [[ $words =~ NV\ Power\ Mode:\ *([A-Za-z0-9_]+) ]]; then mode=${BASH_REMATCH[1]}; fi
 fi
 
-available=0 swap=0
-while read -r name value _; do
-    case $name in
-    MemAvailable:) available=$((value * 1024)) ;;
-    SwapFree:) swap=$((value * 1024)) ;;
-    esac
-done <"$root/proc/meminfo"
+declare -A memory=()
+while IFS='=' read -r name value; do memory[$name]=$value; done < <(python3 device/facts.py memory "$root/proc/meminfo")
+available=${memory[available]:-0} swap=${memory[swap]:-0}
 disk=$(($(df -Pk . | awk 'NR == 2 { print $4 }') * 1024))
 
 advice="close the desktop (sudo systemctl isolate multi-user.target), or pack with a smaller --capacity"
@@ -181,6 +178,20 @@ if [[ $ignore_memory == 0 ]]; then
         unfit "memory: building needs about $(gigabytes "${fact[build_bytes]}"), $(gigabytes "$available") and $(gigabytes "$swap") of swap are available; add swap, $advice"
     fi
 fi
+# Free memory is not always given in one piece. CMA does not limit one: the GPU sees pages through its own page tables.
+untried=""
+if [[ $ignore_memory == 0 ]]; then
+    code=0
+    told=$(python3 device/largest.py "${fact[largest_bytes]}" "$root" 2>&1) || code=$?
+    piece="one piece of $(gigabytes "${fact[largest_bytes]}"), for ${fact[largest_what]}"
+    if ((code == 3)); then
+        untried="memory: there is no libcudart.so, so $piece was not tried"
+    elif ((code)); then
+        old=""
+        if [[ $l4t == 36.4.7* ]]; then old="Jetson Linux 36.4.7 is known to refuse large pieces: update to 36.5 or later; or "; fi
+        unfit "memory: CUDA does not give $piece: ${told##*$'\n'}; ${old}free the page cache (sudo sysctl -w vm.drop_caches=3), restart the device, or $advice"
+    fi
+fi
 if ((fact[disk_bytes] > disk)); then
     unfit "disk: the engines need about $(gigabytes "${fact[disk_bytes]}"), $(gigabytes "$disk") are free here; free some"
 fi
@@ -190,16 +201,27 @@ if [[ $dry_run == 0 ]]; then
     mkdir -p work engines
     exec 9>work/lock # held by every child, too: a builder that outlives this script still counts
     if ! flock --nonblock 9; then unfit "work/lock: another run is at work in this folder; wait for it"; fi
-    rm -f work/*.tmp engines/*.tmp work/*.parity.json work/*.bench.log work/failure.txt work/warnings.txt report.json report.txt
+    rm -f work/*.tmp engines/*.tmp work/*.parity.json work/*.bench.log work/failure.txt work/warnings.txt work/asking.txt report.json report.txt
     report=1
     python3 device/facts.py device "model=$model" "l4t=$l4t" "jetpack=$jetpack" "tensorrt=$tensorrt" "cuda=$cuda" \
-        "power_mode=$mode" "available_bytes=$available" "swap_bytes=$swap" "disk_bytes=$disk" >work/device.json
+        "power_mode=$mode" "available_bytes=$available" "free_bytes=${memory[free]:-0}" "swap_bytes=$swap" \
+        "cma_bytes=${memory[cma]:-0}" "cma_free_bytes=${memory[cma_free]:-0}" "disk_bytes=$disk" >work/device.json
 fi
 if [[ -n $mode ]] && ! [[ "|${fact[fastest]}|" == *"|$mode|"* ]]; then
     warn "power mode $mode is not the fastest; for the figures that the device can reach: sudo nvpmodel -m 0 && sudo jetson_clocks"
 fi
 if [[ $cuda != "${fact[cuda]}" ]]; then warn "CUDA $cuda is installed, JetPack ${fact[jetpack]} came with ${fact[cuda]}"; fi
 
+if [[ -n $untried ]]; then warn "$untried"; fi
+asking=$(python3 device/packages.py)
+if [[ -n $asking ]]; then say "ask.py will not answer yet: $asking"; fi
+
+kept() { # FILE KEY: whether it was made with that key and is as it was then
+    [[ -f $1 && -f $1.key && $(<"$1.key") == "$2 $(sha256sum <"$1")" ]]
+}
+keep() { # FILE KEY: it is finished
+    printf '%s %s\n' "$2" "$(sha256sum <"$1")" >"$1.key"
+}
 run() { # LOG COMMAND..: the command with its output in the log, or only shown
     local log=$1
     shift
@@ -232,7 +254,7 @@ if [[ ${fact[plugins]} == 1 ]]; then
     stage="compile the plugin library"
     library=work/libcm_plugins.so
     key=$(python3 device/facts.py plugin-key "$tensorrt" "$cuda")
-    if [[ -f $library && -f $library.key && $(<"$library.key") == "$key" ]]; then
+    if kept "$library" "$key"; then
         say "$stage: there already"
     else
         say "$stage"
@@ -245,7 +267,7 @@ if [[ ${fact[plugins]} == 1 ]]; then
             if [[ -z $built ]]; then failed "plugin library: cmake built no libcm_plugins.so; see work/plugins.log"; fi
             cp "$built" "$library.tmp"
             mv "$library.tmp" "$library"
-            printf '%s\n' "$key" >"$library.key"
+            keep "$library" "$key"
         fi
     fi
 fi
@@ -263,7 +285,7 @@ for graph in "${graphs[@]}"; do
     if ((${#words[@]} == 0)); then failed "manifest.json: no flags for $graph; unpack the archive again"; fi
     if ((workspace)); then words+=("--memPoolSize=workspace:$workspace"); fi
     key=$(python3 device/facts.py key "$graph" "$library" "$tensorrt" "$builder" "${words[@]}")
-    if [[ -f $engine && -f $engine.key && $(<"$engine.key") == "$key" ]]; then
+    if kept "$engine" "$key"; then
         say "$stage: there already"
         continue
     fi
@@ -280,7 +302,7 @@ for graph in "${graphs[@]}"; do
     if [[ $dry_run == 0 ]]; then
         if [[ ! -s $engine.tmp ]]; then failed "engine $graph: $builder wrote no engine; see work/$graph.build.log"; fi
         mv "$engine.tmp" "$engine"
-        printf '%s\n' "$key" >"$engine.key"
+        keep "$engine" "$key"
         printf '{"seconds": %d, "builder": "%s"}\n' "$((SECONDS - started))" "$builder" >"work/$graph.build.json"
     fi
 done
@@ -329,6 +351,15 @@ if [[ $bench == 1 ]]; then
             failed "$stage: trtexec printed no times; see work/$name.bench.log"
         fi
     done < <(python3 device/facts.py benched)
+fi
+
+# ---------------------------------------------------------------- what ask.py asks
+stage="make the bundle"
+if [[ -n $asking ]]; then
+    if [[ $dry_run == 0 ]]; then printf '%s; then run build_on_device.sh again\n' "$asking" >work/asking.txt; fi
+else
+    say "$stage"
+    attempt "bundle" work/bundle.log env "PYTHONPATH=host${PYTHONPATH:+:$PYTHONPATH}" python3 -m cm_export.deploy.jetson.assemble . "$tensorrt"
 fi
 
 stage="write the report"

@@ -33,7 +33,11 @@ def system(m):
         "precision": m["precision"],
         "build_bytes": memory["build_bytes"],
         "run_bytes": memory["run_bytes"],
-        "disk_bytes": int(1.2 * sum(g["weight_bytes"] for g in m["graphs"].values())) + 200_000_000,
+        "largest_bytes": memory["largest"]["bytes"],
+        "largest_what": memory["largest"]["what"],
+        "disk_bytes": int(1.2 * sum(g["weight_bytes"] for g in m["graphs"].values()))
+        + sum(w["length"] for w in m["host_weights"])
+        + 200_000_000,
         "plugins": int(any(g["plugin_nodes"] for g in m["graphs"].values())),
         "tool": m["tool"]["version"],
     }
@@ -98,6 +102,20 @@ def cuda(file):
     return ".".join(json.loads(Path(file).read_text())["cuda"]["version"].split(".")[:2])
 
 
+def memory(file):
+    """available, free, swap, CMA and what is free of it: in bytes, from /proc/meminfo."""
+    text = Path(file).read_text(encoding="utf-8", errors="replace")
+    found = {name: int(kb) * 1024 for name, kb in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
+    names = {
+        "available": "MemAvailable",
+        "free": "MemFree",
+        "swap": "SwapFree",
+        "cma": "CmaTotal",
+        "cma_free": "CmaFree",
+    }
+    return [f"{ours}={found.get(theirs, 0)}" for ours, theirs in names.items()]
+
+
 def why(file):
     """The most telling line of a log: the first error of TensorRT, of CMake or of a compiler, else the last line."""
     lines = [
@@ -112,6 +130,8 @@ def main(what, *rest):
         return [headers(*rest)]
     if what == "cuda":
         return [cuda(*rest)]
+    if what == "memory":
+        return memory(*rest)
     if what == "why":
         return [why(*rest)]
     if what == "device":

@@ -52,6 +52,10 @@ def collect(status):
         "engines": engines,
         "parity": [p for n in m["probes"] for p in [left(f"{n}.parity.json")] if p],
         "speed": {n: {**m["probes"][n]["about"], **s} for n, s in speed.items() if s},
+        "asking": {
+            "ready": status == "passed" and not lines("asking.txt"),
+            "needs": " ".join(lines("asking.txt")) or None,
+        },
         "warnings": lines("warnings.txt"),
     }
 
@@ -75,6 +79,8 @@ def text(r):
         out.append(
             f"  speed   {name:<14}{s.get('gpu_compute_time_median_ms', float('nan')):>10.3f} ms median GPU time  {what}"
         )
+    if r["status"] == "passed":
+        out.append(f"  ask     {r['asking']['needs'] or 'python3 ask.py --image PICTURE --prompt QUESTION'}")
     return "\n".join([*out, *(f"  warning: {w}" for w in r["warnings"])]) + "\n"
 
 
