@@ -33,6 +33,7 @@ REGISTRIES = {  # folder -> names of which each file or package in it exposes on
     "policies.neurons": [{"WIRES"}],
     "policies.tokens": [{"WIRES"}],
     "backends": [{"open"}],
+    "source.packings": [{"MARKS"}, {"PARTS"}, {"check"}, {"matrix"}],
     "evals.tasks": [{"KINDS"}, {"questions"}],
     "cli.verbs": [{"command"}],
     "deploy": [],

@@ -16,7 +16,7 @@ from ..bundle import directory, packed, predictor, thresholds, weights
 from ..bundle.calibration import FILE as CALIBRATION
 from ..bundle.graph_facts import links
 from ..source.checkpoint import Checkpoint
-from . import engines, quality
+from . import engines, kept, quality
 from .job import Job
 from .quality import Requirement
 from .stages import Stages
@@ -46,6 +46,8 @@ def write_bundle(out: Path, job: Job, stages: Stages, required: Requirement | No
 def _manifest(job: Job, stages: Stages) -> dict[str, Any]:
     source, graphs = job.source, stages.state("graphs")
     built = stages.state("engines") if job.aim else {}
+    entries = stages.state("packed")["entries"] if job.recipe.weights.packs else {}
+    codes = kept.rows(job.codes, entries) if job.codes else None
     return {
         "tool": {"name": "cm-export", "version": __version__},
         "model": {
@@ -65,7 +67,12 @@ def _manifest(job: Job, stages: Stages) -> dict[str, Any]:
             "adapter": source.adapter.path.name if source.adapter else None,
         },
         "generation": job.generation.settings,
-        "notes": [*job.notes, *job.generation.notes, *_unread(stages.state("weights").get("unread", []))],
+        "notes": [
+            *job.notes,
+            *_of_codes(job, codes),
+            *job.generation.notes,
+            *_unread(stages.state("weights").get("unread", [])),
+        ],
         "versions": {n: version(n) for n in _LIBRARIES}
         | {"python": platform.python_version(), "platform": platform.machine()},
         "graphs": graphs["graphs"],
@@ -76,9 +83,14 @@ def _manifest(job: Job, stages: Stages) -> dict[str, Any]:
         "engines": {k: v for k, v in built.items() if k not in ("sha256", "gates")} or None,
         "links": links(job.shape.layers, graphs["graphs"]),
         "measured": stages.state("measured")["about"] if "measured" in stages.keys else None,
+        "codes": codes,
         "packed": stages.state("packed")["entries"] if job.recipe.weights.packs else None,
         "stages": {name: stages.keys[name] for name in ("trace", "weights", "graphs")},
     }
+
+
+def _of_codes(job: Job, codes: list[dict[str, Any]] | None) -> list[str]:
+    return kept.sentences(job.codes.source.method, codes) if job.codes and codes else []
 
 
 def _unread(tensors: list[str]) -> list[str]:

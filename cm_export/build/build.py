@@ -153,10 +153,13 @@ def _check_disk(job: Job, keys: dict[str, str], stages: Stages, out: Path) -> No
     Weights are float32, made among the stages and linked into the bundle; across file systems they are copied. Engines are
     checked again when their sizes are known.
     """
-    size = checkpoint.float32_bytes(job.source)
+    size = job.codes.float32_bytes if job.codes else checkpoint.float32_bytes(job.source)
     copies = int(predictor.copy_bytes(job.shape)) if job.recipe.neurons.in_decode else 0
     new = {name for name, key in keys.items() if stages.force or stages.recorded(name, key) is None}
-    needs = {"weights": size, "graphs": copies}
+    needs = {
+        "weights": 2 * size if job.codes else size,
+        "graphs": copies,
+    }  # codes become a float checkpoint for a while
     if job.aim:
         needs["engines"] = lowered_bytes(size, job.recipe.engine)
     made = stages.folder if "weights" in new else stages.file("weights", weight_files.FILE).parent

@@ -19,14 +19,14 @@ from ..families import Family, Shape, Tower
 from ..plugins.core_ffn.op import ACTIVATIONS
 from ..recipe.recipe import Recipe
 from ..recipe.unread import unread
-from ..source import generation, model, processor
+from ..source import generation, model, packings, processor, quantised
 from ..source.adapter import Merge, fit
 from ..source.checkpoint import Checkpoint
 from ..source.generation import Generation
 from ..source.parameters import parameters
 from ..source.probe import Probe, probe
 from ..surgery import pipeline
-from . import engines
+from . import engines, kept
 
 Step = Callable[..., None]
 
@@ -47,6 +47,7 @@ class Job:
     order: np.ndarray | None  # [L,F] of the weight file: place -> neuron; None: the checkpoint's own
     measured: str | None  # sha256 of the calibration file
     merge: Merge | None  # the adapter that the weights are written with
+    codes: kept.Codes | None  # of a checkpoint in few bits
     aim: engines.Aim | None  # of TensorRT engines; None with other backends
     threads: int
     progress: Step
@@ -59,7 +60,7 @@ def prepare(source: Checkpoint, recipe: Recipe, threads: int, progress: Step) ->
     config = model.read_config(source.path)
     family.check_config(config)
     shape, tower = family.shape(config), family.tower(config)
-    recipe = recipe.for_model(shape)
+    asked, recipe = recipe, recipe.for_model(shape)
     # Cheap, and before the calibration is read, which may know the layer that 0 stands for.
     pipeline.check_recipe(recipe if recipe.tokens.prune_layer else recipe.replace(tokens__prune_layer=1), shape)
     if shape.activation not in ACTIVATIONS:
@@ -67,13 +68,22 @@ def prepare(source: Checkpoint, recipe: Recipe, threads: int, progress: Step) ->
         raise InputError(f"unknown hidden_act {shape.activation!r}", where=source.path / "config.json", fix=fix)
     with tempfile.TemporaryDirectory(prefix=disk.TEMPORARY) as work, disk.writing(Path(work)):
         found = processor.check(source.path, source.config, shape, tower, Path(work))
-    merge = fit(source.adapter, parameters(source.path, family)) if source.adapter else None
+    held = quantised.find(source.path)
+    named = parameters(source.path, family) if source.adapter or held else None
+    merge = fit(source.adapter, named) if source.adapter and named else None
     settings = generation.read(source.path, source.config)
-    notes = (*source.notes, *found, *unread(recipe))
+    notes = (*source.notes, *(packings.notes(held.settings) if held else ()), *found, *unread(recipe))
     for note in (*notes, *settings.notes):
         progress(f"note: {note}")
     aim = engines.aim(recipe) if recipe.backend in engines.MODULES else None
     calibration, order = _calibration(recipe, source)
+    codes = kept.survey(held, named, family, tower) if held and named else None
+    if codes is not None:
+        recipe, codes = kept.settle(codes, asked, recipe, merge.changes if merge else (), order is not None)
+    elif recipe.weights.codes == "kept":
+        raise InputError(
+            "weights.codes = 'kept', and the checkpoint holds no codes", where=source.path, fix="leave it out"
+        )
     recipe = prune_layers.resolve(recipe, calibration)
     pipeline.check_recipe(recipe, shape)
     measured = file_sha256(Path(recipe.calibration)) if recipe.calibration is not None else None
@@ -81,8 +91,8 @@ def prepare(source: Checkpoint, recipe: Recipe, threads: int, progress: Step) ->
     if aim is not None:
         check_proof(recipe, tower, inputs)
     return Job(
-        source, family, config, shape, tower, recipe, inputs, settings, calibration, order, measured, merge, aim,
-        threads, progress, notes,
+        source, family, config, shape, tower, recipe, inputs, settings, calibration, order, measured, merge, codes,
+        aim, threads, progress, notes,
     )  # fmt: skip
 
 

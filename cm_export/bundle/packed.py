@@ -36,6 +36,7 @@ class Entry:
     padded: bool = False  # whether each weight begins a panel of its own, as gate and up must
     turned: bool = True  # whether the weight file holds them as [outputs, inputs]
     site: int | None = None  # of bundle/thresholds.py
+    kept: bool = False  # whether its codes are the checkpoint's own
 
     @property
     def rows(self) -> int:

@@ -7,6 +7,7 @@ A TensorRT engine has its own precision ([engine]); its graphs are made from the
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..base.errors import InputError
 from .option import check_fields, option
@@ -36,6 +37,12 @@ class StoredWeights:
     vision: str = option("", "", "Bits of the products of the vision tower", choices=_AS_PRECISION)
     group: int = option(32, "--weight-group", "Weights along the inputs that share a scale", choices=(32, 64, 128))
     zeros: bool = option(True, "", "Whether a group has a zero point besides its scale, at 4 bits")
+    codes: str = option(
+        AUTO,
+        "--weight-codes",
+        "Codes that the checkpoint holds: kept, rounded anew, or auto: kept wherever this loses nothing",
+        choices=(AUTO, "kept", "anew"),
+    )
     least_agreement: float = option(
         0.0,
         "--least-agreement",
@@ -56,9 +63,14 @@ class StoredWeights:
             own = "int8" if self.precision == "int4" and kind in _SENSITIVE else self.precision
         return BITS[own]
 
-    def storing(self) -> dict[str, int]:
+    def of_floats(self, kind: str) -> int:
+        """Bits of weights of a kind that the checkpoint holds as floats: where it holds the others as codes, 8 or more."""
+        return max(8, self.of(kind)) if self.codes == "kept" else self.of(kind)
+
+    def storing(self) -> dict[str, Any]:
         """What decides the bytes of the packed file."""
-        return {kind: self.of(kind) for kind in KINDS} | {"group": self.group, "zeros": self.zeros}
+        own = {"group": self.group, "zeros": self.zeros, "codes": self.codes}
+        return {kind: self.of(kind) for kind in KINDS} | own
 
     @property
     def words(self) -> str:

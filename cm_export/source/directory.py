@@ -1,7 +1,8 @@
 """What lies in a checkpoint directory: which files belong to the model, and what anything else there is called.
 
 config.json, tokenizer and processor files, model.safetensors or its shards     read, hashed, recorded
-an adapter, quantised tensors, a half download, a page for a file               refused, each in its own words
+tensors in few bits, with a quantization_config that packings/ reads             read as well
+an adapter, other quantised tensors, a half download, a page for a file         refused, each in its own words
 other weights, READMEs, pickles beside safetensors                              not read
 """
 
@@ -14,6 +15,7 @@ from .. import families
 from ..base.errors import InputError
 from ..base.json_file import check_content, read_object
 from ..base.links import dead
+from . import packings
 from .not_yet import PAGE, why_not
 from .safetensors_check import FLOATS, INTEGERS, damaged, tensor_types
 
@@ -53,9 +55,14 @@ def check(folder: Path) -> tuple[dict[str, Any], list[Path]]:
 
 def weight_files(folder: Path) -> list[Path]:
     """model.safetensors, or the shards that its index lists, complete and of float tensors. Raises InputError."""
+    packed = (
+        bool(read_object(folder / "config.json").get("quantization_config"))
+        if _there(folder / "config.json")
+        else False
+    )
     single, index = folder / "model.safetensors", folder / INDEX
     if _there(single):
-        _check_tensors(single, tensor_types(single))
+        _check_tensors(single, tensor_types(single), packed)
         return [single]
     if not _there(index):
         raise _no_weights(folder)
@@ -73,7 +80,7 @@ def weight_files(folder: Path) -> list[Path]:
     if lost := sorted(tensor for tensor, shard in shards.items() if tensor not in held[shard]):
         raise InputError(f"not in the shard it names: {_some(lost)}", where=index, fix="download the checkpoint again")
     for shard, types in held.items():
-        _check_tensors(folder / shard, types)
+        _check_tensors(folder / shard, types, packed)
     return [folder / shard for shard in names]
 
 
@@ -110,6 +117,9 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
                 where=folder / name,
                 fix="use a checkpoint that plain transformers loads",
             )
+        if name == "config.json" and values.get("quantization_config"):
+            packings.find(values["quantization_config"], folder / name)
+            parts = parts[1:]  # it is read as a whole
         if any(part.get("quantization_config") for part in parts):
             raise _quantised(folder / name, "quantization_config")
     if config.get("transformers_weights"):
@@ -124,12 +134,12 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
         raise InputError(said, where=folder / "config.json", fix=fix)
 
 
-def _check_tensors(file: Path, types: Mapping[str, str]) -> None:
-    """Raises InputError for tensors that are not the float weights of a whole model."""
+def _check_tensors(file: Path, types: Mapping[str, str], packed: bool) -> None:
+    """Raises InputError for tensors that are not the weights of a whole model; `packed`: config.json says how codes are read."""
     if found := [name for name in types if _ADAPTER_NAME.search(name)]:
         fix = "merge them first (peft: merge_and_unload, then save_pretrained)"
         raise InputError(f"holds tensors of an adapter, e.g. {found[0]}", where=file, fix=fix)
-    for name, kind in types.items():
+    for name, kind in types.items() if not packed else ():
         whole = kind in INTEGERS and name.endswith("weight")
         if _LOW_BIT_NAME.search(name) or whole or (kind not in FLOATS | INTEGERS and kind != "BOOL"):
             raise _quantised(file, f"{name} is {kind}")

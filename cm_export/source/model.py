@@ -6,6 +6,7 @@ configuration -> skeleton without weights -> trace          checkpoint -> weight
 import contextlib
 import gc
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,16 +25,16 @@ from .probe import Probe, reference
 from .quiet import in_short, quiet
 
 REFERENCE = "reference.npz"
+_CODES_OF_HEAD = re.compile(r"(^|\.)lm_head\.(qweight|weight_packed|weight_scale(_inv)?)$")
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """transformers' normalised configuration as plain values. Raises InputError when it does not hold together."""
     with quiet():
-        from transformers import AutoConfig
         from transformers.activations import ACT2FN
 
         try:
-            found = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            found = _config(path)
             config = found.to_dict()
         except Exception as e:  # transformers validates with many exception types; all mean a bad config.json
             raise InputError(f"transformers refuses it ({in_short(e)})", where=path / "config.json") from e
@@ -50,14 +51,24 @@ def read_config(path: Path) -> dict[str, Any]:
     )
 
 
+def _config(path: Path) -> Any:
+    """transformers' configuration, without how weights are stored: that is read by packings/, and the model is a float one."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
 def skeleton(path: Path, family: Family) -> Any:
     """The model of a configuration without weights: parameters are never initialised, so no memory is touched."""
     with quiet():
         import torch
         import transformers
-        from transformers import AutoConfig, initialization
+        from transformers import initialization
 
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = _config(path)
         for part in (config, *(getattr(config, name) for name in config.sub_configs)):
             part.dtype = torch.float32  # direct construction would follow what the checkpoint was saved as
         if head_differs(path):  # from_pretrained ties nothing then, whatever config.json says
@@ -77,7 +88,10 @@ def head_differs(path: Path) -> bool:
         where: dict[str, safe_open] = {}
         for file in weight_files(path):
             f = stack.enter_context(safe_open(file, "pt"))
-            where |= {n: f for n in f.keys() if n.endswith(("lm_head.weight", "embed_tokens.weight"))}  # noqa: SIM118
+            names = [*f.keys()]
+            if any(_CODES_OF_HEAD.search(name) for name in names):
+                return True  # the embedding is stored otherwise
+            where |= {n: f for n in names if n.endswith(("lm_head.weight", "embed_tokens.weight"))}
         return len(where) == 2 and not torch.equal(*(f.get_tensor(n) for n, f in where.items()))
 
 

@@ -23,6 +23,10 @@ class Parameters:
     ties_head: bool  # whether the LM head is the embedding, so that it has no parameter of its own
     _renamed: Callable[[str], str]
 
+    def has(self, name: str) -> bool:
+        """Whether `name` means a parameter."""
+        return self.find(name) is not None
+
     def find(self, name: str) -> str | None:
         """The parameter that `name` means; None where it means none, or only a part of one."""
         renamed = name if name in self.shapes else self._renamed(name)

@@ -4,7 +4,7 @@ decode_dense: gate, up -> layers.0.ffn_in      down -> layers.0.ffn_out      q, 
 vision:       every MatMul and Gemm with a weight -> vision.<its name>
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import onnx
 
@@ -18,17 +18,25 @@ from .edit import Edit
 from .gemm import is_plain_gemm
 from .products import head_product, layer_products
 
+_NONE: Mapping[str, tuple[int, int]] = {}
+
 
 def entries(
     decode: onnx.ModelProto, vision: onnx.ModelProto | None, file: WeightFile, family: Family, shape: Shape,
-    stored: StoredWeights,
+    stored: StoredWeights, kept: Mapping[str, tuple[int, int]] = _NONE,
 ) -> dict[str, Entry]:  # fmt: skip
-    """Name -> entry, of the kinds that the recipe stores in 8 or 4 bits. Raises SurgeryError."""
+    """Name -> entry, of the kinds that the recipe stores in 8 or 4 bits. Raises SurgeryError.
+
+    kept: weight -> (bits, group) of codes that the checkpoint holds; an entry keeps them where all of its weights have such.
+    """
 
     def entry(kind: str, weights: list[str], turned: bool = True, site: int | None = None) -> Entry:
         shapes = [file.tensors[name].shape for name in weights]
         inputs, outputs = shapes[0][turned], tuple(s[not turned] for s in shapes)
-        return Entry(tuple(weights), stored.of(kind), stored.group, inputs, outputs, kind == "ffn", turned, site)
+        codes = {kept.get(name) for name in weights}
+        own = codes.pop() if len(codes) == 1 else None
+        bits, group = own or (stored.of_floats(kind), stored.group)
+        return Entry(tuple(weights), bits, group, inputs, outputs, kind == "ffn", turned, site, own is not None)
 
     found: dict[str, Entry] = {}
     if stored.of("ffn") < 32:
@@ -38,7 +46,7 @@ def entries(
     edit = Edit(decode)
     for own in layer_products(edit, family, shape.layers):
         at, into = SIDES * own.layer, [p.weight.name for p in own.into]
-        apart = [name for name in into if name.endswith(family.value) and stored.of("value") != stored.of("attention")]
+        apart = [name for name in into if name.endswith(family.value) and _apart(name, into, stored, kept)]
         parts = {
             "attention_in": ("attention", [name for name in into if name not in apart], ATTENTION_IN),
             "value": ("value", apart, ATTENTION_IN),
@@ -52,6 +60,11 @@ def entries(
     if stored.of("vision") < 32 and vision is not None:
         found |= {f"vision.{name}": entry("vision", [name]) for name in _weights_of_products(vision)}
     return found
+
+
+def _apart(value: str, into: list[str], stored: StoredWeights, kept: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether v is stored otherwise than the weights that read the same x: in other bits, or one as codes that were kept."""
+    return stored.of("value") != stored.of("attention") or any(kept.get(name) != kept.get(value) for name in into)
 
 
 def _weights_of_products(model: onnx.ModelProto) -> Iterator[str]:

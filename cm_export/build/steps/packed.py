@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
+from ...base.errors import GateFailed
 from ...bundle import packed, weights
 from ...bundle.packed import Entry
 from ...bundle.weights import Planned, WeightFile
@@ -14,6 +15,7 @@ from ...quant import rows
 from ...quant.choose import UNKNOWN, Inputs, by_inputs, quantise
 from ...recipe.stored import StoredWeights
 from ...surgery.packable import entries
+from ..kept import Codes
 from ..stage import Stage
 from . import measured
 
@@ -26,12 +28,19 @@ def _run(folder: Path, job: "Job", stages: "Stages") -> dict[str, Any]:
     file, stored = WeightFile(stages.file("weights", weights.FILE)), job.recipe.weights
     names = ("decode_dense", "vision") if job.tower else ("decode_dense",)
     graphs = [onnx.load(stages.file("graphs", f"{name}.onnx"), load_external_data=False) for name in names]
-    found = entries(graphs[0], graphs[1] if job.tower else None, file, job.family, job.shape, stored)
+    codes = job.codes.kept if job.codes else {}
+    kept = {name: (held.bits, held.group) for name, held in codes.items()}
+    found = entries(graphs[0], graphs[1] if job.tower else None, file, job.family, job.shape, stored, kept)
     seen = WeightFile(stages.file("measured", measured.CHANNELS)) if "measured" in stages.keys else None
-    zeros, planned = stored.zeros, []
+    planned = []
     for i, (name, entry) in enumerate(found.items()):
         note = partial(job.progress, "store the weights in few bits", i, len(found))
-        planned += _planned(name, entry, zeros, partial(_packed, name, entry, file, stored, seen, note))
+        if entry.kept:
+            assert job.codes is not None  # it came from there
+            zeros, make = any(codes[w].zeros for w in entry.weights), partial(_kept, name, entry, file, job.codes, note)
+        else:
+            zeros, make = stored.zeros and entry.bits < 8, partial(_packed, name, entry, file, stored, seen, note)
+        planned += _planned(name, entry, zeros, make)
     weights.write(folder / packed.FILE, planned)
     return {"entries": {name: entry.to_dict() for name, entry in found.items()}}
 
@@ -54,13 +63,34 @@ def _packed(
     return rows.pack(codes[: entry.inputs], made.scale, zero, entry.bits, entry.group)
 
 
+def _kept(name: str, entry: Entry, file: WeightFile, codes: Codes, note: Any) -> rows.PackedRows:
+    """The checkpoint's own codes [K,N] in the kernels' order. Raises GateFailed unless they are the weight file's numbers."""
+    note()
+    parts, middle, symmetric = [], 1 << (entry.bits - 1), True
+    for weight, width in zip(entry.weights, entry.widths, strict=True):
+        read, scale, zero = codes.source.matrix(codes.kept[weight].module).stored()
+        symmetric &= not codes.kept[weight].zeros
+        more = ((0, 0), (0, width - read.shape[1]))
+        fill = {"constant_values": middle}
+        parts.append((np.pad(read, more, **fill), np.pad(scale, more), np.pad(zero, more, **fill)))
+    read, scale, zero = (np.concatenate(of, axis=1) for of in zip(*parts, strict=True))
+    packed = rows.pack(read, scale, None if symmetric else zero, entry.bits, entry.group)
+    numbers, begin = rows.numbers(packed), 0
+    for weight, width, outputs in zip(entry.weights, entry.widths, entry.outputs, strict=True):
+        expected = file[weight].T if entry.turned else file[weight]
+        if not np.array_equal(numbers[: entry.inputs, begin : begin + outputs], expected):
+            raise GateFailed("its codes are not the numbers of the weight", where=f"{name}: {weight}", fix="report it")
+        begin += width
+    return packed
+
+
 def _planned(name: str, entry: Entry, zeros: bool, make: Any) -> list[Planned]:
     """The three tensors of an entry; whichever is written first makes all of them."""
     columns, groups = entry.panels * rows.PANEL, entry.rows // entry.group
     shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {
         "codes": ((groups * entry.group, columns * entry.bits // 8), np.dtype("u1")),
         "scale": ((groups, columns), np.dtype("<f2")),
-        "zero": ((groups, columns) if zeros and entry.bits < 8 else (0,), np.dtype("u1")),
+        "zero": ((groups, columns) if zeros else (0,), np.dtype("u1")),
     }
     made: dict[str, np.ndarray] = {}
 

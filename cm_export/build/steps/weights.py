@@ -1,5 +1,6 @@
 """Stage `weights`: checkpoint -> weights.safetensors, processor files, PyTorch's answers to the probe."""
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,11 @@ def _inputs(job: "Job") -> dict[str, Any]:
 def _run(folder: Path, job: "Job", stages: "Stages") -> dict[str, Any]:
     job.progress("load the checkpoint")
     merged = {"merged": job.merge.apply} if job.merge else {}
-    return model.write_weights(
-        job.source.path, job.family, folder, job.tower, job.inputs, job.progress, job.order, **merged
-    )
+    with contextlib.ExitStack() as stack:
+        path = job.source.path
+        if job.codes is not None:
+            path = stack.enter_context(job.codes.source.in_float32(folder, job.codes.model.has, job.progress))
+        return model.write_weights(path, job.family, folder, job.tower, job.inputs, job.progress, job.order, **merged)
 
 
 STAGE = Stage("weights", (), _inputs, _run)
