@@ -7,6 +7,7 @@
 // a time ("a quad"): one dot product instruction with 32-bit lanes multiplies a quad for as many outputs as it has lanes.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -58,6 +59,25 @@ struct Span {
     size_t stride = 0;
 };
 
+// Neighbouring groups of inputs.
+struct Groups {
+    int64_t begin = 0, end = 0;
+};
+
+// Memory that begins where a register of any size may be stored.
+class Aligned {
+public:
+    template <class Register>
+    Register* of(size_t count) {
+        const size_t needed = count * sizeof(Register) + 64;
+        if (memory_.size() < needed) memory_.resize(needed);
+        return reinterpret_cast<Register*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t{63});
+    }
+
+private:
+    std::vector<uint8_t> memory_;
+};
+
 // The kernels of one instruction set.
 struct Kernels {
     const char* name;
@@ -66,8 +86,8 @@ struct Kernels {
     void (*keep)(const float* x, const float* norm, float threshold, int64_t inputs, uint64_t* bits);
     // Fills codes, scale and sum (or values) of one row, when keep, ids and first are there.
     void (*quantise)(const float* x, const Matrix&, Rows&, int row);
-    // Writes all outputs of the spans.
-    void (*multiply)(const Matrix&, const Rows&, const Span* spans, int count);
+    // Writes all outputs of the spans: what these groups of inputs add to them.
+    void (*multiply)(const Matrix&, const Rows&, Groups, const Span* spans, int count);
     // z = activation(gate) * up
     void (*gate)(Activation, const float* gate, const float* up, float* z, int64_t count);
 };

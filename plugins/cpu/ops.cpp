@@ -30,6 +30,8 @@ namespace {
 constexpr const char* kDomain = "com.cm_export.native";
 constexpr const char* kVersion = "1";
 constexpr int64_t kCacheBytes = 256 << 10;  // of outputs, in one span
+constexpr size_t kShortRow = 2048;          // bytes of a row of W up to which threads share the inputs
+constexpr int64_t kParts = 4, kMinGroups = 4;
 
 std::atomic<uint64_t> bytes_read{0}, bytes_dense{0};
 std::atomic<const Kernels*> in_use{nullptr};
@@ -199,7 +201,7 @@ Selection selection(const ort::Context* context, const char* op, size_t norm_ind
 // Buffers of a call. ONNX Runtime may run one node in several threads at once: each call borrows a set of its own.
 struct Scratch {
     Rows x, z;
-    std::vector<float> activated;
+    std::vector<float> activated, partial;
 };
 
 class Pool {
@@ -307,25 +309,63 @@ std::vector<float>& local() {
     return buffer;
 }
 
+// Into how many parts the inputs are cut. Short rows of W are better read whole by each thread, so threads share the inputs
+// there, and what each part adds is summed. It follows from the sizes alone: y is the same whoever computes it.
+int64_t parts_of(const Matrix& m) {
+    return m.row_bytes() <= kShortRow && m.groups() >= kParts * kMinGroups ? kParts : 1;
+}
+
 // y [count, outputs] = rows W
-void product(const ort::Context* context, const Kernels& k, const Matrix& m, const Rows& rows, float* y, int64_t outputs) {
-    const size_t spans = spans_of(m.panels, rows.count);
-    auto task = [&](size_t i) {
-        Span span{static_cast<int64_t>(m.panels * i / spans), static_cast<int64_t>(m.panels * (i + 1) / spans)};
-        const int64_t first = span.begin * kPanel, width = (span.end - span.begin) * kPanel;
-        if (first + width <= outputs) {
-            span.y = y + first, span.stride = static_cast<size_t>(outputs);
-            return k.multiply(m, rows, &span, 1);
-        }
-        // the last panel is wider than y
-        std::vector<float>& buffer = local();
-        buffer.resize(std::max(buffer.size(), static_cast<size_t>(rows.count * width)));
-        span.y = buffer.data(), span.stride = static_cast<size_t>(width);
-        k.multiply(m, rows, &span, 1);
-        for (int row = 0; row < rows.count; ++row)
-            std::memcpy(y + row * outputs + first, buffer.data() + row * width, (outputs - first) * sizeof(float));
+void product(const ort::Context* context, const Kernels& k, const Matrix& m, const Rows& rows, float* y, int64_t outputs,
+             std::vector<float>& partial) {
+    const int64_t parts = parts_of(m);
+    // With many rows of x arithmetic decides, and a task computes all parts of its outputs.
+    const bool few = rows.count <= kFewRows, together = parts > 1 && few;
+    const size_t spans = together ? std::max<size_t>(1, spans_of(m.panels, rows.count) / parts) : spans_of(m.panels, rows.count);
+    const size_t whole = static_cast<size_t>(rows.count * m.panels * kPanel);
+    if (together) partial.resize(std::max(partial.size(), parts * whole));
+    auto multiply = [&](int64_t part, Span span) {
+        const Groups groups{m.groups() * part / parts, m.groups() * (part + 1) / parts};
+        k.multiply(m, rows, groups, &span, 1);
     };
-    in_parallel(context, spans, task);
+    // y = what the parts, `apart` floats from one another, have from output `first` on
+    auto sum = [&](const float* from, size_t stride, size_t apart, int64_t first, int64_t width) {
+        width = std::min(width, outputs - first);
+        for (int row = 0; row < rows.count; ++row) {
+            float* out = y + row * outputs + first;
+            std::memcpy(out, from + row * stride, width * sizeof(float));
+            for (int64_t part = 1; part < parts; ++part) {
+                const float* more = from + part * apart + row * stride;
+                for (int64_t i = 0; i < width; ++i) out[i] += more[i];
+            }
+        }
+    };
+    auto task = [&](size_t i) {
+        const size_t at = i % spans;
+        Span span{static_cast<int64_t>(m.panels * at / spans), static_cast<int64_t>(m.panels * (at + 1) / spans)};
+        const int64_t first = span.begin * kPanel, width = (span.end - span.begin) * kPanel;
+        if (together) {
+            const int64_t part = static_cast<int64_t>(i / spans);
+            span.y = partial.data() + part * whole + first, span.stride = static_cast<size_t>(m.panels * kPanel);
+            return multiply(part, span);
+        }
+        if (parts == 1 && first + width <= outputs) {
+            span.y = y + first, span.stride = static_cast<size_t>(outputs);
+            return multiply(0, span);
+        }
+        // several parts, or the last panel is wider than y
+        std::vector<float>& buffer = local();
+        const size_t apart = static_cast<size_t>(rows.count * width);
+        buffer.resize(std::max(buffer.size(), parts * apart));
+        span.stride = static_cast<size_t>(width);
+        for (int64_t part = 0; part < parts; ++part) {
+            span.y = buffer.data() + part * apart;
+            multiply(part, span);
+        }
+        sum(buffer.data(), span.stride, apart, first, width);
+    };
+    in_parallel(context, together ? spans * parts : spans, task);
+    if (together) sum(partial.data(), static_cast<size_t>(m.panels * kPanel), whole, 0, m.panels * kPanel);
 }
 
 // z [count, panels / 2 * 128] = activation(x W_gate) * (x W_up); the first half of the panels are gates.
@@ -341,7 +381,7 @@ void gated_product(const ort::Context* context, const Kernels& k, const Matrix& 
         float *gate = buffer.data(), *up = gate + rows.count * width;
         const Span both[] = {{begin, end, gate, static_cast<size_t>(width)},
                              {half + begin, half + end, up, static_cast<size_t>(width)}};
-        k.multiply(m, rows, both, 2);
+        k.multiply(m, rows, {0, m.groups()}, both, 2);
         for (int row = 0; row < rows.count; ++row)
             k.gate(activation, gate + row * width, up + row * width, z + row * half * kPanel + begin * kPanel, width);
     };
@@ -390,7 +430,7 @@ struct PackedMatMul {
             const int count = static_cast<int>(std::min<int64_t>(kManyRows, shape.rows() - row));
             const float* from = static_cast<const float*>(x.data) + row * shape.columns;
             prepare(context, k, loan.scratch->x, from, shape.columns, row, count, m, kept);
-            product(context, k, m, loan.scratch->x, y + row * outputs, outputs);
+            product(context, k, m, loan.scratch->x, y + row * outputs, outputs, loan.scratch->partial);
         }
     }
 };
@@ -442,7 +482,7 @@ struct PackedFFN {
             prepare(context, k, scratch.x, static_cast<const float*>(x.data) + row * columns, columns, row, count, gate_up, x_kept);
             gated_product(context, k, gate_up, scratch.x, activation, scratch.activated.data());
             prepare(context, k, scratch.z, scratch.activated.data(), stride, row, count, down, z_kept);
-            product(context, k, down, scratch.z, y + row * columns, columns);
+            product(context, k, down, scratch.z, y + row * columns, columns, scratch.partial);
         }
     }
 };

@@ -15,12 +15,24 @@ using Float = Isa::Float;
 constexpr int kRegisters = kPanel / Isa::kLanes;  // of a panel's outputs
 static_assert(kRegisters % Isa::kColumns == 0);
 
-// Listed rows of W from one quad to another, all of whose lines of one panel are asked for.
+// Where W is read next, `kAhead` bytes further along its rows: memory answers late, and processors follow by themselves only
+// long stretches of few rows. Rows from quad `begin` to `end` are at `panel` of a span, and are followed by those up to `next`.
+constexpr int kAhead = 768;
+
 template <int bits>
-static CM_INLINE void fetch(const uint8_t* panel, size_t row_bytes, const int32_t* ids, int begin, int end) {
+static CM_INLINE void fetch(const Matrix& m, const Rows& rows, const Span* spans, int count, const Span* span, int64_t panel,
+                            int begin, int end, int next) {
+    constexpr int kBytes = kPanel * bits / 8;
+    panel += kAhead / kBytes > 0 ? kAhead / kBytes : 1;
+    if (panel >= span->end) {
+        panel -= span->end;
+        if (++span == spans + count) span = spans, begin = end, end = next;
+        panel += span->begin;
+        if (panel >= span->end) return;
+    }
     for (int i = begin * kQuad; i < end * kQuad; ++i)
-        for (int line = 0; line < kPanel * bits / 8; line += 64)
-            __builtin_prefetch(panel + static_cast<size_t>(ids[i]) * row_bytes + line, 0, 2);
+        for (int line = 0; line < kBytes; line += 64)
+            __builtin_prefetch(m.codes + static_cast<size_t>(rows.ids[i]) * m.row_bytes() + panel * kBytes + line);
 }
 
 template <int bits>
@@ -30,60 +42,121 @@ static CM_INLINE Int zeros_at(const Matrix& m, int64_t g, int64_t output) {
 }
 
 template <int bits>
-static CM_INLINE void unpack(const uint8_t* panel, size_t row_bytes, const int32_t* ids, Int* out) {
-    Isa::template unpack<bits>(panel + static_cast<size_t>(ids[0]) * row_bytes, panel + static_cast<size_t>(ids[1]) * row_bytes,
-                               panel + static_cast<size_t>(ids[2]) * row_bytes, panel + static_cast<size_t>(ids[3]) * row_bytes,
-                               out);
+static CM_INLINE void unpack(const uint8_t* const* rows, int64_t offset, Int* out) {
+    Isa::template unpack<bits>(rows[0] + offset, rows[1] + offset, rows[2] + offset, rows[3] + offset, out);
 }
 
 // ---------------------------------------------------------------- one row of x
 
-// One panel of one group: y += x W.
-template <int bits>
-static CM_INLINE void one_panel(const Matrix& m, const Rows& rows, int64_t g, int64_t panel, float* y) {
-    const uint8_t* codes = m.codes + panel * kPanel * bits / 8;
-    const int begin = rows.first[g], end = rows.first[g + 1];
-    Int sums[kRegisters];
-    for (int r = 0; r < kRegisters; ++r)
-        sums[r] = Isa::times(zeros_at<bits>(m, g, panel * kPanel + r * Isa::kLanes), -rows.sum[g]);
-    for (int quad = begin; quad < end; ++quad) {
-        Int w[kRegisters];
-        unpack<bits>(codes, m.row_bytes(), rows.ids.data() + quad * kQuad, w);
-        const Int x = Isa::quad(rows.codes.data() + quad * kQuad);
-        for (int r = 0; r < kRegisters; ++r) sums[r] = Isa::template dot<bits>(sums[r], w[r], x);
+// Quads are taken kTogether at a time, along all outputs: 16 rows of W are as many as processors fetch well side by side.
+// What a group's quads have summed is kept in memory between two passes, as integers: in the first or second cache.
+constexpr int kTogether = 4;
+
+// Quads of one group. With `first` sums begin, with `last` they end and become part of y.
+struct Pass {
+    int64_t g;
+    int quad;
+    bool first, last;
+};
+
+// Panels from `begin` to `end` of a span; `now` are the rows of W, `ahead` where to ask for what comes, both less the panel.
+template <int bits, int quads>
+static CM_INLINE void stretch(const Matrix& m, const Rows& rows, const Pass& pass, const Span& span, int64_t begin, int64_t end,
+                              const uint8_t* const* now, const uint8_t* const* ahead, Int* sums) {
+    constexpr int kBytes = kPanel * bits / 8;
+    Int x[quads];
+    for (int q = 0; q < quads; ++q) x[q] = Isa::quad(rows.codes.data() + (pass.quad + q) * kQuad);
+    const Float x_scale = Isa::all(rows.scale[pass.g]);
+    for (int64_t panel = begin; panel < end; ++panel) {
+        for (int i = 0; i < quads * kQuad; ++i)
+            for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(ahead[i] + panel * kBytes + line);
+        Int* kept = sums + (panel - span.begin) * kRegisters;
+        Int of[kRegisters];
+        for (int r = 0; r < kRegisters; ++r) {
+            const int64_t output = panel * kPanel + r * Isa::kLanes;
+            of[r] = pass.first ? Isa::times(zeros_at<bits>(m, pass.g, output), -rows.sum[pass.g]) : kept[r];
+        }
+        for (int q = 0; q < quads; ++q) {
+            Int w[kRegisters];
+            unpack<bits>(now + q * kQuad, panel * kBytes, w);
+            for (int r = 0; r < kRegisters; ++r) of[r] = Isa::template dot<bits>(of[r], w[r], x[q]);
+        }
+        if (!pass.last) {
+            for (int r = 0; r < kRegisters; ++r) kept[r] = of[r];
+            continue;
+        }
+        const uint16_t* scale = m.scale + (pass.g * m.panels + panel) * kPanel;
+        float* y = span.y + (panel - span.begin) * kPanel;
+        for (int r = 0; r < kRegisters; ++r) {
+            float* out = y + r * Isa::kLanes;
+            const Float s = Isa::mul(Isa::half(scale + r * Isa::kLanes), x_scale);
+            Isa::store(out, Isa::fma(Isa::number(of[r]), s, Isa::load(out)));
+        }
     }
-    const uint16_t* scale = m.scale + (g * m.panels + panel) * kPanel;
-    const Float x_scale = Isa::all(rows.scale[g]);
-    for (int r = 0; r < kRegisters; ++r) {
-        float* out = y + r * Isa::kLanes;
-        const Float s = Isa::mul(Isa::half(scale + r * Isa::kLanes), x_scale);
-        Isa::store(out, Isa::fma(Isa::number(sums[r]), s, Isa::load(out)));
+}
+
+template <int bits, int quads>
+static void take(const Matrix& m, const Rows& rows, const Pass& pass, const Span* spans, int count, int last_quad, Int* sums) {
+    constexpr int kBytes = kPanel * bits / 8, kRows = quads * kQuad;
+    const uint8_t *now[kRows], *next[kRows], *ahead[kRows];
+    for (int i = 0; i < kRows; ++i) {
+        const int at = pass.quad * kQuad + i, later = at + kRows, end = last_quad * kQuad;
+        now[i] = m.codes + static_cast<size_t>(rows.ids[at]) * m.row_bytes();
+        next[i] = m.codes + static_cast<size_t>(rows.ids[later < end ? later : end - 1]) * m.row_bytes();
+    }
+    for (const Span* span = spans; span != spans + count; ++span) {
+        // at the end of a span the next one is asked for, and at the end of the last one the rows that come next
+        const int64_t turn = span->end - span->begin > kAhead / kBytes ? span->end - kAhead / kBytes : span->begin;
+        for (int i = 0; i < kRows; ++i) ahead[i] = now[i] + kAhead;
+        stretch<bits, quads>(m, rows, pass, *span, span->begin, turn, now, ahead, sums);
+        const bool is_last = span + 1 == spans + count;
+        const int64_t jump = ((is_last ? spans : span + 1)->begin - turn) * kBytes;
+        for (int i = 0; i < kRows; ++i) ahead[i] = (is_last ? next : now)[i] + jump;
+        stretch<bits, quads>(m, rows, pass, *span, turn, span->end, now, ahead, sums);
+        sums += (span->end - span->begin) * kRegisters;
+    }
+}
+
+template <int bits>
+static void one_row(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
+    static thread_local Aligned memory;
+    int64_t panels = 0;
+    for (const Span* span = spans; span != spans + count; ++span) panels += span->end - span->begin;
+    Int* sums = memory.of<Int>(panels * kRegisters);
+    const int last_quad = rows.first[groups.end];
+    for (int64_t g = groups.begin; g < groups.end; ++g) {
+        const int begin = rows.first[g], end = rows.first[g + 1];
+        for (int quad = begin, taken; quad < end; quad += taken) {
+            const int left = end - quad;
+            taken = left <= kTogether ? left : left < 2 * kTogether ? (left + 1) / 2 : kTogether;  // two halves: no short rest
+            const Pass pass{g, quad, quad == begin, taken == left};
+            switch (taken) {
+                case 1: take<bits, 1>(m, rows, pass, spans, count, last_quad, sums); break;
+                case 2: take<bits, 2>(m, rows, pass, spans, count, last_quad, sums); break;
+                case 3: take<bits, 3>(m, rows, pass, spans, count, last_quad, sums); break;
+                default: take<bits, kTogether>(m, rows, pass, spans, count, last_quad, sums);
+            }
+        }
     }
 }
 
 template <>
-CM_INLINE void one_panel<32>(const Matrix& m, const Rows& rows, int64_t g, int64_t panel, float* y) {
-    Float sums[kRegisters];
-    for (int r = 0; r < kRegisters; ++r) sums[r] = Isa::load(y + r * Isa::kLanes);
-    for (int i = rows.first[g] * kQuad; i < rows.first[g + 1] * kQuad; ++i) {
-        const float* w = reinterpret_cast<const float*>(m.codes + rows.ids[i] * m.row_bytes()) + panel * kPanel;
-        const Float x = Isa::all(rows.values[i]);
-        for (int r = 0; r < kRegisters; ++r) sums[r] = Isa::fma(x, Isa::load(w + r * Isa::kLanes), sums[r]);
-    }
-    for (int r = 0; r < kRegisters; ++r) Isa::store(y + r * Isa::kLanes, sums[r]);
-}
-
-template <int bits>
-static void one_row(const Matrix& m, const Rows& rows, const Span* spans, int count) {
-    for (int64_t g = 0; g < rows.groups; ++g) {
-        const int begin = rows.first[g], end = rows.first[g + 1];
+void one_row<32>(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
+    for (int64_t g = groups.begin; g < groups.end; ++g) {
+        const int begin = rows.first[g], end = rows.first[g + 1], next = rows.first[g + 1 < groups.end ? g + 2 : g + 1];
         if (begin == end) continue;
-        // Memory answers late, and no processor foresees which rows come: ask for those of the next group now.
-        const int next_end = g + 1 < rows.groups ? rows.first[g + 2] : end;
         for (const Span* span = spans; span != spans + count; ++span)
             for (int64_t panel = span->begin; panel < span->end; ++panel) {
-                fetch<bits>(m.codes + panel * kPanel * bits / 8, m.row_bytes(), rows.ids.data(), end, next_end);
-                one_panel<bits>(m, rows, g, panel, span->y + (panel - span->begin) * kPanel);
+                fetch<32>(m, rows, spans, count, span, panel, begin, end, next);
+                float* y = span->y + (panel - span->begin) * kPanel;
+                Float sums[kRegisters];
+                for (int r = 0; r < kRegisters; ++r) sums[r] = Isa::load(y + r * Isa::kLanes);
+                for (int i = begin * kQuad; i < end * kQuad; ++i) {
+                    const float* w = reinterpret_cast<const float*>(m.codes + rows.ids[i] * m.row_bytes()) + panel * kPanel;
+                    const Float x = Isa::all(rows.values[i]);
+                    for (int r = 0; r < kRegisters; ++r) sums[r] = Isa::fma(x, Isa::load(w + r * Isa::kLanes), sums[r]);
+                }
+                for (int r = 0; r < kRegisters; ++r) Isa::store(y + r * Isa::kLanes, sums[r]);
             }
     }
 }
@@ -92,16 +165,13 @@ static void one_row(const Matrix& m, const Rows& rows, const Span* spans, int co
 
 // Some groups of one panel of W, unpacked.
 struct Tile {
-    std::vector<uint8_t> memory;
+    Aligned memory;
     Int* codes = nullptr;  // [quads, kRegisters]; with 32 bits the floats of W, [inputs, kRegisters]
     Float* scale = nullptr;  // [groups, kRegisters]
     Int* zeros = nullptr;    // [groups, kRegisters]
 
     void reserve(size_t quads, size_t groups) {
-        const size_t needed = (quads * kQuad + 2 * groups) * kRegisters * sizeof(Int) + 64;
-        if (memory.size() < needed) memory.resize(needed);
-        const uintptr_t aligned = (reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63};
-        codes = reinterpret_cast<Int*>(aligned);
+        codes = memory.of<Int>((quads * kQuad + 2 * groups) * kRegisters);
         scale = reinterpret_cast<Float*>(codes + quads * kQuad * kRegisters);
         zeros = reinterpret_cast<Int*>(scale + groups * kRegisters);
     }
@@ -116,9 +186,11 @@ static CM_INLINE void fill(Tile& tile, const Matrix& m, const Rows& rows, int64_
             std::memcpy(out, m.codes + rows.ids[i] * m.row_bytes() + panel * kPanel * sizeof(float), kPanel * sizeof(float));
         return;
     } else {
-        const uint8_t* codes = m.codes + panel * kPanel * bits / 8;
-        for (int quad = first; quad < last; ++quad)
-            unpack<bits>(codes, m.row_bytes(), rows.ids.data() + quad * kQuad, tile.codes + (quad - first) * kRegisters);
+        for (int quad = first; quad < last; ++quad) {
+            const uint8_t* four[kQuad];
+            for (int i = 0; i < kQuad; ++i) four[i] = m.codes + static_cast<size_t>(rows.ids[quad * kQuad + i]) * m.row_bytes();
+            unpack<bits>(four, panel * kPanel * bits / 8, tile.codes + (quad - first) * kRegisters);
+        }
         for (int64_t g = g_begin; g < g_end; ++g)
             for (int r = 0; r < kRegisters; ++r) {
                 const int64_t output = panel * kPanel + r * Isa::kLanes;
@@ -196,18 +268,18 @@ static void blocks(const Tile& tile, const Rows& rows, int64_t g_begin, int64_t 
 }
 
 template <int bits>
-static void several_rows(const Matrix& m, const Rows& rows, const Span* spans, int count) {
+static void several_rows(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
     static thread_local Tile tile;
     // With few rows memory decides, and long stretches of a row of W are read; with many, sums stay in registers longer.
     const int64_t step = rows.count <= kFewRows || bits == 32 ? 1 : kTileInputs / m.group;
     tile.reserve(static_cast<size_t>(step) * m.group / kQuad, step);
-    for (int64_t g = 0; g < rows.groups; g += step) {
-        const int64_t end = g + step < rows.groups ? g + step : rows.groups;
-        if (rows.first[g] == rows.first[end]) continue;
-        const int next_end = rows.first[end + step < rows.groups ? end + step : rows.groups];
+    for (int64_t g = groups.begin; g < groups.end; g += step) {
+        const int64_t end = std::min(g + step, groups.end);
+        const int begin_quad = rows.first[g], end_quad = rows.first[end], next_quad = rows.first[std::min(end + step, groups.end)];
+        if (begin_quad == end_quad) continue;
         for (const Span* span = spans; span != spans + count; ++span)
             for (int64_t panel = span->begin; panel < span->end; ++panel) {
-                fetch<bits>(m.codes + panel * kPanel * bits / 8, m.row_bytes(), rows.ids.data(), rows.first[end], next_end);
+                fetch<bits>(m, rows, spans, count, span, panel, begin_quad, end_quad, next_quad);
                 fill<bits>(tile, m, rows, g, end, panel);
                 blocks<bits, Isa::kRows>(tile, rows, g, end, 0, span->y + (panel - span->begin) * kPanel, span->stride);
             }
@@ -215,17 +287,17 @@ static void several_rows(const Matrix& m, const Rows& rows, const Span* spans, i
 }
 
 template <int bits>
-static void multiply_bits(const Matrix& m, const Rows& rows, const Span* spans, int count) {
+static void multiply_bits(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
     for (const Span* span = spans; span != spans + count; ++span)
         for (int row = 0; row < rows.count; ++row)
             std::memset(span->y + row * span->stride, 0, (span->end - span->begin) * kPanel * sizeof(float));
-    return rows.count == 1 ? one_row<bits>(m, rows, spans, count) : several_rows<bits>(m, rows, spans, count);
+    return rows.count == 1 ? one_row<bits>(m, rows, groups, spans, count) : several_rows<bits>(m, rows, groups, spans, count);
 }
 
-static void multiply(const Matrix& m, const Rows& rows, const Span* spans, int count) {
+static void multiply(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
     switch (m.bits) {
-        case 4: return multiply_bits<4>(m, rows, spans, count);
-        case 8: return multiply_bits<8>(m, rows, spans, count);
-        default: return multiply_bits<32>(m, rows, spans, count);
+        case 4: return multiply_bits<4>(m, rows, groups, spans, count);
+        case 8: return multiply_bits<8>(m, rows, groups, spans, count);
+        default: return multiply_bits<32>(m, rows, groups, spans, count);
     }
 }
