@@ -211,7 +211,9 @@ class Runner:
         engines = self.bundle.manifest.get("engines")
         if not engines or engines["backend"] != self.backend.name:
             return self._check_memory(self.tower.memory(picture), shown)
-        ranges = self.tower.axis_ranges(self.bundle.recipe.engine.max_patches)  # an engine takes the memory of the largest
+        ranges = self.tower.axis_ranges(
+            self.bundle.recipe.engine.max_patches
+        )  # an engine takes the memory of the largest
         for port in self.tower.inputs:
             for axis, length in zip(port.axes, feeds[port.name].shape, strict=True):
                 if isinstance(axis, str) and length > (most := ranges[axis][2]):
