@@ -18,6 +18,7 @@ from conftest import cm_export, session
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from cm_export import families
 from cm_export.bundle.bundle import WEIGHTS, Bundle
 from cm_export.cli import main
 from cm_export.host.chat import Chat
@@ -234,7 +235,7 @@ CHECKPOINTS = {
     "unsupported model": (
         lambda f: _config(f, model_type="mistral"),
         "'mistral'",
-        "supported: llama, qwen2, qwen2_5_vl, qwen2_vl, qwen3, qwen3_vl",
+        f"supported: {', '.join(families.names())}",
     ),
     "own code": (lambda f: _config(f, auto_map={"AutoModel": "x.Y"}), "auto_map"),
     "quantised": (lambda f: _config(f, quantization_config={"bits": 4}), "quantised"),

@@ -36,7 +36,7 @@ def print_bundle(bundle: Mapping[str, Any]) -> None:
     """bundle: what `inspect_bundle.describe` returns."""
     console = _console()
     console.print(Text(f"{bundle['path']}  ({_value(bundle['model'])})", style="bold"))
-    if bundle["adapter"]:
+    if bundle.get("adapter"):
         console.print(_adapter(bundle["adapter"]), markup=False, soft_wrap=True)
     facts = [*_flat(bundle["recipe"]), *((f"pruned {key}", value) for key, value in bundle["pruned"].items())]
     console.print(_table(("recipe", "value"), facts))
