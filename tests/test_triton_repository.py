@@ -22,7 +22,7 @@ from fake_triton import Request, Sent
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from cm_export import load
-from cm_export.base.errors import InputError
+from cm_export.base.errors import CmExportError, InputError
 from cm_export.bundle.bundle import Bundle
 from cm_export.deploy.triton import containers, fit, repository, runtime
 from cm_export.host.sampling import Sampling
@@ -227,10 +227,41 @@ def test_an_older_repository_is_replaced_and_what_is_not_ours_is_refused(deploye
     with pytest.raises(InputError, match="no repository of ours"):
         repository.deploy(whole_bundle, tmp_path / "other", quick)
     (tmp_path / "file").touch()
-    for place, words in ((tmp_path / "file", "is no directory"), (tmp_path / "a" / "b", "no directory")):
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    for place, words in (
+        (tmp_path / "file", "is no directory"),
+        (tmp_path / "a" / "b", "no directory"),
+        (tmp_path / "link", "is a symbolic link; give --out .*other"),
+        (whole_bundle, "no repository of ours"),
+    ):
         with pytest.raises(InputError, match=words):
             repository.deploy(whole_bundle, place, quick)
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_without_an_exchange_of_names_it_is_replaced_all_the_same_and_leftovers_go(
+    deployed, whole_bundle, tmp_path, monkeypatch
+):
+    out = tmp_path / "r"
+    shutil.copytree(deployed[0], out, copy_function=os.link)
+    (tmp_path / ".r.999999999.tmp" / "vlm").mkdir(parents=True)
+    monkeypatch.setattr(repository.atomic, "exchange", lambda *_: False)
+    repository.deploy(whole_bundle, out, Settings(warm_up_pixels=-1, at_once=5))
+    assert '"5"' in (out / "vlm" / "config.pbtxt").read_text() and [p.name for p in tmp_path.iterdir()] == ["r"]
+
+
+def test_a_fault_on_the_way_leaves_the_old_repository(deployed, whole_bundle, tmp_path, monkeypatch):
+    out = tmp_path / "r"
+    shutil.copytree(deployed[0], out, copy_function=os.link)
+    before = (out / "vlm" / "config.pbtxt").read_text()
+
+    def fault(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(repository.runtime, "copy", fault)
+    with pytest.raises(CmExportError, match="cannot be written"):
+        repository.deploy(whole_bundle, out, Settings(warm_up_pixels=-1, at_once=5))
+    assert (out / "vlm" / "config.pbtxt").read_text() == before and [p.name for p in tmp_path.iterdir()] == ["r"]
 
 
 def test_what_does_not_fit_is_said_before_anything_is_written(whole_bundle, tmp_path):

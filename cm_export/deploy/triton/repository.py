@@ -12,14 +12,16 @@ It is put together in a folder beside its place, where it appears, or replaces a
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ... import __version__
 from ...base import atomic, disk
@@ -44,6 +46,7 @@ def deploy(
     `backend`: what `vlm` runs on; None: what the bundle was built for. With settings.warm_up_pixels 0 the largest picture
     is found out.
     """
+    out = Path(os.path.abspath(out))
     check_out(out)
     progress("open the bundle")
     bundle = Bundle(path)
@@ -52,6 +55,7 @@ def deploy(
     progress("verify the bundle's weights")
     bundle.wait_verified()
     runner = LoadedBundle(bundle, threads=1, backend=config.ONNXRUNTIME)  # no session is made here
+    _ = runner.chat  # raises where the checkpoint had no tokenizer: nothing could be asked
     picture = None
     if settings.warm_up_pixels == 0 and bundle.tower is not None:
         progress("find the largest picture")
@@ -107,7 +111,9 @@ def check_out(out: Path) -> None:
     atomic.check_name(out)
     if not out.parent.is_dir():
         raise InputError(f"no directory {out.parent}", where=out, fix="make it, or give another --out")
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
+    if out.is_symlink():
+        raise InputError("is a symbolic link", where=out, fix=f"give --out {os.path.realpath(out)}")
+    if out.exists() and not out.is_dir():
         raise InputError("exists and is no directory", where=out, fix="give another --out")
     if not os.access(out.parent, os.W_OK | os.X_OK):
         raise InputError(f"{out.parent} is not writable", where=out, fix="give another --out")
@@ -125,25 +131,32 @@ def check_out(out: Path) -> None:
 
 @contextlib.contextmanager
 def _replacing(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not."""
+    """A folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
+
+    What killed runs of the same `out` have left is removed first.
+    """
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+        pid = left.name.split(".")[-2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    folder, old = (out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+        folder.mkdir()
     except OSError as e:
         raise InputError(f"cannot write beside it ({e.strerror})", where=out, fix="give another --out") from e
     try:
         yield folder
-        folder.chmod(0o755)
+        if out.exists() and not atomic.exchange(folder, out):
+            out.rename(old)
         if not out.exists():
             folder.rename(out)
-        elif not atomic.exchange(folder, out):
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-            out.rename(old / "old")
-            folder.rename(out)
-            shutil.rmtree(old)
     except OSError as e:
+        if e.errno in disk.FULL:
+            raise
         raise CmExportError(f"cannot be written ({e.strerror})", where=out, fix="check the disk and the path") from e
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _files(folder: Path) -> list[str]:
