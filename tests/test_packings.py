@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import low_bit_checkpoints as made
 import numpy as np
@@ -172,7 +173,7 @@ def test_tensors_that_do_not_fit_together_are_refused_by_the_modules_name(tmp_pa
 
 def held(weight="w", kind="ffn", bits=4, why_not=None, **more) -> Held:
     return Held(**{"module": weight, "parameter": weight, "weight": weight, "kind": kind, "bits": bits, "length": 128,
-                   "group": 128, "zeros": True, "elements": 9, "why_not": why_not} | more)  # fmt: skip
+                   "group": 128, "zeros": True, "why_not": why_not} | more)  # fmt: skip
 
 
 def settled(recipe: Recipe, *matrices: Held, changed=(), reordered=False, tiny=True):
@@ -188,8 +189,8 @@ def settled(recipe: Recipe, *matrices: Held, changed=(), reordered=False, tiny=T
 def test_codes_are_kept_where_nobody_asks_for_something_else_and_floats_get_eight_bits(tiny):
     recipe, codes = settled(Recipe(), held("up"), held("q", "attention", 8), tiny=tiny)
     w = recipe.weights
-    assert (w.codes, w.of("ffn"), w.of("attention"), w.of("head"), w.of("vision")) == ("kept", 4, 8, 8, 8)
-    assert w.of_floats("ffn") == 8 and {*codes.kept} == {"up", "q"} and not codes.others
+    assert (w.codes, w.of("ffn"), w.of("attention"), w.of("head"), w.of("vision")) == ("auto", 4, 8, 8, 8)
+    assert {*codes.kept} == {"up", "q"} and not codes.others
 
 
 @pytest.mark.parametrize(
@@ -232,14 +233,20 @@ def test_the_manifest_counts_what_became_of_every_kind_and_says_it_in_words():
         held("q", "attention"),
         held("h", "head"),
     ]
-    codes = Codes(None, None, tuple(matrices), {h.weight: h for h in matrices if h.why_not is None}, {"u2": "no room"})
+    codes = Codes(
+        SimpleNamespace(method="gptq"),
+        None,
+        tuple(matrices),
+        {h.weight: h for h in matrices if h.why_not is None},
+        {"u2": "no room"},
+    )
     entry = partial(Entry, bits=4, group=128, inputs=128, outputs=(4, 4))
     entries = {"a": entry(("g", "u"), kept=True), "b": entry(("g2", "u2")), "c": entry(("q",), kept=True)}
     found = {row["kind"]: row for row in kept.rows(codes, {n: e.to_dict() for n, e in entries.items()})}
     assert found["ffn"]["became"] == {"kept": 2, "4 bits anew": 2} and "no room" in found["ffn"]["why"]
     assert found["attention"]["became"] == {"kept": 1} and found["head"]["became"] == {"float32": 1}
-    said = "\n".join(kept.sentences("gptq", found.values()))
-    assert "2 kept as they are, 2 rounded anew to 4 bits" in said and "1 read as float32" in said
+    said = "\n".join(row["said"] for row in found.values())
+    assert "(gptq), 2 kept as they are, 2 rounded to 4 bits anew" in said and "1 read as float32" in said
 
 
 # ---------------------------------------------------------------- whole checkpoints
@@ -279,7 +286,7 @@ def test_a_build_keeps_the_codes_of_every_matrix_and_says_so(in_awq):
     assert became == {"ffn": {"kept": 24}, "attention": {"kept": 24}, "value": {"kept": 8}}
     assert any("24 kept as they are" in note for note in bundle.manifest["notes"])
     weights = bundle.manifest["recipe"]["weights"]
-    assert (weights["codes"], weights["ffn"], weights["precision"]) == ("kept", "int4", "int8")
+    assert (weights["codes"], weights["ffn"], weights["precision"]) == ("auto", "int4", "int8")
     entries = bundle.packed.entries
     groups = {
         name.split(".")[-1]: (e.bits, e.group, e.kept) for name, e in entries.items() if name.startswith("layers.0")
@@ -298,6 +305,8 @@ def test_a_build_keeps_the_codes_of_every_matrix_and_says_so(in_awq):
         stored = bundle.weights[f"model.language_model.{name}" + ("_t" if part == "down_proj" else "")]
         np.testing.assert_array_equal(stored.T if part == "down_proj" else stored, meant[f"model.{name}"])
     assert "quantization_config" not in json.dumps(bundle.manifest["model"]["config"])
+    assert "24 kept as they are" in cm_export("inspect", in_awq / "x.plan").stdout
+    assert "24 kept as they are" in cm_export("inspect", in_awq / "x.plan").stdout
 
 
 def test_answers_are_those_of_transformers_on_the_numbers_that_the_codes_stand_for(in_awq):

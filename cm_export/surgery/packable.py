@@ -35,7 +35,8 @@ def entries(
         inputs, outputs = shapes[0][turned], tuple(s[not turned] for s in shapes)
         codes = {kept.get(name) for name in weights}
         own = codes.pop() if len(codes) == 1 else None
-        bits, group = own or (stored.of_floats(kind), stored.group)
+        # What a checkpoint in few bits left as floats was left so for a reason.
+        bits, group = own or (max(8, stored.of(kind)) if kept else stored.of(kind), stored.group)
         return Entry(tuple(weights), bits, group, inputs, outputs, kind == "ffn", turned, site, own is not None)
 
     found: dict[str, Entry] = {}

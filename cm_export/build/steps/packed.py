@@ -103,7 +103,11 @@ def _planned(name: str, entry: Entry, zeros: bool, make: Any) -> list[Planned]:
     return [Planned(f"{name}.{part}", dtype, shape, partial(read, part)) for part, (shape, dtype) in shapes.items()]
 
 
+def _inputs(job: "Job") -> dict[str, Any]:
+    return job.recipe.weights.storing() | {"kept": sorted(job.codes.kept) if job.codes else []}
+
+
 STAGE = Stage(
-    "packed", ("weights", "graphs", "measured"), lambda job: job.recipe.weights.storing(), _run,
+    "packed", ("weights", "graphs", "measured"), _inputs, _run,
     needed=lambda job: job.recipe.weights.packs,
 )  # fmt: skip
