@@ -306,7 +306,6 @@ def test_a_build_keeps_the_codes_of_every_matrix_and_says_so(in_awq):
         np.testing.assert_array_equal(stored.T if part == "down_proj" else stored, meant[f"model.{name}"])
     assert "quantization_config" not in json.dumps(bundle.manifest["model"]["config"])
     assert "24 kept as they are" in cm_export("inspect", in_awq / "x.plan").stdout
-    assert "24 kept as they are" in cm_export("inspect", in_awq / "x.plan").stdout
 
 
 def test_answers_are_those_of_transformers_on_the_numbers_that_the_codes_stand_for(in_awq):
