@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
@@ -77,6 +78,43 @@ def gptq(low: Low, v2: bool = False) -> dict[str, np.ndarray]:
         stored = (stored.view(np.uint32) - ones).view(np.int32)
     g_idx = low.groups.astype(np.int32)
     return {"qweight": words(low.codes, low.bits, 0), "qzeros": stored, "scales": low.scale, "g_idx": g_idx}
+
+
+def awq(low: Low) -> dict[str, np.ndarray]:
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    return {"qweight": words(low.codes, 4, 1, order), "qzeros": words(low.zero, 4, 1, order), "scales": low.scale}
+
+
+def packed(low: Low, with_order: bool = False) -> dict[str, np.ndarray]:
+    """compressed-tensors, pack-quantized."""
+    own = {"weight_packed": words(low.codes.T, low.bits, 1), "weight_scale": low.scale.T}
+    own["weight_shape"] = np.array(low.codes.T.shape, np.int64)
+    if (low.zero != 1 << (low.bits - 1)).any():
+        own["weight_zero_point"] = words(low.zero.T, low.bits, 0)
+    return own | ({"weight_g_idx": low.groups.astype(np.int32)} if with_order else {})
+
+
+def whole(low: Low) -> dict[str, np.ndarray]:
+    """compressed-tensors, int-quantized, 8 bits."""
+    own = {"weight": (low.codes.T - 128).astype(np.int8), "weight_scale": low.scale.T}
+    if (low.zero != 128).any():
+        own["weight_zero_point"] = (low.zero.T - 128).astype(np.int8)
+    return own
+
+
+def fp8(
+    weight: np.ndarray, block: tuple[int, int], name: str = "weight_scale_inv"
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """(tensors, numbers [N,K]) of a weight in float8_e4m3 with a float32 scale for each block of [rows, columns]."""
+    (outputs, inputs), (rows, columns) = weight.shape, block
+    scale = np.empty((-(-outputs // rows), -(-inputs // columns)), np.float32)
+    codes, numbers = np.empty(weight.shape, ml_dtypes.float8_e4m3fn), np.empty(weight.shape, np.float32)
+    for i, j in np.ndindex(scale.shape):
+        at = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+        scale[i, j] = np.abs(weight[at]).max() / 448
+        codes[at] = (weight[at] / scale[i, j]).astype(ml_dtypes.float8_e4m3fn)
+        numbers[at] = codes[at].astype(np.float32) * scale[i, j]
+    return {"weight": codes, name: scale}, numbers
 
 
 def write(

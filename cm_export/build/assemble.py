@@ -69,7 +69,7 @@ def _manifest(job: Job, stages: Stages) -> dict[str, Any]:
         "generation": job.generation.settings,
         "notes": [
             *job.notes,
-            *_of_codes(job, codes),
+            *(row["said"] for row in codes or ()),
             *job.generation.notes,
             *_unread(stages.state("weights").get("unread", [])),
         ],
@@ -87,10 +87,6 @@ def _manifest(job: Job, stages: Stages) -> dict[str, Any]:
         "packed": stages.state("packed")["entries"] if job.recipe.weights.packs else None,
         "stages": {name: stages.keys[name] for name in ("trace", "weights", "graphs")},
     }
-
-
-def _of_codes(job: Job, codes: list[dict[str, Any]] | None) -> list[str]:
-    return kept.sentences(job.codes.source.method, codes) if job.codes and codes else []
 
 
 def _unread(tensors: list[str]) -> list[str]:

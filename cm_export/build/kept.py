@@ -1,7 +1,7 @@
 """What becomes of a checkpoint's own codes: kept as they are, rounded anew, or read as floats; decided once, before any work.
 
     survey: model.layers.0.mlp.up_proj, 4 bits, groups of 128   ->   Held(weight, kind "ffn", fits the stored layout or why not)
-    settle: recipe, weights.codes = auto   ->   weights.ffn = "int4", weights.codes = "kept", and which weights keep their codes
+    settle: recipe, weights.codes = auto   ->   weights.ffn = "int4", and which weights keep their codes
     rows:   for the manifest, by kind: how many matrices were kept, rounded anew, read as float32, and why
 
 Kept codes give the same numbers as the checkpoint's, so nothing is lost by them; fewer bits are only made where
@@ -38,7 +38,6 @@ class Held:
     length: int | None  # inputs that share a scale in the checkpoint; None: they do not lie together
     group: int  # in the stored layout
     zeros: bool
-    elements: int
     why_not: str | None  # why its codes cannot be kept
 
 
@@ -56,12 +55,12 @@ class Codes:
 
 def survey(source: Quantised, model: Parameters, family: Family, tower: Tower | None) -> Codes:
     """Every matrix with what it is in the model. Raises InputError for tensors that do not fit together or the model."""
-    found = []
+    found, elements = [], 0
     for module in source.modules:
-        name = model.find(f"{module}.weight")
+        name, matrix = model.find(f"{module}.weight"), source.matrix(module)
+        elements += matrix.inputs * matrix.outputs
         if name is None:
             continue  # of a part that transformers' class does not have; the weights stage notes it
-        matrix = source.matrix(module)
         if model.shapes[name] != (matrix.outputs, matrix.inputs):
             what = f"{module} is {[matrix.outputs, matrix.inputs]} in few bits, and the model has {list(model.shapes[name])}"
             raise InputError(
@@ -71,10 +70,10 @@ def survey(source: Quantised, model: Parameters, family: Family, tower: Tower | 
             Held(
                 module, name, stored_name(name, family), _kind(name, family, tower), matrix.bits, matrix.length,
                 matrix.group, matrix.zero is not None and bool((matrix.zero != 1 << (matrix.bits - 1)).any()),
-                matrix.inputs * matrix.outputs, matrix.why_not,
+                matrix.why_not,
             )
         )  # fmt: skip
-    return Codes(source, model, tuple(found), float32_bytes=source.float32_bytes())
+    return Codes(source, model, tuple(found), float32_bytes=4 * (elements + source.float_elements()))
 
 
 def settle(
@@ -105,7 +104,7 @@ def settle(
         fix = "give --weight-codes auto, which keeps those that can be kept and says what became of the others"
         raise InputError(f"codes of {len(others)} matrices cannot be kept, e.g. {weight}: {why}", where=_WHERE, fix=fix)
     kept = {held.weight: held for held in codes.held if held.weight not in others}
-    changes: dict[str, Any] = {"weights__codes": "kept" if kept else "anew"}
+    changes: dict[str, Any] = {}
     if kept and asked.weights.is_open:
         changes["weights__precision"] = "int8"  # what the checkpoint holds as floats
     for kind in KINDS:
@@ -134,26 +133,20 @@ def rows(codes: Codes, entries: Mapping[str, Mapping[str, Any]]) -> list[dict[st
             became["float32" if entry is None else f"{entry.bits} bits anew"] += 1
             why[codes.others.get(held.weight, "a matrix that is read with it keeps no codes")] += 1
         if of_kind:
-            found.append({
+            row = {
                 "kind": kind, "matrices": len(of_kind), "bits": sorted({h.bits for h in of_kind}),
                 "groups": sorted({h.length or 0 for h in of_kind}), "became": dict(became), "why": [*why],
-            })  # fmt: skip
+            }  # fmt: skip
+            found.append(row | {"said": _said(codes.source.method, row)})
     return found
 
 
-def sentences(method: str, found: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The same in words, one for each kind."""
-    out = []
-    for row in found:
-        became = ", ".join(
-            f"{count} {_WORDS.get(what, f'rounded anew to {what}')}" for what, count in row["became"].items()
-        )
-        why = f" ({'; '.join(row['why'])})" if row["why"] else ""
-        bits = " and ".join(f"{b}" for b in row["bits"])
-        out.append(
-            f"{row['kind']}: {row['matrices']} matrices of {bits} bits in the checkpoint ({method}), {became}{why}"
-        )
-    return out
+def _said(method: str, row: Mapping[str, Any]) -> str:
+    """A row in words."""
+    became = ", ".join(f"{count} {_WORDS.get(what, f'rounded to {what}')}" for what, count in row["became"].items())
+    why = f" ({'; '.join(row['why'])})" if row["why"] else ""
+    bits = " and ".join(f"{b}" for b in row["bits"])
+    return f"{row['kind']}: {row['matrices']} matrices of {bits} bits in the checkpoint ({method}), {became}{why}"
 
 
 _WORDS = {"kept": "kept as they are", "float32": "read as float32"}

@@ -22,7 +22,8 @@ def describe(path: Path) -> dict[str, Any]:
     return {
         "path": str(path),
         "model": f"{source['source']}, {source['type']}" + (f", {source['revision']}" if source["revision"] else ""),
-        "adapter": source.get("adapter"),  # None in a bundle of an earlier version
+        "adapter": source.get("adapter"),  # None in a bundle of an earlier version, as is the next
+        "codes": m.get("codes"),
         "recipe": {k: v for k, v in m["recipe"].items() if v is not None},
         "graphs": graphs,
         "weights": {"file": WEIGHTS, "bytes": m["files"][WEIGHTS]["bytes"], "tensors": len(bundle.weights.tensors)},

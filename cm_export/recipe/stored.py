@@ -7,7 +7,6 @@ A TensorRT engine has its own precision ([engine]); its graphs are made from the
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from ..base.errors import InputError
 from .option import check_fields, option
@@ -63,14 +62,9 @@ class StoredWeights:
             own = "int8" if self.precision == "int4" and kind in _SENSITIVE else self.precision
         return BITS[own]
 
-    def of_floats(self, kind: str) -> int:
-        """Bits of weights of a kind that the checkpoint holds as floats: where it holds the others as codes, 8 or more."""
-        return max(8, self.of(kind)) if self.codes == "kept" else self.of(kind)
-
-    def storing(self) -> dict[str, Any]:
+    def storing(self) -> dict[str, int]:
         """What decides the bytes of the packed file."""
-        own = {"group": self.group, "zeros": self.zeros, "codes": self.codes}
-        return {kind: self.of(kind) for kind in KINDS} | own
+        return {kind: self.of(kind) for kind in KINDS} | {"group": self.group, "zeros": self.zeros}
 
     @property
     def words(self) -> str:

@@ -95,16 +95,18 @@ def has_weights(folder: Path) -> bool:
 def _check_adapter(folder: Path) -> None:
     if not (folder / ADAPTER).is_file():
         return
-    base = read_object(folder / ADAPTER).get("base_model_name_or_path") or "a base model that it does not name"
+    base = read_object(folder / ADAPTER).get("base_model_name_or_path")
     whole = [name for name in ("model.safetensors", INDEX) if (folder / name).exists()]
     if whole:
         raise InputError(
             f"lies beside {whole[0]}: transformers adds the adapter to these weights only where peft is installed",
             where=folder / ADAPTER,
-            fix="move the adapter_* files away to export the weights without it, or merge it into them",
+            fix="move the adapter_* files away to export the weights alone, or into a folder of their own for --adapter",
         )
-    fix = f"merge it into {base} first (peft: merge_and_unload, then save_pretrained) and give the merged directory"
-    raise InputError(f"is an adapter of {base}, not a whole model", where=folder, fix=fix)
+    fix = f"give --model {base or 'DIRECTORY'} --adapter {folder}: the build merges it into the weights"
+    raise InputError(
+        f"is an adapter of {base or 'a base model that it does not name'}, not a whole model", where=folder, fix=fix
+    )
 
 
 def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -137,7 +139,7 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
 def _check_tensors(file: Path, types: Mapping[str, str], packed: bool) -> None:
     """Raises InputError for tensors that are not the weights of a whole model; `packed`: config.json says how codes are read."""
     if found := [name for name in types if _ADAPTER_NAME.search(name)]:
-        fix = "merge them first (peft: merge_and_unload, then save_pretrained)"
+        fix = "give the model alone, and what peft saved as --adapter: the build merges it"
         raise InputError(f"holds tensors of an adapter, e.g. {found[0]}", where=file, fix=fix)
     for name, kind in types.items() if not packed else ():
         whole = kind in INTEGERS and name.endswith("weight")

@@ -61,15 +61,15 @@ class Quantised:
             )
             yield Path(out)
 
-    def float32_bytes(self) -> int:
-        """What its weights take in float32."""
+    def float_elements(self) -> int:
+        """How many numbers it holds besides those in few bits."""
         from safetensors import safe_open
 
-        count = sum(m.inputs * m.outputs for m in map(self.matrix, self.modules))
+        count = 0
         for name, file in self.others.items():
             with safe_open(file, "np") as f:
                 count += math.prod(f.get_slice(name).get_shape())
-        return 4 * count
+        return count
 
     def _planned_matrix(self, module: str) -> Planned:
         matrix = self.matrix(module)

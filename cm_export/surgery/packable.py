@@ -35,7 +35,8 @@ def entries(
         inputs, outputs = shapes[0][turned], tuple(s[not turned] for s in shapes)
         codes = {kept.get(name) for name in weights}
         own = codes.pop() if len(codes) == 1 else None
-        bits, group = own or (stored.of_floats(kind), stored.group)
+        # What a checkpoint in few bits left as floats was left so for a reason.
+        bits, group = own or (max(8, stored.of(kind)) if kept else stored.of(kind), stored.group)
         return Entry(tuple(weights), bits, group, inputs, outputs, kind == "ffn", turned, site, own is not None)
 
     found: dict[str, Entry] = {}
@@ -46,14 +47,11 @@ def entries(
     edit = Edit(decode)
     for own in layer_products(edit, family, shape.layers):
         at, into = SIDES * own.layer, [p.weight.name for p in own.into]
-        apart = [name for name in into if name.endswith(family.value) and _apart(name, into, stored, kept)]
-        parts = {
-            "attention_in": ("attention", [name for name in into if name not in apart], ATTENTION_IN),
-            "value": ("value", apart, ATTENTION_IN),
-            "attention_out": ("attention", [own.out.weight.name], ATTENTION_OUT),
-        }
-        for part, (kind, names, side) in parts.items():
-            if names and stored.of(kind) < 32:
+        parts = _parts(into, family.value, stored, kept)
+        parts["attention_out"] = ("attention", [own.out.weight.name])
+        for part, (kind, names) in parts.items():
+            side = ATTENTION_OUT if part == "attention_out" else ATTENTION_IN
+            if stored.of(kind) < 32:
                 found[f"layers.{own.layer}.{part}"] = entry(kind, names, site=at + side)
     if stored.of("head") < 32:
         found["head"] = entry("head", [head_product(edit).weight.name], site=SIDES * shape.layers)
@@ -62,9 +60,21 @@ def entries(
     return found
 
 
-def _apart(value: str, into: list[str], stored: StoredWeights, kept: Mapping[str, tuple[int, int]]) -> bool:
-    """Whether v is stored otherwise than the weights that read the same x: in other bits, or one as codes that were kept."""
-    return stored.of("value") != stored.of("attention") or any(kept.get(name) != kept.get(value) for name in into)
+def _parts(
+    into: list[str], value: str, stored: StoredWeights, kept: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[str, list[str]]]:
+    """q, k and v by the name of their entry, with their kind: those side by side that are stored in the same way."""
+    alike: dict[tuple, list[str]] = {}
+    for name in into:
+        kind = "value" if name.endswith(value) else "attention"
+        alike.setdefault((stored.of(kind), kept.get(name)), []).append(name)
+    found: dict[str, tuple[str, list[str]]] = {}
+    for names in alike.values():
+        if all(name.endswith(value) for name in names):
+            found["value"] = ("value", names)
+        else:
+            found["attention_in" if "attention_in" not in found else "attention_in_2"] = ("attention", names)
+    return found
 
 
 def _weights_of_products(model: onnx.ModelProto) -> Iterator[str]:

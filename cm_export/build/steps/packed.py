@@ -71,8 +71,8 @@ def _kept(name: str, entry: Entry, file: WeightFile, codes: Codes, note: Any) ->
         read, scale, zero = codes.source.matrix(codes.kept[weight].module).stored()
         symmetric &= not codes.kept[weight].zeros
         more = ((0, 0), (0, width - read.shape[1]))
-        fill = {"constant_values": middle}
-        parts.append((np.pad(read, more, **fill), np.pad(scale, more), np.pad(zero, more, **fill)))
+        pad = partial(np.pad, pad_width=more, constant_values=middle)
+        parts.append((pad(read), np.pad(scale, more), pad(zero)))
     read, scale, zero = (np.concatenate(of, axis=1) for of in zip(*parts, strict=True))
     packed = rows.pack(read, scale, None if symmetric else zero, entry.bits, entry.group)
     numbers, begin = rows.numbers(packed), 0
@@ -103,7 +103,11 @@ def _planned(name: str, entry: Entry, zeros: bool, make: Any) -> list[Planned]:
     return [Planned(f"{name}.{part}", dtype, shape, partial(read, part)) for part, (shape, dtype) in shapes.items()]
 
 
+def _inputs(job: "Job") -> dict[str, Any]:
+    return job.recipe.weights.storing() | {"kept": sorted(job.codes.kept) if job.codes else []}
+
+
 STAGE = Stage(
-    "packed", ("weights", "graphs", "measured"), lambda job: job.recipe.weights.storing(), _run,
+    "packed", ("weights", "graphs", "measured"), _inputs, _run,
     needed=lambda job: job.recipe.weights.packs,
 )  # fmt: skip
