@@ -271,7 +271,7 @@ def test_missing_packages_are_one_line_with_the_command_and_the_engines_are_buil
     done = bare.run(tmp_path / "demo", "--no-bench")
     assert done.returncode == 0 and "ask.py will not answer yet: python3 lacks" in done.stderr
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
-    assert report["asking"]["ready"] is False and "run build_on_device.sh again" in report["asking"]["needs"]
+    assert report["asking"]["ready"] is False and "then bash build_on_device.sh --no-bench" in report["asking"]["needs"]
 
 
 def test_a_package_of_the_wrong_version_is_named_with_the_one_that_fits(copied):
@@ -291,7 +291,7 @@ def test_a_piece_of_memory_that_cuda_does_not_give_is_told_before_anything_is_bu
     refused(done, "memory: CUDA does not give one piece of", largest["what"], "cudaMalloc: out of memory (code 2)")
     assert device.built() == [] and "36.5" not in done.stderr
     device.release = "# R36 (release), REVISION: 4.7, GCID: 1"
-    refused(device.run(archive), "Jetson Linux 36.4.7 is known to refuse large pieces: update to 36.5")
+    refused(device.run(archive), "Jetson Linux 36.4.7 is reported to refuse large pieces: update to 36.5")
     assert device.run(archive, "--dry-run", "--ignore-memory").returncode == 0
     device.largest_gb = largest["bytes"] / 1e9
     assert device.run(archive, "--dry-run").returncode == 0
