@@ -191,9 +191,8 @@ class Jetson:
             version = self.tensorrt.partition("-")[0].removesuffix(".30")  # of which JetPack 6.2 says 10.3.0 in Python
             env |= {"FAKE_TENSORRT": self.module or version}
             packages = next(Path(self.python).parent.parent.glob("lib/python3.*/site-packages"))
-            env |= {
-                "PYTHONPATH": f"{_MODULES}:{tests}:{packages}"
-            }  # without what only a .pth file names, such as this tree
+            # Without what only a .pth file names, such as this tree.
+            env["PYTHONPATH"] = f"{self.folder / 'installed'}:{_MODULES}:{tests}:{packages}"
         return env | self.faults
 
     def _set_up(self) -> None:

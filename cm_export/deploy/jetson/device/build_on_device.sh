@@ -178,7 +178,8 @@ if [[ $ignore_memory == 0 ]]; then
         unfit "memory: building needs about $(gigabytes "${fact[build_bytes]}"), $(gigabytes "$available") and $(gigabytes "$swap") of swap are available; add swap, $advice"
     fi
 fi
-# Free memory is not always given in one piece. CMA does not limit one: the GPU sees pages through its own page tables.
+# Free memory is not always given in one piece: docs/jetson.md has what is known. CMA is believed not to limit one, since the
+# GPU sees memory through page tables; its size goes into the report.
 untried=""
 if [[ $ignore_memory == 0 ]]; then
     code=0
@@ -188,7 +189,7 @@ if [[ $ignore_memory == 0 ]]; then
         untried="memory: there is no libcudart.so, so $piece was not tried"
     elif ((code)); then
         old=""
-        if [[ $l4t == 36.4.7* ]]; then old="Jetson Linux 36.4.7 is known to refuse large pieces: update to 36.5 or later; or "; fi
+        if [[ $l4t == 36.4.7* ]]; then old="Jetson Linux 36.4.7 is reported to refuse large pieces: update to 36.5 or later; or "; fi
         unfit "memory: CUDA does not give $piece: ${told##*$'\n'}; ${old}free the page cache (sudo sysctl -w vm.drop_caches=3), restart the device, or $advice"
     fi
 fi
@@ -356,7 +357,7 @@ fi
 # ---------------------------------------------------------------- what ask.py asks
 stage="make the bundle"
 if [[ -n $asking ]]; then
-    if [[ $dry_run == 0 ]]; then printf '%s; then run build_on_device.sh again\n' "$asking" >work/asking.txt; fi
+    if [[ $dry_run == 0 ]]; then printf '%s; then bash build_on_device.sh --no-bench\n' "$asking" >work/asking.txt; fi
 else
     say "$stage"
     attempt "bundle" work/bundle.log env "PYTHONPATH=host${PYTHONPATH:+:$PYTHONPATH}" python3 -m cm_export.deploy.jetson.assemble . "$tensorrt"
