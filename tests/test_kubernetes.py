@@ -33,7 +33,14 @@ def test_a_field_that_does_not_exist_is_found():
 
 
 def test_the_base_holds_what_a_service_needs_and_every_file_is_used():
-    kinds = {"ServiceAccount", "Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget", "NetworkPolicy"}
+    kinds = {
+        "ServiceAccount",
+        "Deployment",
+        "Service",
+        "HorizontalPodAutoscaler",
+        "PodDisruptionBudget",
+        "NetworkPolicy",
+    }
     assert set(OBJECTS) == kinds
     files = {f.name for f in BASE.glob("*.yaml")} - {"kustomization.yaml", "prometheus-adapter-rules.yaml"}
     assert files == set(KUSTOMIZATION["resources"])
@@ -55,7 +62,11 @@ def test_selectors_find_the_pods():
 
 def test_nothing_in_the_pod_may_be_written_or_raised_and_it_reaches_nobody():
     own = SERVE["securityContext"]
-    assert own["readOnlyRootFilesystem"] and own["allowPrivilegeEscalation"] is False and own["capabilities"]["drop"] == ["ALL"]
+    assert (
+        own["readOnlyRootFilesystem"]
+        and own["allowPrivilegeEscalation"] is False
+        and own["capabilities"]["drop"] == ["ALL"]
+    )
     assert POD["securityContext"]["runAsNonRoot"] and POD["securityContext"]["runAsUser"] > 0
     assert POD["automountServiceAccountToken"] is False and OBJECTS["NetworkPolicy"]["spec"]["egress"] == []
     mounts = {mount["name"]: mount.get("readOnly", False) for mount in SERVE["volumeMounts"]}
@@ -79,7 +90,11 @@ def test_the_autoscaler_reads_figures_that_the_server_counts():
     asked = {m["pods"]["metric"]["name"] for m in OBJECTS["HorizontalPodAutoscaler"]["spec"]["metrics"]}
     assert asked == {rule["name"]["as"] for rule in rules}
     counted = {figure.name for figure in FIGURES}
-    read = {re.sub(r"_(sum|count)$", "", n) for r in rules for n in re.findall(r"cm_export_\w+", r["seriesQuery"] + r["metricsQuery"])}
+    read = {
+        re.sub(r"_(sum|count)$", "", n)
+        for r in rules
+        for n in re.findall(r"cm_export_\w+", r["seriesQuery"] + r["metricsQuery"])
+    }
     assert read <= counted
 
 
@@ -89,5 +104,7 @@ def test_the_image_runs_the_command_as_the_same_user_with_pinned_versions():
     assert f"USER {POD['securityContext']['runAsUser']}:{POD['securityContext']['runAsGroup']}" in lines
     assert any("--constraint constraints.txt" in line and "[serve]" in line for line in lines)
     assert 'ENTRYPOINT ["cm-export", "serve"]' in lines and lines[-1].startswith('CMD ["/bundle", "--host", "0.0.0.0"')
-    pinned = {re.split("==", line)[0].lower().replace("-", "_") for line in (ROOT / "constraints.txt").read_text().split()}
+    pinned = {
+        re.split("==", line)[0].lower().replace("-", "_") for line in (ROOT / "constraints.txt").read_text().split()
+    }
     assert {"fastapi", "uvicorn", "starlette", "prometheus_client", "h11", "anyio", "pydantic"} <= pinned
