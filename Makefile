@@ -8,7 +8,7 @@ ASK = run $(DEMO) --image $(PICTURE) --prompt $(QUESTION)
 SPEED = bench $(DEMO) --image-tokens 144 --threads 1
 STAMP := .venv/.installed
 
-.PHONY: demo test test-families test-triton lint clean accuracy bench-quality bench-precision bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal lowest bench-cpu bench-peers bench-active
+.PHONY: demo test test-families test-triton lint clean accuracy bench-quality bench-precision bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal lowest bench-cpu bench-peers bench-active bench-serve
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("the versions of constraints.txt need Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
@@ -111,6 +111,10 @@ bench-guard: $(STAMP)
 # (about 20 minutes), afterwards it only measures (2 minutes); PEERS= for more options, such as --rebuild or --large.
 bench-peers: $(STAMP)
 	$(BIN)/python benchmarks/bench_peers.py --out benchmarks/peers.json --docs docs/race.md $(PEERS)
+
+# What the server adds to a step and how many clients it carries: benchmarks/serve.json and the tables of docs/serve.md (a minute).
+bench-serve: $(DEMO)
+	$(BIN)/python benchmarks/serve.py $(DEMO) --threads 1 --lanes 2 --out benchmarks/serve.json --docs docs/serve.md --users docs/scale.md
 
 # The TensorRT plugins for every GPU that this nvcc knows (a few minutes); TENSORRT_INCLUDE= the directory of NvInferRuntime.h,
 # ARCHITECTURES= for fewer, such as 87.

@@ -1,9 +1,9 @@
-"""What `cm-export serve` adds to a step, and what it carries: 1, 2, 4 and 8 clients at once, beside the same answers in one process.
+"""What `cm-export serve` adds to a step, and what it carries: 1 to 8 clients, beside the same answers in one process.
 
-    python benchmarks/serve.py artifacts/demo.plan --out benchmarks/serve.json --docs docs/serve.md
+    python benchmarks/serve.py artifacts/demo.plan --out benchmarks/serve.json --docs docs/serve.md --users docs/scale.md
 
-Every client asks about pictures of its own and gets answers of a set length, as events. Times are the client's, but for `step`, which is
-the decode loop's own (`decode_s` of the answer). Clients run in this process, the server in another, both on the same processors.
+Every client asks about pictures of its own and gets answers of a set length, as events. Times are the client's, but for `step`,
+which is the decode loop's own (`decode_s` of the answer). Clients run in this process, the server in another, on the same cores.
 added = client's time a token - time a token of the same answer in one process, both alone; medians with quartiles.
 """
 
@@ -94,7 +94,7 @@ def rows_per_step(url):
     return float(lines["cm_export_batch_rows_sum"]), float(lines["cm_export_batch_rows_count"])
 
 
-def measure(bundle, threads, tokens, rounds):
+def measure(bundle, threads, lanes, tokens, rounds):
     """The whole report."""
     with cm_export.load(bundle, threads=threads) as model:
         alone = in_process(model, tokens, rounds)
@@ -111,6 +111,8 @@ def measure(bundle, threads, tokens, rounds):
         0,
         "--threads",
         threads,
+        "--lanes",
+        lanes,
         "--quiet",
     ]
     started = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -137,6 +139,7 @@ def measure(bundle, threads, tokens, rounds):
         "rows": rows,
         "tokens": tokens,
         "threads": threads,
+        "lanes": lanes,
         "environment": environment.describe(threads, versions),
     }
 
@@ -150,32 +153,50 @@ def table(found):
     ]
     for row in found["rows"]:
         lines.append(
-            f"| {row['clients']} | {row['tokens_per_s']:.0f} | {row['requests_per_s']:.2f} | {text(row['first_ms'])} | {text(row['token_ms'])} "
-            f"| {text(row['step_ms'])} | {row['rows_per_step']:.1f} | {row['server_processors']:.2f} |"
+            f"| {row['clients']} | {row['tokens_per_s']:.0f} | {row['requests_per_s']:.2f} "
+            f"| {text(row['first_ms'])} | {text(row['token_ms'])} | {text(row['step_ms'])} "
+            f"| {row['rows_per_step']:.1f} | {row['server_processors']:.2f} |"
         )
     env = found["environment"]
     lines += [
         "",
         f"In one process a token takes {text(found['in_process_ms'])} ms (n = {found['in_process_ms']['n']}), so the server adds "
-        f"{found['added_ms']:.2f} ms to each; four clients get {found['gain_at_4']:.2f} times the tokens of one. Answers of "
-        f"{found['tokens']} tokens, {found['threads']} thread, {env['processor']}, {env['cores']} cores, {env['date'][:10]}.",
+        f"{found['added_ms']:.2f} ms to each; four clients get {found['gain_at_4']:.2f} times the tokens of one.",
+        f"Answers of {found['tokens']} tokens; `--threads {found['threads']} --lanes {found['lanes']}`; {env['processor']}, "
+        f"{env['cores']} cores, {env['date'][:10]}.",
         "",
     ]
     return "\n".join(lines)
+
+
+def users(found):
+    """How many users the answers a second of 8 clients are enough for."""
+    best = max(row["requests_per_s"] for row in found["rows"])
+    lines = ["| a user asks every | users, at .7 of the answers a second |", "|---|---|"]
+    lines += [
+        f"| {name} | {0.7 * best * seconds:.0f} |"
+        for name, seconds in (("10 s", 10), ("minute", 60), ("5 minutes", 300))
+    ]
+    per_core = best / found["environment"]["cores"]
+    return "\n".join([*lines, "", f"{best:.2f} answers a second, {per_core:.2f} a core.", ""])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--lanes", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=8, help="answers of each client")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--docs", type=Path, help="a page whose table, between two marks, is written anew")
+    parser.add_argument("--users", type=Path, help="the same, for how many users that is")
     args = parser.parse_args()
-    found = measure(args.bundle, args.threads, args.tokens, args.rounds)
+    found = measure(args.bundle, args.threads, args.lanes, args.tokens, args.rounds)
     write_report(args.out, found)
     print(json.dumps({k: found[k] for k in ("in_process_ms", "added_ms", "gain_at_4")}), table(found), sep="\n")
+    if args.users:
+        args.users.write_text(between(args.users.read_text(), "users", users(found)))
     if args.docs:
         args.docs.write_text(between(args.docs.read_text(), "serve", table(found)))
 

@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -219,7 +221,7 @@ def commands(text: str) -> list[str]:
 def parse(line: str) -> None:
     """Through click's own parser, without starting the work. Raises click.ClickException for what does not exist."""
     words = shlex.split(line, comments=True)[1:]
-    for end in ("|", ">", ">>", "2>", "&&", ";"):
+    for end in ("|", ">", ">>", "2>", "&&", "&", ";"):
         words = words[: words.index(end)] if end in words else words
     if words == ["--version"] or words[-1:] == ["--help"]:
         words = [w for w in words if w not in ("--version", "--help")]
@@ -260,7 +262,25 @@ def test_a_readme_command_that_does_not_exist_is_found():
             parse(wrong)
 
 
-def test_the_commands_of_the_readme_work_as_written(first_look, tmp_path):
+@pytest.fixture
+def background():
+    """Starts a server with these words and says its URL; ends it afterwards."""
+    started = []
+
+    def start(words: list[str]) -> str:
+        command = [sys.executable, "-m", "cm_export", *words, "--port", "0"]
+        started.append(
+            subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        )
+        return started[-1].stdout.readline().strip()
+
+    yield start
+    for process in started:
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+def test_the_commands_of_the_readme_work_as_written(first_look, tmp_path, request):
     """Those on the bundle of `make demo`, and doctor. The others need a hub, or minutes; `first_look` did the build.
 
     One of them evaluates on 21 questions, three of each kind: here it is one of each.
@@ -269,13 +289,20 @@ def test_the_commands_of_the_readme_work_as_written(first_look, tmp_path):
     lines = [*commands((ROOT / "README.md").read_text(encoding="utf-8")), *commands((ROOT / "docs/use.md").read_text())]
     runs = [line for line in lines if " build " not in line and (f"{made}demo.plan" in line or "doctor" in line)]
     assert len(runs) >= 5 and any("--recipe demo" in line for line in lines)
+    (asks,) = {line for line in lines if line.startswith("cm-export client --image")}
+    runs.append(asks)
+    url = []
     for line in runs:
         words = shlex.split(line, comments=True)[1:]
         words = [str(first_look) if w == f"{made}demo.plan" else w for w in words]
         words = [str(tmp_path / w.removeprefix(made)) if w.startswith(made) else w for w in words]
         words = ["7" if w == "21" and words[i - 1] == "--limit" else w for i, w in enumerate(words)]
-        done = cm_export(*words, cwd=ROOT)
+        if words[0] == "serve":
+            url.append(request.getfixturevalue("background")(words[: words.index("&")]))
+            continue
+        done = cm_export(*words, *(["--url", url[0]] if words[0] == "client" else []), cwd=ROOT)
         assert done.returncode == 0, f"{line}: {done.stderr}"
+        assert words[0] != "client" or done.stdout.strip().endswith("."), line
     assert (tmp_path / "kept.png").stat().st_size > 0
     verbs = {line.split()[1] for line in runs}
     assert verbs == set(names_in("cm_export.cli.verbs")) - {"build", "calibrate"}

@@ -8,10 +8,10 @@ import pytest
 import cm_export
 from cm_export.base.errors import InputError
 from cm_export.host.asking import asked
+from cm_export.host.conversation import Conversation
 from cm_export.host.decode import Row
 from cm_export.host.sampling import Sampling
 from cm_export.recipe.aliases import DEMO
-from cm_export.serving import scheduler as scheduling
 from cm_export.serving.scheduler import Scheduler, Unobserved
 from cm_export.serving.ticket import Busy, Cancelled, Closed, Expired, Finished, Piece
 from cm_export.serving.waiting import Waiting
@@ -62,6 +62,21 @@ def test_unequal_requests_together_get_what_each_gets_alone(model, server):
     assert len(pieces[3]) > 1  # it came as a stream
 
 
+def test_several_lanes_share_the_requests_and_change_no_answer(model):
+    alone = [model.generate(**request) for request in UNEQUAL]
+    with Scheduler(model, at_once=8, lanes=3) as server:
+        running = [server.submit(asked(QUESTION, image, **LONG)) for image in IMAGES[:2]]
+        for ticket in running:
+            next(ticket)
+        assert sorted(lane.load for lane in server._lanes) == [0, 1, 1]
+        tickets = [server.submit(asked(**request)) for request in UNEQUAL]
+        assert [ticket.whole().token_ids for ticket in tickets] == [answer.token_ids for answer in alone]
+        for ticket in running:
+            ticket.cancel()
+        until(lambda: server.load().running == 0)
+        assert not any(lane.batch.rows or lane.rows for lane in server._lanes)
+
+
 def test_a_newcomer_joins_while_others_write_and_no_row_is_left(model, server):
     first = server.submit(asked(QUESTION, IMAGES[0], **LONG))
     next(first)
@@ -71,7 +86,7 @@ def test_a_newcomer_joins_while_others_write_and_no_row_is_left(model, server):
     with pytest.raises(Cancelled):
         first.whole()
     until(lambda: server.load().running == 0)
-    assert not server._batch.rows and not server._rows
+    assert not server._lanes[0].batch.rows and not server._lanes[0].rows
 
 
 def test_fifty_cancelled_requests_free_their_places(model, server):
@@ -83,7 +98,7 @@ def test_fifty_cancelled_requests_free_their_places(model, server):
         with pytest.raises(Cancelled):
             ticket.whole()
     until(lambda: server.load().running == 0)
-    assert server.load().queued == 0 and not server._batch.rows
+    assert server.load().queued == 0 and not server._lanes[0].batch.rows
     assert server.submit(asked(QUESTION, IMAGES[0])).whole().text == model.generate(QUESTION, IMAGES[0]).text
 
 
@@ -114,7 +129,7 @@ def test_an_error_of_one_request_is_its_own(model, server, monkeypatch):
     def fails(logits, chosen):
         raise InputError("refused by the test", where="token")
 
-    real = scheduling.Conversation.begin
+    real = Conversation.begin
     victim = asked("hello", max_new_tokens=30)
 
     def begin(talk, prompt, limits):
@@ -123,7 +138,7 @@ def test_an_error_of_one_request_is_its_own(model, server, monkeypatch):
             one.decoding.choose = fails
         return one
 
-    monkeypatch.setattr(scheduling.Conversation, "begin", begin)
+    monkeypatch.setattr(Conversation, "begin", begin)
     others = [server.submit(asked(QUESTION, image)) for image in IMAGES[:2]]
     with pytest.raises(InputError, match="refused by the test"):
         server.submit(victim).whole()
@@ -131,7 +146,7 @@ def test_an_error_of_one_request_is_its_own(model, server, monkeypatch):
 
 
 def test_a_step_that_fails_for_one_row_leaves_the_others_their_answers(model, server, monkeypatch):
-    real = server._batch._reader.read
+    real = server._lanes[0].batch._reader.read
     bad: list[Row] = []
 
     def read(rows, tokens):
@@ -140,7 +155,7 @@ def test_a_step_that_fails_for_one_row_leaves_the_others_their_answers(model, se
             raise MemoryError("planted")
         return real(rows, tokens)
 
-    monkeypatch.setattr(server._batch._reader, "read", read)
+    monkeypatch.setattr(server._lanes[0].batch._reader, "read", read)
     others = [server.submit(asked(QUESTION, image, max_new_tokens=16)) for image in IMAGES[:2]]
     with pytest.raises(MemoryError, match="planted"):
         server.submit(asked(QUESTION, IMAGES[0], max_new_tokens=17)).whole()
@@ -195,7 +210,7 @@ def test_closing_without_draining_cancels_what_is_under_way(model):
 def test_a_fault_of_the_scheduler_ends_every_request_in_words(model, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda _: None)  # the thread's own report
     server = Scheduler(model, at_once=1)
-    monkeypatch.setattr(server, "_choose", lambda: 1 / 0)
+    monkeypatch.setattr(server._lanes[0], "_choose", lambda: 1 / 0)
     with pytest.raises(cm_export.CmExportError, match="ended by a fault"):
         server.submit(asked(QUESTION, IMAGES[0])).whole()
     assert not server.is_ready

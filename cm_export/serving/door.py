@@ -68,7 +68,8 @@ class Door:
         finally:
             status = entry.get("status")
             if scope["path"] not in _QUIET or (status or 500) >= 500:
-                level = "info" if status is not None and status < 500 else "warning"
+                fine = entry.get("outcome") == "cancelled" or (status is not None and status < 500)
+                level = "info" if fine else "warning"
                 log.write(level, "request", **entry, seconds=round(time.perf_counter() - started, 4))
 
     def _refusal(self, path: str, headers: dict[bytes, str]) -> Refused | None:

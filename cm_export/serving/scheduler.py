@@ -14,16 +14,16 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from ..base.errors import CmExportError, InputError
 from ..host.asking import Asked
 from ..host.chat import NotInTemplate
-from ..host.conversation import Answer, Answering, Conversation, Stream
-from ..host.decode import Batch, Row
+from ..host.conversation import Answer, Stream
 from ..host.loaded import LoadedBundle
+from .lane import Job, Lane
 from .ticket import Busy, Cancelled, Closed, Event, Expired, Failed, Finished, Listener, Piece, Ticket
 from .waiting import Waiting
 
@@ -51,24 +51,6 @@ class Unobserved:
     def ended(self, outcome: str, answer: Answer | None, seconds: float) -> None: ...
 
 
-@dataclass(eq=False)
-class _Job:
-    """One request between `submit` and its last event."""
-
-    asked: Asked
-    talk: Conversation
-    ticket: Ticket
-    listener: Listener
-    submitted: float  # seconds of time.perf_counter
-    until: float | None  # the same; None: no deadline
-    stream: Stream | None = None  # of a guarded one
-    begun: float = 0.0
-    one: Answering | None = None
-    shown: int = 0  # characters that are out
-    cancelled: bool = False
-    over: bool = False  # its last event is out
-
-
 @dataclass(frozen=True)
 class Load:
     """How busy a scheduler is."""
@@ -89,27 +71,27 @@ class Scheduler:
         queued: int = QUEUED,
         observer: Observer | None = None,
         deadline: float | None = None,
+        lanes: int = 1,
     ):
         """`at_once`: requests that are answered at the same time, each with a cache and core rows of its own.
 
-        `queued`: how many may wait for a place. `deadline`: seconds of a request that names none; None: any time.
+        `queued`: how many may wait for a place. `deadline`: seconds of a request that names none; None: any time. `lanes`:
+        threads of decoding (see lane.py).
         """
-        for name, value in (("at_once", at_once), ("queued", queued)):
+        for name, value in (("at_once", at_once), ("queued", queued), ("lanes", lanes)):
             if value < 1:
                 raise InputError(f"is {value}", where=name, fix="give 1 or more")
         self.model, self.observer = model, observer or Unobserved()
         self._at_once, self._most_queued, self._deadline = at_once, queued, deadline
-        self._change = threading.Condition()  # guards the four below, and what jobs say about themselves
-        self._waiting = Waiting[_Job]()
-        self._running: set[_Job] = set()  # from prefill on
-        self._joining: list[_Job] = []  # prefilled, to be added before the next step
+        self.change = threading.Condition()  # guards the three below, and what jobs say about themselves
+        self._waiting = Waiting[Job]()
+        self._running: set[Job] = set()  # from prefill on
         self._open, self._stopping = True, False
         self.broken: BaseException | None = None  # a fault of the scheduler itself
-        self._rows: dict[Row, _Job] = {}  # of the decode thread alone
-        self._batch = Batch(model.backend)
+        self._lanes = [Lane(self, model.backend) for _ in range(lanes)]
         self._threads = [
             threading.Thread(target=self._guarded_loop, args=(loop,), name=f"cm-export-{name}", daemon=True)
-            for name, loop in (("prefill", self._prefills), ("decode", self._steps))
+            for name, loop in (("prefill", self._prefills), *(("decode", lane.run) for lane in self._lanes))
         ]
         for thread in self._threads:
             thread.start()
@@ -131,10 +113,10 @@ class Scheduler:
         stream = talk.written(asked.prompts[-1], asked.limits)  # checks what can be checked before anything is computed
         now, wait = time.perf_counter(), self._deadline if deadline is None else deadline
         ticket = Ticket(request_id or uuid.uuid4().hex)
-        job = _Job(asked, talk, ticket, listener or ticket.put, now, None if wait is None else now + wait)
+        job = Job(asked, talk, ticket, listener or ticket.put, now, None if wait is None else now + wait)
         job.stream = stream if asked.limits.guard else None
         ticket._cancel = lambda _: self._cancel(job)
-        with self._change:
+        with self.change:
             if self.broken is not None:
                 raise CmExportError("ended by a fault", where="the scheduler", fix="start it again") from self.broken
             refusal = self._refusal()
@@ -146,9 +128,18 @@ class Scheduler:
             raise refusal
         return ticket
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing runs, and nothing will; with `change` held."""
+        return self._stopping and not self._running
+
+    def stepped(self, rows: int, seconds: float) -> None:
+        """One token was read for that many rows of a lane."""
+        self.observer.step(rows, seconds)
+
     def load(self) -> Load:
         """How many wait and are being answered."""
-        with self._change:
+        with self.change:
             return Load(len(self._waiting), len(self._running), self._at_once, self._most_queued)
 
     @property
@@ -158,10 +149,10 @@ class Scheduler:
 
     def close(self, drain: bool = True, seconds: float | None = None) -> None:
         """Take no more requests. `drain`: answer those that are here, within `seconds`; the rest is cancelled."""
-        with self._change:
+        with self.change:
             self._open = False
             if drain:
-                self._change.wait_for(lambda: not (self._waiting or self._running) or self.broken, seconds)
+                self.change.wait_for(lambda: not (self._waiting or self._running) or self.broken, seconds)
             for job in [*self._waiting.all(), *self._running]:
                 self._mark_cancelled(job)
             self._stopping = True
@@ -188,20 +179,20 @@ class Scheduler:
     def _told(self) -> None:
         """Wake whoever waits for a change; with the lock held."""
         self.observer.waiting(len(self._waiting), len(self._running))
-        self._change.notify_all()
+        self.change.notify_all()
 
-    def _cancel(self, job: _Job) -> None:
-        with self._change:
+    def _cancel(self, job: Job) -> None:
+        with self.change:
             if not job.over:
                 self._mark_cancelled(job)
 
-    def _mark_cancelled(self, job: _Job) -> None:
+    def _mark_cancelled(self, job: Job) -> None:
         job.cancelled = True
-        self._change.notify_all()
+        self.change.notify_all()
 
-    def _finish(self, job: _Job, event: Finished | Failed) -> None:
+    def _finish(self, job: Job, event: Finished | Failed) -> None:
         """The last event of a job, whose place is free from then on."""
-        with self._change:
+        with self.change:
             if job.over:
                 return
             job.over = True
@@ -210,36 +201,38 @@ class Scheduler:
             self._told()
         answer = event.answer if isinstance(event, Finished) else None
         self.observer.ended(_outcome(event), answer, time.perf_counter() - job.submitted)
-        self._hand(job, event)
+        self.hand(job, event)
 
-    def _fail(self, job: _Job, error: Exception) -> None:
+    def fail(self, job: Job, error: Exception) -> None:
+        """It gets no answer."""
         self._finish(job, Failed(error))
 
-    def _hand(self, job: _Job, event: Event) -> None:
+    def hand(self, job: Job, event: Event) -> None:
+        """Tell whoever asked."""
         try:
             job.listener(event)
         except Exception:  # whoever listens is gone, or broken: that is the end of this request, not of others
             job.cancelled = True
 
-    def _end(self, job: _Job, stopped: str | None = None) -> None:
+    def end(self, job: Job, stopped: str | None = None) -> None:
         """The answer of a row that has left; `stopped`: why, where its last token does not say so."""
         assert job.one is not None  # it had a row
         try:
             answer = job.talk.end(job.one, job.one.decoding.ids)
         except Exception as e:
-            return self._fail(job, e)
+            return self.fail(job, e)
         if stopped is not None:
             answer.stats["stopped"] = stopped
         self._whole(job, answer)
 
-    def _whole(self, job: _Job, answer: Answer) -> None:
+    def _whole(self, job: Job, answer: Answer) -> None:
         now = time.perf_counter()
         answer.stats.update(queue_s=job.begun - job.submitted, total_s=now - job.submitted)
         if text := answer.text[job.shown :]:
-            self._hand(job, Piece(text))
+            self.hand(job, Piece(text))
         self._finish(job, Finished(answer))
 
-    def _leaves(self, job: _Job) -> Exception | None:
+    def leaves(self, job: Job) -> Exception | None:
         """Why a job is to be given up now."""
         if job.cancelled:
             return Cancelled("was cancelled", where=f"request {job.ticket.id}")
@@ -254,11 +247,13 @@ class Scheduler:
         try:
             loop()
         except BaseException as e:
-            with self._change:
+            with self.change:
                 self.broken, jobs = e, [*self._waiting.all(), *self._running]
-                self._change.notify_all()
+                for job in jobs:
+                    job.cancelled = True  # so that other lanes free their rows
+                self.change.notify_all()
             for job in jobs:
-                self._fail(job, CmExportError(f"the scheduler ended by a fault ({e!r})", where="the server"))
+                self.fail(job, CmExportError(f"the scheduler ended by a fault ({e!r})", where="the server"))
             raise
 
     # ------------------------------------------------ the prefill thread
@@ -273,17 +268,17 @@ class Scheduler:
             try:
                 job.one = job.talk.begin(job.asked.prompts[-1], job.asked.limits)
             except Exception as e:
-                self._fail(job, e)
+                self.fail(job, e)
                 continue
-            with self._change:
-                self._joining.append(job)
-                self._change.notify_all()
+            with self.change:
+                min(self._lanes, key=lambda lane: lane.load).add(job)
+                self.change.notify_all()
 
-    def _next(self) -> _Job | None:
+    def _next(self) -> Job | None:
         """The next one that waits, once there is a place; None where the scheduler stops. Those given up leave."""
         while True:
-            with self._change:
-                gone = [(job, why) for job in self._waiting.all() if (why := self._leaves(job)) is not None]
+            with self.change:
+                gone = [(job, why) for job in self._waiting.all() if (why := self.leaves(job)) is not None]
                 if not gone:
                     if len(self._waiting) and len(self._running) < self._at_once:
                         job = self._waiting.take()
@@ -292,98 +287,28 @@ class Scheduler:
                         return job
                     if self._stopping and not len(self._waiting):
                         return None
-                    self._change.wait(self._until_first_deadline())
+                    self.change.wait(self._until_first_deadline())
             for job, why in gone:
-                self._fail(job, why)
+                self.fail(job, why)
 
     def _until_first_deadline(self) -> float | None:
         """Seconds until the first of those that wait expires."""
         ends = [job.until for job in self._waiting.all() if job.until is not None]
         return max(0.0, min(ends) - time.perf_counter()) + 1e-3 if ends else None
 
-    def _alone(self, job: _Job, stream: Stream) -> None:
+    def _alone(self, job: Job, stream: Stream) -> None:
         """A guarded request: its own loop, its own thread."""
         try:
             with stream:
                 for text in stream:
-                    if (why := self._leaves(job)) is not None:
-                        return self._fail(job, why)
+                    if (why := self.leaves(job)) is not None:
+                        return self.fail(job, why)
                     job.shown += len(text)
-                    self._hand(job, Piece(text))
+                    self.hand(job, Piece(text))
             assert stream.answer is not None  # it has ended
             self._whole(job, stream.answer)
         except Exception as e:
-            self._fail(job, e)
-
-    # ------------------------------------------------ the decode thread
-
-    def _steps(self) -> None:
-        while self._joined():
-            for job, why in [(job, why) for job in self._rows.values() if (why := self._leaves(job)) is not None]:
-                self._give_up(job, why)
-            if self._rows:
-                self._choose()
-            if self._batch.rows:
-                self._read()
-
-    def _joined(self) -> bool:
-        """Add the rows of those that were prefilled, and wait for some where there is none; False where it all ends."""
-        with self._change:
-            while not (self._joining or self._rows):
-                if self._stopping and not self._running:
-                    return False
-                self._change.wait()
-            joining, self._joining = self._joining, []
-        for job in joining:
-            assert job.one is not None  # it was prefilled
-            self._rows[job.one.decoding] = job
-            self._batch.add(job.one.decoding)
-        return True
-
-    def _give_up(self, job: _Job, why: Exception) -> None:
-        """Free the row of a job. One whose time is over after its first token gets what there is of its answer."""
-        assert job.one is not None
-        row = job.one.decoding
-        self._leave(row)
-        if isinstance(why, Expired) and row.ids:
-            return self._end(job, "deadline")
-        self._fail(job, why)
-
-    def _leave(self, row: Row) -> None:
-        del self._rows[row]
-        if row in self._batch.rows:
-            self._batch.remove(row)
-
-    def _choose(self) -> None:
-        """The next token of every row, the text that it brings, and the answers that have ended."""
-        while True:
-            try:
-                self._batch.choose()
-                break
-            except Exception as e:  # of one row, which has left: the others are asked again, none twice
-                for row in [r for r in self._rows if r not in self._batch.rows and r.ended is None]:
-                    self._fail(self._rows.pop(row), e)
-        for row, job in list(self._rows.items()):
-            assert job.one is not None
-            job.one.first = job.one.first or job.one.now()
-            if row.ended:
-                del self._rows[row]
-                self._end(job)
-            elif text := job.one.writing.text[job.shown :]:
-                job.shown += len(text)
-                self._hand(job, Piece(text))
-
-    def _read(self) -> None:
-        started = time.perf_counter()
-        try:
-            self._batch.read()
-        except Exception:  # of one of them: each is read by itself, and those that fail leave
-            self._failed(self._batch.read_apart())
-        self.observer.step(len(self._batch.rows), time.perf_counter() - started)
-
-    def _failed(self, rows: Sequence[tuple[Row, Exception]]) -> None:
-        for row, error in rows:
-            self._fail(self._rows.pop(row), error)
+            self.fail(job, e)
 
 
 def _outcome(event: Finished | Failed) -> str:

@@ -28,6 +28,8 @@ _LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})
               help="Clients have to send it; better set the variable CM_EXPORT_API_KEY, which others cannot see.")  # fmt: skip
 @click.option("--open", "is_open", is_flag=True, help="Answer on a public address without a key.")
 @click.option("--at-once", type=Count(1), default=8, show_default=True, help="Requests that are answered together.")
+@click.option("--lanes", type=Count(1), default=1, show_default=True,
+              help="Decode in so many threads side by side; for throughput, one for each core, with --threads 1.")  # fmt: skip
 @click.option("--queue", type=Count(1), default=64, show_default=True, help="Requests that may wait; more are refused.")
 @click.option("--deadline", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
               help="Longest time of a request that names none.  [default: any]")  # fmt: skip
@@ -45,8 +47,8 @@ _LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})
 @threads_option
 @quiet_option
 def command(
-    bundle: Path, host: str, port: int, name: str | None, api_key: str | None, is_open: bool, at_once: int, queue: int,
-    deadline: float | None, max_tokens: int, max_pictures: int, max_pixels: int, max_body: int, drain: int,
+    bundle: Path, host: str, port: int, name: str | None, api_key: str | None, is_open: bool, at_once: int, lanes: int,
+    queue: int, deadline: float | None, max_tokens: int, max_pictures: int, max_pixels: int, max_body: int, drain: int,
     log_prompts: bool, backend: str | None, threads: int, quiet: bool,
 ) -> None:  # fmt: skip
     """Answer over HTTP as OpenAI's API does; the URL goes to stdout, the log to stderr, one JSON object a line.
@@ -75,7 +77,7 @@ def command(
     from ...serving.scheduler import Scheduler
 
     bounds = Bounds(tokens=max_tokens, pictures=max_pictures, pixels=max_pixels * 1_000_000)
-    hosts = None if public or api_key else _LOCAL
+    hosts = None if public or api_key else _LOCAL | {f"[{host}]" if ":" in host else host.lower()}
     called = name or bundle.resolve().name.removesuffix(".plan")
     settings = Settings(called, api_key, bounds, max_body * 2**20, hosts=hosts, log_prompts=log_prompts)
     with bound(host, port) as listening:  # before anything is loaded: it may be taken
@@ -83,7 +85,7 @@ def command(
             model = load(bundle, threads=threads, progress=step, backend=backend)
         _ = model.chat  # raises where the bundle has no tokenizer
         figures = Prometheus()
-        with model, Scheduler(model, at_once, queue, Measured(figures), deadline) as scheduler:
+        with model, Scheduler(model, at_once, queue, Measured(figures), deadline, lanes) as scheduler:
 
             def started() -> None:
                 if public and not api_key:
