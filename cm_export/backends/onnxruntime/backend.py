@@ -32,6 +32,7 @@ from ...host.core_set import CoreSet
 from ...plugins.cpu import library as native
 from ...quant.packing import blocks
 from ...recipe.recipe import Recipe
+from .grouped import group_attention
 from .lower import lower
 from .pack import Packing, gather_ffns
 
@@ -47,7 +48,7 @@ def open(bundle: Any, threads: int = 0, recipe: Recipe | None = None, graph: Gra
         every_neuron = (recipe or bundle.recipe).neurons.policy == "dense"
         low_bits = LowBits(bundle.packed, bundle.family, bundle.shape, every_neuron)
     predictor = bundle.predictor if chooses else None
-    return Backend(graph or bundle.graph, bundle.weights, threads, predictor, names, low_bits)
+    return Backend(graph or bundle.graph, bundle.weights, threads, predictor, names, low_bits, bundle.shape.heads)
 
 
 def _disabled() -> list[str]:
@@ -79,9 +80,14 @@ class Backend:
         predictor: WeightFile | None = None,
         row_names: list[tuple[str, str, str]] | None = None,
         low_bits: LowBits | None = None,
+        heads: int = 0,
     ):
-        """`predictor`: the file of low-bit copies, where the decode graph reads one; `row_names`: see CoreRows."""
+        """`predictor`: the file of low-bit copies, where the decode graph reads one; `row_names`: see CoreRows.
+
+        `heads`: of queries, so that those which share keys are multiplied together; 0: attention stays as the graph has it.
+        """
         self.notes = environment.threads_note(threads)
+        self._heads = heads
         self._low_bits, self.native = low_bits, native.find() if low_bits else None
         if low_bits and self.native is None:
             self.notes.append(f"low-bit products run on ONNX Runtime's own: {native.why_missing()}")
@@ -134,6 +140,8 @@ class Backend:
         options = ort.SessionOptions()
         model, arrays = self._packed(model, key[0], options)
         model = lower(model, rows_as_inputs=key[1], few_rows=key[2])
+        if self._heads:
+            group_attention(model, self._heads)
         # Left to itself, ONNX Runtime takes every core of the machine, also in a container that allows two.
         options.intra_op_num_threads = self.threads or environment.default_threads()
         options.log_severity_level = 3
