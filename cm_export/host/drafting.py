@@ -16,7 +16,11 @@ LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 CHECK = 1.15  # a dense pass over up to 17 tokens, in passes over one, if memory alone decided
 _ROW = 0.1  # what each further row costs before that was measured
 _MEMORY = 32  # tokens after which an older observation counts a third
-_SEEN = 9  # measurements of which the median counts
+_SEEN, _ENOUGH = (
+    9,
+    3,
+)  # measurements that count, of which the first of a process are slow; steps before anything is planned
+_STALE = 64  # passes over several tokens after which a step alone is measured again
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of weights, at which a policy of thresholds drafts
 _TRIAL, _PAUSE, _LONGEST_PAUSE = 4, 24, 1024  # tokens of a trial; dense steps before the next one, at first and at most
 
@@ -58,7 +62,7 @@ def best_length(
 
 @dataclass
 class _Lately:
-    """The median of the last measurements, which one that was disturbed does not move."""
+    """The lower quartile of the last measurements: those that were disturbed, or came first, do not move it."""
 
     seen: tuple[float, ...] = ()
 
@@ -67,7 +71,7 @@ class _Lately:
 
     @property
     def value(self) -> float:
-        return sorted(self.seen)[len(self.seen) // 2]
+        return sorted(self.seen)[(len(self.seen) - 1) // 4]
 
 
 @dataclass
@@ -75,21 +79,22 @@ class Costs:
     """What reads cost here, in dense steps over one token."""
 
     _step: _Lately = field(default_factory=_Lately)  # seconds
-    _further: dict[int, _Lately] = field(
-        default_factory=dict
-    )  # bits of the number of rows -> cost of each after the first
+    _further: dict[int, _Lately] = field(default_factory=dict)  # bits of a number of rows -> cost of each but the first
     _sparse: dict[float, _Lately] = field(default_factory=dict)  # share -> cost of a sparse step
+    _since: int = 0  # passes over several tokens since the last step alone
 
     @property
     def known(self) -> bool:
-        """Whether a step was measured; the first one in a process is slower than others."""
-        return len(self._step.seen) > 1
+        """Whether steps were measured, and not too long ago: what was read since makes them longer."""
+        return len(self._step.seen) >= _ENOUGH and self._since < _STALE
 
     def read(self, rows: int, seconds: float) -> None:
         """A dense pass over so many tokens took so long."""
         if rows == 1:
             self._step.add(seconds)
+            self._since = 0
         elif rows and self.known:
+            self._since += 1
             each = (seconds / self._step.value - 1) / (rows - 1)
             self._further.setdefault(rows.bit_length(), _Lately()).add(max(0.0, each))
 

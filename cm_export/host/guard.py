@@ -236,7 +236,7 @@ class _Known:
 
 def _known(text: Repeats, most: int, other: float, stop: frozenset[int], habits: Habits) -> _Known | None:
     """What followed the end of the text before, up to a stop id, as long as pays best; None where another draft gains more."""
-    if most < 1 or text.text[-1] in stop:
+    if most < 1 or text.text[-1] in stop or not habits.costs.known:
         return None
     best, gained = None, max(1.0, other)
     for place, (same, found) in (
