@@ -178,7 +178,7 @@ def cheap(runner, monkeypatch):
     """Sparse steps cost what they read and a check one step, as in a model of real size; nothing is known of drafts yet."""
     monkeypatch.setattr(Costs, "known", True)
     monkeypatch.setattr(Costs, "check", lambda self, rows: CHECK)
-    monkeypatch.setattr(Costs, "sparse", lambda self, share, read: read)
+    monkeypatch.setattr(Costs, "sparse", lambda self, share, read: read())
     monkeypatch.setattr(runner, "habits", Habits())
 
 

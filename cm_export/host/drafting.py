@@ -76,12 +76,13 @@ class _Lately:
 
 @dataclass
 class Costs:
-    """What reads cost here, in dense steps over one token."""
+    """What reads cost here, in dense steps over one token; kept in seconds, so that one better measurement mends all."""
 
-    _step: _Lately = field(default_factory=_Lately)  # seconds
-    _further: dict[int, _Lately] = field(default_factory=dict)  # bits of a number of rows -> cost of each but the first
-    _sparse: dict[float, _Lately] = field(default_factory=dict)  # share -> cost of a sparse step
+    _step: _Lately = field(default_factory=_Lately)
+    _passes: dict[int, tuple[int, _Lately]] = field(default_factory=dict)  # bits of a number of rows -> (rows, seconds)
+    _sparse: dict[float, _Lately] = field(default_factory=dict)  # share -> seconds
     _since: int = 0  # passes over several tokens since the last step alone
+    _each: dict[int, float] = field(default_factory=dict)  # bits of a number of rows -> cost of each row but the first
 
     @property
     def known(self) -> bool:
@@ -90,29 +91,36 @@ class Costs:
 
     def read(self, rows: int, seconds: float) -> None:
         """A dense pass over so many tokens took so long."""
+        self._each = {}
         if rows == 1:
             self._step.add(seconds)
             self._since = 0
-        elif rows and self.known:
+        elif rows:
             self._since += 1
-            each = (seconds / self._step.value - 1) / (rows - 1)
-            self._further.setdefault(rows.bit_length(), _Lately()).add(max(0.0, each))
+            before, lately = self._passes.get(rows.bit_length(), (rows, _Lately()))
+            # As if it had been over as many rows as the others of about that number.
+            lately.add(seconds * (1 + _ROW * (before - 1)) / (1 + _ROW * (rows - 1)))
+            self._passes[rows.bit_length()] = before, lately
 
     def drafted(self, share: float, seconds: float) -> None:
         """So did a sparse step at this share."""
-        if self.known:
-            self._sparse.setdefault(share, _Lately()).add(seconds / self._step.value)
+        self._sparse.setdefault(share, _Lately()).add(seconds)
 
     def check(self, rows: int) -> float:
-        """Of a dense pass over so many tokens; as with the nearest number of rows that was measured."""
-        size = rows.bit_length()
-        near = min(self._further, key=lambda known: abs(known - size), default=None)
-        return 1 + (rows - 1) * (_ROW if near is None else self._further[near].value)
+        """Of a dense pass over so many tokens; each further row as with the nearest number of rows that was measured."""
+        size, known = rows.bit_length(), self._each
+        if size not in known:
+            near = min(self._passes, key=lambda seen: abs(seen - size), default=None)
+            known[size] = _ROW
+            if near is not None and self._step.seen:
+                measured, lately = self._passes[near]
+                known[size] = max(0.0, (lately.value / self._step.value - 1) / (measured - 1))
+        return 1 + (rows - 1) * known[size]
 
-    def sparse(self, share: float, read: float) -> float:
-        """Of a sparse step; as at the nearest share that was measured, else the share of the weights that it reads."""
+    def sparse(self, share: float, read: Callable[[], float]) -> float:
+        """Of a sparse step; as at the nearest share that was measured, else the share of the weights that it would `read`."""
         near = min(self._sparse, key=lambda known: abs(known - share), default=None)
-        return read if near is None else self._sparse[near].value
+        return read() if near is None or not self._step.seen else self._sparse[near].value / self._step.value
 
 
 @dataclass
@@ -138,7 +146,7 @@ class Habits:
         """Of tokens that followed `same` others before, in the text ("own") or in earlier answers ("earlier")."""
         return self._looked_up.setdefault((place, same), Acceptance(0.5, 4))
 
-    def sparse_length(self, most: int, read: float) -> tuple[int, float]:
+    def sparse_length(self, most: int, read: Callable[[], float]) -> tuple[int, float]:
         """(sparse tokens of the next draft or 0, gain expected of it). `read`: share of the weights that a sparse step reads."""
         if not self.costs.known or most < 1:
             return 0, 0.0

@@ -122,7 +122,7 @@ class _Draft:
         if not self.adapts:
             return size if self.ladder else 1
         self._share = report.share = self._habits.share
-        length, report.gain = self._habits.sparse_length(size, self._core_now().read)
+        length, report.gain = self._habits.sparse_length(size, lambda: self._core_now().read)
         return length + 1
 
     def took(self, seconds: list[float]) -> None:
