@@ -8,7 +8,7 @@ ASK = run $(DEMO) --image $(PICTURE) --prompt $(QUESTION)
 SPEED = bench $(DEMO) --image-tokens 144 --threads 1
 STAMP := .venv/.installed
 
-.PHONY: demo test test-families test-triton lint clean accuracy bench-quality bench-precision bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal lowest bench-cpu bench-peers bench-active bench-serve
+.PHONY: demo test test-families test-triton lint clean accuracy bench-quality bench-precision bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal lowest bench-cpu bench-peers bench-active bench-serve bench-lossless
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("the versions of constraints.txt need Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
@@ -106,6 +106,13 @@ bench-guard: $(STAMP)
 	$(BIN)/python benchmarks/random_bundle.py --out artifacts/2b.plan --sizes qwen2-vl-2b
 	$(BIN)/python benchmarks/guard.py artifacts/guard.plan --random artifacts/mid.plan artifacts/2b.plan --every 16 --questions 24 \
 		--tokens 33 --repeats 3 --neuron-share 0.4 --out benchmarks/guard.json --docs docs/guard.md
+
+# The guard beside dense decoding at the same answer, weights in 4 bits: benchmarks/lossless.json and docs/guard.md (10 minutes).
+bench-lossless: $(STAMP)
+	$(BIN)/python recipes/fetch_smollm2.py --out artifacts/smollm2-135m
+	$(BIN)/cm-export build --model scenes --neurons active --tokens dense --weights int4 --out artifacts/scenes-int4.plan
+	$(BIN)/cm-export build --model artifacts/smollm2-135m --neurons active --weights int4 --out artifacts/smollm2-int4.plan
+	$(BIN)/python benchmarks/lossless.py artifacts/scenes-int4.plan artifacts/smollm2-int4.plan --out benchmarks/lossless.json --docs docs/guard.md
 
 # The race against OpenVINO GenAI: benchmarks/peers.json and docs/race.md. The first time it makes everything under artifacts/peers
 # (about 20 minutes), afterwards it only measures (2 minutes); PEERS= for more options, such as --rebuild or --large.

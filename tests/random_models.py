@@ -184,7 +184,7 @@ class Exported:
     def backend(self, recipe: Recipe | None = None, calibration: Any = None) -> Backend:
         graphs = self.graphs(recipe or Recipe(), calibration)
         rows = core_row_names(self.family, self.shape.layers)
-        return Backend(lambda n: copy(graphs[n]), self.weights, threads=1, row_names=rows)
+        return Backend(lambda n: copy(graphs[n]), self.weights, 1, row_names=rows, heads=self.shape.heads)
 
 
 def shared_export(name: str, config: dict[str, Any], seed: int) -> Exported:

@@ -18,6 +18,7 @@ from cm_export.evals.tasks import easy_vqa
 from cm_export.evals.weights_read import Steps, of_dense
 from cm_export.host import guard
 from cm_export.host.decode import Reader, decode
+from cm_export.host.drafting import CHECK, Costs, Habits
 from cm_export.host.images import open_image
 from cm_export.host.runner import Budget, Runner
 from cm_export.host.sampling import PLAIN, Chooser
@@ -172,7 +173,16 @@ def test_requests_of_unequal_shares_decode_together_as_alone(runner, asked):
     assert [row.ids for row in rows] == alone
 
 
-def test_the_guard_gives_the_dense_answer_and_drafts_with_thresholds(runner, asked):
+@pytest.fixture
+def cheap(runner, monkeypatch):
+    """Sparse steps cost what they read and a check one step, as in a model of real size; nothing is known of drafts yet."""
+    monkeypatch.setattr(Costs, "known", True)
+    monkeypatch.setattr(Costs, "check", lambda self, rows: CHECK)
+    monkeypatch.setattr(Costs, "sparse", lambda self, share, read: read())
+    monkeypatch.setattr(runner, "habits", Habits())
+
+
+def test_the_guard_gives_the_dense_answer_and_drafts_with_thresholds(runner, asked, cheap):
     for request in asked:
         stop, report = runner.chat.stop_ids, guard.Report(4)
         dense = list(runner.tokens(runner.prefill(request, Budget(dense=True)), 16, stop))
@@ -181,9 +191,9 @@ def test_the_guard_gives_the_dense_answer_and_drafts_with_thresholds(runner, ask
         assert report.drafted
 
 
-def test_drafts_become_sparser_while_they_are_right_and_stop_where_they_do_not_pay(runner, asked, monkeypatch):
+def test_drafts_become_sparser_while_they_are_right_and_stop_where_they_do_not_pay(runner, asked, cheap, monkeypatch):
     """Answers of the trained model as far as they go, then drafts of which every one is wrong."""
-    monkeypatch.setattr(guard, "looked_up", lambda text, most: [])
+    monkeypatch.setattr(guard, "_known", lambda *a: None)
     drafted = guard._drafted
 
     def guarded(request, stop, limit):
@@ -195,9 +205,12 @@ def test_drafts_become_sparser_while_they_are_right_and_stop_where_they_do_not_p
     for request in asked[:3]:
         good = guarded(request, runner.chat.stop_ids, 20)
         assert good.share < 0.6 and good.gain > 1 and good.kept == good.drafted and not good.dense_steps
-    monkeypatch.setattr(
-        guard, "_drafted", lambda *a: [t if i == 0 else (t + 1) % 90 for i, t in enumerate(drafted(*a))]
-    )
+
+    def wrong(*how):
+        (first, *others), took = drafted(*how)
+        return [first, *((t + 1) % 90 for t in others)], took
+
+    monkeypatch.setattr(guard, "_drafted", wrong)
     bad = guarded(asked[0], frozenset(), 60)
     assert bad.gain < 1 and bad.dense_steps > 30 and bad.share > 0.6
 

@@ -1,11 +1,18 @@
 """What a draft is worth, and that a guard of thresholds drafts as sparsely and as far as what it measures allows."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cm_export.host.drafting import CHECK, Acceptance, best_length, gain, looked_up
+from cm_export.host.drafting import CHECK, SHARES, Acceptance, Costs, Habits, best_length, gain
+from cm_export.host.repeats import EarlierAnswers, Repeats
+
+
+def looked_up(text, most):
+    return Repeats.of(text).own(most)[1]
 
 
 @pytest.mark.parametrize(("length", "rate", "cost"), [(16, 0.97, 0.7), (4, 0.8, 0.65), (8, 0.5, 0.3), (2, 1.0, 0.5)])
@@ -56,3 +63,83 @@ def test_a_looked_up_draft_stands_in_the_text_after_its_last_two_tokens(text, mo
     if found:
         places = range(len(text) - len(found) - 1)
         assert any(text[i : i + 2] == text[-2:] and text[i + 2 : i + 2 + len(found)] == found for i in places)
+
+
+def test_a_table_of_repetitions_finds_what_a_search_of_the_text_finds():
+    rng = np.random.default_rng(3)
+    text = rng.integers(0, 4, 300).tolist()
+    for end in range(2, len(text)):
+        expected = (0, [])
+        for length in range(5, 1, -1):
+            starts = [i for i in range(end - length) if text[i : i + length] == text[end - length : end]]
+            if starts and length < end:
+                expected = length, text[starts[-1] + length : end][:7]
+                break
+        assert Repeats.of(text[:end]).own(7) == expected
+
+
+def test_the_price_of_a_look_does_not_grow_with_the_text():
+    small, large = (Repeats.of(np.random.default_rng(0).integers(0, 50, n).tolist()) for n in (100, 40_000))
+    spent = []
+    for text in (small, large):
+        started = time.process_time()
+        for _ in range(2000):
+            text.own(16)
+        spent.append(time.process_time() - started)
+    assert spent[1] < 10 * spent[0]
+
+
+def test_earlier_answers_are_found_up_to_their_end_and_forgotten_in_time():
+    earlier = EarlierAnswers()
+    earlier.add([7, 8], [1, 2, 3, 4])
+    earlier.add([7, 8], [5, 6])
+    assert earlier.following([9, 1, 2], 5) == (2, [3, 4]) and earlier.following([7, 8], 5) == (2, [5, 6])
+    assert earlier.following([3, 4], 5) == (2, []) and earlier.following([4, 7], 5) == (0, [])
+    for _ in range(3):
+        earlier.add([0, 0], list(range(100, 100 + 9000)))
+    assert earlier.following([9, 1, 2], 5) == (0, [])
+
+
+def habits(step=1.0, row=0.05, sparse=None):
+    """Habits after a few reads that took so long."""
+    found = Habits()
+    for _ in range(8):
+        found.costs.read(1, step)
+    found.costs.read(5, step * (1 + 4 * row))
+    if sparse:
+        found.costs.drafted(found.share, step * sparse)
+    return found
+
+
+def test_costs_are_what_was_measured_and_one_disturbed_measurement_changes_nothing():
+    costs = habits(2.0, 0.05, 0.6).costs
+    assert costs.check(1) == 1 and costs.check(5) == pytest.approx(1.2) and costs.check(17) == pytest.approx(1.8)
+    assert costs.sparse(0.5, lambda: 0.9) == pytest.approx(0.6) == costs.sparse(0.3, lambda: 0.1)
+    for seconds in (2.0, 200.0, 2.0):
+        costs.read(1, seconds)
+    costs.read(0, 5.0)
+    assert costs.check(5) == pytest.approx(1.2)
+    assert Costs().check(2) > 1 and Costs().sparse(0.5, lambda: 0.55) == 0.55 and not Costs().known
+
+
+def test_a_bundle_whose_sparse_steps_cost_as_much_as_dense_ones_drafts_nothing():
+    found = habits(sparse=1.0)
+    assert [found.sparse_length(16, lambda: 0.6)[0] for _ in range(500)] == [0] * 500
+
+
+def test_drafts_that_are_seldom_right_are_tried_less_and_less():
+    found, tried = habits(sparse=0.5), []
+    for step in range(2000):
+        length, _ = found.sparse_length(16, lambda: 0.5)
+        if length:
+            tried.append(step)
+            found.learn(0, length)
+    assert 5 < len(tried) < 20 and np.diff(tried)[-1] > 400
+
+
+def test_cheap_drafts_that_are_right_become_long_and_sparse():
+    found = habits(sparse=0.4)
+    for _ in range(10):
+        length, expected = found.sparse_length(16, lambda: 0.5)
+        found.learn(length, length)
+    assert length == 16 and expected > 1.4 and found.share == SHARES[-1]

@@ -106,6 +106,13 @@ def test_products_are_those_of_the_stored_numbers(low, native, monkeypatch):
     )  # rounding does something
 
 
+@pytest.mark.parametrize("graph", ["decode_dense", "decode"])
+def test_logits_of_a_token_are_the_same_to_the_last_bit_alone_and_among_others(low, graph):
+    """Behind products that round x to 8 bits, two ways to sum the same attention were 1e-1 of a logit apart."""
+    found = logits(Runner(low, 1), asked_of(Runner(low, 1)), graph)
+    assert np.array_equal(found[-2], found[-1]) and not np.array_equal(found[-3], found[-1])
+
+
 def test_every_product_of_every_graph_is_packed(low):
     for name in ("vision", "prefill_dense", "decode_dense", "prefill", "decode"):
         model = onnx.load(low.graph(name), load_external_data=False)
@@ -184,6 +191,43 @@ def test_a_damaged_or_missing_packed_file_is_refused(low, tmp_path):
     (copy / FILE).unlink()
     with pytest.raises(BundleError, match=r"packed.safetensors"):
         Bundle(copy)
+
+
+def damaged(bundle, folder, weight):
+    """A copy with a bit of one float32 weight turned."""
+    shutil.copytree(bundle.path, folder)
+    with open(folder / "weights.safetensors", "r+b") as file:
+        file.seek(bundle.weights.tensors[weight].offset)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    return folder
+
+
+def test_an_answer_waits_for_what_it_reads_and_not_for_float32_weights_that_it_does_not(low, tmp_path):
+    """`inspect`, and whoever reads one of those weights after all, wait for the whole file."""
+    down = low.packed.entries["layers.1.ffn_out"].weights[0]
+    bundle = Bundle(damaged(low, tmp_path / "unread.plan", down))
+    bundle.wait_read_verified()
+    with pytest.raises(BundleError, match=r"weights.safetensors.*do not match"):
+        bundle.weights[down]
+    with pytest.raises(BundleError, match=r"weights.safetensors.*do not match"):
+        Bundle(bundle.path).wait_verified()
+    norm = next(name for name in low.weights.tensors if name not in low.packed.entry_of and "norm" in name)
+    for number, name in enumerate((norm, low.family.embedding)):
+        broken = Bundle(damaged(low, tmp_path / f"{number}.plan", name))
+        with pytest.raises(BundleError, match=r"weights.safetensors.*do not match"):
+            broken.wait_read_verified()
+
+
+def test_what_is_hashed_by_itself_is_all_that_a_bundle_of_packed_weights_reads(low):
+    runner, names = Runner(Bundle(low.path), 1), set()
+    before = runner.bundle.weights._before
+    runner.bundle.weights._before = lambda name: (names.add(name), before(name))
+    runner.prefill(asked_of(runner), Budget(dense=True))
+    runner.prefill(asked_of(runner), Budget())
+    runner.backend.ready("decode")
+    assert names and names <= runner.bundle.manifest["weights_read"].keys() and not runner.bundle._whole
 
 
 @pytest.mark.parametrize(

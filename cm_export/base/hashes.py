@@ -5,6 +5,8 @@ file_sha256(weights.safetensors) -> 64 hex digits      key_of(recipe={...}, seed
 
 import hashlib
 import json
+import os
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,17 @@ _BLOCK = 1 << 20
 
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a file, read a block at a time (hashlib.file_digest came with Python 3.11). Raises OSError."""
-    digest, block = hashlib.sha256(), bytearray(_BLOCK)
-    view = memoryview(block)
     with open(path, "rb", buffering=0) as file:
-        while size := file.readinto(block):
-            digest.update(view[:size])
+        return file_part_sha256(file, 0, os.fstat(file.fileno()).st_size)
+
+
+def file_part_sha256(file: FileIO, start: int, length: int) -> str:
+    """The same of `length` bytes from `start` on, or of those that there are."""
+    digest, view = hashlib.sha256(), memoryview(bytearray(_BLOCK))
+    file.seek(start)
+    while length > 0 and (size := file.readinto(view[: min(length, _BLOCK)])):
+        digest.update(view[:size])
+        length -= size
     return digest.hexdigest()
 
 

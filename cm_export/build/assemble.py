@@ -85,8 +85,16 @@ def _manifest(job: Job, stages: Stages) -> dict[str, Any]:
         "measured": stages.state("measured")["about"] if "measured" in stages.keys else None,
         "codes": codes,
         "packed": stages.state("packed")["entries"] if job.recipe.weights.packs else None,
+        "weights_read": _read_beside(job, stages) if job.recipe.weights.packs else None,
         "stages": {name: stages.keys[name] for name in ("trace", "weights", "graphs")},
     }
+
+
+def _read_beside(job: Job, stages: Stages) -> dict[str, str]:
+    """Hashes of the tensors of the weight file that are read though others are packed: these and the embedding."""
+    file, entries = stages.file("weights", weights.FILE), stages.state("packed")["entries"]
+    packed_ones = {name for entry in entries.values() for name in entry["weights"]} - {job.family.embedding}
+    return weights.piece_hashes(file, sorted(weights.index(file).keys() - packed_ones))
 
 
 def _unread(tensors: list[str]) -> list[str]:

@@ -107,7 +107,7 @@ class _Portable:
     def __init__(self, source: Source, family: Family, threads: int):
         self.source = source
         names = core_row_names(family, source.shape.layers)
-        self.backend = Backend(source.graph, source.weights, threads, row_names=names)
+        self.backend = Backend(source.graph, source.weights, threads, row_names=names, heads=source.shape.heads)
 
     def run(self, name: str, feeds: Feeds) -> Feeds:
         return run(self.backend.session(name), feeds)

@@ -49,5 +49,8 @@ class UnderWay(Bundle):
         file = self.path / "weights" / "processor" / name
         return file if file.is_file() else None
 
+    def wait_read_verified(self) -> None:
+        """As `wait_verified`."""
+
     def wait_verified(self) -> None:
         """A stage is taken over only when its files match their hashes, so there is nothing to wait for."""

@@ -45,7 +45,7 @@ from .thresholds import FILE as THRESHOLDS
 from .thresholds import Thresholds
 from .thresholds import read as read_thresholds
 from .weights import FILE as WEIGHTS
-from .weights import WeightFile
+from .weights import HEADER, WeightFile, piece_hashes
 
 FORMAT = 2  # 2: nodes of CoreFFN carry block, bits and group
 MANIFEST = not_a_bundle.MANIFEST
@@ -68,6 +68,7 @@ class Bundle:
             what = f"its manifest does not say what is needed ({type(e).__name__}: {e})"
             raise BundleError(what, where=self.path / MANIFEST, fix=self.again) from e
         self._failure: BundleError | None = None
+        self._whole, self._comparing = not self._pieces, threading.RLock()
         self._checking = threading.Thread(target=self._verify_weights, daemon=True)
         self._checking.start()
 
@@ -87,7 +88,9 @@ class Bundle:
                 raise BundleError(what, where=file, fix=self._mend)
             if not _is_large(name):
                 self._verify(file, entry["sha256"])
-        self.weights = WeightFile(behind_links(self.path / WEIGHTS))  # ONNX Runtime takes no link for a weight file
+        self._pieces: dict[str, str] = self.manifest.get("weights_read") or {}
+        # ONNX Runtime takes no link for a weight file.
+        self.weights = WeightFile(behind_links(self.path / WEIGHTS), self._before if self._pieces else None)
         self.family: Family = families.find(self.manifest["model"]["type"])
         self.config: dict[str, Any] = self.manifest["model"]["config"]
         self.shape: Shape = self.family.shape(self.config)
@@ -103,8 +106,12 @@ class Bundle:
         """What tells this bundle from any other: a hash over the manifest, and through it over every file."""
         return _seal(self.manifest)
 
-    def wait_verified(self) -> None:
-        """Return once the weights were read and match their hash. Raises BundleError. Call before showing an answer."""
+    def wait_read_verified(self) -> None:
+        """Return once all that was read so far matches its hash. Raises BundleError. Call before showing an answer.
+
+        Where low-bit weights are read, the float32 weights in whose place they stand are left alone: hashing them would take
+        longer than a first token. Whoever reads one of them waits for `wait_verified`.
+        """
         self._checking.join()
         if self._failure:
             raise self._failure
@@ -121,6 +128,18 @@ class Bundle:
         if not self.portable:
             fix = f"for everything but `run`, {self.elsewhere}"
             raise BundleError("holds engines of one device and no graphs", where=self.path, fix=fix)
+
+    def wait_verified(self) -> None:
+        """Return once every file was read and matches its hash. Raises BundleError."""
+        self.wait_read_verified()
+        with self._comparing:
+            if not self._whole:
+                self._verify(self.path / WEIGHTS, self.manifest["files"][WEIGHTS]["sha256"])
+                self._whole = True
+
+    def _before(self, name: str) -> None:
+        if name not in self._pieces and not self._whole:
+            self.wait_verified()
 
     def graph(self, name: str) -> Path:
         """The file of one graph. Raises BundleError where it has none of that name."""
@@ -194,7 +213,13 @@ class Bundle:
     def _verify_weights(self) -> None:
         try:
             for name in filter(_is_large, self.manifest["files"]):
-                self._verify(self.path / name, self.manifest["files"][name]["sha256"])
+                if name != WEIGHTS or not self._pieces:
+                    self._verify(self.path / name, self.manifest["files"][name]["sha256"])
+            names = self._pieces.keys() - {HEADER}
+            if self._pieces and piece_hashes(self.path / WEIGHTS, names) != self._pieces:
+                raise BundleError(
+                    "its contents do not match the manifest (sha256)", where=self.path / WEIGHTS, fix=self._mend
+                )
         except Exception as e:  # whatever stopped it, the weights are not verified
             self._failure = e if isinstance(e, BundleError) else BundleError(str(e), where=self.path / WEIGHTS)
 

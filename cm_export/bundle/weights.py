@@ -19,8 +19,10 @@ import ml_dtypes
 import numpy as np
 
 from ..base.errors import BundleError
+from ..base.hashes import file_part_sha256
 
 FILE = "weights.safetensors"
+HEADER = ""  # the name of its header among the hashes of its tensors
 _PAGE = 4096  # tensor data starts on a page, so that mappings are aligned whatever the header's length
 _DTYPES = {
     "F32": np.dtype("<f4"),
@@ -108,14 +110,26 @@ def index(path: Path) -> dict[str, Tensor]:
         raise BundleError(f"unreadable weight file ({e})", where=path, fix="build the bundle again") from e
 
 
+def piece_hashes(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """sha256 of these tensors of a weight file, and under HEADER of what comes before all of them."""
+    tensors = index(path)
+    with open(path, "rb", buffering=0) as file:
+        length = 8 + int.from_bytes(file.read(8), "little")
+        places = {HEADER: (0, length)} | {n: (tensors[n].offset, tensors[n].length) for n in names}
+        return {name: file_part_sha256(file, *place) for name, place in places.items()}
+
+
 class WeightFile:
     """A mapped weight file; `[name]` gives a read-only view without reading the bytes."""
 
-    def __init__(self, path: Path):
-        self.path, self.tensors = Path(path), index(Path(path))
+    def __init__(self, path: Path, before: Callable[[str], None] | None = None):
+        """`before`: called with the name of every tensor that somebody is about to read."""
+        self.path, self.tensors, self._before = Path(path), index(Path(path)), before
         self._map = np.memmap(self.path, np.uint8, "r")
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if self._before:
+            self._before(name)
         t = self.tensors[name]
         return self._map[t.offset : t.offset + t.length].view(t.dtype).reshape(t.shape)
 

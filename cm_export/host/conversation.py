@@ -198,7 +198,7 @@ class Conversation:
         one.row = self.runner.answering(one.context, one.rule, one.limit)
         one.prefilled = time.perf_counter()
         one.report = Report(limits.guard) if limits.guard else None
-        self.runner.bundle.wait_verified()
+        self.runner.bundle.wait_read_verified()
         return one
 
     def _limit(self, limits: Limits) -> int:

@@ -5,12 +5,13 @@
     keep    t0   t1                up to the first token that the dense model would have chosen otherwise
     next              t2'          its own choice goes on; keys and values of all kept tokens are the dense pass's
 
-Where the last tokens stood before, in the prompt or the answer, what followed them there is the draft, and costs nothing.
-A policy of thresholds drafts at a share that shrinks while drafts are right and grows when they are not, and not at all where
-that would not pay (drafting.py). With other policies a draft that fails often is answered in steps (`LADDER`): more neurons,
-the dropped tokens back, dense. Speculative
-decoding (arXiv 2211.17192) with the model's own sparse form as the draft, as in Draft&Verify (arXiv 2309.08168). Draft
-and check choose by the same rule, penalty included; drawn tokens are drawn in the same race (sampling.drawn), so the
+Where the last tokens stood before, in the prompt, the answer or an earlier one, what followed them there is the draft, and
+costs nothing (repeats.py). A policy of thresholds drafts at a share that shrinks while drafts are right and grows when they are
+not, and not at all where that would not pay: what steps and checks take is measured as they run (drafting.py). With other
+policies a draft that fails often is answered in steps (`LADDER`): more neurons, the dropped tokens back, dense.
+
+Speculative decoding (arXiv 2211.17192) with the model's own sparse form as the draft, as in Draft&Verify (arXiv 2309.08168).
+Draft and check choose by the same rule, penalty included; drawn tokens are drawn in the same race (sampling.drawn), so the
 answer is the one that the dense model alone draws with that seed.
 """
 
@@ -27,7 +28,8 @@ from ..base.errors import InputError
 from ..recipe.recipe import Recipe
 from .core_set import CoreSet
 from .decode import Reader, Row
-from .drafting import LEAST_LOOKED_UP, Acceptance, best_length, looked_up
+from .drafting import Habits, best_length
+from .repeats import LONGEST, Repeats
 from .runner import Prefilled, Runner
 from .sampling import Chooser
 from .writing import Writing
@@ -37,9 +39,6 @@ SHORTEST = 4  # a draft after several that failed
 DRIFT = 0.5  # a draft of which less than this share is kept is a drift
 LADDER = ("more neurons", "tokens back", "dense")
 _WIDER = 1.5  # times the neurons
-_SPARSER, _DENSER = 0.9, 1.2  # times the share of thresholds, after a draft that was right and one that was not
-_SPARSEST, _DENSEST = 0.3, 0.9
-_PAUSE = 24  # dense steps after which drafts that did not pay are tried again
 
 
 @dataclass
@@ -102,15 +101,16 @@ class _Draft:
 
     def __init__(self, runner: Runner, prefilled: Prefilled):
         self._prefilled: Prefilled = prefilled
-        self._core: CoreSet | None = prefilled.core_set  # None: to be chosen at another share
+        self._habits: Habits = runner.habits
         self._share = prefilled.budget.neuron_share or runner.recipe.neurons.share
+        self._cores: dict[float, CoreSet] = {self._share: prefilled.core_set}
         self._listed = prefilled.kept_tokens[0] if runner.recipe.tokens.policy != "dense" else None
         self.ladder = list(LADDER)
         if prefilled.core_set.is_whole:
             self.ladder.remove("more neurons")
         self.adapts = prefilled.core_set.thresholds is not None
-        self._accepted, self._waited = Acceptance(0.9), 0
         if self.adapts:
+            self._share = self._habits.share
             self.ladder.remove("dense")  # where drafts do not pay, there are none
             if "more neurons" in self.ladder:
                 self.ladder.remove("more neurons")
@@ -121,26 +121,24 @@ class _Draft:
         """Tokens of the next draft, its first one, which is the dense model's, included."""
         if not self.adapts:
             return size if self.ladder else 1
-        length, report.gain = best_length(size, self._accepted.rate, self._core_now().read)
-        report.share = self._share
-        if report.gain > 1:
-            return length + 1
-        self._waited += 1
-        if self._waited > _PAUSE:
-            self._accepted, self._waited, self._share, self._core = Acceptance(0.9, 4), 0, _DENSEST, None
-        return 1
+        self._share = report.share = self._habits.share
+        length, report.gain = self._habits.sparse_length(size, lambda: self._core_now().read)
+        return length + 1
+
+    def took(self, seconds: list[float]) -> None:
+        """What the sparse steps of a draft have taken, one by one."""
+        for second in seconds:
+            self._habits.costs.drafted(self._share, second)
 
     def learn(self, right: int, drafted: int) -> None:
         """Of `drafted` sparse tokens the first `right` were kept."""
         if self.adapts and drafted:
-            self._accepted.add(right, drafted)
-            wanted = self._share * (_SPARSER if right == drafted else _DENSER)
-            self._share, self._core = min(max(wanted, _SPARSEST), max(_DENSEST, self._share)), None
+            self._habits.learn(right, drafted)
 
     def _core_now(self) -> CoreSet:
-        if self._core is None:
-            self._core = self._prefilled.core_of(self._share)
-        return self._core
+        if self._share not in self._cores:
+            self._cores[self._share] = self._prefilled.core_of(self._share)
+        return self._cores[self._share]
 
     def row(self) -> Row:
         """The request as it is drafted now."""
@@ -151,7 +149,6 @@ class _Draft:
         action = self.ladder.pop(0)
         if action == "more neurons":
             self._share = min(1.0, self._share * _WIDER)
-            self._core = None
             if self._share < 1:
                 self.ladder.insert(0, action)
         elif action == "tokens back":
@@ -177,65 +174,102 @@ def guarded(
     runner.backend.ready("decode")  # both made before anything is timed
     runner.backend.ready("decode_dense", few_rows=True)
     ids: list[int] = []
-    before, lookups = prefilled.request.ids.tolist(), Acceptance(0.6)
-    while len(ids) < limit:
-        started = time.perf_counter()
-        first = choose.after(dense.last, ids)
-        wanted = min(draft.wanted(size, report), limit - len(ids))
-        known = _known([*before, *ids, first], limit - len(ids) - 1, report.every, choose.stop, lookups)
-        drafted = [first, *known] if known else _drafted(reader, draft.row(), dense, first, wanted, choose, ids)
-        if drafted[0] in stop:  # chosen from dense logits: it needs no check
-            report.free += bool(ids)
-            return
-        checked_at = time.perf_counter()
-        report.draft_s += checked_at - started
-        # Nobody reads on after the last token of an answer.
-        ends = drafted[-1] in stop or len(ids) + len(drafted) == limit
-        read = drafted[:-1] if ends else drafted
-        right = _checked(reader, dense, drafted, read, choose, ids)
-        report.check_s += time.perf_counter() - checked_at
-        report.add(drafted=len(drafted) - 1, kept=right - 1, read=len(read), is_first=not ids)
-        for token in drafted[:right]:
-            if token in stop:
+    text = Repeats.of(prefilled.request.ids.tolist())
+    try:
+        while len(ids) < limit:
+            started = time.perf_counter()
+            first = choose.after(dense.last, ids)
+            text.extend([first])
+            room = limit - len(ids)
+            wanted = min(draft.wanted(size, report), room)
+            known = _known(text, min(report.every, room - 1), report.gain or 0.0, choose.stop, runner.habits)
+            drafted = [first, *known.tokens] if known else [first]
+            if not known and wanted > 1:
+                drafted, took = _drafted(reader, draft.row(), dense, first, wanted, choose, ids)
+                draft.took(took)
+            if drafted[0] in stop:  # chosen from dense logits: it needs no check
+                report.free += bool(ids)
                 return
-            ids.append(token)
-            if writing:
-                writing.add(token)
-            yield token
-            if writing and writing.stopped is not None:
-                return
-        if known:
-            report.looked_up += len(known)
-            report.looked_up_kept += right - 1
-            lookups.add(right - 1, len(known))
+            checked_at = time.perf_counter()
+            report.draft_s += checked_at - started
+            # Nobody reads on after the last token of an answer.
+            ends = drafted[-1] in stop or len(ids) + len(drafted) == limit
+            read = drafted[:-1] if ends else drafted
+            right = _checked(reader, dense, drafted, read, choose, ids)
+            check_s = time.perf_counter() - checked_at
+            report.check_s += check_s
+            runner.habits.costs.read(len(read), check_s)
+            report.add(drafted=len(drafted) - 1, kept=right - 1, read=len(read), is_first=not ids)
+            text.extend(drafted[1:right])
+            for token in drafted[:right]:
+                if token in stop:
+                    return
+                ids.append(token)
+                if writing:
+                    writing.add(token)
+                yield token
+                if writing and writing.stopped is not None:
+                    return
+            if known:
+                report.looked_up += len(known.tokens)
+                report.looked_up_kept += right - 1
+                runner.habits.looked_up(known.place, known.same).add(right - 1, len(known.tokens))
+                continue
+            draft.learn(right - 1, len(drafted) - 1)
+            whole = right == len(drafted)
+            size = min(report.every, 2 * size) if whole else max(min(SHORTEST, report.every), size // 2)
+            if draft.ladder and right - 1 < DRIFT * (len(drafted) - 1):
+                report.drifts += 1
+                report.actions.append(f"{draft.widen()} after {len(ids)} tokens")
+    finally:
+        runner.habits.earlier.add(prefilled.request.ids[-2:].tolist(), ids)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Tokens that were looked up: `place` and how many tokens before them were the `same`."""
+
+    place: str
+    same: int
+    tokens: list[int]
+
+
+def _known(text: Repeats, most: int, other: float, stop: frozenset[int], habits: Habits) -> _Known | None:
+    """What followed the end of the text before, up to a stop id, as long as pays best; None where another draft gains more."""
+    if most < 1 or text.text[-1] in stop or not habits.costs.known:
+        return None
+    best, gained = None, max(1.0, other)
+    for place, (same, found) in (
+        ("own", text.own(most)),
+        ("earlier", habits.earlier.following(text.text[-LONGEST:], most)),
+    ):
+        if not found:
             continue
-        draft.learn(right - 1, len(drafted) - 1)
-        whole = right == len(drafted)
-        size = min(report.every, 2 * size) if whole else max(min(SHORTEST, report.every), size // 2)
-        if draft.ladder and right - 1 < DRIFT * (len(drafted) - 1):
-            report.drifts += 1
-            report.actions.append(f"{draft.widen()} after {len(ids)} tokens")
-
-
-def _known(text: list[int], room: int, every: int, stop: frozenset[int], lookups: Acceptance) -> list[int]:
-    """Tokens that followed the end of `text` before, up to a stop id; none where that is seldom right, or the text ends."""
-    if text[-1] in stop or lookups.rate < LEAST_LOOKED_UP:
-        return []
-    found = looked_up(text, min(every, room))
-    end = next((i + 1 for i, token in enumerate(found) if token in stop), len(found))
-    return found[:end]
+        accepted = habits.looked_up(place, same)
+        end = next((i + 1 for i, token in enumerate(found) if token in stop), len(found))
+        length, gains = best_length(end, accepted.rate, 0.0, habits.costs.check)
+        if gains > gained:
+            best, gained = _Known(place, same, found[:length]), gains
+        else:
+            accepted.forget()
+    return best
 
 
 def _drafted(
     reader: Reader, sparse: Row, dense: Row, first: int, wanted: int, choose: Chooser, ids: list[int]
-) -> list[int]:
-    """Up to `wanted` tokens after `ids`: `first` is as the dense model has it, the others are sparse; a stop id ends them."""
+) -> tuple[list[int], list[float]]:
+    """Up to `wanted` tokens after `ids`, and seconds of each sparse step.
+
+    `first` is as the dense model has it, the others are sparse; a stop id ends them.
+    """
     sparse.follow(dense)
-    out = [first]
+    out, took = [first], []
     while len(out) < wanted and out[-1] not in choose.stop:
+        started = time.perf_counter()
         reader.read([sparse], [out[-1:]])
         out.append(choose.after(sparse.last, ids + out))
-    return out
+        took.append(time.perf_counter() - started)
+    return out, took
 
 
 def _checked(reader: Reader, dense: Row, drafted: list[int], read: list[int], choose: Chooser, ids: list[int]) -> int:

@@ -29,6 +29,7 @@ from .backend import Backend, Cache, Graphs
 from .chat import Chat
 from .core_set import CoreSet, choose, combined
 from .decode import Reader, Row, decode, greedy
+from .drafting import Habits
 from .images import Opened, check_size, given
 from .picture_notes import Note
 from .request import Request, kept_slots, prefill_feeds, sparse_feeds
@@ -162,7 +163,7 @@ class Runner:
 
         `backend`: what it runs on (default: as its recipe says); graphs that replace its own run on ONNX Runtime.
         """
-        self.bundle, self.recipe = bundle, recipe or bundle.recipe
+        self.bundle, self.recipe, self.habits = bundle, recipe or bundle.recipe, Habits()
         runtime = backends.DEFAULT if graph else backend or bundle.recipe.backend
         self.backend: Backend = backends.find(runtime).open(bundle, threads, self.recipe, graph)
 

@@ -2,7 +2,7 @@
 
 vision(feeds) -> embeddings      prefill(feeds) -> outputs, Rows      decoder(graph, cores).read(tokens, cache) -> logits, Rows
 
-A cache of several requests is padded on the left, where its mask is 0; every step makes a longer one.
+A cache of several requests is padded on the left, where its mask is 0; a step writes behind its last row (cache.py).
 """
 
 from __future__ import annotations
@@ -32,10 +32,16 @@ from ...host.core_set import CoreSet
 from ...plugins.cpu import library as native
 from ...quant.packing import blocks
 from ...recipe.recipe import Recipe
+from .cache import Memory, Rows, own
+from .grouped import group_attention
+from .in_place import write_in_place
 from .lower import lower
 from .pack import Packing, gather_ffns
+from .whole_picture import attend_to_all, borders
 
-Key = tuple[str, bool, bool]  # graph, rows as inputs, few rows
+_PRODUCTS = {"head", "layers.0.attention_in", "layers.0.ffn_in"}  # entries of a bundle that has packed them all
+WHOLE = "vision, one segment"  # the session of the vision graph for a picture that is one segment
+Key = tuple[str, bool, bool, bool]  # graph, rows as inputs, few rows, in place
 
 
 def open(bundle: Any, threads: int = 0, recipe: Recipe | None = None, graph: Graphs | None = None) -> Backend:
@@ -47,7 +53,7 @@ def open(bundle: Any, threads: int = 0, recipe: Recipe | None = None, graph: Gra
         every_neuron = (recipe or bundle.recipe).neurons.policy == "dense"
         low_bits = LowBits(bundle.packed, bundle.family, bundle.shape, every_neuron)
     predictor = bundle.predictor if chooses else None
-    return Backend(graph or bundle.graph, bundle.weights, threads, predictor, names, low_bits)
+    return Backend(graph or bundle.graph, bundle.weights, threads, predictor, names, low_bits, bundle.shape.heads)
 
 
 def _disabled() -> list[str]:
@@ -79,9 +85,14 @@ class Backend:
         predictor: WeightFile | None = None,
         row_names: list[tuple[str, str, str]] | None = None,
         low_bits: LowBits | None = None,
+        heads: int = 0,
     ):
-        """`predictor`: the file of low-bit copies, where the decode graph reads one; `row_names`: see CoreRows."""
+        """`predictor`: the file of low-bit copies, where the decode graph reads one; `row_names`: see CoreRows.
+
+        `heads`: of queries, so that those which share keys are multiplied together; 0: attention stays as the graph has it.
+        """
         self.notes = environment.threads_note(threads)
+        self._heads = heads
         self._low_bits, self.native = low_bits, native.find() if low_bits else None
         if low_bits and self.native is None:
             self.notes.append(f"low-bit products run on ONNX Runtime's own: {native.why_missing()}")
@@ -104,36 +115,51 @@ class Backend:
 
     def ready(self, graph: str, few_rows: bool = False) -> None:
         """Make the session of `graph` now. Raises BundleError."""
-        self.session(graph, True, few_rows)
+        self.session(graph, True, few_rows, in_place=graph.startswith("decode"))
 
-    def session(self, name: str, rows_as_inputs: bool = True, few_rows: bool = False) -> ort.InferenceSession:
+    def session(
+        self, name: str, rows_as_inputs: bool = True, few_rows: bool = False, in_place: bool = False
+    ) -> ort.InferenceSession:
         """The session of graph `name`. `few_rows`: one that reads 2 to 16 tokens at the price of one.
 
-        Raises BundleError if ONNX Runtime refuses the graph.
+        `in_place`: one that writes new rows into the memory of its cache. Raises BundleError if ONNX Runtime refuses it.
         """
-        key = (name, rows_as_inputs, few_rows)
+        key = self._key(name, rows_as_inputs, few_rows, in_place)
         with self._making:
             if key not in self._sessions:
-                self._sessions[key] = self._load(self._graph(name), key)
+                self._sessions[key] = self._load(self._graph("vision" if name == WHOLE else name), key)
             return self._sessions[key]
 
-    def bound(self, name: str, rows_as_inputs: bool = True, few_rows: bool = False) -> dict[str, ort.OrtValue]:
+    def bound(
+        self, name: str, rows_as_inputs: bool = True, few_rows: bool = False, in_place: bool = False
+    ) -> dict[str, ort.OrtValue]:
         """Weights that the session of graph `name` takes as inputs, the same at every run; mostly none."""
-        return {w: self._views[w] for w in self._inputs.get((name, rows_as_inputs, few_rows), ())}
+        return {w: self._views[w] for w in self._inputs.get(self._key(name, rows_as_inputs, few_rows, in_place), ())}
+
+    def _key(self, name: str, rows_as_inputs: bool, few_rows: bool, in_place: bool) -> Key:
+        """Packed products read several rows as they read one: one session serves both."""
+        packed = self._low_bits.packed.entries.keys() if self._low_bits and self.native else ()
+        return name, rows_as_inputs, few_rows and not set(packed) >= _PRODUCTS, in_place
 
     def drop(self, *names: str) -> None:
         """Free the sessions of these graphs, and the memory of weights that only they have read."""
         with self._making:
-            for key in [k for k in self._sessions if k[0] in names]:
+            for key in [k for k in self._sessions if k[0] in names or (k[0] == WHOLE and "vision" in names)]:
                 del self._sessions[key]
         self.weights.release()
 
     def _load(self, graph: Path | onnx.ModelProto, key: Key) -> ort.InferenceSession:
         where = graph if isinstance(graph, Path) else "a graph made in memory"
         model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph
+        if key[0] == WHOLE:
+            attend_to_all(model)
         options = ort.SessionOptions()
         model, arrays = self._packed(model, key[0], options)
+        if key[3]:
+            write_in_place(model)
         model = lower(model, rows_as_inputs=key[1], few_rows=key[2])
+        if self._heads and key[1]:
+            group_attention(model, self._heads)
         # Left to itself, ONNX Runtime takes every core of the machine, also in a container that allows two.
         options.intra_op_num_threads = self.threads or environment.default_threads()
         options.log_severity_level = 3
@@ -203,7 +229,15 @@ class Backend:
 
     def vision(self, feeds: Feeds) -> Arrays:
         """Every output of the vision graph."""
-        return {name: value.numpy() for name, value in self.outputs("vision", feeds, {}).items()}
+        ends = feeds[self._borders] if self._borders else ()
+        graph = WHOLE if len(ends) == 2 else "vision"
+        return {name: value.numpy() for name, value in self.outputs(graph, feeds, {}).items()}
+
+    @cached_property
+    def _borders(self) -> str | None:
+        """The input of the vision graph that says where pictures end."""
+        graph = self._graph("vision")
+        return borders(onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph)
 
     def prefill(self, feeds: Feeds, graph: str = "prefill") -> tuple[Arrays, Rows]:
         """A prefill graph's outputs, and its cache."""
@@ -211,15 +245,16 @@ class Backend:
 
     def turn(self, feeds: Feeds, cache: Cache) -> tuple[Arrays, Rows]:
         """Read new tokens over a whole cache of one request; outputs as of `prefill`."""
-        return self.run("turn", feeds, own(cache).values)
+        rows = own(cache).arrays()
+        return self.run(
+            "turn", feeds, {n: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for n, a in rows.items()}
+        )
 
     def run(self, graph: str, feeds: Feeds, values: Mapping[str, ort.OrtValue] | None = None) -> tuple[Arrays, Rows]:
         """Outputs of a graph as arrays, its keys and values as a cache; what is in `values` is bound as it is."""
         found = self.outputs(graph, feeds, values or {})
-        cache = {n.replace("present", "past", 1): v for n, v in found.items() if n.startswith("present.")}
         host = {n: v.numpy() for n, v in found.items() if not n.startswith("present.")}
-        some = next(iter(cache.values())).shape()
-        return host, Rows(cache, (some[2],) * some[0])
+        return host, Rows.of({n: v for n, v in found.items() if n.startswith("present.")})
 
     def outputs(self, graph: str, feeds: Feeds, values: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
         """Every output of a graph, where ONNX Runtime put it."""
@@ -252,74 +287,17 @@ class Backend:
         return Rows.regrouped([(own(cache), place) for cache, place in rows])
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Keys and values of B requests: past.i.key/value [B,Hk,P,d], each request's own rows at the end of P."""
-
-    values: dict[str, ort.OrtValue]
-    lengths: tuple[int, ...]
-
-    def arrays(self) -> Arrays:
-        """The values as arrays."""
-        return {name: value.numpy() for name, value in self.values.items()}
-
-    @property
-    def width(self) -> int:
-        """P, the rows of the longest request and what pads it."""
-        return next(iter(self.values.values())).shape()[2]
-
-    def truncated(self, lengths: Sequence[int]) -> Rows:
-        """The same without the rows after the first `lengths` of each request."""
-        return Rows.regrouped([(self, place) for place in range(len(self.lengths))], lengths)
-
-    @classmethod
-    def of(cls, arrays: Arrays) -> Rows:
-        """Keys and values of requests that all have as many rows: past.i.key/value or present.i.key/value."""
-        values = {n.replace("present", "past", 1): ort.OrtValue.ortvalue_from_numpy(v) for n, v in arrays.items()}
-        some = next(iter(arrays.values())).shape
-        return cls(values, (some[2],) * some[0])
-
-    @classmethod
-    def regrouped(cls, rows: Sequence[tuple[Rows, int]], lengths: Sequence[int] | None = None) -> Rows:
-        """The first `lengths` rows (None: all) of these requests together.
-
-        Several are padded to one row more than the longest has: a list of core tokens that is shorter than another is
-        filled up with a row that no mask lets through.
-        """
-        first = rows[0][0]
-        had = [cache.lengths[i] for cache, i in rows]
-        lengths = list(lengths or had)
-        if len(rows) == 1 and len(first.lengths) == 1 and lengths == had:
-            return first
-        width = lengths[0] if len(rows) == 1 else max(lengths) + 1
-        out = {}
-        for name, value in first.values.items():
-            _, heads, _, size = value.shape()
-            array = np.zeros((len(rows), heads, width, size), np.float32)
-            for b, (cache, i) in enumerate(rows):
-                start = cache.width - had[b]
-                array[b, :, width - lengths[b] :] = cache.values[name].numpy()[i, :, start : start + lengths[b]]
-            out[name] = ort.OrtValue.ortvalue_from_numpy(array)
-        return cls(out, tuple(lengths))
-
-
-def own(cache: Cache) -> Rows:
-    """A cache that this backend made."""
-    if not isinstance(cache, Rows):
-        raise TypeError(f"a cache of {type(cache).__name__}")
-    return cache
-
-
 class Decoder:
     """Reads tokens for some requests; what stays the same for all their steps is bound once."""
 
     def __init__(self, backend: Backend, graph: str, cores: Sequence[CoreSet], few_rows: bool):
         self._backend = backend  # whose views the session reads, as long as it runs
-        self._session = backend.session(graph, True, few_rows)
+        self._session = backend.session(graph, True, few_rows, in_place=True)
         self._binding = self._session.io_binding()
-        self._outputs = [o.name for o in self._session.get_outputs()]
+        self._bound: Memory | None = None  # the cache that the binding reads and writes
+        self._binding.bind_output("logits")  # outputs come back in the order in which they were first bound
         self._inputs = {i.name for i in self._session.get_inputs()}
-        for name, value in backend.bound(graph, True, few_rows).items():
+        for name, value in backend.bound(graph, True, few_rows, in_place=True).items():
             self._binding.bind_ortvalue_input(name, value)
         # Bound memory is not copied, so it lives as long as this decoder.
         self._held = self._core_inputs(backend, cores)
@@ -344,30 +322,16 @@ class Decoder:
 
     def read(self, tokens: Tokens, cache: Cache) -> tuple[np.ndarray, Rows]:
         """Logits [B,N,V] after each of N new tokens, and the cache with their rows."""
-        rows, new = own(cache), tokens.embeds.shape[1]
-        for name, value in self._feeds(tokens, rows).items():
+        rows, after = own(cache).going_on(tokens.embeds.shape[1])
+        feeds = {"inputs_embeds": tokens.embeds, "position_ids": tokens.positions} | rows.feeds(tokens)
+        for name, value in feeds.items():
             if name in self._inputs:
                 self._binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        for name, held in rows.values.items():
-            self._binding.bind_ortvalue_input(name, held)
-        for name in self._outputs:
-            self._binding.bind_output(name)
+        if rows.memory is not self._bound:
+            for name, held in rows.memory.values.items():
+                self._binding.bind_ortvalue_input(name, held)
+                self._binding.bind_ortvalue_output(name.replace("past", "present", 1), held)
+            self._bound = rows.memory
+        self._binding.bind_output("logits")
         self._session.run_with_iobinding(self._binding)
-        values = dict(zip(self._outputs, self._binding.get_outputs(), strict=True))
-        logits = values.pop("logits").numpy()
-        past = {n.replace("present", "past", 1): v for n, v in values.items()}
-        return logits, Rows(past, tuple(n + new for n in rows.lengths))
-
-    def _feeds(self, tokens: Tokens, rows: Rows) -> Arrays:
-        """The inputs of this step: masks and listed rows, moved to where each request's rows lie."""
-        width = rows.width + tokens.embeds.shape[1]
-        pads = [width - len(mask) for mask in tokens.masks]
-        masks = [np.concatenate([np.zeros(pad, np.int64), mask]) for pad, mask in zip(pads, tokens.masks, strict=True)]
-        out = {"inputs_embeds": tokens.embeds, "position_ids": tokens.positions, "attention_mask": np.stack(masks)}
-        if tokens.listed is not None:
-            most = max(len(ids) for ids in tokens.listed)
-            listed = np.zeros((len(pads), most), np.int32)  # row 0 is padding wherever a list is shorter
-            for b, (pad, ids) in enumerate(zip(pads, tokens.listed, strict=True)):
-                listed[b, most - len(ids) :] = ids + pad
-            out["core_tokens"] = listed
-        return out
+        return self._binding.get_outputs()[0].numpy(), after

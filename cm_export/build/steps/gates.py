@@ -23,7 +23,9 @@ def _run(folder: Path, job: "Job", stages: "Stages") -> dict[str, Any]:
     copies = weights.WeightFile(stages.file("graphs", predictor.FILE)) if in_decode else None
     file = weights.WeightFile(stages.file("weights", weights.FILE))
     rows = core_row_names(job.family, job.shape.layers)
-    backend = Backend(lambda n: stages.file("graphs", f"{n}.onnx"), file, job.threads, copies, rows)
+    backend = Backend(
+        lambda n: stages.file("graphs", f"{n}.onnx"), file, job.threads, copies, rows, heads=job.shape.heads
+    )
     reference = model.read_reference(stages.folder / "weights")
     results = gates.run_gates(
         gates.Subject(backend, job.family, job.shape, job.tower, job.recipe, job.inputs, reference)

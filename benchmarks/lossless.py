@@ -1,0 +1,180 @@
+"""Tokens a second of the guard beside dense decoding of the same bundle, at the same answer: one process, the two in turn.
+
+    python benchmarks/lossless.py scenes-int4.plan smollm2-int4.plan --out benchmarks/lossless.json --docs docs/guard.md
+
+Questions of the task scenes for its model, made-up prompts for one without pictures. Every prompt is answered by `--dense` and
+with the guard, now the one first, now the other; only decode is timed. `identical`: answers that are equal, token for token.
+gain = dense seconds / guarded seconds, of all prompts together and by prompt (median, quartiles).
+
+A run may be cut in pieces: after --seconds it writes what it has, and the same command goes on from there (drafts begin anew).
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from _page import between, write_report
+
+from cm_export.base import environment
+from cm_export.evals.tasks import scenes
+from cm_export.families import Pictures
+from cm_export.host.guard import EVERY, Report, guarded
+from cm_export.host.loaded import load
+from cm_export.host.request import Request
+from cm_export.host.runner import Budget, Runner
+from cm_export.host.sampling import PLAIN, Chooser
+
+ASKED = (
+    "Explain {} to a child.",
+    "Write a short poem about {}.",
+    "List five facts about {}.",
+    "What is the history of {}?",
+    "Why do people care about {}?",
+    "Give three tips for someone who wants to learn about {}.",
+    "Write a short story in which {} matters.",
+    "What would the world be like without {}?",
+    "Describe {} in two sentences.",
+    "Write a polite letter that asks for a book about {}.",
+)
+TOPICS = (
+    "the moon", "bread", "bicycles", "rain", "libraries", "honey bees", "mountains", "the piano", "maps", "salt",
+    "trains", "chess", "the ocean", "paper", "gardens", "clocks", "wool", "lighthouses", "tea", "rivers",
+)  # fmt: skip
+
+
+def requests(runner: Runner, count: int) -> list[tuple[str, Any]]:
+    """(name, how to make the request) of every prompt."""
+    if runner.bundle.tower is None:
+        texts = [asked.format(topic) for topic, asked in itertools.product(TOPICS, ASKED)]
+        return [(text, lambda text=text: runner.ask(text, Pictures())) for text in texts[:count]]
+    each = -(-count // len(scenes.KINDS))
+    asked = itertools.chain(*zip(*(scenes.questions(kind)[:each] for kind in scenes.KINDS), strict=True))
+
+    def made(question: Any) -> Request:
+        return runner.ask(question.text, runner.see([scenes.open_picture(question.pictures[0])]))
+
+    return [(f"{q.pictures[0]}: {q.text}", lambda q=q: made(q)) for q in itertools.islice(asked, count)]
+
+
+def dense(runner: Runner, request: Request, limit: int) -> tuple[list[int], float, None]:
+    """Ids of the dense answer, and seconds of its decode."""
+    prefilled = runner.prefill(request, Budget(dense=True))
+    started = time.perf_counter()
+    ids = list(runner.tokens(prefilled, limit, runner.chat.stop_ids))
+    return ids, time.perf_counter() - started, None
+
+
+def checked(runner: Runner, request: Request, limit: int) -> tuple[list[int], float, dict[str, Any]]:
+    """The same with the guard, and its report. Greedy, as `tokens` is."""
+    prefilled, report = runner.prefill(request, Budget()), Report(EVERY)
+    choose = Chooser(PLAIN, request.ids, runner.chat.stop_ids)
+    started = time.perf_counter()
+    ids = list(guarded(runner, prefilled, limit, choose, report))
+    return ids, time.perf_counter() - started, report.to_dict()
+
+
+def measure(path: Path, args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Adds a row for every prompt that has none yet, as long as there is time."""
+    runner = load(path, args.threads, lambda *a: None)
+    asked, done = requests(runner, args.prompts), {row["prompt"] for row in rows}
+    started = time.perf_counter()
+    for number, (name, make) in enumerate(asked):
+        if name in done:
+            continue
+        request, first = make(), number % 2
+        if not number or name == asked[len(done)][0]:  # sessions are made once
+            for way in (dense, checked):
+                way(runner, request, 4)
+        found = {}
+        for way in (dense, checked)[:: 1 if first else -1]:
+            found[way.__name__] = way(runner, request, args.tokens)
+        (ids, dense_s, _), (again, guarded_s, report) = found["dense"], found["checked"]
+        assert report is not None
+        row = {
+            "prompt": name,
+            "tokens": len(ids),
+            "identical": ids == again,
+            "dense_s": dense_s,
+            "guarded_s": guarded_s,
+        }
+        rows.append(row | {k: report[k] for k in ("drafted", "kept", "looked_up", "looked_up_kept", "share", "gain")})
+        if time.perf_counter() - started > args.seconds:
+            break
+    recipe = runner.recipe
+    about = {"bundle": path.name, "weights": recipe.weights.precision, "neurons": recipe.neurons.policy}
+    return about | {"of": len(asked), "rows": rows}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the table shows of one bundle."""
+
+    def total(key: str) -> float:
+        return sum(row[key] for row in rows)
+
+    each = sorted(row["dense_s"] / row["guarded_s"] for row in rows if row["tokens"])
+    sparse, sparse_kept = total("drafted") - total("looked_up"), total("kept") - total("looked_up_kept")
+    return {
+        "prompts": len(rows),
+        "identical": sum(row["identical"] for row in rows),
+        "tokens": total("tokens"),
+        "dense_per_s": total("tokens") / total("dense_s"),
+        "guarded_per_s": total("tokens") / total("guarded_s"),
+        "gain": total("dense_s") / total("guarded_s"),
+        "gain_quartiles": statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else each * 3,
+        "sparse": [sparse_kept, sparse],
+        "looked_up": [total("looked_up_kept"), total("looked_up")],
+    }
+
+
+def table(cases: list[dict[str, Any]]) -> str:
+    """Of all bundles."""
+    lines = [
+        "| bundle | prompts | identical | tokens | dense, tokens/s | guard | gain | by prompt | sparse, kept | looked up, kept |",
+        "|" + "---|" * 10,
+    ]
+    for case in cases:
+        s = summary(case["rows"])
+        low, middle, high = s["gain_quartiles"]
+        kept = [f"{k:.0f} of {n:.0f}" + (f" ({k / n:.2f})" if n else "") for k, n in (s["sparse"], s["looked_up"])]
+        lines.append(
+            f"| {case['bundle']} | {s['prompts']} | {s['identical']} | {s['tokens']:.0f} | {s['dense_per_s']:.0f} "
+            f"| {s['guarded_per_s']:.0f} | {s['gain']:.2f} | {middle:.2f} [{low:.2f}, {high:.2f}] | {kept[0]} | {kept[1]} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundles", nargs="+", type=Path, help="with low-bit weights and policy `active`")
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=1e9, help="for each bundle, after which it stops")
+    parser.add_argument("--out", type=Path, required=True, help="rows that are there are kept")
+    parser.add_argument("--docs", type=Path, help="a page whose table is written anew")
+    args = parser.parse_args()
+    known = json.loads(args.out.read_text()) if args.out.exists() else {"cases": []}
+    cases = {case["bundle"]: case for case in known["cases"]}
+    for path in args.bundles:
+        cases[path.name] = measure(path, args, cases.get(path.name, {"rows": []})["rows"])
+        cases[path.name]["summary"] = summary(cases[path.name]["rows"])
+    report = {
+        "command": "python benchmarks/lossless.py " + " ".join(p.name for p in args.bundles),
+        "environment": environment.describe(args.threads, {}),
+        "unit": "seconds of decode; gain = dense / guarded",
+        "threads": args.threads,
+        "cases": list(cases.values()),
+    }
+    write_report(args.out, report)
+    print(table(report["cases"]))
+    if args.docs:
+        page = args.docs.read_text(encoding="utf-8")
+        args.docs.write_text(between(page, "lossless", table(report["cases"])), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Keys and values of requests: one block of memory for all layers, with room behind the last row for those to come.
+
+    past.i.key, past.i.value [B,Hk,C,d]     each request's own rows end at `width`; before them padding, behind them room
+                               C >= width   a step writes its rows there and copies nothing; a block that is full moves
+
+A cache is a value. Those that come one after the other share their memory; one that reads on from a place where another
+has already gone on, and that other is still held, gets memory of its own first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from weakref import WeakSet
+
+import numpy as np
+import onnxruntime as ort
+
+from ...families import Arrays
+from ...host.backend import Cache, Tokens
+from .in_place import BIAS, SLOTS
+
+_LEAST_ROOM, _SHARE_OF_ROOM = 64, 8  # rows of room in new memory: 64, and an eighth of those that are there
+_STEP = 16
+_HIDDEN = np.finfo(np.float32).min
+
+
+class Memory:
+    """A block, and the caches that lie in it."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int, int, int]], width: int):
+        """`shapes`: [B,Hk,any,d] of every input; `width`: rows that are needed at once. New memory is zero, never NaN."""
+        # Whole steps of the products' loops over rows: masked ones at the end then change no sum.
+        self.capacity = -(-(width + _LEAST_ROOM + width // _SHARE_OF_ROOM) // _STEP) * _STEP
+        self.arrays = {n: np.zeros((b, h, self.capacity, d), np.float32) for n, (b, h, _, d) in shapes.items()}
+        self.values = {n: ort.OrtValue.ortvalue_from_numpy(a) for n, a in self.arrays.items()}  # the same bytes
+        self.caches: WeakSet[Rows] = WeakSet()
+        self.changing = threading.RLock()
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of B requests in a block: of request b those in [width - lengths[b], width)."""
+
+    memory: Memory
+    lengths: tuple[int, ...]
+    width: int
+
+    def __post_init__(self) -> None:
+        with self.memory.changing:
+            self.memory.caches.add(self)
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray | ort.OrtValue]) -> Rows:
+        """Keys and values of requests that all have as many rows: past.i.key/value or present.i.key/value, copied."""
+        shapes = {
+            n.replace("present", "past", 1): tuple(a.shape() if callable(a.shape) else a.shape)
+            for n, a in arrays.items()
+        }
+        batch, _, width, _ = next(iter(shapes.values()))
+        memory = Memory(shapes, width)
+        for name, array in arrays.items():
+            there = memory.arrays[name.replace("present", "past", 1)]
+            there[:, :, :width] = array.numpy() if isinstance(array, ort.OrtValue) else array
+        return cls(memory, (width,) * batch, width)
+
+    def arrays(self) -> Arrays:
+        """The rows as arrays [B,Hk,width,d], views of the memory."""
+        return {name: array[:, :, : self.width] for name, array in self.memory.arrays.items()}
+
+    def truncated(self, lengths: Sequence[int]) -> Rows:
+        """The same without the rows after the first `lengths` of each request."""
+        if len(self.lengths) == 1:
+            return Rows(self.memory, tuple(lengths), self.width - self.lengths[0] + lengths[0])
+        return Rows.regrouped([(self, place) for place in range(len(self.lengths))], lengths)
+
+    @classmethod
+    def regrouped(cls, rows: Sequence[tuple[Rows, int]], lengths: Sequence[int] | None = None) -> Rows:
+        """The first `lengths` rows (None: all) of these requests together.
+
+        Several are padded to one row more than the longest has: a list of core tokens that is shorter than another is
+        filled up with a row that no mask lets through.
+        """
+        first = rows[0][0]
+        had = [cache.lengths[i] for cache, i in rows]
+        lengths = list(lengths or had)
+        if len(rows) == 1 and len(first.lengths) == 1 and lengths == had:
+            return first
+        width = lengths[0] if len(rows) == 1 else max(lengths) + 1
+        return cls(_copied(rows, had, lengths, width), tuple(lengths), width)
+
+    def going_on(self, new: int) -> tuple[Rows, Rows]:
+        """(this cache where `new` rows can be written behind it, the cache with them), both in the same memory."""
+        with self.memory.changing:
+            is_last = all(other is self or other.width <= self.width for other in self.memory.caches)
+            if is_last and self.width + new <= self.memory.capacity:
+                return self, Rows(self.memory, tuple(n + new for n in self.lengths), self.width + new)
+        places = [(self, place) for place in range(len(self.lengths))]
+        moved = Rows(_copied(places, self.lengths, self.lengths, self.width, new), self.lengths, self.width)
+        return moved, Rows(moved.memory, tuple(n + new for n in self.lengths), self.width + new)
+
+    def feeds(self, tokens: Tokens) -> Arrays:
+        """Where a step that reads these tokens writes its rows, which rows they see, and those that are listed."""
+        batch, new, _ = tokens.embeds.shape
+        heads, capacity = next(iter(self.memory.arrays.values())).shape[1:3]
+        slots = np.stack(np.indices((batch, heads, new)), -1)
+        slots[..., 2] += self.width
+        width = self.width + new
+        seen = np.zeros((batch, 1, new, width), bool)
+        pads = [width - len(mask) for mask in tokens.masks]
+        for b, (pad, mask) in enumerate(zip(pads, tokens.masks, strict=True)):
+            seen[b, ..., pad:] = mask
+        if new > 1:
+            seen &= np.tri(new, width, self.width, bool)
+        bias = np.full((batch, 1, new, capacity), _HIDDEN, np.float32)
+        bias[..., :width][seen] = 0
+        out = {SLOTS: slots, BIAS: bias}
+        if tokens.listed is not None:
+            most = max(len(ids) for ids in tokens.listed)
+            listed = np.zeros((batch, most), np.int32)  # row 0 is padding wherever a list is shorter
+            for b, (pad, ids) in enumerate(zip(pads, tokens.listed, strict=True)):
+                listed[b, most - len(ids) :] = ids + pad
+            out["core_tokens"] = listed
+        return out
+
+
+def _copied(
+    rows: Sequence[tuple[Rows, int]], had: Sequence[int], lengths: Sequence[int], width: int, new: int = 0
+) -> Memory:
+    """New memory with the first `lengths` of the rows that requests `had`, ending at `width`; `new`: more to come at once."""
+    shapes = {n: (len(rows), *a.shape[1:]) for n, a in rows[0][0].memory.arrays.items()}
+    memory = Memory(shapes, width + new)
+    for name, there in memory.arrays.items():
+        for b, (cache, i) in enumerate(rows):
+            start = cache.width - had[b]
+            own_rows = cache.memory.arrays[name][i, :, start : start + lengths[b]]
+            there[b, :, width - lengths[b] : width] = own_rows
+    return memory
+
+
+def own(cache: Cache) -> Rows:
+    """A cache that this backend made."""
+    if not isinstance(cache, Rows):
+        raise TypeError(f"a cache of {type(cache).__name__}")
+    return cache
