@@ -165,6 +165,11 @@ def answering(name: str, folder: Path, seed: int = 0) -> Path:
     random_checkpoint(config, folder, seed)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         shutil.copyfile(DEMO / file, folder / file)
+    template = (DEMO / "chat_template.jinja").read_text()
+    seen = (
+        "{% elif content['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}"
+    )
+    (folder / "chat_template.jinja").write_text(template.replace("{% elif 'text' in content %}", seen))
     if name != "qwen3":
         size = {"shortest_edge": 2048, "longest_edge": 6144}
         rule = {"image_processor_type": "Qwen2VLImageProcessorFast", "size": size, "patch_size": 4, "merge_size": 2}

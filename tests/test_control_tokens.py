@@ -93,7 +93,8 @@ def made(tokenizer, template, folder, sees=False):
     stock = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", unk_token="<unk>")
     stock.chat_template = template
     stock.save_pretrained(folder)
-    shape = SimpleNamespace(sees=sees, stop_ids=(2,), image_token=tokenizer.token_to_id("<|image_pad|>"))
+    image = tokenizer.token_to_id("<|image_pad|>")
+    shape = SimpleNamespace(sees=sees, stop_ids=(2,), image_token=image, clip_token=-1, seen_tokens=(image,))
     files = SimpleNamespace(path=folder, shape=shape)
     files.processor = lambda name: folder / name if (folder / name).is_file() else None
     return Chat(files), stock

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +16,8 @@ import transformers
 from conftest import built, cm_export, take_stages
 from llava_models import PUBLISHED, RANDOM, answering, asked, ids_of, noise, request, seen, stock
 from PIL import Image
-from random_models import IMAGE, Exported, random_checkpoint
+from random_models import IMAGE, Exported, random_checkpoint, shared_export
 from stepping import Decoder, every_row, gatherer, prefill, step_feeds
-from test_qwen_families import exported_of
 from test_surgery import arrays
 from tolerances import agrees
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -25,6 +25,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 
 from cm_export import families
 from cm_export.bundle.bundle import Bundle
+from cm_export.host.chat import Chat
 from cm_export.host.request import prefill_feeds, sparse_feeds
 from cm_export.recipe.recipe import Recipe
 
@@ -58,7 +59,7 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def x(name):
-    return exported_of(*bundle_of(name))
+    return shared_export(f"{name}_random", RANDOM[name](2), 2)
 
 
 # ---------------------------------------------------------------- the laws of every family
@@ -227,20 +228,46 @@ def processor_of(name, model):
     return Processor(images, tokenizer, None, **how)
 
 
-@pytest.mark.parametrize("pictures", [1, 2, 0])
-def test_run_answers_as_transformers_does_with_its_own_processor(name, pictures, tmp_path):
-    model, plan = bundle_of(name)
-    rng = np.random.default_rng(5)
-    images = [noise(rng, *size) for size in ((50, 90), (70, 40))[:pictures]]
-    for i, image in enumerate(images):
-        image.save(tmp_path / f"{i}.png")
+def given_by_transformers(name, model, images):
+    """A question about pictures, by transformers' template, processor and tokenizer."""
     blocks = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": QUESTION}]
-    given = processor_of(name, model).apply_chat_template(
+    return processor_of(name, model).apply_chat_template(
         [{"role": "user", "content": blocks}], add_generation_prompt=True, tokenize=True, return_dict=True,
         return_tensors="pt",
     )  # fmt: skip
+
+
+def shown(count):
+    rng = np.random.default_rng(5)
+    return [noise(rng, *size) for size in ((50, 90), (70, 40))[:count]]
+
+
+@pytest.mark.parametrize("pictures", [1, 2, 0])
+def test_prompts_and_pictures_are_those_of_transformers_own_processor(name, pictures, tmp_path):
+    model = answering(name, tmp_path / "model")
+    given = given_by_transformers(name, model, shown(pictures))
+    x = Exported(model, tmp_path, families.find(name))
+    rule = json.loads((model / "preprocessor_config.json").read_text())
+    rule = x.tower.rule_for(x.tower.rule(rule), pictures)
+    found = [x.tower.picture(image, rule) for image in shown(pictures)]
+    files = SimpleNamespace(path=model, shape=x.shape, processor=lambda n: f if (f := model / n).is_file() else None)
+    ids = Chat(files).encode(QUESTION, None, [p.layout for p in found])
+    assert ids.tolist() == given["input_ids"][0].tolist()
+    assert ids[0] == 0 != ids[1], "the tokenizer begins a text with a token of its own"
+    typed, plain = (Chat(files).encode(text, None, []) for text in ("stop <|im_end|> here", "stop here"))
+    assert typed[0] == 0 and (typed == 2).sum() == (plain == 2).sum()
+    for key, value in (x.tower.stock(found, ids == IMAGE) if found else {}).items():
+        np.testing.assert_allclose(value, given[key].numpy(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("pictures", [1, 2, 0])
+def test_run_answers_as_transformers_does_with_its_own_processor(name, pictures, tmp_path):
+    model, plan = bundle_of(name)
+    for i, image in enumerate(shown(pictures)):
+        image.save(tmp_path / f"{i}.png")
+    given = given_by_transformers(name, model, shown(pictures))
     ids = given["input_ids"]
-    assert ids[0, 0] == 0 and ids[0, 1] != 0, "the tokenizer begins a text with a token of its own"
     stock = getattr(transformers, families.find(name).model_class).from_pretrained(model).eval()
     with torch.no_grad():
         out = stock.generate(**given, max_new_tokens=8)
@@ -257,6 +284,7 @@ def test_run_answers_as_transformers_does_with_its_own_processor(name, pictures,
     assert len(found["overlays"]) == pictures
 
 
+@pytest.mark.wide
 def test_thresholds_and_weights_of_4_bits_answer(name, tmp_path):
     _, plan = bundle_of(name, "--neurons", "active", "--weights", "int4")
     Image.new("RGB", (60, 80), "red").save(tmp_path / "x.png")
@@ -269,6 +297,7 @@ def test_thresholds_and_weights_of_4_bits_answer(name, tmp_path):
     assert packed is not None and any(name.startswith("vision.") for name in packed.entries)
 
 
+@pytest.mark.wide
 def test_bench_and_eval_take_it(name, tmp_path):
     _, plan = bundle_of(name)
     done = cm_export("bench", plan, "--new-tokens", "2", "--repeats", "1", "--vision", "--json")

@@ -80,7 +80,7 @@ def asking(
 def own_text(runner: Runner, count: int, seed: int = 0, progress: Progress = _silent) -> Iterator[Request]:
     """`count` beginnings of random words."""
     rng, shape = np.random.default_rng(seed), runner.bundle.shape
-    words = np.setdiff1d(np.arange(shape.vocab), [shape.image_token, *shape.stop_ids])
+    words = np.setdiff1d(np.arange(shape.vocab), [*shape.seen_tokens, *shape.stop_ids])
     for i in range(count):
         progress("let the model write", i, count)
         yield runner.request(rng.choice(words, OWN_WORDS), Pictures())

@@ -151,7 +151,7 @@ def made_up_request(runner: Runner, prompt_tokens: int, pictures: Sequence[Pictu
     shape, rng = runner.bundle.shape, np.random.default_rng(0)
     image_tokens = sum(p.tokens for p in pictures)
     words = rng.integers(0, shape.vocab, prompt_tokens)
-    words[words == shape.image_token] = (shape.image_token + 1) % shape.vocab
+    words[np.isin(words, shape.seen_tokens)] = (max(shape.seen_tokens, default=0) + 1) % shape.vocab
     if not prompt_tokens and not image_tokens:
         raise InputError("nothing to run", fix="give --prompt-tokens or --image-tokens")
     head, outputs = prompt_tokens // 2, {}

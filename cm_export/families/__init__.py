@@ -32,6 +32,7 @@ GROUP = "cm_export.families"  # this package, and the entry points of families o
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
 MOVING_ROPE = ("dynamic", "longrope")
 
+UNKNOWN_FPS = 24.0
 IMAGE = "\N{OBJECT REPLACEMENT CHARACTER}"  # an image token in Layout.text; the tokenizer knows what it is called
 
 Config = Mapping[str, Any]  # transformers' normalised configuration as plain values, or a part of it
@@ -56,11 +57,17 @@ class Shape:
     sees: bool = False  # whether pictures can be given
     position_axes: int = 1  # A of position_ids [A,B,S]: one row for plain rotary positions, three for M-RoPE
     image_token: int = -1  # equals no token id, so that without pictures every token is text
+    clip_token: int = -1  # what stands for the tokens of a clip; of a model that takes none equal to no id
     whole_layers: int = 0  # layers that must see every token: image tokens may be cut after them, not before
     largest: tuple[int, int] = (
         0,
         0,
     )  # patches and image tokens of the usual processor's largest picture; 0: any number
+
+    @property
+    def seen_tokens(self) -> tuple[int, ...]:
+        """Ids in whose place a prompt has what the tower saw."""
+        return tuple(i for i in (self.image_token, self.clip_token) if i >= 0)
 
     @property
     def weights(self) -> int:
@@ -98,6 +105,12 @@ class Layout:
     cells: tuple[int, ...] | None = None
     # What the template's one image token becomes, with IMAGE for each image token; None: the image tokens and nothing else.
     text: str | None = None
+    pace: float | None = None  # of a clip: how many positions its frames lie apart; None: a picture
+
+    @property
+    def is_clip(self) -> bool:
+        """Whether it is a clip: frames of the grid one after the other in time."""
+        return self.pace is not None
 
     @property
     def tokens(self) -> int:
@@ -132,6 +145,21 @@ class Picture:
     def tokens(self) -> int:
         """How many image tokens."""
         return self.layout.tokens
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Frames of a clip that were chosen, RGB and all of one size, and where they were."""
+
+    images: Sequence[Image.Image]
+    places: Sequence[int]  # among the frames of the clip
+    total: int  # frames of the clip
+    fps: float | None  # of the clip; None: not known
+
+    @property
+    def chosen_fps(self) -> float:
+        """Of those that were chosen; a clip of unknown speed has 24, as in transformers."""
+        return len(self.places) / self.total * self.fps if self.fps else UNKNOWN_FPS
 
 
 @dataclass(frozen=True)
@@ -203,6 +231,25 @@ class Tower(ABC):
     def resized(self, size: tuple[int, int], rule: Any) -> tuple[int, int]:
         """(width, height) in pixels at which a picture of this size is read: what a remark on small pictures is made of."""
         return size
+
+    def clip_rule(self, processor: Config) -> Any:
+        """How clips become patches, from video_preprocessor_config.json, or where there is none the rule of pictures.
+
+        Raises InputError, also where the model takes no clips.
+        """
+        raise InputError("this model takes no clips", fix="give pictures")
+
+    def frames_of(self, total: int, fps: float | None, rule: Any, rate: float | None, count: int | None) -> list[int]:
+        """Which of `total` frames are read; rate: so many a second, count: so many. Raises InputError."""
+        raise InputError("this model takes no clips", fix="give pictures")
+
+    def clip(self, frames: Frames, rule: Any) -> Picture:
+        """Frames as the tower reads them. Raises InputError."""
+        raise InputError("this model takes no clips", fix="give pictures")
+
+    def parts(self, picture: Picture) -> list[Picture]:
+        """What the vision graph may read one after the other: frames that do not attend to one another."""
+        return [picture]
 
     @abstractmethod
     def probes(self, rng: np.random.Generator) -> list[Picture]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..base import dims
 from ..base.errors import InputError
-from . import Arrays, Config, Picture, Port, Range
+from . import Arrays, Config, Frames, Layout, Picture, Port, Range
 from .qwen2_vl import Qwen2VL, Qwen2VLTower, attend_within_pictures
 
 # transformers hands `cu_seq_lens_q` to implementations whose name contains "flash" and loops over lengths otherwise.
@@ -61,6 +61,7 @@ class Qwen25VLTower(Qwen2VLTower):
         super().__init__({**vision, "embed_dim": vision["hidden_size"], "hidden_size": vision["out_hidden_size"]})
         self.side: int = vision["window_size"] // self.merge // self.patch  # image tokens along one side of a window
         self.most = (self.side * self.merge) ** 2  # patches of a window
+        self.pace = vision.get("tokens_per_second", 4)  # positions of a second; transformers' default
         self.whole = frozenset(vision["fullatt_block_indexes"])
         self.inputs = (
             *self.inputs,
@@ -81,6 +82,17 @@ class Qwen25VLTower(Qwen2VLTower):
             more = {} if i in self.whole else {"windows": windows}
             hidden = block(hidden, cu_seqlens=given["cu_seqlens"], max_seqlen=1, position_embeddings=rope, **more)
         return (tower.merger(hidden),)
+
+    def clip_layout(self, frames: Frames, grid: tuple[int, int, int]) -> Layout:
+        """Positions go with the time: in float32, as in transformers."""
+        seconds = np.float32(self.temporal / frames.chosen_fps)
+        return Layout(grid, pace=float(np.float32(self.pace) * seconds))
+
+    def stock(self, pictures: Sequence[Picture], is_image: np.ndarray) -> Arrays:
+        """Besides Qwen2-VL's: seconds between the frames of each clip."""
+        paces = [p.layout.pace for p in pictures if p.layout.pace is not None]
+        more = {"second_per_grid_ts": np.array(paces, np.float32) / np.float32(self.pace)} if paces else {}
+        return super().stock(pictures, is_image) | more
 
     def feeds(self, pictures: Sequence[Picture]) -> Arrays:
         """Inputs of the vision graph for these pictures together."""

@@ -22,6 +22,7 @@ from . import (
     Arrays,
     Config,
     Family,
+    Frames,
     Layout,
     Picture,
     Pictures,
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 # transformers hands `cu_seq_lens_q` to implementations whose name contains "flash" and loops over lengths otherwise.
 ATTENTION = "cm_export_vision_flash"
+CLIP_RULE_FILE = "video_preprocessor_config.json"
+CLIP_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768}
 MAX_RATIO = 200  # of a picture's sides: transformers' smart_resize refuses more
 
 
@@ -51,10 +54,12 @@ class Qwen2VL(Family):
     layer = "model.language_model.layers.{layer}."
     embedding = "model.language_model.embed_tokens.weight"
     tower_output: ClassVar[str] = "hidden_size"  # of vision_config: the width of what the tower gives
+    frames_apart: ClassVar[bool] = False  # whether text stands between the frames of a clip
 
     def shape(self, config: Config) -> Shape:
         """Sizes of a checkpoint. Raises InputError."""
         own = {"sees": True, "position_axes": 3, "image_token": config["image_token_id"]}
+        own["clip_token"] = config["video_token_id"]
         outer = config.get("eos_token_id")  # before the decoder's, where both are stated
         text = config["text_config"]
         return decoder_shape(text if outer is None else {**text, "eos_token_id": outer}, **own)
@@ -74,8 +79,8 @@ class Qwen2VL(Family):
     def positions(self, picture: np.ndarray, pictures: Pictures) -> tuple[np.ndarray, int]:
         """M-RoPE positions [3,S] int64 of one prompt without padding, and the position of the first answer token.
 
-        Text counts on in all three axes; a picture starts at the next position p and gets (p + t, p + row, p + column);
-        the text after it goes on at p + max(rows, columns).
+        Text counts on in all three axes; a picture starts at the next position p and gets (p + t, p + row, p + column),
+        where frame i of a clip has t = i * pace; the text after it goes on at p + max(rows, columns).
         """
         out, nxt, at = np.zeros((3, len(picture)), np.int64), 0, 0
         while at < len(picture):
@@ -83,11 +88,14 @@ class Qwen2VL(Family):
                 out[:, at] = nxt
                 at, nxt = at + 1, nxt + 1
                 continue
-            t, h, w = pictures.grids[picture[at]]
-            place = np.meshgrid(range(t), range(h), range(w), indexing="ij")
+            layout = pictures.layouts[picture[at]]
+            t, h, w = (1, *layout.grid[1:]) if self.frames_apart else layout.grid
+            times = (np.arange(t, dtype=np.float32) * np.float32(layout.pace or 1)).astype(np.int64)
+            place = np.meshgrid(times, range(h), range(w), indexing="ij")
             out[:, at : at + t * h * w] = nxt + np.stack(place).reshape(3, -1)
             at, nxt = at + t * h * w, nxt + max(h, w)
-        return out, int(out.max()) + 1 if len(picture) else 0
+        # An answer goes on after the last token, as in transformers' generate, even where a frame before lies further on.
+        return out, nxt
 
 
 def check_vision(vision: Config, output: str, hidden: int) -> None:
@@ -182,10 +190,17 @@ class Qwen2VLTower(Tower):
         return {"image_embeds": torch.cat(tuple(found.pooler_output))}
 
     def stock(self, pictures: Sequence[Picture], is_image: np.ndarray) -> Arrays:
-        """What stock transformers is given besides input_ids."""
-        grid = np.array([self._patches(p) for p in pictures], np.int64)
-        pixels = np.concatenate([p.pixels for p in pictures])
-        return {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": is_image[None].astype(np.int32)}
+        """What stock transformers is given besides input_ids: pictures and clips apart, and which tokens are whose."""
+        kinds = is_image.astype(np.int32)
+        if any(p.layout.is_clip for p in pictures):
+            kinds[is_image] = np.repeat([2 if p.layout.is_clip else 1 for p in pictures], [p.tokens for p in pictures])
+        out: Arrays = {"mm_token_type_ids": kinds[None]}
+        names = (False, "pixel_values", "image_grid_thw"), (True, "pixel_values_videos", "video_grid_thw")
+        for is_clip, pixels, grid in names:
+            if some := [p for p in pictures if p.layout.is_clip == is_clip]:
+                out[pixels] = np.concatenate([p.pixels for p in some])
+                out[grid] = np.array([self._patches(p) for p in some], np.int64)
+        return out
 
     def feeds(self, pictures: Sequence[Picture]) -> Arrays:
         """Inputs of the vision graph for these pictures together."""
@@ -198,12 +213,15 @@ class Qwen2VLTower(Tower):
 
     def rule(self, processor: Config) -> ImageRule:
         """The rule in a preprocessor_config.json; sizes that it leaves out are the tower's own. Raises InputError."""
+        return image_rule(self._checked(processor))
+
+    def _checked(self, processor: Config) -> dict[str, Any]:
         sizes = {"patch_size": self.patch, "merge_size": self.merge, "temporal_patch_size": self.temporal}
         for key, own in sizes.items():
             if processor.get(key, own) != own:
                 what = f"{key} = {processor[key]!r}, the vision_config of config.json says {own}"
                 raise InputError(what, where=RULE_FILE, fix="the two files belong to different models")
-        return image_rule({**processor, **sizes})
+        return {**processor, **sizes}
 
     def picture(self, image: Image.Image, rule: ImageRule) -> Picture:
         """A PIL RGB picture as patches. Raises InputError for one that is too long and thin."""
@@ -218,6 +236,57 @@ class Qwen2VLTower(Tower):
     def _picture(self, pixels: np.ndarray, patches: tuple[int, ...]) -> Picture:
         t, h, w = patches
         return Picture(pixels, Layout((t, h // self.merge, w // self.merge)))
+
+    def clip_rule(self, processor: Config) -> ClipRule:
+        """The rule in a video_preprocessor_config.json, or of pictures where there is none. Raises InputError."""
+        return clip_rule(processor, self._checked(processor))
+
+    def frames_of(
+        self, total: int, fps: float | None, rule: ClipRule, rate: float | None, count: int | None
+    ) -> list[int]:
+        """As transformers samples them: all, unless a rate or a number is asked for. Raises InputError."""
+        count, rate = (
+            (rule.count if rate is None else None) if count is None else count,
+            rule.rate if rate is None else rate,
+        )
+        step = self.temporal
+        if count is not None:
+            count = round(count / step) * step
+        elif rate is not None:
+            most = min(rule.max_frames, total) // step * step
+            count = math.floor(min(max(total / known(fps) * rate, rule.min_frames), most, total) / step) * step
+        else:
+            count = total
+        if not 0 < count <= total:
+            raise InputError(f"{count} frames are asked of a clip that has {total}", fix="ask for others with --frames")
+        every = total / count
+        return [int(np.float32(i * every)) for i in range(math.ceil(total / every))]
+
+    def clip(self, frames: Frames, rule: ClipRule) -> Picture:
+        """Frames as patches, the last one again where their number is no multiple. Raises InputError."""
+        width, height = frames.images[0].size
+        h, w = self.clip_size(len(frames.images), height, width, rule)
+        rows = [patches(image.resize((w, h), rule.frames.resample), rule.frames) for image in frames.images]
+        rows += [rows[-1]] * (-len(rows) % self.temporal)
+        x = np.stack(rows).reshape(-1, self.temporal, *rows[0].shape)  # t, T, patches, C, p*p
+        grid = (len(x), h // self.patch, w // self.patch)
+        pixels = np.ascontiguousarray(x.transpose(0, 2, 3, 1, 4)).reshape(-1, self.patch_dim)
+        return Picture(pixels, self.clip_layout(frames, (grid[0], grid[1] // self.merge, grid[2] // self.merge)))
+
+    def clip_size(self, frames: int, height: int, width: int, rule: ClipRule) -> tuple[int, int]:
+        """Height and width of each frame in pixels. Raises InputError for a clip that is too long and thin."""
+        return target_size(height, width, rule.frames)
+
+    def clip_layout(self, frames: Frames, grid: tuple[int, int, int]) -> Layout:
+        """How a clip lies in the prompt: a frame of the grid, made of `temporal` frames, a position after the other."""
+        return Layout(grid, pace=1)
+
+    def parts(self, picture: Picture) -> list[Picture]:
+        """Frame by frame: none attends to another one."""
+        frames, rows, columns = picture.grid
+        if frames == 1:
+            return [picture]
+        return [Picture(part, Layout((1, rows, columns))) for part in np.split(picture.pixels, frames)]
 
     def probes(self, rng: np.random.Generator) -> list[Picture]:
         """Two smooth pictures of unequal size."""
@@ -337,6 +406,43 @@ def image_rule(processor: Config) -> ImageRule:
     )
 
 
+@dataclass(frozen=True)
+class ClipRule:
+    """How a clip becomes patches: that of its frames, and how many of them are read."""
+
+    frames: ImageRule
+    rate: float | None = None  # so many a second
+    count: int | None = None
+    min_frames: int = 4
+    max_frames: int = 768
+
+
+def clip_rule(processor: Config, checked: Config, rate: float | None = None) -> ClipRule:
+    """The rule in a video_preprocessor_config.json, or in a preprocessor_config.json. Raises InputError.
+
+    checked: the same with the tower's sizes; rate: frames a second where the file says nothing.
+    """
+    kind = str(processor.get("video_processor_type") or "Qwen2VLVideoProcessor")
+    if not kind.startswith(("Qwen2VL", "Qwen3VL")):
+        fix = "give the file of the checkpoint that this one was made from"
+        raise InputError(f"video_processor_type {kind!r} cuts clips in another way", where=CLIP_RULE_FILE, fix=fix)
+    frames = image_rule({"size": CLIP_SIZE, **checked, "image_processor_type": "Qwen2VL"})
+    least, most = (_size(processor, k, n) for k, n in (("min_frames", 4), ("max_frames", 768)))
+    chosen = flag(processor, "do_sample_frames", rate is not None, CLIP_RULE_FILE)
+    rate, count = (processor.get(key, own) if chosen else None for key, own in (("fps", rate), ("num_frames", None)))
+    for key, value in (("fps", rate), ("num_frames", count)):
+        if value is not None and (not is_number(value) or value <= 0):
+            raise InputError(f"{key} = {value!r} is not a number above 0", where=CLIP_RULE_FILE, fix=FIX)
+    return ClipRule(frames, rate, None if count is None else int(count), least, most)
+
+
+def known(fps: float | None) -> float:
+    """The speed of a clip. Raises InputError where it is not known, and frames are to be chosen by it."""
+    if not fps:
+        raise InputError("frames are chosen by their time, and the clip does not say it", fix="give --frames")
+    return fps
+
+
 def _limits(processor: Config) -> tuple[float, float]:
     """Least and most pixels. A key beside `size` goes before the one in it, which transformers does not read alone."""
     given, d = processor.get("size"), ImageRule()
@@ -380,16 +486,21 @@ def target_size(height: int, width: int, rule: ImageRule) -> tuple[int, int]:
 def patchify(images: list[Any], rule: ImageRule) -> tuple[np.ndarray, np.ndarray]:
     """PIL RGB pictures -> pixel_values [N, C*T*p*p] float32 and grid [images, 3] int64 (t, h, w in patches)."""
     rows, grids = [], []
-    colours = rule.colours
     for image in images:
         h, w = target_size(image.height, image.width, rule)
-        x = colours.read(colours.resized(image, w, h))
-        gh, gw, m, p = h // rule.patch, w // rule.patch, rule.merge, rule.patch
-        x = x.reshape(3, gh // m, m, p, gw // m, m, p).transpose(1, 4, 2, 5, 0, 3, 6)  # gh gw m m C p p
-        x = np.broadcast_to(x[:, :, :, :, :, None], (*x.shape[:5], rule.temporal, p, p))
-        rows.append(x.reshape(gh * gw, -1))
-        grids.append((1, gh, gw))
+        x = patches(rule.colours.resized(image, w, h), rule)
+        x = np.broadcast_to(x[:, :, None], (*x.shape[:2], rule.temporal, x.shape[2]))
+        rows.append(x.reshape(len(x), -1))
+        grids.append((1, h // rule.patch, w // rule.patch))
     return np.ascontiguousarray(np.concatenate(rows)), np.asarray(grids, np.int64)
+
+
+def patches(image: Image.Image, rule: ImageRule) -> np.ndarray:
+    """A PIL RGB picture of whole merged patches as [N,C,p*p] float32: merge x merge neighbours follow one another."""
+    x = rule.colours.read(image)
+    gh, gw, m, p = image.height // rule.patch, image.width // rule.patch, rule.merge, rule.patch
+    x = x.reshape(3, gh // m, m, p, gw // m, m, p).transpose(1, 4, 2, 5, 0, 3, 6)  # gh gw m m C p p
+    return np.asarray(x.reshape(gh * gw, 3, p * p))
 
 
 def vision_inputs(pixel_values: np.ndarray, grid: np.ndarray, merge: int) -> dict[str, np.ndarray]:

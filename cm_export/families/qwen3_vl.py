@@ -11,6 +11,7 @@ Source: Qwen3-VL (arXiv 2511.21631), section 2; DeepStack (arXiv 2406.04334).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,9 +20,31 @@ import numpy as np
 
 from ..base import dims
 from ..base.errors import InputError
-from . import Arrays, Config, Picture, Port, Shape, check_decoder, check_image_token
-from .qwen2_vl import Qwen2VL, Qwen2VLTower, check_sections, check_vision
+from . import (
+    IMAGE,
+    UNKNOWN_FPS,
+    Arrays,
+    Config,
+    Frames,
+    Layout,
+    Picture,
+    Port,
+    Shape,
+    check_decoder,
+    check_image_token,
+)
+from .qwen2_vl import (
+    MAX_RATIO,
+    ClipRule,
+    Qwen2VL,
+    Qwen2VLTower,
+    check_sections,
+    check_vision,
+    clip_rule,
+)
 
+CLIP_SIZE = {"shortest_edge": 128 * 32 * 32, "longest_edge": 32 * 32 * 768}
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"  # as transformers writes them around each frame
 TAPS = 4  # of an interpolated position embedding: the corners around it
 
 
@@ -30,6 +53,7 @@ class Qwen3VL(Qwen2VL):
 
     model_class = "Qwen3VLForConditionalGeneration"
     tower_output = "out_hidden_size"
+    frames_apart = True
 
     def shape(self, config: Config) -> Shape:
         """Sizes of a checkpoint. Raises InputError."""
@@ -92,6 +116,52 @@ class Qwen3VLTower(Qwen2VLTower):
 
         found = model.get_image_features(given["pixel_values"], given["image_grid_thw"], return_dict=True)
         return {port.name: torch.cat(tuple(x)) for port, x in zip(self.outputs, self._outputs(found), strict=True)}
+
+    def clip_rule(self, processor: Config) -> ClipRule:
+        """As Qwen2-VL's, with two frames a second and values of its own where the file says nothing."""
+        own = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": CLIP_SIZE}
+        return clip_rule(processor, own | self._checked(processor), rate=2)
+
+    def frames_of(
+        self, total: int, fps: float | None, rule: ClipRule, rate: float | None, count: int | None
+    ) -> list[int]:
+        """As transformers samples them: spread from the first frame to the last. Raises InputError."""
+        count, rate = rule.count if count is None and rate is None else count, rule.rate if rate is None else rate
+        if count is None:
+            count = total if rate is None else int(total / (fps or UNKNOWN_FPS) * rate)
+            count = min(max(count, rule.min_frames), rule.max_frames, total)
+        if not 0 < count <= total:
+            raise InputError(f"{count} frames are asked of a clip that has {total}", fix="ask for others with --frames")
+        return [int(place) for place in np.linspace(0, total - 1, count).round()]
+
+    def clip_size(self, frames: int, height: int, width: int, rule: ClipRule) -> tuple[int, int]:
+        """Height and width of each frame: the limits are those of all frames together. Raises InputError."""
+        factor, limits = self.patch * self.merge, rule.frames
+        if frames < self.temporal:
+            raise InputError(f"a clip of {frames} frames, the tower reads {self.temporal} together", fix="give more")
+        if min(height, width) < factor:
+            scale = max(factor / height, factor / width)
+            height, width = int(height * scale), int(width * scale)
+        if max(height, width) > MAX_RATIO * min(height, width):
+            raise InputError(f"aspect ratio of {width}x{height} is above {MAX_RATIO}", fix="crop the clip")
+        h, w, times = round(height / factor), round(width / factor), round(frames / self.temporal) * self.temporal
+        if times * h * w * factor**2 > limits.max_pixels:
+            beta = math.sqrt(frames * height * width / limits.max_pixels)
+            h, w = (max(1, math.floor(n / beta / factor)) for n in (height, width))
+        elif times * h * w * factor**2 < limits.min_pixels:
+            beta = math.sqrt(limits.min_pixels / (frames * height * width))
+            h, w = (math.ceil(n * beta / factor) for n in (height, width))
+        return h * factor, w * factor
+
+    def clip_layout(self, frames: Frames, grid: tuple[int, int, int]) -> Layout:
+        """Before each frame of the grid stands its time, the middle of the first and the last that it is made of."""
+        places = [*frames.places]
+        places += places[-1:] * (-len(places) % self.temporal)
+        times = [place / (frames.fps or UNKNOWN_FPS) for place in places]
+        starts = range(0, len(times), self.temporal)
+        middles = [(times[i] + times[i + self.temporal - 1]) / 2 for i in starts]
+        shown = f"{VISION_START}{IMAGE * (grid[1] * grid[2])}{VISION_END}"
+        return Layout(grid, text="".join(f"<{middle:.1f} seconds>{shown}" for middle in middles), pace=1)
 
     def feeds(self, pictures: Sequence[Picture]) -> Arrays:
         """Inputs of the vision graph for these pictures together."""

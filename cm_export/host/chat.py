@@ -6,6 +6,7 @@ Text is data: what reads as a control token in it is encoded as text (see contro
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -46,8 +47,11 @@ class Chat:
         source = _template(bundle, self._config)
         self._template = None if source is None else self._compile(source)
         self.image_token: str | None = None
+        self.clip_token: str | None = None
         if bundle.shape.sees:
             self.image_token = self._tokenizer.id_to_token(bundle.shape.image_token)
+            if bundle.shape.clip_token >= 0:
+                self.clip_token = self._tokenizer.id_to_token(bundle.shape.clip_token)
         # As transformers: a generation_config.json that names none leaves none, whatever config.json says.
         of_config = bundle.processor("generation_config.json") is None
         stop = list(bundle.shape.stop_ids) if of_config else _json(bundle, "generation_config.json").get("eos_token_id")
@@ -55,7 +59,7 @@ class Chat:
         self.stop_ids = frozenset(stop if isinstance(stop, list) else [stop])
         self._special = {k: _content(v) for k, v in self._config.items() if k.endswith("_token") and v}
         named = [v for v in self._special.values() if isinstance(v, str)]
-        ids = {*self.stop_ids, *([bundle.shape.image_token] if bundle.shape.sees else [])}
+        ids = {*self.stop_ids, *(bundle.shape.seen_tokens if bundle.shape.sees else ())}
         self._control = ControlTokens(self._tokenizer, source or "", named, ids)
 
     @property
@@ -86,8 +90,9 @@ class Chat:
         `control_tokens`: those in the texts are tokens, too.
         """
         for text, where in (*((p, "--prompt") for p in prompts), (system or "", "--system")):
-            if control_tokens and self.image_token and self.image_token in text:
-                raise InputError(f"contains the reserved {self.image_token}", where=where, fix="leave it out")
+            for mark in (self.image_token, self.clip_token):
+                if control_tokens and mark and mark in text:
+                    raise InputError(f"contains the reserved {mark}", where=where, fix="leave it out")
             try:
                 text.encode()
             except UnicodeEncodeError as e:
@@ -102,18 +107,28 @@ class Chat:
 
         def write(texts: Sequence[str], answers: Sequence[str]) -> str:
             head, asked = (texts[0], texts[1:]) if system else (None, texts)
-            return self._write(asked, answers, head, len(pictures))
+            return self._write(asked, answers, head, pictures)
 
         found = Rendering(write(texts, answers), {}) if control_tokens else self._control.render(write, texts, answers)
-        mark = self.image_token or ""
-        parts = found.text.split(mark) if pictures else [found.text]
-        if len(parts) != len(pictures) + 1:
-            raise BundleError(
-                f"the chat template places {len(parts) - 1} of {len(pictures)} pictures", where=self._bundle.path
-            )
-        filled = parts[0] + "".join(picture.written(mark) + p for picture, p in zip(pictures, parts[1:], strict=True))
+        filled = self._filled(found.text, pictures)
         encoding = self._control.encode(Rendering(filled, found.shown), self._adds_special_tokens(filled))
         return np.array(encoding.ids, np.int64)
+
+    def _filled(self, text: str, pictures: Sequence[Layout]) -> str:
+        """A rendering with what stands for each picture and clip in the place of its one token. Raises BundleError."""
+        if not pictures:
+            return text
+        marks = [(self.clip_token if p.is_clip else self.image_token) or "" for p in pictures]
+        found = re.findall("|".join(re.escape(mark) for mark in {*marks}), text) if all(marks) else []
+        if found != marks:
+            raise BundleError(
+                f"the chat template places {len(found)} of {len(pictures)} pictures and clips", where=self._bundle.path
+            )
+        out, rest = "", text
+        for picture, mark in zip(pictures, marks, strict=True):
+            before, _, rest = rest.partition(mark)
+            out += before + picture.written(mark)
+        return out + rest
 
     def _adds_special_tokens(self, text: str) -> bool:
         """Whether the tokenizer adds its special tokens, such as <s>, to a prompt. As transformers does.
@@ -125,20 +140,22 @@ class Chat:
         begin = self._special.get("bos_token")
         return self._bundle.shape.sees and not (begin and text.startswith(begin))
 
-    def _write(self, prompts: Sequence[str], answers: Sequence[str], system: str | None, pictures: int) -> str:
+    def _write(
+        self, prompts: Sequence[str], answers: Sequence[str], system: str | None, pictures: Sequence[Layout]
+    ) -> str:
         """What the template makes of a conversation."""
         if self._template is None:
             return prompts[0]
         messages = [{"role": "system", "content": self._system(system)}] if system else []
         for i, prompt in enumerate(prompts):
-            messages.append({"role": "user", "content": self._blocks(prompt, 0 if i else pictures)})
+            messages.append({"role": "user", "content": self._blocks(prompt, () if i else pictures)})
             if i < len(answers):
-                messages.append({"role": "assistant", "content": self._blocks(answers[i], 0)})
+                messages.append({"role": "assistant", "content": self._blocks(answers[i], ())})
         return self._render(self._template, messages, len(answers) < len(prompts))
 
-    def _blocks(self, text: str, pictures: int) -> Any:
+    def _blocks(self, text: str, pictures: Sequence[Layout]) -> Any:
         """A message's content. Templates of models without pictures know it as text only."""
-        blocks = [{"type": "image"}] * pictures + [{"type": "text", "text": text}]
+        blocks = [{"type": "video" if p.is_clip else "image"} for p in pictures] + [{"type": "text", "text": text}]
         return blocks if self._bundle.shape.sees else text
 
     def _system(self, text: str) -> Any:
@@ -152,7 +169,7 @@ class Chat:
     @cached_property
     def _system_forms(self) -> list[Callable[[str], Any]]:
         """What a system message may be: some templates read text only, some nothing but blocks and drop the text."""
-        forms: list[Callable[[str], Any]] = [str, lambda text: self._blocks(text, 0)]
+        forms: list[Callable[[str], Any]] = [str, lambda text: self._blocks(text, ())]
         return [form for form in forms if self._shows_system(form(_MARK))]
 
     def _shows_system(self, content: Any) -> bool:
@@ -163,7 +180,7 @@ class Chat:
             return False
 
     def _with_system(self, content: Any) -> list[dict[str, Any]]:
-        return [{"role": "system", "content": content}, {"role": "user", "content": self._blocks("", 0)}]
+        return [{"role": "system", "content": content}, {"role": "user", "content": self._blocks("", ())}]
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that the vocabulary lacks (only tokenizers with an unknown token have such)."""

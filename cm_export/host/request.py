@@ -38,6 +38,8 @@ class Request:
         if not ids.size or ids.min() < 0 or ids.max() >= shape.vocab:
             raise InputError(f"token ids must lie in 0..{shape.vocab - 1}", where="prompt")
         is_image, counts = ids == shape.image_token, pictures.counts
+        if any(layout.is_clip for layout in pictures.layouts):  # else its token is text like any other
+            is_image |= ids == shape.clip_token
         if is_image.sum() != sum(counts):
             raise InputError(f"{is_image.sum()} image tokens for pictures that need {sum(counts)}", where="prompt")
         # By count and not by where runs end: two pictures may stand side by side.

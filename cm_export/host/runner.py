@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import psutil
 from ..base.core_index import check_core_tokens
 from ..base.errors import InputError
 from ..base.metrics import check_numbers
+from ..base.settings import is_number
 from ..base.units import size
 from ..bundle.bundle import Bundle
 from ..families import Arrays, Picture, Pictures, Tower
@@ -27,6 +29,7 @@ from . import backend as backends
 from . import picture_notes
 from .backend import Backend, Cache, Graphs
 from .chat import Chat
+from .clips import Clip, given_clip, opened_clip
 from .core_set import CoreSet, choose, combined
 from .decode import Reader, Row, decode, greedy
 from .drafting import Habits
@@ -186,6 +189,35 @@ class Runner:
         file = self.bundle.processor("preprocessor_config.json")
         return self.tower.rule(json.loads(file.read_bytes()) if file else {})
 
+    @cached_property
+    def clip_rule(self) -> Any:
+        """How clips become patches. Raises InputError when the model takes none."""
+        names = ("video_preprocessor_config.json", "preprocessor_config.json")
+        file = next((f for f in map(self.bundle.processor, names) if f is not None), None)
+        return self.tower.clip_rule(json.loads(file.read_bytes()) if file else {})
+
+    def clip(self, source: Any, fps: float | None = None, rate: float | None = None, count: int | None = None) -> Clip:
+        """A clip for the place of a picture: the path of a file, or a sequence of frames with their `fps`.
+
+        rate: frames a second that are read, count: frames. With neither, of a file those that the checkpoint's own rule
+        asks for, of a sequence all. Raises InputError.
+        """
+        if rate is not None and count is not None:
+            raise InputError("a rate and a number of frames were given", where="clip", fix="give one of them")
+        for name, value in (("fps", fps), ("rate", rate), ("count", count)):
+            if value is not None and (not is_number(value) or value <= 0):
+                raise InputError(f"{name} = {value!r} is not a number above 0", where="clip", fix="give another")
+        rule = self.clip_rule
+
+        def choose(total: int, known: float | None) -> list[int]:
+            return self.tower.frames_of(total, known, rule, rate, None if count is None else int(count))
+
+        if isinstance(source, str | os.PathLike):
+            return opened_clip(os.fspath(source), choose)
+        if not isinstance(source, Sequence | np.ndarray):
+            raise InputError(f"is a {type(source).__name__}", where="clip", fix="give a path, or a sequence of frames")
+        return given_clip(list(source), fps, None if rate is count is None else choose)
+
     def see(self, images: Sequence[Any], of: int | None = None) -> Pictures:
         """Pictures (as `images.given` takes them) through the vision graph; `of`: of how many in the prompt (None: these).
 
@@ -196,14 +228,24 @@ class Runner:
         for number, image in enumerate(images, 1):
             shown = given(image, f"picture {number}")
             check_size(shown.image, self.tower.min_side, self.tower.max_ratio, shown.name)
-            picture = self.tower.picture(shown.image, self.tower.rule_for(self.picture_rule, of))
-            feeds = self.tower.feeds([picture])
-            self._check_room(picture, feeds, shown)
-            seen.append(Pictures(self.backend.vision(feeds), (picture.layout,)))
+            if isinstance(shown, Clip):
+                picture = self.tower.clip(shown.frames, self.clip_rule)
+                self.check_length(picture.tokens)  # before so many frames are seen
+            else:
+                picture = self.tower.picture(shown.image, self.tower.rule_for(self.picture_rule, of))
+            found = []
+            for part in self.tower.parts(picture):
+                feeds = self.tower.feeds([part])
+                self._check_room(part, feeds, shown)
+                found.append(self.backend.vision(feeds))
+            outputs = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+            seen.append(Pictures(outputs, (picture.layout,)))
         return Pictures.joined(seen)
 
     def notes_on(self, picture: Opened, of: int = 1) -> list[Note]:
         """What the user should know about one of so many pictures of a prompt. Raises InputError as `see` does."""
+        if isinstance(picture, Clip):
+            return [*picture.notes]
         rule = self.tower.rule_for(self.picture_rule, of)
         return [*picture.notes, *picture_notes.on_size(picture.image, self.tower, rule)]
 
@@ -212,9 +254,8 @@ class Runner:
         engines = self.bundle.manifest.get("engines")
         if not engines or engines["backend"] != self.backend.name:
             return self._check_memory(self.tower.memory(picture), shown)
-        ranges = self.tower.axis_ranges(
-            self.bundle.recipe.engine.max_patches
-        )  # an engine takes the memory of the largest
+        # An engine takes the memory of its largest picture, whatever it reads.
+        ranges = self.tower.axis_ranges(self.bundle.recipe.engine.max_patches)
         for port in self.tower.inputs:
             for axis, length in zip(port.axes, feeds[port.name].shape, strict=True):
                 if isinstance(axis, str) and length > (most := ranges[axis][2]):

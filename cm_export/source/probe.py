@@ -30,7 +30,7 @@ def probe(shape: Shape, tower: Tower | None, config: Config, seed: int = 0) -> P
     rng = np.random.default_rng(seed)
     pictures = tower.probes(rng) if tower else []
     reserved = {v for k, v in config.items() if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)}
-    words = np.setdiff1d(np.arange(shape.vocab), [*reserved, shape.image_token])
+    words = np.setdiff1d(np.arange(shape.vocab), [*reserved, *shape.seen_tokens])
 
     def text(n: int) -> list[int]:
         return rng.choice(words, n).tolist()

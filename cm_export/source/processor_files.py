@@ -15,7 +15,9 @@ FILES = (
     "generation_config.json",
     "preprocessor_config.json",
     "tokenizer_config.json",
+    "video_preprocessor_config.json",
 )
+CLIP_RULES = "video_preprocessor_config.json"
 RULES = "preprocessor_config.json"
 NESTED = "processor_config.json"  # newer transformers keep picture rules and the chat template in it
 
@@ -42,6 +44,8 @@ def copy(path: Path, folder: Path) -> None:
         rules, _ = picture_rules(path)
         if rules is not None:
             (folder / RULES).write_text(json.dumps(rules, indent=1, sort_keys=True))
+        if isinstance(clips := read_object(path / NESTED).get("video_processor"), dict):
+            (folder / CLIP_RULES).write_text(json.dumps(clips, indent=1, sort_keys=True))
         if isinstance(template := read_object(path / NESTED).get("chat_template"), str):
             (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     if (path / "tokenizer.json").is_file():

@@ -39,6 +39,7 @@ from ..summary import summary
         'cm-export run engine.plan --image a.jpg --prompt "Describe it." --dense',
         'cm-export run engine.plan --image a.jpg --prompt "Describe it." --guard',
         'cm-export run engine.plan --image a.jpg --prompt "What is it?" --prompt "Which colour does it have?"',
+        'cm-export run engine.plan --video clip.mp4 --fps 1 --prompt "What happens?"',
         'cm-export run engine.plan --image a.jpg --prompt "Write a poem." --temperature 0.8 --top-p 0.9 --seed 7',
     ),
 )
@@ -46,6 +47,11 @@ from ..summary import summary
 @click.option(
     "--image", "-i", "paths", multiple=True, help="A picture, or - for standard input; repeat it for several."
 )
+@click.option(
+    "--video", "clips", multiple=True, help="A clip such as clip.mp4, after the pictures; repeat it for several."
+)
+@click.option("--fps", type=float, help="Frames of a clip that are read per second.  [default: as the checkpoint says]")
+@click.option("--frames", type=Count(1), help="Frames of a clip that are read.  [default: as the checkpoint says]")
 @click.option("--prompt", "-p", "prompts", multiple=True, help="The question; repeat it to ask another one afterwards.")
 @click.option("--chat", is_flag=True, help="Then ask the questions on stdin, one a line, until it ends.")
 @click.option("--system", help="System message.  [default: the chat template's]")
@@ -64,7 +70,8 @@ from ..summary import summary
 @json_option
 @quiet_option
 def command(
-    bundle: Path, paths: tuple[str, ...], prompts: tuple[str, ...], chat: bool, system: str | None,
+    bundle: Path, paths: tuple[str, ...], clips: tuple[str, ...], fps: float | None, frames: int | None,
+    prompts: tuple[str, ...], chat: bool, system: str | None,
     max_new_tokens: int, dense: bool, neuron_share: float | None, token_share: float | None, guard: bool,
     guard_every: int, overlay: str | None, control_tokens: bool, seed: int | None, backend: str | None, threads: int,
     as_json: bool, quiet: bool, **choices: Any,
@@ -78,7 +85,9 @@ def command(
         raise InputError("--dense means all neurons and all tokens", fix="leave --neuron-share and --token-share out")
     if dense and guard:
         raise InputError("--dense needs no guard", fix="leave --guard out")
-    if overlay is not None and not paths:
+    if (fps is not None or frames is not None) and not clips:
+        raise InputError("there is no clip to take frames from", where="--fps, --frames", fix="give --video")
+    if overlay is not None and not (paths or clips):
         raise InputError("there is no picture to draw on", where="--overlay", fix="give --image")
     if overlay is not None and chat:
         raise InputError("--overlay draws for questions that are known", fix="ask them with --prompt instead of --chat")
@@ -91,14 +100,15 @@ def command(
 
     sampling = asked(choices, seed)
     images = _opened(paths)
-    drawings = [] if overlay is None else _drawings(overlay, len(images), len(prompts))
+    drawings = [] if overlay is None else _drawings(overlay, len(images) + len(clips), len(prompts))
     for drawing in drawings:
-        check_apart(drawing, (picture.name for picture in images))
+        check_apart(drawing, (*(picture.name for picture in images), *clips))
 
     from ...host.loaded import load
 
     with progress(quiet or as_json) as step:
         model = load(bundle, threads=threads, progress=step, backend=backend)
+    images += [model.clip(path, rate=fps, count=frames) for path in clips]
     for picture in images:
         check_size(picture.image, model.tower.min_side, model.tower.max_ratio, where=picture.name)
     several = chat or len(prompts) > 1
