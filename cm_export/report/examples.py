@@ -100,7 +100,7 @@ def _example(q: Question, pictures: list[Any], both: list[tuple[Answer, Said]]) 
         both[0][1],
         both[1][1],
         [_png(picture, grid) for picture, grid in zip(pictures, kept, strict=True)],
-        (int(sum(k.sum() for k in kept)), int(sum(k.size for k in kept))),
+        (both[1][0].stats["image_tokens_kept"], both[1][0].stats["image_tokens"]),
     )
 
 
