@@ -19,7 +19,7 @@ from ..families import Layout
 from .control_tokens import ControlTokens, Rendering
 from .writing import Writing
 
-_MARK = "mark"  # a word that no template writes of its own
+_MARK = "qzx7"  # a word that no template writes of its own
 
 
 class Chat:
@@ -150,7 +150,7 @@ class Chat:
             return False
 
     def _with_system(self, content: Any) -> list[dict[str, Any]]:
-        return [{"role": "system", "content": content}, {"role": "user", "content": self._blocks("", 0)}]
+        return [{"role": "system", "content": content}, {"role": "user", "content": self._blocks("a", 0)}]
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that the vocabulary lacks (only tokenizers with an unknown token have such)."""
