@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import test_token_cuts
 import torch
 import transformers
 from conftest import built, cm_export, take_stages
+from fake_engines import add_engines, machine
 from PIL import Image
 from random_models import Exported, random_checkpoint
 from stepping import Decoder, every_row, gatherer, prefill, step_feeds
@@ -18,13 +21,14 @@ from test_batch import runner_of
 from test_qwen_families import exported_of
 from test_surgery import arrays
 from test_turns import DENSE, FULL, WHOLE
-from tile_models import RANDOM, answering, asked_of, processor_of
+from tile_models import PUBLISHED, RANDOM, answering, asked_of, processor_of, published
 from tolerances import agrees
 
 from cm_export import families
 from cm_export.bundle.bundle import Bundle
 from cm_export.evals import bench
 from cm_export.families import IMAGE, Picture, Pictures
+from cm_export.host.loaded import load
 from cm_export.host.overlay import compose
 from cm_export.host.request import Request, prefill_feeds, sparse_feeds
 from cm_export.host.runner import Runner
@@ -376,3 +380,51 @@ def test_bench_takes_the_nearest_number_of_image_tokens_that_pictures_have(name)
     """4 image tokens a tile: one tile, or three and more of them."""
     tower = Bundle(bundle_of(name)[1]).tower
     assert [bench.likely(tower, n) for n in (1, 4, 7, 9, 29, 256)] == [4, 4, 4, 12, 28, 256]
+
+
+@pytest.mark.parametrize("version", ["10.3.0", pytest.param("10.16.1.11", marks=pytest.mark.wide)])
+def test_engines_answer_as_onnx_runtime_does(name, version, tmp_path, monkeypatch):
+    """A stand-in for TensorRT runs engines of the lowered graphs; pictures of one tile and of several."""
+    _, plan = bundle_of(name)
+    at = add_engines(
+        monkeypatch, plan, tmp_path / "x.plan", machine(version), engine__max_prompt=640, engine__capacity=768
+    )
+    at.sit_at(monkeypatch)
+    images = [image for image, _ in drawn(tmp_path, [(90, 50), (28, 28)])]
+    engines, ours = (load(at.bundle, threads=1, backend=b) for b in (None, "onnxruntime"))
+    assert engines.backend.name == "tensorrt"
+    for given in (images, images[1:], []):
+        found, expected = (one.generate(QUESTION, given, max_new_tokens=6) for one in (engines, ours))
+        assert found.token_ids == expected.token_ids
+        assert all(map(np.array_equal, found.kept, expected.kept))
+
+
+# ---------------------------------------------------------------- published checkpoints
+PEAK = """
+import sys
+import numpy as np
+from cm_export.base.environment import peak_memory_bytes
+from cm_export.bundle.bundle import Bundle
+from cm_export.host.runner import Runner
+runner = Runner(Bundle(sys.argv[1]), threads=1)
+tower = runner.tower
+runner.backend.vision(tower.feeds(tower.sized(int(sys.argv[2]) * tower.side**2, np.random.default_rng(0))))
+print(peak_memory_bytes())
+"""
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_configuration_builds_and_tiles_take_the_memory_that_is_predicted(name, tmp_path):
+    """Random weights, two layers of decoder and tower, a small vocabulary."""
+    model, plan = random_checkpoint(published(name, small=True), tmp_path / "model"), tmp_path / "x.plan"
+    built(plan, "--model", model, "--neurons", "griffin", "--prune-layer", "1", timeout=1200)
+    done = cm_export("bench", plan, "--vision", "--new-tokens", "2", "--repeats", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    peaks = []
+    for tiles in (3, 11):
+        command = [sys.executable, "-c", PEAK, plan, str(tiles)]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    tower = Bundle(plan).tower
+    (picture,) = tower.sized(8 * tower.side**2, np.random.default_rng(0))
+    assert peaks[1] - peaks[0] < 1.1 * tower.memory(picture) < 2 * (peaks[1] - peaks[0])

@@ -106,6 +106,28 @@ def test_so_are_tiles_of_the_published_sizes(name, sizes, tmp_path):
     )
 
 
+@names
+@pytest.mark.parametrize(("rows", "columns"), [(2, 4), (4, 3), (1, 1)])
+def test_an_image_token_covers_the_cell_that_its_layout_names(name, rows, columns):
+    """A picture in which every cell has a colour of its own: the pixels of a token have the colour of its cell."""
+    if (rows, columns) == (1, 1) and name != "internvl":
+        return  # every picture is brought to four tiles
+    tower = tower_of(name)
+    high, wide, cell = rows * tower.side, columns * tower.side, TILE // tower.side
+    colours = np.random.default_rng(rows).integers(0, 256, (high, wide, 3), np.uint8)
+    image = Image.fromarray(colours.repeat(cell, 0).repeat(cell, 1))
+    found = tower.picture(image, tower.rule(rule_of(name, TILE, image_mean=[0] * 3, image_std=[1] * 3)))
+    assert found.grid == (1, high, wide)
+    tokens = found.pixels.reshape(-1, 3, tower.side, cell, tower.side, cell).transpose(0, 2, 4, 1, 3, 5)
+    tokens = tokens.reshape(found.tokens, 3, -1) * 255
+    cells = np.array(found.layout.cells)
+    covers = cells >= 0
+    assert sorted(cells[covers].tolist()) == list(range(high * wide)), "every cell once"
+    expected = colours.reshape(-1, 3)[cells[covers]][:, :, None]
+    np.testing.assert_allclose(tokens[covers], np.broadcast_to(expected, tokens[covers].shape), atol=1e-3)
+    assert (~covers).sum() == (tower.side**2 if rows * columns > 1 else 0), "the thumbnail's cover none"
+
+
 RULES = [
     ("smolvlm", {"do_image_splitting": False}),
     ("smolvlm", {"size": {"longest_edge": TILE}}),  # one tile

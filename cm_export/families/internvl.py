@@ -44,11 +44,12 @@ class InternVL(Family):
         """Refuse what a static graph cannot hold rightly. Raises InputError naming the setting."""
         check_text(config)
         vision, where = config["vision_config"], "config.json"
-        (height, width), (rows, columns) = vision["image_size"], vision["patch_size"]
-        if height != width or rows != columns:
-            raise InputError("vision_config: image_size or patch_size is not square", where=where)
-        check_tile(vision, width, columns)
-        ratio, side = config["downsample_ratio"], width // columns
+        for key in ("image_size", "patch_size"):
+            if len({*vision[key]}) != 1 or len(vision[key]) != 2:
+                raise InputError(f"vision_config.{key} = {vision[key]!r} is not square", where=where)
+        size, patch = vision["image_size"][0], vision["patch_size"][0]
+        check_tile(vision, size, patch)
+        ratio, side = config["downsample_ratio"], size // patch
         if ratio <= 0 or 1 % ratio or side % int(1 / ratio):
             raise InputError(f"downsample_ratio {ratio!r} does not divide {side} patches", where=where)
         if config["vision_feature_select_strategy"] != "default":

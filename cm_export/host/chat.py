@@ -20,7 +20,7 @@ from ..families import Layout
 from .control_tokens import ControlTokens, Rendering
 from .writing import Writing
 
-_MARK = "mark"  # a word that no template writes of its own
+_MARK = "qzx7"  # a word that no template writes of its own
 
 
 class NotInTemplate(BundleError):
@@ -180,7 +180,7 @@ class Chat:
             return False
 
     def _with_system(self, content: Any) -> list[dict[str, Any]]:
-        return [{"role": "system", "content": content}, {"role": "user", "content": self._blocks("", ())}]
+        return [{"role": "system", "content": content}, {"role": "user", "content": self._blocks("a", ())}]
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that the vocabulary lacks (only tokenizers with an unknown token have such)."""

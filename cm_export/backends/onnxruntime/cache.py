@@ -104,7 +104,7 @@ class Rows:
         """Where a step that reads these tokens writes its rows, which rows they see, and those that are listed."""
         batch, new, _ = tokens.embeds.shape
         heads, capacity = next(iter(self.memory.arrays.values())).shape[1:3]
-        slots = np.stack(np.indices((batch, heads, new)), -1)
+        slots = np.moveaxis(np.indices((batch, heads, new)), 0, -1).copy()
         slots[..., 2] += self.width
         width = self.width + new
         seen = np.zeros((batch, 1, new, width), bool)
