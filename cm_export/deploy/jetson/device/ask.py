@@ -41,9 +41,19 @@ def problem():
             return lacking
     except (OSError, ValueError, KeyError, ImportError) as e:
         return f"the archive cannot be read ({type(e).__name__}: {e}); unpack it again"
-    if not (HERE / "bundle" / "manifest.json").is_file():
+    made = HERE / "bundle" / "manifest.json"
+    if not made.is_file():
         return "there are no engines to ask yet; bash build_on_device.sh"
-    return None
+    return None if of_this_archive(made, manifest) else f"{made.parent} is of another archive; bash build_on_device.sh"
+
+
+def of_this_archive(made, manifest):
+    """Whether a bundle was made of what lies here now; where its manifest is damaged, `run` says so."""
+    try:
+        told = json.loads(made.read_text(encoding="utf-8"))
+        return all(told[key] == manifest[key] for key in ("model", "recipe", "generation", "graphs", "links"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
 
 
 def main(arguments):
