@@ -150,6 +150,15 @@ def test_the_bundle_of_a_device_says_what_the_packed_one_says_and_takes_no_room_
     assert (bundle / "engines" / "decode.plan").samefile(archive / "engines" / "decode.plan")
 
 
+def test_help_names_the_options_before_there_are_engines(copied):
+    archive, device = copied
+    shutil.rmtree(archive / "bundle")
+    for options in ([], ["--help"]):
+        done = device.ask(archive, *options)
+        assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("Asks the model of this archive")
+        assert "--token-share" in done.stdout
+
+
 @pytest.fixture(scope="session")
 def filled(demo_bundle) -> Path:
     """The demo model with a fill, and a cache that stays whole."""
