@@ -618,6 +618,9 @@ def test_on_a_fit_device_the_script_ends_well_and_reports(unpacked, device, jetp
     assert core["neurons"] < full["neurons"] == full["of"]
     assert full["gpu_compute_time_median_ms"] == pytest.approx(full["neurons"] / 1000)
     assert report["device"]["tensorrt"] == jetson_.tensorrt
+    needs = report["asking"]["needs"]  # its Python has the standard library only, with which everything above works
+    assert "no package tensorrt" in needs and "then bash build_on_device.sh --no-bench" in needs
+    assert not report["asking"]["ready"] and needs in (folder / "report.txt").read_text()
     assert (folder / "report.txt").read_text() == done.stdout
     calls = "\n".join(jetson_.calls)
     assert f"-DCMAKE_CUDA_ARCHITECTURES={110 if jetpack == '7.1' else 87}" in calls

@@ -150,6 +150,15 @@ def test_the_bundle_of_a_device_says_what_the_packed_one_says_and_takes_no_room_
     assert (bundle / "engines" / "decode.plan").samefile(archive / "engines" / "decode.plan")
 
 
+def test_help_names_the_options_before_there_are_engines(copied):
+    archive, device = copied
+    shutil.rmtree(archive / "bundle")
+    for options in ([], ["--help"]):
+        done = device.ask(archive, *options)
+        assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("Asks the model of this archive")
+        assert "--token-share" in done.stdout
+
+
 @pytest.fixture(scope="session")
 def filled(demo_bundle) -> Path:
     """The demo model with a fill, and a cache that stays whole."""
@@ -223,6 +232,12 @@ DAMAGE = {
         "the manifest was edited", "run build_on_device.sh again",
     ),
     "an edited program": (lambda a: edit(a / "host/cm_export/host/decode.py"), "host/cm_export/host/decode.py", "unpack"),
+    "the bundle of another archive": (
+        lambda a: (a / "manifest.json").write_text(
+            (a / "manifest.json").read_text().replace('"capacity": 256', '"capacity": 512')
+        ),
+        "bundle is of another archive", "bash build_on_device.sh",
+    ),
     "no bundle": (lambda a: shutil.rmtree(a / "bundle"), "bash build_on_device.sh"),
     "half an archive": (lambda a: (a / SUMS).unlink(), SUMS, "unpack it again"),
 }  # fmt: skip
@@ -254,16 +269,13 @@ def test_another_tensorrt_than_the_engines_were_built_with_is_one_line(copied):
     refused(device.run(archive, "--no-bench"), "the engines were built with 10.16.2.10", "10.14.1.48", code=1)
 
 
-def test_missing_packages_are_one_line_with_the_command_and_the_engines_are_built_all_the_same(built, tmp_path):
+def test_missing_packages_are_one_line_with_the_command(built, tmp_path):
     archive, _ = built("7.2")
-    shutil.copytree(archive, tmp_path / "demo")
     bare = Jetson(tmp_path, "7.2", available_gb=60)  # its Python has the standard library only
-    refused(
-        bare.ask(tmp_path / "demo", "--prompt", "hello"), "no package tensorrt", "apt-get install python3-libnvinfer"
-    )
+    refused(bare.ask(archive, "--prompt", "hello"), "no package tensorrt", "apt-get install python3-libnvinfer")
     (tmp_path / "tensorrt.py").touch()
     bare.faults = {"PYTHONPATH": str(tmp_path)}
-    told = bare.ask(tmp_path / "demo", "--prompt", "hello", "--json")
+    told = bare.ask(archive, "--prompt", "hello", "--json")
     refused(
         told,
         "lacks click, jinja2",
@@ -272,11 +284,20 @@ def test_missing_packages_are_one_line_with_the_command_and_the_engines_are_buil
         "'cuda-bindings>=13,<14'",
     )
     assert json.loads(told.stdout)["error"]["exit_code"] == 2
-    (tmp_path / "demo" / "engines" / "vision.plan").unlink()
-    done = bare.run(tmp_path / "demo", "--no-bench")
-    assert done.returncode == 0 and "ask.py will not answer yet: python3 lacks" in done.stderr
-    report = json.loads((tmp_path / "demo" / "report.json").read_text())
-    assert report["asking"]["ready"] is False and "then bash build_on_device.sh --no-bench" in report["asking"]["needs"]
+
+
+def test_where_the_system_keeps_its_python_to_itself_an_environment_comes_first(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(carried.__file__).parent / "device")
+    import packages
+
+    (tmp_path / "EXTERNALLY-MANAGED").touch()
+    monkeypatch.setattr(packages.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(packages, "lacks", lambda module, _: module == "PIL")
+    told = {"cannot_ask": None, "packages": {"PIL": "pillow>=10.1", "numpy": "numpy>=1.26"}}
+    for base, words in ((sys.prefix, "; python3 -m venv --system-site-packages"), ("/usr", "; python3 -m pip install")):
+        monkeypatch.setattr(packages.sys, "base_prefix", base)
+        line = packages.problem(told)
+        assert words in line and line.startswith("python3 lacks pillow (") and line.endswith("install 'pillow>=10.1'")
 
 
 def test_a_package_of_the_wrong_version_is_named_with_the_one_that_fits(copied):
@@ -302,10 +323,10 @@ def test_a_piece_of_memory_that_cuda_does_not_give_is_told_before_anything_is_bu
     assert device.run(archive, "--dry-run").returncode == 0
 
 
-def test_without_a_cuda_library_the_piece_is_not_tried_and_the_report_says_so(packed_demo, tmp_path):
+def test_without_a_cuda_library_the_piece_is_not_tried_and_a_warning_says_so(packed_demo, tmp_path):
     archive, device = packed_demo(tmp_path, "6.2"), Jetson(tmp_path, "6.2", without=("libcudart",))
-    assert device.run(archive, "--no-bench").returncode == 0
-    assert "was not tried" in json.loads((archive / "report.json").read_text())["warnings"][0]
+    done = device.run(archive, "--dry-run")
+    assert done.returncode == 0 and "warning: memory: there is no libcudart.so, so one piece of" in done.stderr
 
 
 # ---------------------------------------------------------------- what is carried
@@ -319,6 +340,18 @@ def test_the_packages_are_asked_for_as_in_pyproject(demo_bundle):
     old, new = (carried.packages(Bundle(demo_bundle), jetson.find(DEVICES[name], name)[1]) for name in ("6.2", "7.1"))
     assert (old["cuda.bindings"], new["cuda.bindings"]) == (f"cuda-bindings>={least},<13", "cuda-bindings>=13,<14")
     assert "safetensors" not in old  # without a calibration there is nothing that it reads
+
+
+def test_a_family_that_is_not_carried_is_told_at_both_ends(demo_bundle, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(carried, "GROUP", "cm_export.backends")  # where no family lies
+    options = ["--target", "jetson-orin", "--capacity", "256", "--out", str(tmp_path / "demo.tar.gz")]
+    assert main(["pack", str(demo_bundle), *options]) == 0
+    assert "but not ask them: the family qwen2_vl comes from another distribution" in capsys.readouterr().out
+    with tarfile.open(tmp_path / "demo.tar.gz") as tar:
+        tar.extractall(tmp_path, filter="data")
+    refused(
+        Jetson(tmp_path, "6.2").ask(tmp_path / "demo", "--prompt", "hello"), "the family qwen2_vl", "ask the bundle"
+    )
 
 
 def test_the_program_is_carried_without_what_builds_and_measures():

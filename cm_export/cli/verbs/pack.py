@@ -1,4 +1,4 @@
-"""`cm-export pack`: one archive to carry to a Jetson that has JetPack and nothing else."""
+"""`cm-export pack`: one archive to carry to a Jetson, which builds its engines from it and asks them."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ def command(
 ) -> None:  # fmt: skip
     """Pack graphs, plugin sources, tokenizer and a script that builds, proves and measures engines on the device.
 
-    There, `bash build_on_device.sh` needs JetPack only. The same bundle and options give the same bytes.
+    There, `bash build_on_device.sh` needs JetPack only; `python3 ask.py` then asks the model, with a few Python packages.
+    The same bundle and options give the same bytes.
     """
     device, release = find(target, jetpack)
     from ...deploy.jetson import pack
@@ -51,6 +52,8 @@ def command(
     elif not quiet:
         print(memory_table(summary["memory"]))
         print(f"{summary['path']}  {summary['bytes'] / 1e6:.1f} MB for {device.title}, JetPack {release.name}")
+        if why := summary["cannot_ask"]:
+            print(f"note: the device will build, prove and measure the engines, but not ask them: {why}")
 
 
 def memory_table(memory: dict[str, Any]) -> str:

@@ -94,6 +94,7 @@ def pack(path: Path, out: Path, order: Order, progress: Step = lambda *_: None) 
             n: {"weight_bytes": g["weight_bytes"], "plugins": g["plugins"]} for n, g in written["graphs"].items()
         },
         "memory": prediction.to_dict(),
+        "cannot_ask": manifest["cannot_ask"],
     }
 
 

@@ -25,8 +25,8 @@ def damaged():
     return None
 
 
-def problem():
-    """What is in the way, in one line, or None."""
+def problem(asks):
+    """What is in the way, in one line, or None; `asks`: a question, not for help."""
     try:
         manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
         wrong = damaged()
@@ -41,21 +41,36 @@ def problem():
             return lacking
     except (OSError, ValueError, KeyError, ImportError) as e:
         return f"the archive cannot be read ({type(e).__name__}: {e}); unpack it again"
-    if not (HERE / "bundle" / "manifest.json").is_file():
+    made = HERE / "bundle" / "manifest.json"
+    if asks and not made.is_file():
         return "there are no engines to ask yet; bash build_on_device.sh"
-    return None
+    return (
+        None
+        if not asks or of_this_archive(made, manifest)
+        else f"{made.parent} is of another archive; bash build_on_device.sh"
+    )
+
+
+def of_this_archive(made, manifest):
+    """Whether a bundle was made of what lies here now; where its manifest is damaged, `run` says so."""
+    try:
+        told = json.loads(made.read_text(encoding="utf-8"))
+        return all(told[key] == manifest[key] for key in ("model", "recipe", "generation", "graphs", "links"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
 
 
 def main(arguments):
-    wanted = problem()
+    asks = bool(arguments) and not {"--help", "-h"} & set(arguments)
+    if not asks:
+        print(__doc__.strip(), end="\n\n", flush=True)
+        arguments = ["--help"]
+    wanted = problem(asks)
     if wanted:
         print(f"ask: error: {wanted}", file=sys.stderr)
         if "--json" in arguments:
             print(json.dumps({"error": {"what": wanted, "where": None, "fix": None, "exit_code": 2}}, indent=2))
         return 2
-    if not arguments or {"--help", "-h"} & set(arguments):
-        print(__doc__.strip(), end="\n\n", flush=True)
-        arguments = ["--help"]
     sys.path.insert(0, str(HERE / "host"))
     sys.argv = ["cm-export", "run", str(HERE / "bundle"), *arguments]
     runpy.run_module("cm_export", run_name="__main__", alter_sys=True)  # which ends the program
