@@ -43,7 +43,10 @@ class Owner(Protocol):
     """The scheduler, as its lanes know it."""
 
     change: threading.Condition  # notified when anything changes
-    has_ended: bool  # nothing runs, and nothing will; read with `change` held
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing runs, and nothing will; with `change` held."""
 
     def leaves(self, job: Job) -> Exception | None:
         """Why a job is to be given up now."""
