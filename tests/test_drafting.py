@@ -79,14 +79,14 @@ def test_a_table_of_repetitions_finds_what_a_search_of_the_text_finds():
 
 
 def test_the_price_of_a_look_does_not_grow_with_the_text():
-    small, large = (Repeats.of(np.random.default_rng(0).integers(0, 50, n).tolist()) for n in (100, 40_000))
+    small, large = (Repeats.of(np.random.default_rng(0).integers(0, 8, n).tolist()) for n in (2500, 100_000))
     spent = []
     for text in (small, large):
         started = time.process_time()
         for _ in range(2000):
             text.own(16)
         spent.append(time.process_time() - started)
-    assert spent[1] < 10 * spent[0]
+    assert spent[1] < 5 * spent[0]
 
 
 def test_earlier_answers_are_found_up_to_their_end_and_forgotten_in_time():

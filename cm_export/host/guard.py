@@ -182,7 +182,7 @@ def guarded(
             text.extend([first])
             room = limit - len(ids)
             wanted = min(draft.wanted(size, report), room)
-            known = _known(text, min(report.every, room - 1), report.gain or 0.0, choose.stop, runner.habits)
+            known = _known(text, min(report.every, room - 1), report.gain or 0.0, stop, runner.habits, draft.adapts)
             drafted = [first, *known.tokens] if known else [first]
             if not known and wanted > 1:
                 drafted, took = _drafted(reader, draft.row(), dense, first, wanted, choose, ids)
@@ -234,15 +234,15 @@ class _Known:
     tokens: list[int]
 
 
-def _known(text: Repeats, most: int, other: float, stop: frozenset[int], habits: Habits) -> _Known | None:
+def _known(text: Repeats, most: int, other: float, stop: frozenset[int], habits: Habits, adapts: bool) -> _Known | None:
     """What followed the end of the text before, up to a stop id, as long as pays best; None where another draft gains more."""
-    if most < 1 or text.text[-1] in stop or not habits.costs.known:
+    if most < 1 or text.text[-1] in stop or (adapts and not habits.costs.known):
         return None
     best, gained = None, max(1.0, other)
-    for place, (same, found) in (
-        ("own", text.own(most)),
-        ("earlier", habits.earlier.following(text.text[-LONGEST:], most)),
-    ):
+    places = {"own": text.own(most)}
+    if adapts:  # other policies climb their ladder by what the drafts of this answer say
+        places["earlier"] = habits.earlier.following(text.text[-LONGEST:], most)
+    for place, (same, found) in places.items():
         if not found:
             continue
         accepted = habits.looked_up(place, same)

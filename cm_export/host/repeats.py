@@ -2,7 +2,7 @@
 
     ... at the top left . a blue circle at the | top left .       two to five tokens that stood there before; the longest counts
 
-A table of all such places, one entry a token and length, so that a look takes as long in a long text as in a short one.
+A table of where every two tokens stood, so that a look takes as long in a long text as in a short one.
 Prompt lookup decoding (A. Saxena, 2023), LLMA (arXiv 2304.04487); earlier answers as in REST (arXiv 2311.08252).
 """
 
@@ -13,16 +13,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 LONGEST, _SHORTEST = 5, 2  # tokens that must be the same before a continuation is believed
+_PLACES = 32  # where the last two tokens stood lately
 _END = -1  # what stands between two answers; no token
 _MOST = 8192  # tokens after which earlier answers are put aside, and those put aside before are forgotten
 
 
 @dataclass
 class Repeats:
-    """A text, and for every two to five of its tokens where they stood last with something after them."""
+    """A text, and for every two of its tokens the places after them."""
 
     text: list[int] = field(default_factory=list)
-    _after: dict[tuple[int, ...], int] = field(default_factory=dict)
+    _after: dict[tuple[int, int], list[int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, text: Iterable[int]) -> Repeats:
@@ -33,19 +34,29 @@ class Repeats:
 
     def extend(self, tokens: Iterable[int]) -> None:
         """The text goes on."""
+        text, after = self.text, self._after
         for token in tokens:
-            self.text.append(token)
-            start = len(self.text) - 1
-            for length in range(_SHORTEST, min(LONGEST, start) + 1):
-                self._after[tuple(self.text[start - length : start])] = start
+            if len(text) >= _SHORTEST:
+                after.setdefault((text[-2], text[-1]), []).append(len(text))
+            text.append(token)
 
     def following(self, end: Sequence[int], most: int) -> tuple[int, list[int]]:
-        """(n, at most `most` tokens): what followed the last n tokens of `end`, n as large as possible; (0, []) if nothing."""
-        for length in range(min(LONGEST, len(end)), _SHORTEST - 1, -1):
-            start = self._after.get(tuple(end[-length:]))
-            if start is not None:
-                return length, self.text[start : start + most]
-        return 0, []
+        """(n, at most `most` tokens): what followed the last n tokens of `end`, n as large as possible; (0, []) if nothing.
+
+        Of several places the latest counts; only the last ones are looked at, so that a look has its price.
+        """
+        if len(end) < _SHORTEST:
+            return 0, []
+        text, longest, found = self.text, 0, 0
+        for start in reversed(self._after.get((end[-2], end[-1]), [])[-_PLACES:]):
+            same = _SHORTEST
+            while same < min(LONGEST, len(end), start) and text[start - same - 1] == end[-same - 1]:
+                same += 1
+            if same > longest:
+                longest, found = same, start
+            if longest == LONGEST:
+                break
+        return longest, text[found : found + most] if longest else []
 
     def own(self, most: int) -> tuple[int, list[int]]:
         """The same for the end of the text itself."""
