@@ -13,6 +13,7 @@ import test_token_cuts
 import torch
 import transformers
 from conftest import built, cm_export, take_stages
+from fake_engines import add_engines, machine
 from PIL import Image
 from random_models import Exported, random_checkpoint
 from stepping import Decoder, every_row, gatherer, prefill, step_feeds
@@ -27,6 +28,7 @@ from cm_export import families
 from cm_export.bundle.bundle import Bundle
 from cm_export.evals import bench
 from cm_export.families import IMAGE, Picture, Pictures
+from cm_export.host.loaded import load
 from cm_export.host.overlay import compose
 from cm_export.host.request import Request, prefill_feeds, sparse_feeds
 from cm_export.host.runner import Runner
@@ -378,6 +380,23 @@ def test_bench_takes_the_nearest_number_of_image_tokens_that_pictures_have(name)
     """4 image tokens a tile: one tile, or three and more of them."""
     tower = Bundle(bundle_of(name)[1]).tower
     assert [bench.likely(tower, n) for n in (1, 4, 7, 9, 29, 256)] == [4, 4, 4, 12, 28, 256]
+
+
+@pytest.mark.parametrize("version", ["10.3.0", pytest.param("10.16.1.11", marks=pytest.mark.wide)])
+def test_engines_answer_as_onnx_runtime_does(name, version, tmp_path, monkeypatch):
+    """A stand-in for TensorRT runs engines of the lowered graphs; pictures of one tile and of several."""
+    _, plan = bundle_of(name)
+    at = add_engines(
+        monkeypatch, plan, tmp_path / "x.plan", machine(version), engine__max_prompt=640, engine__capacity=768
+    )
+    at.sit_at(monkeypatch)
+    images = [image for image, _ in drawn(tmp_path, [(90, 50), (28, 28)])]
+    engines, ours = (load(at.bundle, threads=1, backend=b) for b in (None, "onnxruntime"))
+    assert engines.backend.name == "tensorrt"
+    for given in (images, images[1:], []):
+        found, expected = (one.generate(QUESTION, given, max_new_tokens=6) for one in (engines, ours))
+        assert found.token_ids == expected.token_ids
+        assert all(map(np.array_equal, found.kept, expected.kept))
 
 
 # ---------------------------------------------------------------- published checkpoints
