@@ -228,6 +228,13 @@ def test_engines_take_the_largest_picture_of_its_processor_and_a_question(name, 
     assert least[2] == max(len(p.pixels) for p in tower.probes(np.random.default_rng(0))), "the proofs' pictures fit"
 
 
+@names
+def test_without_a_rule_tiles_have_the_size_of_the_tower(name):
+    tower = tower_of(name)
+    found = tower.picture(noise(np.random.default_rng(0), 90, 40), tower.rule({}))
+    assert found.pixels.shape[1:] == (3, TILE, TILE) and len(found.pixels) > 3
+
+
 WRONG = {
     "another rule": ("smolvlm", {"image_processor_type": "Qwen2VLImageProcessor"}, "cuts pictures in another way"),
     "tiles of another size": ("smolvlm", {"max_image_size": {"longest_edge": 30}}, "max_image_size"),

@@ -295,9 +295,8 @@ class Idefics3Tower(TileTower):
     def network(self, model: Any) -> Callable[[Any], Any]:
         """What the vision graph computes (torch): the tower's own layers, without a mask."""
         tower, connector = model.model.vision_model, model.model.connector
-        at = places(
-            tower.embeddings.num_patches_per_side
-        )  # not in what is traced, where it would be computed each time
+        # Not in what is traced, where it would be computed each time.
+        at = places(tower.embeddings.num_patches_per_side)
 
         def seen(pixel_values: Any) -> Any:
             patches = tower.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
@@ -328,14 +327,14 @@ class Idefics3Tower(TileTower):
         return f"{cut}{FAKE}{WHOLE}{tokens}{FAKE}"
 
     def rule(self, processor: Config) -> TileRule:
-        """The rule in a preprocessor_config.json. Raises InputError."""
+        """The rule in a preprocessor_config.json; without one, the tower's own tiles. Raises InputError."""
         self.check_kind(processor)
-        tile = processor.get("max_image_size", {"longest_edge": 364})
+        tile = processor.get("max_image_size", {"longest_edge": self.size})
         if tile != {"longest_edge": self.size}:
             what = f"max_image_size = {tile!r}, tiles of this model have {self.size} pixels (vision_config.image_size)"
             fix = f'write {{"longest_edge": {self.size}}}'
             raise InputError(what, where=RULE_FILE, fix=fix)
-        size = processor.get("size", {"longest_edge": 4 * 364})
+        size = processor.get("size", {"longest_edge": 4 * (364 if processor else self.size)})
         resizes = flag(processor, "do_resize", True, RULE_FILE)
         longest = size.get("longest_edge") if isinstance(size, dict) and len(size) == 1 else None
         if resizes and (type(longest) is not int or longest < 1):

@@ -142,12 +142,12 @@ class InternVLTower(TileTower):
         return f"<img>{IMAGE * (tiles * self.side**2)}</img>"
 
     def rule(self, processor: Config) -> CanvasRule:
-        """The rule in a preprocessor_config.json. Raises InputError.
+        """The rule in a preprocessor_config.json; sizes that it leaves out are the tower's own. Raises InputError.
 
         Its crop_to_patches is not read: transformers' InternVLProcessor asks for tiles whatever the file says.
         """
         self.check_kind(processor)
-        size = processor.get("size")
+        size = processor.get("size", {"height": self.size, "width": self.size})
         if size != {"height": self.size, "width": self.size}:
             what = f"size = {size!r}, tiles of this model have {self.size} pixels (vision_config.image_size)"
             fix = f'write {{"height": {self.size}, "width": {self.size}}}'

@@ -62,6 +62,7 @@ def lower(
     own = _own_ops(edit, target) if name == "decode" else ()
     if not own:
         _write_out_attention(edit)
+    _replace(edit, "RotaryEmbedding", "", written.ROTATE)  # parsers know it from 10.15 on
     halves = halving.halve(edit, weights, products)
     if not target.native_norm:
         _replace(edit, "RMSNormalization", "epsilon", written.NORM)
@@ -232,14 +233,16 @@ def _drop_inputs(edit: Edit, names: set[str]) -> None:
 
 
 def _replace(edit: Edit, kind: str, attribute: str, *functions: onnx.FunctionProto) -> None:
-    """Every node of `kind` becomes a call of the function with as many inputs, which takes `attribute` alone."""
+    """Every node of `kind` becomes a call of the function with as many inputs, which takes `attribute` alone ("": none)."""
     by_inputs = {len(f.input): f for f in functions}
     for node in [n for n in edit.graph.nodes if n.op == kind]:
         if len(node.inputs) not in by_inputs:
             raise SurgeryError(f"{kind} of {len(node.inputs)} inputs has no written form", where=node.name)
         function = by_inputs[len(node.inputs)]
+        if other := [key for key in ("interleaved", "rotary_embedding_dim") if node.attrs.get(key)]:
+            raise SurgeryError(f"{kind} with {other[0]} has no written form", where=node.name)
         node.op, node.domain = function.name, DOMAIN
-        node.attrs = {attribute: node.attrs[attribute]}
+        node.attrs = {attribute: node.attrs[attribute]} if attribute else {}
         edit.functions[function.name] = function
 
 

@@ -3,6 +3,7 @@
 Norm       x * rsqrt(mean(x^2) + epsilon) * w          RMSNormalization, in float32
 Attend     softmax(scale q k^T + mask) v               Attention; k and v repeated for their query heads
 AttendToAll  the same without a mask                   Attention among all rows of a tile
+Rotate     halves of a head turned by cos and sin      RotaryEmbedding; x [B,H,S,d], cos and sin [B,S,d/2]
 CacheRow   present = past, with one new row            a copy (older), or in place (TensorScatter, the KV update)
 CoreRows   CoreFFN over rows that were gathered        where there is no plugin
 """
@@ -57,6 +58,21 @@ def _attention(name: str, mask: str, masked: str) -> onnx.FunctionProto:
 
 ATTENTION = _attention("Attend", ", mask", "scores = Add (logits, mask)")
 ATTENTION_TO_ALL = _attention("AttendToAll", "", "scores = Identity (logits)")
+
+ROTATE = function("""
+    Rotate (x, cos, sin) => (y) {
+        one = Constant <value_ints = [1]> ()
+        cos_B1SD = Unsqueeze (cos, one)
+        sin_B1SD = Unsqueeze (sin, one)
+        first, second = Split <axis = -1, num_outputs = 2> (x)
+        first_cos = Mul (first, cos_B1SD)
+        second_sin = Mul (second, sin_B1SD)
+        second_cos = Mul (second, cos_B1SD)
+        first_sin = Mul (first, sin_B1SD)
+        left = Sub (first_cos, second_sin)
+        right = Add (second_cos, first_sin)
+        y = Concat <axis = -1> (left, right)
+    }""")
 
 CACHE_COPY = function("""
     CacheRow (past, new, at) => (present) {
