@@ -12,7 +12,7 @@ from test_cpu_native import ARM, CALLS, PLAIN, usable
 from cm_export.plugins.cpu import build
 
 PRODUCT, QUANTISE, OPS, ACTIVATE = "product.h", "quantise.h", "ops.cpp", "activate.h"
-EACH_GROUP = "for (int64_t g = 0; g < rows.groups; ++g) {\n        const int begin"
+EACH_GROUP = "const int last_quad = rows.first[groups.end];\n    for (int64_t g = groups.begin; g < groups.end; ++g) {"
 EACH_ROW = "for (int row = 0; row < rows.count; ++row)\n"
 FIRST_ROW = EACH_ROW.replace("rows.count", "1")
 TAKE = """if (free_.empty()) return std::make_unique<Scratch>();
@@ -24,19 +24,27 @@ COUNT = "const int count = static_cast<int>(m.inputs - begin < m.group ? m.input
 FULL = "numbers == m.group && ids[numbers - 1] != ids[numbers - kQuad]"
 KEPT = "!(std::fabs(x[i]) * norm[i] < threshold)"
 ROUNDED = "bits_of(kept[i] * inverse + 12582912.0f) - bits_of(12582912.0f)"
-PANEL_OUT = "one_panel<bits>(m, rows, g, panel, span->y{});"
+PANEL_OUT = "float* y = span.y{};"
 GATE = "k.gate(activation, {} + row * width, {} + row * width,"
 FROM = "float* from = static_cast<const float*>(x.data){};"
 SHARED = {  # what is wrong: (file, right, wrong)
-    "last group": (PRODUCT, EACH_GROUP, EACH_GROUP.replace("g <", "g + 1 <")),
-    "scale of the first group": (PRODUCT, "m.scale + (g * m.panels + panel) * kPanel;", "m.scale + panel * kPanel;"),
+    "last group": (PRODUCT, EACH_GROUP, EACH_GROUP.replace("g < g", "g + 1 < g")),
+    "scale of the first group": (PRODUCT, "m.scale + (pass.g * m.panels + panel) * kPanel;", "m.scale + panel * kPanel;"),
     "zero points of the first panel": (PRODUCT, "kPanel + output);\n}", "kPanel + output % 128);\n}"),
     "middle of 8 bits": (PRODUCT, "(1 << (bits - 1)) - (bits == 8", "(1 << 3) - (bits == 8"),
     "x of the first row": (PRODUCT, "Isa::quad(x + i * listed + quad * kQuad)", "Isa::quad(x + quad * kQuad)"),
     "sum of the first row": (PRODUCT, "-rows.sum[(row + i) * rows.groups + g]", "-rows.sum[row * rows.groups + g]"),
     "scale of another group": (PRODUCT, "tile.scale + (g - g_begin) * kRegisters + column;", "tile.scale + column;"),
     "rows left over": (PRODUCT, "if (row < rows.count) blocks", "if (row + 1 < rows.count) blocks"),
-    "outputs of another panel": (PRODUCT, PANEL_OUT.format(" + (panel - span->begin) * kPanel"), PANEL_OUT.format("")),
+    "outputs of another panel": (PRODUCT, PANEL_OUT.format(" + (panel - span.begin) * kPanel"), PANEL_OUT.format("")),
+    "sums begin again in every pass": (PRODUCT, "quad == begin, taken == left", "true, taken == left"),
+    "every pass is a group's last": (PRODUCT, "quad == begin, taken == left", "quad == begin, true"),
+    "sums of another span": (PRODUCT, "sums += (span->end - span->begin) * kRegisters;", ""),
+    "x of the first quads": (PRODUCT, "rows.codes.data() + (pass.quad + q) * kQuad", "rows.codes.data() + q * kQuad"),
+    "rows of the first quads": (PRODUCT, "unpack<bits>(now + q * kQuad,", "unpack<bits>(now,"),
+    "the last part of the inputs": (OPS, "m.groups() * (part + 1) / parts}", "m.groups() * (part + 1) / (parts + 1)}"),
+    "what a part adds": (OPS, "out[i] += more[i];", "out[i] = more[i];"),
+    "the row that a part adds to": (OPS, "from + part * apart + row * stride;", "from + part * apart;"),
     "y not cleared": (PRODUCT, "0, (span->end - span->begin) * kPanel * sizeof(float));", "0, sizeof(float));"),
     "filled up numbers count": (QUANTISE, "ids[i] == ids[numbers - kQuad]; --i) out[i] = 0;", "false; --i) out[i] = 0;"),
     "filled up floats count": (QUANTISE, "ids[i] == ids[numbers - kQuad]; --i) out[i] = 0.0f;", "false; --i) out[i] = 0.0f;"),
