@@ -11,6 +11,7 @@ from conftest import cm_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llava_models import noise, random_llava
+from PIL import Image
 from random_models import END, IMAGE, START, VIDEO
 from stepping import Decoder, prefill, step_feeds
 from test_qwen_families import bundle_of, exported_of
@@ -179,6 +180,17 @@ def test_the_times_of_frames_stand_in_the_prompt_as_transformers_writes_them(cou
     assert layout.tokens == t * h * w
 
 
+@pytest.mark.parametrize(("count", "fps"), [(4, 3.0), (5, 0.7), (8, None)])
+def test_positions_of_qwen2_5_vl_go_with_the_time_between_chosen_frames(count, fps):
+    rng, tower = np.random.default_rng(count), tower_of("qwen2_5_vl")
+    shown = frames(rng, count, fps=fps, total=40)
+    metadata = transformers.video_utils.VideoMetadata(40, fps=fps, frames_indices=list(shown.places))
+    seconds = torch.tensor([2 / metadata.sampled_fps])  # as its processor computes second_per_grid_ts
+    clip = tower.clip(shown, tiny_rule(tower))
+    assert clip.layout.pace == float(2 * seconds[0])
+    np.testing.assert_array_equal(tower.stock([clip], np.ones(clip.tokens, bool))["second_per_grid_ts"], seconds)
+
+
 # ---------------------------------------------------------------- which frames, and their pixels
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 900), st.integers(1, 60))
@@ -223,6 +235,34 @@ def test_frames_are_cut_into_patches_of_several_and_the_last_is_repeated(name):
     x = pixels.reshape(2, 2, 2, 4, 2, 2, 4, 3).transpose(0, 4, 2, 5, 7, 1, 3, 6)
     np.testing.assert_allclose(found, x, atol=1e-6)
     assert [part.grid for part in tower.parts(clip)] == [(1, 1, 2)] * 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frames_and_patches_are_those_of_the_processor_of_transformers(name):
+    """transformers' processors of clips need torchvision, which resizes with other arithmetic than Pillow."""
+    pytest.importorskip("torchvision", reason="processors of clips in transformers need it")
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+    rng, tower = np.random.default_rng(7), tower_of(name)
+    file = {"patch_size": 4, "size": {"shortest_edge": 64 * 4, "longest_edge": 64 * 60}}
+    theirs = (Qwen3VLVideoProcessor if name == "qwen3_vl" else Qwen2VLVideoProcessor)(**file)
+    rule = tower.clip_rule(file)
+    for trial in range(30):
+        total, fps = int(rng.integers(4, 40)), float(rng.choice([8, 24, 29.97]))
+        width, height = (16, 32) if trial % 2 else rng.integers(8, 90, 2).tolist()
+        pixels = rng.integers(0, 256, (total, height, width, 3), np.uint8)
+        metadata = transformers.video_utils.VideoMetadata(total, fps=fps)
+        how = {"do_sample_frames": True, "fps": 2.0, "return_metadata": True, "return_tensors": "pt"}
+        expected = theirs([pixels], video_metadata=[metadata], **how)
+        places = tower.frames_of(total, fps, rule, 2.0, None)
+        assert places == [int(i) for i in expected["video_metadata"][0].frames_indices]
+        shown = [Image.fromarray(pixels[i]) for i in places]
+        clip = tower.clip(Frames(shown, places, total, fps), rule)
+        t, h, w = clip.grid
+        assert expected["video_grid_thw"].tolist() == [[t, 2 * h, 2 * w]]
+        if (8 * w, 8 * h) == (width, height):
+            np.testing.assert_allclose(clip.pixels, expected["pixel_values_videos"].numpy(), rtol=0, atol=1e-5)
 
 
 def test_a_clip_for_a_model_without_clips_and_a_rule_of_another_are_refused():

@@ -5,15 +5,18 @@ clip.mp4 -> number of frames, frames a second -> which are read (families: Tower
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ..base.errors import InputError
 from ..base.paths import expanded
+from ..base.settings import is_number
 from ..families import Frames
 from .images import Opened, given
 
@@ -25,6 +28,20 @@ class Clip(Opened):
     """A clip in the place of a picture; `image` is its first frame that is read."""
 
     frames: Frames = field(default_factory=lambda: Frames((), (), 0, None))
+
+
+def taken(source: Any, fps: float | None, rate: float | None, count: float | None, choose: Choose) -> Clip:
+    """What `Runner.clip` is given: the path of a file, or a sequence of frames and their `fps`. Raises InputError."""
+    if rate is not None and count is not None:
+        raise InputError("a rate and a number of frames were given", where="clip", fix="give one of them")
+    for name, value in (("fps", fps), ("rate", rate), ("count", count)):
+        if value is not None and (not is_number(value) or value <= 0):
+            raise InputError(f"{name} = {value!r} is not a number above 0", where="clip", fix="give another")
+    if isinstance(source, str | os.PathLike):
+        return opened_clip(os.fspath(source), choose)
+    if not isinstance(source, Sequence | np.ndarray) or isinstance(source, bytes):
+        raise InputError(f"is a {type(source).__name__}", where="clip", fix="give a path, or a sequence of frames")
+    return given_clip(list(source), fps, None if rate is count is None else choose)
 
 
 def opened_clip(path: str | Path, choose: Choose) -> Clip:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,16 +19,15 @@ import psutil
 from ..base.core_index import check_core_tokens
 from ..base.errors import InputError
 from ..base.metrics import check_numbers
-from ..base.settings import is_number
 from ..base.units import size
 from ..bundle.bundle import Bundle
 from ..families import Arrays, Picture, Pictures, Tower
 from ..recipe.recipe import Recipe
 from . import backend as backends
-from . import picture_notes
+from . import clips, picture_notes
 from .backend import Backend, Cache, Graphs
 from .chat import Chat
-from .clips import Clip, given_clip, opened_clip
+from .clips import Clip
 from .core_set import CoreSet, choose, combined
 from .decode import Reader, Row, decode, greedy
 from .drafting import Habits
@@ -202,21 +200,12 @@ class Runner:
         rate: frames a second that are read, count: frames. With neither, of a file those that the checkpoint's own rule
         asks for, of a sequence all. Raises InputError.
         """
-        if rate is not None and count is not None:
-            raise InputError("a rate and a number of frames were given", where="clip", fix="give one of them")
-        for name, value in (("fps", fps), ("rate", rate), ("count", count)):
-            if value is not None and (not is_number(value) or value <= 0):
-                raise InputError(f"{name} = {value!r} is not a number above 0", where="clip", fix="give another")
         rule = self.clip_rule
 
         def choose(total: int, known: float | None) -> list[int]:
             return self.tower.frames_of(total, known, rule, rate, None if count is None else int(count))
 
-        if isinstance(source, str | os.PathLike):
-            return opened_clip(os.fspath(source), choose)
-        if not isinstance(source, Sequence | np.ndarray):
-            raise InputError(f"is a {type(source).__name__}", where="clip", fix="give a path, or a sequence of frames")
-        return given_clip(list(source), fps, None if rate is count is None else choose)
+        return clips.taken(source, fps, rate, count, choose)
 
     def see(self, images: Sequence[Any], of: int | None = None) -> Pictures:
         """Pictures (as `images.given` takes them) through the vision graph; `of`: of how many in the prompt (None: these).
