@@ -56,7 +56,7 @@ class Low:
     def numbers(self) -> np.ndarray:
         """float32 [N,K]: exact in float32, a scale of 11 bits times 9 bits."""
         apart = (self.codes - self.zero[self.groups]).astype(np.float32)
-        return (apart * self.scale.astype(np.float32)[self.groups]).T
+        return np.ascontiguousarray((apart * self.scale.astype(np.float32)[self.groups]).T)
 
 
 def words(numbers: np.ndarray, bits: int, axis: int, order: tuple[int, ...] | None = None) -> np.ndarray:

@@ -44,6 +44,9 @@ class Parts(Mapping[str, np.ndarray]):
             value = f.get_tensor(f"{self.module}.{part}")
         return (value.to(torch.float32) if value.is_floating_point() else value).numpy()
 
+    def __contains__(self, part: object) -> bool:
+        return part in self._files
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
