@@ -30,16 +30,14 @@ from . import (
     Tower,
     check_image_token,
     embeds,
-    find,
 )
+from .idefics3 import ATTENTION, TILES, register_attention, text_model
 from .qwen2_vl import MAX_RATIO
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-ATTENTION = "cm_export_tiles"
-TILES = "tiles"
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
 WHOLE = {CLIP: 1, SIGLIP: 0}  # tokens before those of the patches: CLIP has one for the whole picture
 
@@ -54,13 +52,13 @@ class Llava(Family):
     def shape(self, config: Config) -> Shape:
         """Sizes of a checkpoint. Raises InputError."""
         outer, text = config.get("eos_token_id"), config["text_config"]  # `outer` before the decoder's
-        found = self._decoder(text).shape(text if outer is None else {**text, "eos_token_id": outer})
+        found = text_model(config).shape(text if outer is None else {**text, "eos_token_id": outer})
         return replace(found, sees=True, image_token=config["image_token_index"])
 
     def check_config(self, config: Config) -> None:
         """Refuse what a static graph cannot hold rightly. Raises InputError naming the setting."""
         text = config["text_config"]
-        self._decoder(text).check_config(text)
+        text_model(config).check_config(text)
         check_image_token(config["image_token_index"], text)
         _check_vision(config["vision_config"])
         _chosen_layers(config)
@@ -68,16 +66,6 @@ class Llava(Family):
     def tower(self, config: Config) -> Tower:
         """The vision tower of a checkpoint."""
         return SquareTower(config)
-
-    def _decoder(self, text: Config) -> Family:
-        """The family of the decoder. Raises InputError for one that sees, or whose weights are named otherwise."""
-        found, where = find(text["model_type"]), "config.json: text_config.model_type"
-        parts = ("gate", "up", "down", "attention_out", "value")
-        if found.tower(text) or any(getattr(found, part) != getattr(self, part) for part in parts):
-            raise InputError(
-                f"{text['model_type']!r} is no plain decoder", where=where, fix="known: llama, qwen2, qwen3"
-            )
-        return found
 
 
 def _check_vision(vision: Config) -> None:
@@ -104,7 +92,7 @@ def _chosen_layers(config: Config) -> list[int]:
     return [i % (layers + 1) for i in found]
 
 
-class TileTower(Tower):
+class SquaresTower(Tower):
     """Squares of one size, attention within each; tokens of patches row by row. What a picture becomes, subclasses say."""
 
     prefixes: tuple[str, ...] = ("model.vision_tower.", "model.multi_modal_projector.")
@@ -131,7 +119,7 @@ class TileTower(Tower):
         """The tower and its projector, with what the host computes as keywords."""
         from torch import nn
 
-        _register_attention()
+        register_attention()
         compute = self.compute
 
         class Vision(nn.Module):
@@ -193,7 +181,7 @@ class TileTower(Tower):
         return np.asarray(pixels + 0.3 * rng.standard_normal(pixels.shape), np.float32)
 
 
-class SquareTower(TileTower):
+class SquareTower(SquaresTower):
     """One tile a picture."""
 
     def features(self, model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,22 +246,6 @@ class SquareTower(TileTower):
 
 
 FAMILY = Llava()
-
-
-# ---------------------------------------------------------------- what is traced
-
-
-def _register_attention() -> None:
-    """Tell transformers about ATTENTION: one node for all tokens of every tile."""
-    import torch
-    from transformers import AttentionInterface
-
-    def attend(
-        module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, scaling: Any = None, **_: Any
-    ) -> tuple[Any, None]:
-        return torch.onnx.ops.attention(query, key, value, scale=scaling)[0].transpose(1, 2), None
-
-    AttentionInterface.register(ATTENTION, attend)
 
 
 # ---------------------------------------------------------------- pictures

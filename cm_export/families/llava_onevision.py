@@ -26,7 +26,8 @@ from ..base.colours import BICUBIC, CLIP_MEAN, CLIP_STD, RULE_FILE, Colours, of_
 from ..base.errors import InputError
 from ..base.settings import FIX, flag
 from . import Arrays, Config, Layout, Picture, Port, Range
-from .llava import TILES, Llava, TileTower, covering, padded, square_size
+from .idefics3 import TILES
+from .llava import Llava, SquaresTower, covering, padded, square_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -74,10 +75,10 @@ class Tiles(Picture):
     weights: np.ndarray  # [I,4] float32
 
 
-class OnevisionTower(TileTower):
+class OnevisionTower(SquaresTower):
     """Several tiles a picture; newlines and interpolation."""
 
-    prefixes = (*TileTower.prefixes, "model.image_newline")
+    prefixes = (*SquaresTower.prefixes, "model.image_newline")
 
     def __init__(self, config: Config):
         super().__init__(config)
