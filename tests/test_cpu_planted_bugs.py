@@ -38,7 +38,7 @@ SHARED = {  # what is wrong: (file, right, wrong)
     "rows left over": (PRODUCT, "if (row < rows.count) blocks", "if (row + 1 < rows.count) blocks"),
     "outputs of another panel": (PRODUCT, PANEL_OUT.format(" + (panel - span.begin) * kPanel"), PANEL_OUT.format("")),
     "sums begin again in every pass": (PRODUCT, "quad == begin, taken == left", "true, taken == left"),
-    "every pass is a group's last": (PRODUCT, "quad == begin, taken == left", "quad == begin, true"),
+    "no pass is a group's last": (PRODUCT, "quad == begin, taken == left", "quad == begin, false"),
     "sums of another span": (PRODUCT, "sums += (span->end - span->begin) * kRegisters;", ""),
     "x of the first quads": (PRODUCT, "rows.codes.data() + (pass.quad + q) * kQuad", "rows.codes.data() + q * kQuad"),
     "rows of the first quads": (PRODUCT, "unpack<bits>(now + q * kQuad,", "unpack<bits>(now,"),
@@ -58,7 +58,7 @@ SHARED = {  # what is wrong: (file, right, wrong)
     "list of the first row": (OPS, f"{EACH_ROW}                any |=", f"{FIRST_ROW}                any |="),
     "up taken for gate": (OPS, GATE.format("gate", "up"), GATE.format("up", "gate")),
     "panels of up": (OPS, "{half + begin, half + end, up,", "{half + begin - 1, half + end - 1, up,"),
-    "last outputs": (OPS, "(outputs - first) * sizeof(float));", "(outputs - first - 1) * sizeof(float));"),
+    "last outputs": (OPS, "std::min(width, outputs - first);", "std::min(width, outputs - first - 1);"),
     "second block of rows": (OPS, FROM.format(" + row * shape.columns"), FROM.format("")),
     "slope of an activation": (ACTIVATE, "return g * sigmoid(1.702f * g);", "return g * sigmoid(1.7f * g);"),
     "scratch of all calls": (OPS, TAKE, TAKE_ONE),
@@ -66,6 +66,7 @@ SHARED = {  # what is wrong: (file, right, wrong)
 MORE = [
     matmul(Sizes(S=300, K=40, N=129, share=0.5), 3), ffn(Sizes(bits=32, S=2, share=1), "quick_gelu", bits_out=32, z_share=1),
     matmul(Sizes(K=128, N=256, share=0.95, bits=8), 4), matmul(Sizes(K=64, N=8, share=0.5, zeros=True, S=2, B=2), 5),
+    matmul(Sizes(K=520, N=129, zeros=True), 6), matmul(Sizes(K=520, N=129, S=2), 7), ffn(Sizes(N=300, zeros=True), seed=8),
 ]  # fmt: skip
 
 
