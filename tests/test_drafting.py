@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cm_export.host.drafting import CHECK, SHARES, Acceptance, Costs, Habits, best_length, gain
-from cm_export.host.repeats import EarlierAnswers, Repeats
+from cm_export.host.repeats import Repeats
 
 
 def looked_up(text, most):
@@ -87,17 +87,6 @@ def test_the_price_of_a_look_does_not_grow_with_the_text():
             text.own(16)
         spent.append(time.process_time() - started)
     assert spent[1] < 5 * spent[0]
-
-
-def test_earlier_answers_are_found_up_to_their_end_and_forgotten_in_time():
-    earlier = EarlierAnswers()
-    earlier.add([7, 8], [1, 2, 3, 4])
-    earlier.add([7, 8], [5, 6])
-    assert earlier.following([9, 1, 2], 5) == (2, [3, 4]) and earlier.following([7, 8], 5) == (2, [5, 6])
-    assert earlier.following([3, 4], 5) == (2, []) and earlier.following([4, 7], 5) == (0, [])
-    for _ in range(3):
-        earlier.add([0, 0], list(range(100, 100 + 9000)))
-    assert earlier.following([9, 1, 2], 5) == (0, [])
 
 
 def habits(step=1.0, row=0.05, sparse=None):

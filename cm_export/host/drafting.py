@@ -10,8 +10,6 @@ was measured, at shares that follow what is right. Where no length gains anythin
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .repeats import EarlierAnswers
-
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 CHECK = 1.15  # a dense pass over up to 17 tokens, in passes over one, if memory alone decided
 _ROW = 0.1  # what each further row costs before that was measured
@@ -128,12 +126,9 @@ class Habits:
     """What one loaded bundle has learnt of its drafts, from answer to answer; threads may share it, an error costs time only."""
 
     costs: Costs = field(default_factory=Costs)
-    earlier: EarlierAnswers = field(default_factory=EarlierAnswers)
     accepted: Acceptance = field(default_factory=lambda: Acceptance(0.95, 4))  # of sparse tokens
     level: int = SHARES.index(0.5)
-    _looked_up: dict[tuple[str, int], Acceptance] = field(
-        default_factory=dict
-    )  # by place and tokens that were the same
+    _looked_up: dict[int, Acceptance] = field(default_factory=dict)  # by how many tokens were the same
     _waited: int = 0
     _pause: int = 0  # dense steps before sparse drafts are tried again
 
@@ -142,9 +137,9 @@ class Habits:
         """At which a policy of thresholds drafts now."""
         return SHARES[self.level]
 
-    def looked_up(self, place: str, same: int) -> Acceptance:
-        """Of tokens that followed `same` others before, in the text ("own") or in earlier answers ("earlier")."""
-        return self._looked_up.setdefault((place, same), Acceptance(0.5, 4))
+    def looked_up(self, same: int) -> Acceptance:
+        """Of tokens that followed `same` others before."""
+        return self._looked_up.setdefault(same, Acceptance(0.5, 4))
 
     def sparse_length(self, most: int, read: Callable[[], float]) -> tuple[int, float]:
         """(sparse tokens of the next draft or 0, gain expected of it). `read`: share of the weights that a sparse step reads."""

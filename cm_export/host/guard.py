@@ -5,7 +5,7 @@
     keep    t0   t1                up to the first token that the dense model would have chosen otherwise
     next              t2'          its own choice goes on; keys and values of all kept tokens are the dense pass's
 
-Where the last tokens stood before, in the prompt, the answer or an earlier one, what followed them there is the draft, and
+Where the last tokens stood before, in the prompt or the answer, what followed them there is the draft, and
 costs nothing (repeats.py). A policy of thresholds drafts at a share that shrinks while drafts are right and grows when they are
 not, and not at all where that would not pay: what steps and checks take is measured as they run (drafting.py). With other
 policies a draft that fails often is answered in steps (`LADDER`): more neurons, the dropped tokens back, dense.
@@ -29,7 +29,7 @@ from ..recipe.recipe import Recipe
 from .core_set import CoreSet
 from .decode import Reader, Row
 from .drafting import Habits, best_length
-from .repeats import LONGEST, Repeats
+from .repeats import Repeats
 from .runner import Prefilled, Runner
 from .sampling import Chooser
 from .writing import Writing
@@ -175,61 +175,57 @@ def guarded(
     runner.backend.ready("decode_dense", few_rows=True)
     ids: list[int] = []
     text = Repeats.of(prefilled.request.ids.tolist())
-    try:
-        while len(ids) < limit:
-            started = time.perf_counter()
-            first = choose.after(dense.last, ids)
-            text.extend([first])
-            room = limit - len(ids)
-            wanted = min(draft.wanted(size, report), room)
-            known = _known(text, min(report.every, room - 1), report.gain or 0.0, stop, runner.habits, draft.adapts)
-            drafted = [first, *known.tokens] if known else [first]
-            if not known and wanted > 1:
-                drafted, took = _drafted(reader, draft.row(), dense, first, wanted, choose, ids)
-                draft.took(took)
-            if drafted[0] in stop:  # chosen from dense logits: it needs no check
-                report.free += bool(ids)
+    while len(ids) < limit:
+        started = time.perf_counter()
+        first = choose.after(dense.last, ids)
+        text.extend([first])
+        room = limit - len(ids)
+        wanted = min(draft.wanted(size, report), room)
+        known = _known(text, min(report.every, room - 1), report.gain or 0.0, stop, runner.habits, draft.adapts)
+        drafted = [first, *known.tokens] if known else [first]
+        if not known and wanted > 1:
+            drafted, took = _drafted(reader, draft.row(), dense, first, wanted, choose, ids)
+            draft.took(took)
+        if drafted[0] in stop:  # chosen from dense logits: it needs no check
+            report.free += bool(ids)
+            return
+        checked_at = time.perf_counter()
+        report.draft_s += checked_at - started
+        # Nobody reads on after the last token of an answer.
+        ends = drafted[-1] in stop or len(ids) + len(drafted) == limit
+        read = drafted[:-1] if ends else drafted
+        right = _checked(reader, dense, drafted, read, choose, ids)
+        check_s = time.perf_counter() - checked_at
+        report.check_s += check_s
+        runner.habits.costs.read(len(read), check_s)
+        report.add(drafted=len(drafted) - 1, kept=right - 1, read=len(read), is_first=not ids)
+        text.extend(drafted[1:right])
+        for token in drafted[:right]:
+            if token in stop:
                 return
-            checked_at = time.perf_counter()
-            report.draft_s += checked_at - started
-            # Nobody reads on after the last token of an answer.
-            ends = drafted[-1] in stop or len(ids) + len(drafted) == limit
-            read = drafted[:-1] if ends else drafted
-            right = _checked(reader, dense, drafted, read, choose, ids)
-            check_s = time.perf_counter() - checked_at
-            report.check_s += check_s
-            runner.habits.costs.read(len(read), check_s)
-            report.add(drafted=len(drafted) - 1, kept=right - 1, read=len(read), is_first=not ids)
-            text.extend(drafted[1:right])
-            for token in drafted[:right]:
-                if token in stop:
-                    return
-                ids.append(token)
-                if writing:
-                    writing.add(token)
-                yield token
-                if writing and writing.stopped is not None:
-                    return
-            if known:
-                report.looked_up += len(known.tokens)
-                report.looked_up_kept += right - 1
-                runner.habits.looked_up(known.place, known.same).add(right - 1, len(known.tokens))
-                continue
-            draft.learn(right - 1, len(drafted) - 1)
-            whole = right == len(drafted)
-            size = min(report.every, 2 * size) if whole else max(min(SHORTEST, report.every), size // 2)
-            if draft.ladder and right - 1 < DRIFT * (len(drafted) - 1):
-                report.drifts += 1
-                report.actions.append(f"{draft.widen()} after {len(ids)} tokens")
-    finally:
-        runner.habits.earlier.add(prefilled.request.ids[-2:].tolist(), ids)
+            ids.append(token)
+            if writing:
+                writing.add(token)
+            yield token
+            if writing and writing.stopped is not None:
+                return
+        if known:
+            report.looked_up += len(known.tokens)
+            report.looked_up_kept += right - 1
+            runner.habits.looked_up(known.same).add(right - 1, len(known.tokens))
+            continue
+        draft.learn(right - 1, len(drafted) - 1)
+        whole = right == len(drafted)
+        size = min(report.every, 2 * size) if whole else max(min(SHORTEST, report.every), size // 2)
+        if draft.ladder and right - 1 < DRIFT * (len(drafted) - 1):
+            report.drifts += 1
+            report.actions.append(f"{draft.widen()} after {len(ids)} tokens")
 
 
 @dataclass(frozen=True)
 class _Known:
-    """Tokens that were looked up: `place` and how many tokens before them were the `same`."""
+    """Tokens that were looked up, and how many tokens before them were the `same`."""
 
-    place: str
     same: int
     tokens: list[int]
 
@@ -238,21 +234,16 @@ def _known(text: Repeats, most: int, other: float, stop: frozenset[int], habits:
     """What followed the end of the text before, up to a stop id, as long as pays best; None where another draft gains more."""
     if most < 1 or text.text[-1] in stop or (adapts and not habits.costs.known):
         return None
-    best, gained = None, max(1.0, other)
-    places = {"own": text.own(most)}
-    if adapts:  # other policies climb their ladder by what the drafts of this answer say
-        places["earlier"] = habits.earlier.following(text.text[-LONGEST:], most)
-    for place, (same, found) in places.items():
-        if not found:
-            continue
-        accepted = habits.looked_up(place, same)
-        end = next((i + 1 for i, token in enumerate(found) if token in stop), len(found))
-        length, gains = best_length(end, accepted.rate, 0.0, habits.costs.check)
-        if gains > gained:
-            best, gained = _Known(place, same, found[:length]), gains
-        else:
-            accepted.forget()
-    return best
+    same, found = text.own(most)
+    if not found:
+        return None
+    accepted = habits.looked_up(same)
+    end = next((i + 1 for i, token in enumerate(found) if token in stop), len(found))
+    length, gains = best_length(end, accepted.rate, 0.0, habits.costs.check)
+    if gains > max(1.0, other):
+        return _Known(same, found[:length])
+    accepted.forget()
+    return None
 
 
 def _drafted(

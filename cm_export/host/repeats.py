@@ -1,21 +1,19 @@
-"""Where tokens may be had for nothing: what followed the same few tokens before, in a text or in earlier answers.
+"""Where tokens may be had for nothing: what followed the same few tokens before in the same text.
 
     ... at the top left . a blue circle at the | top left .       two to five tokens that stood there before; the longest counts
 
 A table of where every two tokens stood, so that a look takes as long in a long text as in a short one.
-Prompt lookup decoding (A. Saxena, 2023), LLMA (arXiv 2304.04487); earlier answers as in REST (arXiv 2311.08252).
+Answers to other prompts are not kept for this: who asks next may be somebody else, and would learn from the time that an
+answer takes what was said before. Prompt lookup decoding (A. Saxena, 2023), LLMA (arXiv 2304.04487).
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 LONGEST, _SHORTEST = 5, 2  # tokens that must be the same before a continuation is believed
 _PLACES = 32  # where the last two tokens stood lately
-_END = -1  # what stands between two answers; no token
-_MOST = 8192  # tokens after which earlier answers are put aside, and those put aside before are forgotten
 
 
 @dataclass
@@ -61,23 +59,3 @@ class Repeats:
     def own(self, most: int) -> tuple[int, list[int]]:
         """The same for the end of the text itself."""
         return self.following(self.text[-LONGEST:], most)
-
-
-class EarlierAnswers:
-    """The last answers that one loaded bundle gave, for all of its threads."""
-
-    def __init__(self) -> None:
-        self._now, self._before = Repeats(), Repeats()
-        self._changing = threading.Lock()
-
-    def add(self, beginning: Sequence[int], answer: Sequence[int]) -> None:
-        """An answer that ended; `beginning`: the last tokens before it."""
-        with self._changing:
-            if len(self._now.text) > _MOST:
-                self._before, self._now = self._now, Repeats()
-            self._now.extend([*beginning[-_SHORTEST:], *answer, _END])
-
-    def following(self, end: Sequence[int], most: int) -> tuple[int, list[int]]:
-        """As of Repeats; up to the end of the answer that is found."""
-        found = max((r.following(end, most) for r in (self._now, self._before)), key=lambda f: f[0])
-        return found[0], found[1][: found[1].index(_END)] if _END in found[1] else found[1]
