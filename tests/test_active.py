@@ -215,7 +215,7 @@ def test_drafts_become_sparser_while_they_are_right_and_stop_where_they_do_not_p
     assert bad.gain < 1 and bad.dense_steps > 30 and bad.share > 0.6
 
 
-def test_what_was_written_before_is_drafted_for_nothing(runner, asked):
+def test_what_was_written_before_is_drafted_for_nothing(runner, asked, cheap):
     """An answer that goes on without an end repeats itself."""
     request, report = asked[0], guard.Report(8)
     dense = list(runner.tokens(runner.prefill(request, Budget(dense=True)), 60, frozenset()))

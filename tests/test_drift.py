@@ -27,7 +27,9 @@ def runner_of(x, recipe):
     """The portable graphs of a random checkpoint that has no tokenizer."""
     graphs = x.graphs(recipe)
     parts = {n: getattr(x, n) for n in ("weights", "family", "shape", "tower", "config", "path")}
-    bundle = SimpleNamespace(**parts, calibration=None, packed=None, recipe=recipe, processor=lambda name: None)
+    bundle = SimpleNamespace(
+        **parts, manifest={}, calibration=None, packed=None, recipe=recipe, processor=lambda name: None
+    )
     return Runner(bundle, 1, recipe, lambda name: copy(graphs[name]))
 
 
@@ -158,7 +160,7 @@ def test_what_was_not_agreed_to_leaves_the_old_bundle(bare_checkpoint, bare_bund
 @pytest.mark.parametrize("model", ["sees", "reads text only"])
 def test_neurons_that_nobody_asked_to_prune_stay(model):
     """No set of neurons per answer that was measured holds a real language model: docs/quality.md."""
-    shape = SimpleNamespace(sees=model == "sees", whole_layers=0, weights=10**6)
+    shape = SimpleNamespace(sees=model == "sees", whole_layers=0, weights=10**6, largest=(0, 0))
     assert Recipe().for_model(shape).neurons.policy == "dense"
     for asked in ({"policy": "griffin"}, {"share": 0.5}, {"fill": "prompt"}):
         recipe = Recipe().replace(**{f"neurons__{k}": v for k, v in asked.items()})

@@ -219,7 +219,7 @@ def test_a_rule_that_makes_no_tiles_of_the_tower_is_refused(case):
 
 WRONG = {
     "no plain decoder": ("llava", ("text_config", "model_type"), "qwen2_vl", "no plain decoder"),
-    "an unknown decoder": ("llava", ("text_config", "model_type"), "gpt2", "unknown model type 'gpt2'"),
+    "an unknown decoder": ("llava", ("text_config", "model_type"), "gpt2", "model_type 'gpt2' is not supported"),
     "an unknown tower": ("llava", ("vision_config", "model_type"), "pixtral", "'pixtral' is not supported"),
     "a layer that is not there": ("llava", ("vision_feature_layer",), [-1, 9], "vision_feature_layer"),
     "no layer": ("llava", ("vision_feature_layer",), [], "vision_feature_layer"),

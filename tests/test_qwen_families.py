@@ -1,5 +1,6 @@
 """Qwen2.5-VL and Qwen3-VL: the laws of every family, on random configurations, and what is particular to each tower."""
 
+import functools
 import json
 import shutil
 from types import SimpleNamespace
@@ -50,6 +51,7 @@ def bundle_of(name, *options):
     return whole / "model", (shared.once(key, another) if options else whole) / "x.plan"
 
 
+@functools.cache
 def exported_of(model, plan):
     """The graphs of a bundle as the tests of random models take them: dense ones, from which every recipe's are made."""
     bundle, folder = Bundle(plan), shared.own(f"{plan.parent.name}_graphs")

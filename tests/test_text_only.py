@@ -222,7 +222,7 @@ def test_the_manifest_records_the_token_policy_that_was_resolved(bundle):
     "asked", [{"policy": "attention"}, {"policy": "random"}, {"share": 0.5}, {"prune_layer": 1}], ids=str
 )
 def test_pruning_image_tokens_that_there_are_none_of_is_refused(asked):
-    blind = SimpleNamespace(sees=False, layers=2, ffn=64, hidden=64, whole_layers=0, weights=10**5)
+    blind = SimpleNamespace(sees=False, layers=2, ffn=64, hidden=64, whole_layers=0, weights=10**5, largest=(0, 0))
     for recipe in (Recipe().replace(**{f"tokens__{k}": v for k, v in asked.items()}), from_dict({"tokens": asked})):
         with pytest.raises(InputError, match=r"tokens\.policy: .* reads text only; .* --tokens dense"):
             pipeline.check_recipe(recipe.for_model(blind), blind)

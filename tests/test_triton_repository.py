@@ -196,6 +196,8 @@ OPTIONAL = {
     "cuda",
     "tomli",
     "tomllib",
+    "av",  # clips
+    *("anyio", "fastapi", "starlette", "uvicorn"),  # `cm-export serve`
 }
 MODULES = {"PIL": "pillow", "ml_dtypes": "ml-dtypes", "onnx_graphsurgeon": "onnx-graphsurgeon"}
 

@@ -212,7 +212,7 @@ def test_a_conversation_gives_the_dense_answers(runner, how, system):
 def test_the_second_turn_runs_neither_vision_nor_prefill(runner, monkeypatch):
     talk = runner.conversation([open_image(PICTURE)])
     used, session = [], runner.backend.session
-    monkeypatch.setattr(runner.backend, "session", lambda name, *a: used.append(name) or session(name, *a))
+    monkeypatch.setattr(runner.backend, "session", lambda name, *a, **k: used.append(name) or session(name, *a, **k))
     first = talk.ask(QUESTIONS[0])
     assert used == ["vision", "prefill", "decode"]
     used.clear()

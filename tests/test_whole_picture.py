@@ -19,7 +19,7 @@ def runner(demo_bundle):
 
 def feeds(runner, count):
     """Of so many pictures at once."""
-    shown = [open_image(q.pictures[0]).image for q in easy_vqa.questions("sentence")[: 40 * count : 40]]
+    shown = [open_image(q.pictures[0]) for q in easy_vqa.questions("sentence")[: 40 * count : 40]]
     return runner.tower.feeds([runner.tower.picture(image, runner.picture_rule) for image in shown])
 
 

@@ -154,10 +154,13 @@ class _Proofs:
         return dense, cache
 
     def decode(self, request: Request, cache: Any) -> np.ndarray:
-        """Eight dense steps: logits [steps,V]."""
+        """Eight dense steps, and the first of them through the graph as it is: logits [steps,V]."""
         of = self.of
-        steps = self._steps(Row(request, CoreSet.whole(of.shape), cache, of.reference["logits"], "decode_dense"))
-        pairs = _by_step(steps, of.reference["step_logits"])
+        row = Row(request, CoreSet.whole(of.shape), cache, of.reference["logits"], "decode_dense")
+        expected = of.reference["step_logits"]
+        first = self._as_written(row, int(of.reference["tokens"][0]), {})
+        steps = self._steps(row)
+        pairs = {"as it is": (first, expected[0]), **_by_step(steps, expected)}
         diverged = _first_difference(steps, of.reference["step_logits"])
         self.equal("decode", "decode_dense", pairs, f"PyTorch: {len(steps)} greedy steps, {diverged}")
         return steps
@@ -207,17 +210,21 @@ class _Proofs:
         """A step through gathered rows, and through the functions in the graph, which any other runtime would run."""
         backend, core, request = self.of.backend, row.core, row.request
         assert core.neurons is not None  # the made-up set names them
-        session, token = backend.session("decode", rows_as_inputs=False), [int(row.last.argmax())]
-        feeds = {"inputs_embeds": request.embedded(token)[None], "position_ids": request.positions_after(0, 1)[:, None]}
-        feeds |= {"attention_mask": row.mask(1)[None], **own(row.cache).arrays()}
-        feeds |= {"core_neurons": core.neurons, "core_counts": core.counts}
-        feeds |= {"core_bias": np.zeros((self.of.shape.layers, 1, self.of.shape.hidden), np.float32)}
+        token, named = int(row.last.argmax()), {"core_neurons": core.neurons, "core_counts": core.counts}
+        named |= {"core_bias": np.zeros((self.of.shape.layers, 1, self.of.shape.hidden), np.float32)}
+        by_index = self._as_written(row, token, named)
+        gathered = teacher_forced(backend, row, [token])[1]
+        self.equal("functions", "decode", {"logits": (by_index, gathered)}, "the same step over gathered rows")
+
+    def _as_written(self, row: Row, token: int, core: Arrays) -> np.ndarray:
+        """Logits [V] after a token, through the graph as any runtime would run it: nothing gathered, no cache written into."""
+        request, session = row.request, self.of.backend.session(row.graph, rows_as_inputs=False)
+        feeds = {"inputs_embeds": request.embedded([token])[None], "attention_mask": row.mask(1)[None], **core}
+        feeds |= {"position_ids": request.positions_after(0, 1)[:, None], **own(row.cache).arrays()}
         if (listed := row.rows_read(1)) is not None:
             feeds["core_tokens"] = listed[None]
         given = {i.name: np.ascontiguousarray(feeds[i.name]) for i in session.get_inputs()}
-        by_index = session.run(["logits"], given)[0][0, -1]
-        gathered = teacher_forced(backend, row, token)[1]
-        self.equal("functions", "decode", {"logits": (by_index, gathered)}, "the same step over gathered rows")
+        return np.array(session.run(["logits"], given)[0][0, -1])
 
     def _predictor(self) -> None:
         of = self.of

@@ -47,7 +47,7 @@ def print_bundle(bundle: Mapping[str, Any]) -> None:
     console.print(_table(("graph", "nodes", "size", "inputs", "outputs", "operators"), rows, right=(1, 2)))
     weights = bundle["weights"]
     console.print(f"weights  {weights['file']}: {weights['tensors']} tensors, {size(weights['bytes'])}", markup=False)
-    for row in bundle["codes"] or ():
+    for row in bundle.get("codes") or ():
         console.print(row["said"], markup=False, soft_wrap=True)
     if bundle["engines"]:
         _engines(console, bundle["engines"])

@@ -19,6 +19,7 @@ EXTRAS = {
     "eval": "brings the pictures and questions that `cm-export eval` asks",
     "bench": "measures neuron policies on a real language model: `make bench-quality`",
     "serve": "answers over HTTP as OpenAI's API does: `cm-export serve`",
+    "video": "reads clips: `cm-export run --video`",
     "tune": "searches recipes: `cm-export tune`",
     "dev": "runs the tests and the linter",
 }
