@@ -1,5 +1,6 @@
 """Drift: what a recipe changes in the model's own text is measured by every build, told where it is much, and can be required."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -111,12 +112,12 @@ def test_a_place_is_every_choice_of_the_dense_model_a_stop_included(x):
 def test_prompts_that_do_not_fit_are_left_out(x):
     runner = runner_of(x, SPARSE)
     length = len(probe(x.shape, x.tower, x.config).ids)
-    runner.bundle.shape = SimpleNamespace(**{**vars(x.shape), "max_positions": length})
+    runner.bundle.shape = dataclasses.replace(x.shape, max_positions=length)
     found = drift.measure(runner, x.config, quiet)
     assert found.agreement is None and not found.gates()
     with pytest.raises(GateFailed, match="was not measured"):
         drift.require(found.to_dict(), 0.1)
-    runner.bundle.shape.max_positions = length + 1
+    runner.bundle.shape = dataclasses.replace(x.shape, max_positions=length + 1)
     assert drift.measure(runner, x.config, quiet).places == 8  # one token fits after each prompt
 
 

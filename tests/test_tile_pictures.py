@@ -55,7 +55,7 @@ def chat_of(name, folder):
     def processor(file):
         return folder / file if (folder / file).is_file() else None
 
-    shape = SimpleNamespace(sees=True, image_token=5, clip_token=-1, stop_ids=(2,))
+    shape = SimpleNamespace(sees=True, image_token=5, clip_token=-1, seen_tokens=frozenset({5}), stop_ids=(2,))
     return Chat(SimpleNamespace(processor=processor, shape=shape, path=folder))
 
 
