@@ -87,7 +87,11 @@ def same(found, expected):
 
 
 @pytest.mark.parametrize(
-    ("version", "cache"), [*((version, "cut") for version in VERSIONS), *((version, "index") for version in SOME)]
+    ("version", "cache"),
+    [
+        *(pytest.param(v, "cut", marks=[] if v in SOME else [pytest.mark.wide]) for v in VERSIONS),
+        *((version, "index") for version in SOME),
+    ],
 )
 def test_requests_that_decode_together_give_what_each_gives_alone(sit, watched, version, cache):
     """Unequal prompts and budgets, one that joins late and one that leaves early; as many in a call as may share one."""
@@ -393,7 +397,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("version", ["10.3.0", "10.16.1.11"])
+@pytest.mark.parametrize("version", ["10.3.0", pytest.param("10.16.1.11", marks=pytest.mark.wide)])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_rows_that_are_mixed_up_are_noticed(sit, monkeypatch, version, fault):
     model = engines_of(sit(version, "index", **FOUR))

@@ -12,7 +12,7 @@ from conftest import cm_export
 from random_models import copy, patch_grids, prompt, request_of
 from tolerances import agrees
 
-from cm_export.backends.onnxruntime.backend import WHOLE
+from cm_export.backends.onnxruntime.backend import WHOLE as ONE_PICTURE
 from cm_export.base.errors import BundleError, InputError
 from cm_export.base.onnx_text import function
 from cm_export.bundle.bundle import Bundle
@@ -215,7 +215,7 @@ def test_the_second_turn_runs_neither_vision_nor_prefill(runner, monkeypatch):
     used, session = [], runner.backend.session
     monkeypatch.setattr(runner.backend, "session", lambda name, *a, **k: used.append(name) or session(name, *a, **k))
     first = talk.ask(QUESTIONS[0])
-    assert used == [WHOLE, "prefill", "decode"]
+    assert used == [ONE_PICTURE, "prefill", "decode"]
     used.clear()
     second = talk.ask(QUESTIONS[1])
     assert used == ["turn", "decode"]
