@@ -356,7 +356,7 @@ def _logits_of_ours(folder: Path, kind: str, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.parametrize("kind", ["qwen2_vl", "llama", pytest.param("qwen2", marks=pytest.mark.wide)])
+@pytest.mark.parametrize("kind", ["qwen2_vl", *(pytest.param(k, marks=pytest.mark.wide) for k in ("llama", "qwen2"))])
 def test_a_configuration_computes_what_transformers_computes_or_is_refused(saved, tmp_path, kind, name):
     source = saved(kind)
     before = json.loads((source / "config.json").read_text())

@@ -68,7 +68,7 @@ def logits_of(model, tokens, images=IMAGES[:1], **budget):
 @pytest.mark.parametrize(
     ("version", "cache", "precision"),
     [
-        *((version, "cut", "fp16") for version in VERSIONS),
+        *(pytest.param(v, "cut", "fp16", marks=[] if v in SOME else [pytest.mark.wide]) for v in VERSIONS),
         *((version, "index", "fp16") for version in SOME),
         ("10.3.0", "cut", "int4"),
         ("10.16.1.11", "cut", "int8"),
