@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -151,6 +152,25 @@ def built(out: Path, *options: object, **how) -> Path:
 def take_stages(bundle: Path, out: Path) -> None:
     """A build to `out` goes on from what `bundle` was built of; the stages that its choices concern are made anew."""
     shutil.copytree(bundle.with_name(f".{bundle.name}.stages"), out.with_name(f".{out.name}.stages"))
+
+
+def bundles_of(make_checkpoint: Callable[[str, Path], object], *first_options: object) -> Callable[..., tuple]:
+    """(name, *options) -> a family's checkpoint and its bundle, by the real command; further ones are made of the same traces."""
+
+    def bundle_of(name: str, *options: str) -> tuple[Path, Path]:
+        def first(folder: Path) -> None:
+            make_checkpoint(name, folder / "model")
+            built(folder / "x.plan", "--model", folder / "model", "--neurons", "griffin", *first_options)
+
+        def another(folder: Path) -> None:
+            take_stages(whole / "x.plan", folder / "x.plan")
+            built(folder / "x.plan", "--model", whole / "model", *options)
+
+        whole = shared.once(name, first)
+        key = "_".join((name, *options)).replace("-", "")
+        return whole / "model", (shared.once(key, another) if options else whole) / "x.plan"
+
+    return bundle_of
 
 
 @pytest.fixture(scope="session")

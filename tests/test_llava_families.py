@@ -6,14 +6,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import shared
 import test_export
 import test_lowered
 import test_token_cuts
 import test_turns
 import torch
 import transformers
-from conftest import built, cm_export, take_stages
+from conftest import bundles_of, cm_export
 from llava_models import PUBLISHED, RANDOM, answering, asked, ids_of, noise, request, seen, stock
 from PIL import Image
 from random_models import IMAGE, Exported, random_checkpoint, shared_export
@@ -36,20 +35,7 @@ RECIPE = Recipe().replace(tokens__prune_layer=1)
 ASKED = [((30, 20),), ((30, 20), (9, 31)), ((60, 60),), ((200, 3),), ((3, 200),), ((5, 5), (70, 8), (8, 8))]
 
 
-def bundle_of(name, *options):
-    """A checkpoint of the family and its bundle, by the real command; further bundles are made of the same traces."""
-
-    def first(folder):
-        answering(name, folder / "model")
-        built(folder / "x.plan", "--model", folder / "model", "--neurons", "griffin")
-
-    def another(folder):
-        take_stages(whole / "x.plan", folder / "x.plan")
-        built(folder / "x.plan", "--model", whole / "model", *options)
-
-    whole = shared.once(name, first)
-    key = "_".join((name, *options)).replace("-", "")
-    return whole / "model", (shared.once(key, another) if options else whole) / "x.plan"
+bundle_of = bundles_of(answering)
 
 
 @pytest.fixture(scope="module", params=RANDOM)
@@ -156,10 +142,7 @@ def test_lowered_graphs_equal_the_portable_ones(x, tmp_path, version):
 
 
 def check_lowered(x, folder, version):
-    recipe = test_lowered.SMALL.replace(engine__capacity=256, engine__max_prompt=192)
-    found = {g.name: g for g in test_lowered.gates(x, recipe, version, folder)}
-    assert all(g.passed for g in found.values())
-    assert {"lowered vision", "lowered prefill", "lowered decode", "half vision", "half decode"} <= set(found)
+    test_lowered.check_all(x, test_lowered.SMALL.replace(engine__capacity=256, engine__max_prompt=192), version, folder)
 
 
 @pytest.mark.wide

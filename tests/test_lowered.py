@@ -46,6 +46,13 @@ def gates(x, recipe, version, folder):
     return prove(s, version, x.family, x.config, folder)
 
 
+def check_all(x, recipe, version, folder):
+    """Every gate of a model that sees is there and has passed."""
+    found = {g.name: g for g in gates(x, recipe, version, folder)}
+    assert all(g.passed for g in found.values())
+    assert {"lowered vision", "lowered prefill", "lowered decode", "half vision", "half decode"} <= set(found)
+
+
 def prove(s, version, family, config, folder):
     asked = probe(s.shape, s.tower, config)
     return gates_lowered.run_gates(s, target(version), family, s.tower, asked, folder, threads=1)

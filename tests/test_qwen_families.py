@@ -14,7 +14,7 @@ import test_token_cuts
 import test_turns
 import torch
 import transformers
-from conftest import built, cm_export, take_stages
+from conftest import bundles_of, cm_export
 from PIL import Image
 from qwen_models import RANDOM, answering
 from random_models import Exported, random_checkpoint, request, request_of
@@ -35,20 +35,7 @@ WIDE = [(name, seed) for name in RANDOM for seed in range(10, 20)]
 QUESTION = "what shape is red ?"
 
 
-def bundle_of(name, *options):
-    """A checkpoint of the family and its bundle, by the real command; further bundles are made of the same traces."""
-
-    def first(folder):
-        answering(name, folder / "model")
-        built(folder / "x.plan", "--model", folder / "model", "--neurons", "griffin")
-
-    def another(folder):
-        take_stages(whole / "x.plan", folder / "x.plan")
-        built(folder / "x.plan", "--model", whole / "model", *options)
-
-    whole = shared.once(name, first)
-    key = "_".join((name, *options)).replace("-", "")
-    return whole / "model", (shared.once(key, another) if options else whole) / "x.plan"
+bundle_of = bundles_of(answering)
 
 
 @functools.cache
@@ -136,10 +123,9 @@ def test_lowered_graphs_equal_the_portable_ones(x, tmp_path, version):
 
 
 def check_lowered(x, folder, version):
-    recipe = test_lowered.SMALL.replace(tokens__prune_layer=max(1, x.shape.whole_layers))
-    found = {g.name: g for g in test_lowered.gates(x, recipe, version, folder)}
-    assert all(g.passed for g in found.values())
-    assert {"lowered vision", "lowered prefill", "lowered decode", "half vision", "half decode"} <= set(found)
+    test_lowered.check_all(
+        x, test_lowered.SMALL.replace(tokens__prune_layer=max(1, x.shape.whole_layers)), version, folder
+    )
 
 
 @pytest.mark.wide

@@ -7,12 +7,11 @@ import sys
 
 import numpy as np
 import pytest
-import shared
 import test_lowered
 import test_token_cuts
 import torch
 import transformers
-from conftest import built, cm_export, take_stages
+from conftest import built, bundles_of, cm_export
 from fake_engines import add_engines, machine
 from PIL import Image
 from random_models import Exported, random_checkpoint
@@ -40,20 +39,7 @@ QUESTION = "what shape is red ?"
 LAYOUTS = ([3, (2, 2), 4, (1, 1), 3], [2, (1, 1), (3, 1), 2], [1, (2, 3), 2], [9])
 
 
-def bundle_of(name, *options):
-    """A checkpoint of the family and its bundle, by the real command; further bundles are made of the same traces."""
-
-    def first(folder):
-        answering(name, folder / "model")
-        built(folder / "x.plan", "--model", folder / "model", "--neurons", "griffin", "--prune-layer", "1")
-
-    def another(folder):
-        take_stages(whole / "x.plan", folder / "x.plan")
-        built(folder / "x.plan", "--model", whole / "model", *options)
-
-    whole = shared.once(name, first)
-    key = "_".join((name, *options)).replace("-", "")
-    return whole / "model", (shared.once(key, another) if options else whole) / "x.plan"
+bundle_of = bundles_of(answering, "--prune-layer", "1")
 
 
 # Idefics3 is SmolVLM under another name: here it is built and asked, its graphs are compared in the wide tests.
@@ -228,9 +214,7 @@ def test_lowered_graphs_equal_the_portable_ones(x, tmp_path, version):
 
 
 def check_lowered(x, folder, version):
-    found = {g.name: g for g in test_lowered.gates(x, test_lowered.SMALL, version, folder)}
-    assert all(g.passed for g in found.values())
-    assert {"lowered vision", "lowered prefill", "lowered decode", "half vision", "half decode"} <= set(found)
+    test_lowered.check_all(x, test_lowered.SMALL, version, folder)
 
 
 @pytest.mark.wide

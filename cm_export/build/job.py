@@ -102,13 +102,9 @@ def check_proof(recipe: Recipe, tower: Tower | None, asked: Probe) -> None:
     what = "engines are proved on a prompt of {} tokens with pictures of this model"
     if tokens > e.max_prompt:
         raise InputError(what.format(tokens), where=f"engine.max_prompt = {e.max_prompt}", fix=f"--max-prompt {tokens}")
-    ranges = tower.axis_ranges(e.max_patches) if tower else {}
-    for port in tower.inputs if tower else ():
-        for picture in asked.pictures:
-            lengths = tower.feeds([picture])[port.name].shape if tower else ()
-            if any(isinstance(a, str) and n > ranges[a][2] for a, n in zip(port.axes, lengths, strict=True)):
-                where = f"engine.max_patches = {e.max_patches}"
-                raise InputError(f"{what.format(tokens)}, one of which has more patches", where=where, fix="raise it")
+    if tower and any(tower.beyond(tower.feeds([picture]), e.max_patches) for picture in asked.pictures):
+        where = f"engine.max_patches = {e.max_patches}"
+        raise InputError(f"{what.format(tokens)}, one of which has more patches", where=where, fix="raise it")
 
 
 def _calibration(recipe: Recipe, source: Checkpoint) -> tuple[Calibration | None, np.ndarray | None]:

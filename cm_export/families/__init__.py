@@ -59,10 +59,8 @@ class Shape:
     image_token: int = -1  # equals no token id, so that without pictures every token is text
     clip_token: int = -1  # what stands for the tokens of a clip; of a model that takes none equal to no id
     whole_layers: int = 0  # layers that must see every token: image tokens may be cut after them, not before
-    largest: tuple[int, int] = (
-        0,
-        0,
-    )  # patches and image tokens of the usual processor's largest picture; 0: any number
+    # Patches and image tokens of the usual processor's largest picture; 0: any number.
+    largest: tuple[int, int] = (0, 0)
 
     @property
     def seen_tokens(self) -> tuple[int, ...]:
@@ -274,6 +272,15 @@ class Tower(ABC):
     @abstractmethod
     def axis_ranges(self, patches: int) -> dict[str, Range]:
         """Lengths of the changing axes of inputs and outputs, for pictures of up to `patches` patches, one at a time."""
+
+    def beyond(self, feeds: Mapping[str, np.ndarray], patches: int) -> tuple[str, int, int] | None:
+        """(axis, its length, the longest of `axis_ranges`) of the first axis that is longer; None if all feeds fit."""
+        ranges = self.axis_ranges(patches)
+        for port in self.inputs:
+            for axis, length in zip(port.axes, feeds[port.name].shape, strict=True):
+                if isinstance(axis, str) and length > ranges[axis][2]:
+                    return axis, length, ranges[axis][2]
+        return None
 
 
 class Family:

@@ -244,14 +244,12 @@ class Runner:
         if not engines or engines["backend"] != self.backend.name:
             return self._check_memory(self.tower.memory(picture), shown)
         # An engine takes the memory of its largest picture, whatever it reads.
-        ranges = self.tower.axis_ranges(self.bundle.recipe.engine.max_patches)
-        for port in self.tower.inputs:
-            for axis, length in zip(port.axes, feeds[port.name].shape, strict=True):
-                if isinstance(axis, str) and length > (most := ranges[axis][2]):
-                    share = int(100 * (most / length) ** 0.5)
-                    fix = f"shrink it to {share}% of its width and height or less, or {self.bundle.elsewhere}"
-                    what = f"{length} {axis}, the vision engine reads up to {most}"
-                    raise InputError(what, where=shown.name, fix=fix)
+        if found := self.tower.beyond(feeds, self.bundle.recipe.engine.max_patches):
+            axis, length, most = found
+            share = int(100 * (most / length) ** 0.5)
+            fix = f"shrink it to {share}% of its width and height or less, or {self.bundle.elsewhere}"
+            what = f"{length} {axis}, the vision engine reads up to {most}"
+            raise InputError(what, where=shown.name, fix=fix)
 
     def _check_memory(self, need: int, shown: Opened) -> None:
         free = psutil.virtual_memory().available
