@@ -187,9 +187,14 @@ def demo_bundle() -> Path:
 
 
 @pytest.fixture(scope="session")
-def first_look() -> Path:
-    """The bundle of `make demo`."""
-    return shared.once("first_look", lambda here: built(here / "demo.plan", "--recipe", "first-look")) / "demo.plan"
+def first_look(demo_bundle) -> Path:
+    """The bundle of `make demo`; traced and loaded once for both."""
+
+    def make(folder: Path) -> None:
+        take_stages(demo_bundle, folder / "demo.plan")
+        built(folder / "demo.plan", "--recipe", "first-look")
+
+    return shared.once("first_look", make) / "demo.plan"
 
 
 @pytest.fixture(scope="session")

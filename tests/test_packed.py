@@ -168,13 +168,11 @@ def test_the_manifest_and_the_gates_say_what_rounding_changed(low):
     assert (low.path / FILE).stat().st_size < 0.35 * (low.path / "weights.safetensors").stat().st_size
 
 
-def test_a_build_below_the_required_agreement_writes_nothing(demo_bundle, tmp_path):
-    take_stages(demo_bundle, tmp_path / "x.plan")
-    options = ["--model", "demo", "--neurons", "dense", "--weights", "int4", "--weight-group", "128"]
+def test_a_build_below_the_required_agreement_writes_nothing(bare_bundle, bare_checkpoint, tmp_path):
+    """The logits of random weights lie close together, so that four bits change some first places for certain."""
+    take_stages(bare_bundle, tmp_path / "x.plan")
+    options = ["--model", bare_checkpoint, "--neurons", "dense", "--weights", "int4", "--prune-layer", "1"]
     done = cm_export("build", "--out", tmp_path / "x.plan", *options, "--least-agreement", "1")
-    if done.returncode == 0:  # even so coarse a rounding changed no token of the demo model
-        assert "weights: top-1 agreement" in done.stdout and "1" in done.stdout
-        return
     assert done.returncode == 1 and not (tmp_path / "x.plan").exists()
     assert "gate 'weights'" in done.stderr and "no bundle was written" in done.stderr
 

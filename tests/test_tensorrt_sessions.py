@@ -107,7 +107,7 @@ RECIPES = {
         ("10.3.0", "first cut"),
         ("10.16.1.11", "each picture"),
         ("10.3.0", "layers differ"),
-        ("rtx-1.7.1", "layers differ"),
+        pytest.param("rtx-1.7.1", "layers differ", marks=pytest.mark.wide),
         ("rtx-1.7.1", "no tokens cut"),
     ],
 )
