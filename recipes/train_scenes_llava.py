@@ -18,7 +18,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.nn import functional as F
 from train_demo import END, IMAGE, TOKENS
-from train_scenes import COLORS, GRID, LAYERS, SHAPES, Architecture, main
+from train_scenes import COLORS, COLUMNS, GRID, LAYERS, ROWS, SHAPES, Architecture, main
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -26,7 +26,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from cm_export.evals import scene as _scene
 
 WIDTH, FFN = 192, 768
-TOWER_STEPS, TOWER_BATCH, TOWER_LR = 600, 32, 2e-3
+TOWER_STEPS, TOWER_BATCH, TOWER_LR = 800, 32, 2e-3
 SIDE = {"height": _scene.SIZE, "width": _scene.SIZE}
 PROCESSOR = dict(
     image_processor_type="CLIPImageProcessor",
@@ -93,8 +93,9 @@ def build():
 
 
 def new_model(args):
-    """A LLaVA whose tower names colour and shape of what each image token shows; learnt once for every `--work`."""
-    model, head = build(), nn.Linear(WIDTH, 1 + len(COLORS) * len(SHAPES))
+    """A LLaVA whose tower names what each image token shows, its row and its column; learnt once for every `--work`."""
+    sizes = 1 + len(COLORS) * len(SHAPES), len(ROWS), len(COLUMNS)
+    model, head = build(), nn.Linear(WIDTH, sum(sizes))
     parts, saved = nn.ModuleDict(dict(model=model, head=head)), args.work / "tower.safetensors"
     if saved.exists():
         load_model(parts, saved)
@@ -103,6 +104,8 @@ def new_model(args):
     weights = [*LLAVA.vision_parameters(model), *head.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=TOWER_LR, betas=(0.9, 0.98), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TOWER_LR, total_steps=TOWER_STEPS, pct_start=0.15)
+    axis = torch.arange(GRID) * 3 // GRID
+    row, column = (a.flatten().repeat(TOWER_BATCH) for a in torch.meshgrid(axis, axis, indexing="ij"))
     balance = torch.tensor([0.3] + [1.0] * len(COLORS) * len(SHAPES))  # most image tokens show the ground
     began, right = time.time(), []
     for step in range(TOWER_STEPS):
@@ -110,15 +113,17 @@ def new_model(args):
         pictures = np.stack([np.asarray(_scene.draw(s)) for s in scenes])
         target = torch.tensor(np.stack([_scene.labels(s, GRID) for s in scenes])).flatten()
         with torch.autocast("cpu", torch.bfloat16):
-            logits = head(see(model, pictures)).float().flatten(0, 1)
+            shown, *places = head(see(model, pictures)).float().flatten(0, 1).split(sizes, -1)
         optimizer.zero_grad()
-        F.cross_entropy(logits, target, weight=balance).backward()
+        at = sum(F.cross_entropy(said, true) for said, true in zip(places, (row, column), strict=True))
+        (F.cross_entropy(shown, target, weight=balance) + 0.3 * at).backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
-        right.append((logits.argmax(-1) == target)[target > 0].float().mean().item())
+        right.append((shown.argmax(-1) == target)[target > 0].float().mean().item())
         if step % 25 == 24:
-            print(f"tower {step + 1} {time.time() - began:.0f} s, named rightly {np.mean(right[-25:]):.4f}", flush=True)
+            seen = f"named rightly {np.mean(right[-25:]):.4f}, places {at.item():.3f}"
+            print(f"tower {step + 1} {time.time() - began:.0f} s, {seen}", flush=True)
     save_model(parts, str(saved))
     return model
 
