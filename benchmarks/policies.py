@@ -132,7 +132,7 @@ def joint_table(rows: list[dict]) -> str:
 
 
 def into(page: str, report: dict) -> str:
-    """The page with the report's tables between their marks."""
+    """The page with the report's tables between the marks of its model."""
     tables = {
         "neurons": table(report["neurons"], "ffn_bytes_share", BYTES, "neurons"),
         "tokens": table(report["tokens"], "token_share", TOKENS, "tokens"),
@@ -140,7 +140,7 @@ def into(page: str, report: dict) -> str:
         "active": joint_table(report["active"]),
     }
     for mark in MARKS:
-        page = between(page, mark, tables[mark])
+        page = between(page, f"{mark} {report['model']}", tables[mark])
     return page
 
 

@@ -467,7 +467,7 @@ def train(args, tok):
     return model
 
 
-PROCESSOR = dict(
+PICTURES = dict(
     image_processor_type="Qwen2VLImageProcessor",
     processor_class="Qwen2VLProcessor",
     patch_size=PATCH,
@@ -484,14 +484,16 @@ PROCESSOR = dict(
     do_convert_rgb=True,
     rescale_factor=1 / 255,
 )
+PROCESSOR = {"preprocessor_config.json": PICTURES}
 
 
 def save(model, tok, out, processor=PROCESSOR):
-    """Write a plain HF checkpoint directory, in fp16."""
+    """Write a plain HF checkpoint directory, in fp16; `processor`: file name -> content."""
     tok.save_pretrained(out)
     model.generation_config.update(eos_token_id=END, pad_token_id=0, do_sample=False)
     model.half().save_pretrained(out)
-    (out / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
+    for name, content in processor.items():
+        (out / name).write_text(json.dumps(content, indent=1) + "\n")
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ class Architecture:
 
     model_class: Any
     processor_class: Any
-    processor: dict  # preprocessor_config.json
+    processor: dict  # its files: name -> content
     new: Callable  # command line -> untrained model
     see: Callable  # model, pictures [B,H,W,3] uint8 -> image tokens [B,n,D]
     towers: tuple[str, ...]  # what of the model sees

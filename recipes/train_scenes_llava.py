@@ -27,22 +27,30 @@ from cm_export.evals import scene as _scene
 
 WIDTH, FFN = 192, 768
 TOWER_STEPS, TOWER_BATCH, TOWER_LR = 800, 32, 2e-3
-SIDE = {"height": _scene.SIZE, "width": _scene.SIZE}
-PROCESSOR = dict(
-    image_processor_type="CLIPImageProcessor",
-    processor_class="LlavaProcessor",
-    size={"shortest_edge": _scene.SIZE},
-    crop_size=SIDE,
-    do_resize=True,
-    do_center_crop=True,
-    do_rescale=True,
-    do_normalize=True,
-    do_convert_rgb=True,
-    resample=3,
-    rescale_factor=1 / 255,
-    image_mean=OPENAI_CLIP_MEAN,
-    image_std=OPENAI_CLIP_STD,
-)
+PROCESSOR = {
+    "preprocessor_config.json": dict(
+        image_processor_type="CLIPImageProcessor",
+        processor_class="LlavaProcessor",
+        size={"shortest_edge": _scene.SIZE},
+        crop_size={"height": _scene.SIZE, "width": _scene.SIZE},
+        do_resize=True,
+        do_center_crop=True,
+        do_rescale=True,
+        do_normalize=True,
+        do_convert_rgb=True,
+        resample=3,
+        rescale_factor=1 / 255,
+        image_mean=OPENAI_CLIP_MEAN,
+        image_std=OPENAI_CLIP_STD,
+    ),
+    "processor_config.json": dict(
+        processor_class="LlavaProcessor",
+        image_token=TOKENS[IMAGE],
+        num_additional_image_tokens=1,
+        patch_size=_scene.SIZE // GRID,
+        vision_feature_select_strategy="default",
+    ),
+}
 
 
 def see(model, pictures):
