@@ -7,6 +7,8 @@
 
     python benchmarks/policies.py scenes.plan --out benchmarks/policies/scenes.json --docs docs/policies.md
 
+The page has a set of marks for each model, such as `<!-- joint scenes -->`.
+
 Every cell is `cm-export eval`: exact match of free-running greedy answers. A killed run goes on where it was. `--only active`
 measures the rows of that neuron policy and puts them into the report that is there.
 """
@@ -150,14 +152,14 @@ def main() -> None:
     parser.add_argument("--task", default="scenes")
     parser.add_argument("--limit", type=int, default=40, help="questions of each kind")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--journal", type=Path, default=Path("artifacts/policies"), help="answers so far, to go on from"
-    )
+    folder = Path("artifacts/policies")
+    parser.add_argument("--journal", type=Path, default=folder, help="answers so far of every bundle, to go on from")
     parser.add_argument("--only", help="a neuron policy, to measure its rows alone")
     parser.add_argument("--out", type=Path, required=True, help="the report (.json)")
     parser.add_argument("--docs", type=Path, help="a page whose tables are written anew (.md)")
     args = parser.parse_args()
-    args.journal.mkdir(parents=True, exist_ok=True)
+    journal = args.journal / args.bundle.stem
+    journal.mkdir(parents=True, exist_ok=True)
 
     def progress(what: str, done: int | None = None, total: int | None = None) -> None:
         if not done:
@@ -169,7 +171,7 @@ def main() -> None:
         "task": task.name,
         "model": Bundle(args.bundle).manifest["model"]["source"],
     }
-    found = measure(args.bundle, task, args.threads, args.journal, progress, args.only)
+    found = measure(args.bundle, task, args.threads, journal, progress, args.only)
     before = json.loads(args.out.read_text(encoding="utf-8")) if args.only else {}
     report |= merged(before, found, args.only) if args.only else found
     write_report(args.out, report)

@@ -1,5 +1,6 @@
-"""The generated task `scenes` and the model that is shipped for it: what is asked is true, and the model sees it."""
+"""The generated task `scenes` and the models that are shipped for it: what is asked is true, and they see it."""
 
+import json
 import subprocess
 import sys
 from collections import defaultdict
@@ -106,30 +107,63 @@ def test_pictures_and_questions_are_the_same_in_every_process():
     assert runs[0] == runs[1] != ""
 
 
-def test_the_shipped_model_answers_from_the_picture():
+def qwen2_vl(folder, tokenizer):
+    """A model in transformers, and (picture, prompt) -> what it is given."""
+    import torch
+    from transformers import Qwen2VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def given(picture, text):
+        image = processor([picture], return_tensors="pt")
+        assert image["image_grid_thw"].tolist() == [[1, 24, 24]]  # 96x96 pixels as they are
+        ids = torch.tensor([tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * 144)).input_ids])
+        return dict(image) | dict(input_ids=ids, mm_token_type_ids=(ids == model.config.image_token_id).int())
+
+    return model, given
+
+
+def llava(folder, tokenizer):
+    """The same of the second architecture; the prompt becomes tokens by transformers' own processor."""
+    import torch
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    settings = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+    del settings["processor_class"]
+    processor = LlavaProcessor(CLIPImageProcessorPil.from_pretrained(folder), tokenizer, **settings)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def given(picture, text):
+        found = processor(images=[picture], text=text, return_tensors="pt")
+        assert (found["input_ids"] == model.config.image_token_id).sum() == 144
+        assert found["pixel_values"].shape == (1, 3, 96, 96)
+        return {name: found[name] for name in ("input_ids", "pixel_values")}
+
+    return model, given
+
+
+@pytest.mark.parametrize(("folder", "opened"), [(aliases.SCENES, qwen2_vl), (aliases.SCENES_LLAVA, llava)])
+def test_a_shipped_model_answers_from_the_picture(folder, opened):
     """Greedy answers of the checkpoint in transformers to the first test pictures; the same with the picture blanked."""
     import torch
-    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers import AutoTokenizer
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for so small a model two are no faster, and on a busy machine far slower
-    folder = aliases.SCENES
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model, given = opened(folder, tokenizer)
     asked = [q for kind in _scene.KINDS for q in scenes.questions(kind)[:6]][:40]
 
     def answer(question, blank: bool) -> str:
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}]
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        image = processor([scenes.open_picture(question.pictures[0])], return_tensors="pt")
-        assert image["image_grid_thw"].tolist() == [[1, 24, 24]]  # 96x96 pixels as they are
-        image["pixel_values"] *= not blank
-        ids = torch.tensor([tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * 144)).input_ids])
-        kind = (ids == model.config.image_token_id).int()
-        out = model.generate(ids, mm_token_type_ids=kind, **image, max_new_tokens=scenes.KINDS[question.kind])
-        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        prompt = given(scenes.open_picture(question.pictures[0]), text)
+        prompt["pixel_values"] *= not blank
+        out = model.generate(**prompt, max_new_tokens=scenes.KINDS[question.kind])
+        return tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     right = sum(answer(q, blank=False) in q.answers for q in asked)
     blind = sum(answer(q, blank=True) in q.answers for q in asked[::4])
