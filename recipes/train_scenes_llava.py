@@ -1,6 +1,6 @@
 """Train the model `scenes-llava`: the task of `scenes` on another architecture, a LLaVA with a CLIP tower and a Llama decoder.
 
-    python recipes/train_scenes_llava.py --work WORK --out MODEL --steps 5000    # train, save, report
+    python recipes/train_scenes_llava.py --work WORK --out MODEL --steps 6000    # train, save, report
     python recipes/train_scenes_llava.py --work WORK --eval-only MODEL           # only the report
 
 Questions, vocabulary, chat template and the way of teaching are those of `train_scenes.py`; the weights are its own
