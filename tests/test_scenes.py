@@ -8,6 +8,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
+from cm_export.bundle.bundle import Bundle
 from cm_export.evals import scene as _scene
 from cm_export.evals.tasks import scenes
 from cm_export.recipe import aliases
@@ -169,3 +170,32 @@ def test_a_shipped_model_answers_from_the_picture(folder, opened):
     blind = sum(answer(q, blank=True) in q.answers for q in asked[::4])
     torch.set_num_threads(threads)
     assert right >= RIGHT_OF_40 and blind <= 3
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("model", ["scenes", "scenes-llava"])
+def test_a_build_by_default_keeps_what_the_shipped_model_says(model, tmp_path):
+    """docs/policies.md on a small sample: right where dense is; the guard, which needs a whole cache, says what dense says."""
+    from conftest import built
+
+    from cm_export.host.guard import Report, guarded
+    from cm_export.host.runner import Budget, Runner
+    from cm_export.host.sampling import PLAIN, Chooser
+
+    bundle = built(tmp_path / "x.plan", "--model", model, "--token-cache", "index")
+    runner = Runner(Bundle(bundle), 1)
+    dense, default = [], []
+    for question in [q for kind in _scene.KINDS for q in scenes.questions(kind)[:8]]:
+        request = runner.ask(question.text, runner.see([scenes.open_picture(question.pictures[0])]))
+        limit = scenes.KINDS[question.kind]
+
+        def said(budget, request=request, limit=limit):
+            return list(runner.tokens(runner.prefill(request, budget), limit, runner.chat.stop_ids))
+
+        answers = {name: said(b) for name, b in (("dense", Budget(dense=True)), ("default", Budget()))}
+        choose = Chooser(PLAIN, request.ids, runner.chat.stop_ids)
+        assert answers["dense"] == list(guarded(runner, runner.prefill(request, Budget()), limit, choose, Report(16)))
+        for name, right in (("dense", dense), ("default", default)):
+            right.append(runner.chat.decode(answers[name]).strip() in question.answers)
+    assert sum(dense) >= 54, "of 56"
+    assert sum(default) >= sum(dense) - 1
