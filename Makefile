@@ -74,13 +74,16 @@ bench-precision: $(STAMP)
 	$(BIN)/python benchmarks/precision.py --smollm2 artifacts/smollm2-135m --out benchmarks/quality/precision.json --docs docs/precision.md
 
 SCENES := artifacts/scenes.plan
-$(SCENES): $(STAMP)
-	$(BIN)/cm-export calibrate --model scenes --out artifacts/scenes-calibration.safetensors --prompts 112 --threads 1
-	$(BIN)/cm-export build --recipe scenes --calibration artifacts/scenes-calibration.safetensors --out $@
+SCENES_LLAVA := artifacts/scenes-llava.plan
+$(SCENES) $(SCENES_LLAVA): artifacts/%.plan: $(STAMP)
+	$(BIN)/cm-export calibrate --model $* --out artifacts/$*-calibration.safetensors --prompts 112 --threads 1
+	$(BIN)/cm-export build --recipe $* --calibration artifacts/$*-calibration.safetensors --out $@
 
-# Policies of neurons and tokens beside each other at four budgets: benchmarks/policies/scenes.json and docs/policies.md (about 40 minutes).
-bench-policies: $(SCENES)
-	$(BIN)/python benchmarks/policies.py $(SCENES) --limit 60 --out benchmarks/policies/scenes.json --docs docs/policies.md
+# Policies of neurons and tokens beside each other at four budgets, on two architectures: benchmarks/policies/scenes.json and
+# scenes-llava.json, docs/policies.md (about an hour).
+bench-policies: $(SCENES) $(SCENES_LLAVA)
+	for bundle in $^; do name=$$(basename $$bundle .plan); \
+		$(BIN)/python benchmarks/policies.py $$bundle --limit 60 --out benchmarks/policies/$$name.json --docs docs/policies.md || exit 1; done
 
 # Fills, layer budgets and blocks of every neuron policy: benchmarks/policies/neurons.json and docs/neurons.md (half an hour).
 bench-neurons: $(SCENES)

@@ -7,6 +7,8 @@
 
     python benchmarks/policies.py scenes.plan --out benchmarks/policies/scenes.json --docs docs/policies.md
 
+The page has a set of marks for each model, such as `<!-- joint scenes -->`, and `<!-- beside -->` for both.
+
 Every cell is `cm-export eval`: exact match of free-running greedy answers. A killed run goes on where it was. `--only active`
 measures the rows of that neuron policy and puts them into the report that is there.
 """
@@ -31,6 +33,21 @@ BYTES = (0.7, 0.6, 0.5, 0.4)
 TOKENS = (0.5, 0.25, 0.11, 0.05)
 ACTIVE = (0.53, 0.43)  # of the FFN's bytes, at which thresholds meet the token cut
 MARKS = ("neurons", "tokens", "joint", "active")
+MODELS = ("scenes", "scenes-llava")  # two architectures, shown beside each other
+BESIDE = (  # what is shown of both: (what it is, part of the report, policies, share of the FFN's bytes, of the image tokens)
+    ("the default: every neuron, `spread_keys` 50 %", "tokens", "dense + spread_keys", 1.0, 0.5),
+    ("random tokens, as many", "tokens", "dense + random", 1.0, 0.5),
+    ("`griffin` 60 %, `spread_keys` 25 %", "joint", "griffin + spread_keys", 0.6, 0.25),
+    ("random choices, as many", "joint", "random + random", 0.6, 0.25),
+    ("`griffin` 60 %, `attention` 25 %", "joint", "griffin + attention", 0.6, 0.25),
+    ("`active` 53 %, `spread_keys` 25 %", "active", "active + spread_keys", 0.53, 0.25),
+    ("`active` 43 %, `spread_keys` 25 %", "active", "active + spread_keys", 0.43, 0.25),
+    ("`active` 43 %, every token", "active", "active + dense", 0.43, 1.0),
+    ("`glass` 40 %, every token", "neurons", "glass + dense", 0.4, 1.0),
+    ("`griffin` 40 %, every token", "neurons", "griffin + dense", 0.4, 1.0),
+    ("`coreinfer` 40 %, every token", "neurons", "coreinfer + dense", 0.4, 1.0),
+    ("random neurons 40 %, every token", "neurons", "random + dense", 0.4, 1.0),
+)
 
 
 def sweeps(bundle: Bundle, only: str | None = None) -> dict[str, list[Sweep]]:
@@ -95,6 +112,10 @@ def merged(before: dict[str, Any], found: dict[str, Any], only: str) -> dict[str
     return before | {k: v for k, v in found.items() if k not in ("environment", "n")} | {"neurons": rows}
 
 
+def of_dense(row: dict) -> str:
+    return f"{row['of_dense']:.3f} [{row['of_dense_ci'][0]:.3f}, {row['of_dense_ci'][1]:.3f}]"
+
+
 def table(rows: list[dict], column: str, columns: tuple[float, ...], name: str) -> str:
     """Markdown: one line per policy, accuracy as a share of dense with its paired 95 % interval, per budget."""
     lines = [f"| {name} | " + " | ".join(f"{c:.0%}" for c in columns) + " |", "|---|" + "---|" * len(columns)]
@@ -108,13 +129,8 @@ def table(rows: list[dict], column: str, columns: tuple[float, ...], name: str) 
             if abs(nearest - row[column]) < 0.02:
                 cells.setdefault(row[name], {}).setdefault(nearest, row)
 
-    def text(row: dict | None) -> str:
-        return (
-            "" if row is None else f"{row['of_dense']:.3f} [{row['of_dense_ci'][0]:.3f}, {row['of_dense_ci'][1]:.3f}]"
-        )
-
     for policy, found in sorted(cells.items(), key=lambda c: -sum(r["of_dense"] for r in c[1].values())):
-        lines.append(f"| {policy} | " + " | ".join(text(found.get(c)) for c in columns) + " |")
+        lines.append(f"| {policy} | " + " | ".join(of_dense(found[c]) if c in found else "" for c in columns) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -131,8 +147,29 @@ def joint_table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def beside(page: str, reports: list[dict]) -> str:
+    """The page with what both models keep of dense, beside each other."""
+    lines = [
+        "| share of dense | " + " | ".join(f"`{r['model']}`" for r in reports) + " |",
+        "|---|" + "---|" * len(reports),
+    ]
+    for what, part, policies, ffn, tokens in BESIDE:
+        found = []
+        for report in reports:
+            row = next(
+                r
+                for r in report[part]
+                if r["policies"] == policies
+                and abs(r["ffn_bytes_share"] - ffn) < 0.02
+                and abs(r["token_share"] - tokens) < 0.02
+            )
+            found.append(of_dense(row))
+        lines.append(f"| {what} | " + " | ".join(found) + " |")
+    return between(page, "beside", "\n".join(lines) + "\n")
+
+
 def into(page: str, report: dict) -> str:
-    """The page with the report's tables between their marks."""
+    """The page with the report's tables between the marks of its model."""
     tables = {
         "neurons": table(report["neurons"], "ffn_bytes_share", BYTES, "neurons"),
         "tokens": table(report["tokens"], "token_share", TOKENS, "tokens"),
@@ -140,7 +177,7 @@ def into(page: str, report: dict) -> str:
         "active": joint_table(report["active"]),
     }
     for mark in MARKS:
-        page = between(page, mark, tables[mark])
+        page = between(page, f"{mark} {report['model']}", tables[mark])
     return page
 
 
@@ -150,14 +187,14 @@ def main() -> None:
     parser.add_argument("--task", default="scenes")
     parser.add_argument("--limit", type=int, default=40, help="questions of each kind")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--journal", type=Path, default=Path("artifacts/policies"), help="answers so far, to go on from"
-    )
+    folder = Path("artifacts/policies")
+    parser.add_argument("--journal", type=Path, default=folder, help="answers so far of every bundle, to go on from")
     parser.add_argument("--only", help="a neuron policy, to measure its rows alone")
     parser.add_argument("--out", type=Path, required=True, help="the report (.json)")
     parser.add_argument("--docs", type=Path, help="a page whose tables are written anew (.md)")
     args = parser.parse_args()
-    args.journal.mkdir(parents=True, exist_ok=True)
+    journal = args.journal / args.bundle.stem
+    journal.mkdir(parents=True, exist_ok=True)
 
     def progress(what: str, done: int | None = None, total: int | None = None) -> None:
         if not done:
@@ -169,12 +206,16 @@ def main() -> None:
         "task": task.name,
         "model": Bundle(args.bundle).manifest["model"]["source"],
     }
-    found = measure(args.bundle, task, args.threads, args.journal, progress, args.only)
+    found = measure(args.bundle, task, args.threads, journal, progress, args.only)
     before = json.loads(args.out.read_text(encoding="utf-8")) if args.only else {}
     report |= merged(before, found, args.only) if args.only else found
     write_report(args.out, report)
     if args.docs:
-        args.docs.write_text(into(args.docs.read_text(encoding="utf-8"), report), encoding="utf-8")
+        page = into(args.docs.read_text(encoding="utf-8"), report)
+        known = [args.out.with_name(f"{name}.json") for name in MODELS]
+        if all(file.exists() for file in known):
+            page = beside(page, [json.loads(file.read_text(encoding="utf-8")) for file in known])
+        args.docs.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

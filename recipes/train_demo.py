@@ -275,17 +275,20 @@ def see(model, pictures):
     return tokens.view(b, rows * columns, -1)
 
 
-def pack(tok, items, grid=GRID):
+def pack(tok, items, grid=GRID, flat=False):
     """Pack (label, pairs) items into tensors, one row a picture: the image, then its questions and answers.
 
     Each question sees the image and itself, and its positions start right after the image, so a row trains
     like its questions one by one but computes the image once. ``labels`` is -100 outside answers; ``match``,
-    ``last`` and ``negated`` are targets of the auxiliary heads, -1 where there is none.
+    ``last`` and ``negated`` are targets of the auxiliary heads, -1 where there is none. `flat`: positions are
+    one number a token, as in most decoders, and not the three of M-RoPE.
     """
     head, cells = tok("<|im_start|>user\n<|vision_start|>").input_ids, torch.arange(grid * grid)
     prefix = [*head, *[IMAGE] * len(cells), *tok("<|vision_end|>").input_ids]
-    k, after = len(head), len(head) + grid  # M-RoPE: the picture takes as many positions as it has rows
-    axes = [[*range(k), *(k + c).tolist(), after] for c in (cells * 0, cells // grid, cells % grid)]
+    # M-RoPE: the picture takes as many positions as it has rows.
+    k, after = len(head), len(head) + (len(cells) if flat else grid)
+    places_of = (cells,) if flat else (cells * 0, cells // grid, cells % grid)
+    axes = [[*range(k), *(k + c).tolist(), after] for c in places_of]
     rows, places = [], []
     for label, pairs in items:
         row, place = [(token, -100, 0, -1, -1, -1) for token in prefix], []
@@ -305,15 +308,18 @@ def pack(tok, items, grid=GRID):
     rows = torch.tensor([row + [(0, -100, -1, -1, -1, -1)] * (length - len(row)) for row in rows])
     out = dict(zip(("ids", "labels", "segment", "match", "last", "negated"), rows.unbind(-1), strict=True))
     full = [[axis + place + [0] * (length - len(axis + place)) for place in places] for axis in axes]
-    out["positions"] = torch.tensor(full)
+    out["positions"] = torch.tensor(full[0] if flat else full)
     asking, seen = out["segment"][:, :, None], out["segment"][:, None]
     visible = ((seen == 0) | (seen == asking)).tril()
     out["mask"] = torch.zeros(visible.shape).masked_fill(~visible, -1e9)[:, None]
     return out
 
 
-def forward(model, pictures, batch):
-    """Logits and targets of the answer tokens, and the hidden states before and after each decoder layer."""
+def forward(model, pictures, batch, see=see):
+    """Logits and targets of the answer tokens, and the hidden states before and after each decoder layer.
+
+    `see`: (model, pictures) -> image tokens.
+    """
     decoder = model.model.language_model
     with torch.autocast("cpu", torch.bfloat16):
         x = decoder.embed_tokens(batch["ids"])
@@ -461,29 +467,33 @@ def train(args, tok):
     return model
 
 
-def save(model, tok, out):
-    """Write a plain HF checkpoint directory, in fp16."""
+PICTURES = dict(
+    image_processor_type="Qwen2VLImageProcessor",
+    processor_class="Qwen2VLProcessor",
+    patch_size=PATCH,
+    merge_size=MERGE,
+    temporal_patch_size=TEMPORAL,
+    min_pixels=64 * 64,
+    max_pixels=128 * 128,
+    resample=3,
+    image_mean=OPENAI_CLIP_MEAN,
+    image_std=OPENAI_CLIP_STD,
+    do_resize=True,
+    do_rescale=True,
+    do_normalize=True,
+    do_convert_rgb=True,
+    rescale_factor=1 / 255,
+)
+PROCESSOR = {"preprocessor_config.json": PICTURES}
+
+
+def save(model, tok, out, processor=PROCESSOR):
+    """Write a plain HF checkpoint directory, in fp16; `processor`: file name -> content."""
     tok.save_pretrained(out)
     model.generation_config.update(eos_token_id=END, pad_token_id=0, do_sample=False)
     model.half().save_pretrained(out)
-    processor = dict(
-        image_processor_type="Qwen2VLImageProcessor",
-        processor_class="Qwen2VLProcessor",
-        patch_size=PATCH,
-        merge_size=MERGE,
-        temporal_patch_size=TEMPORAL,
-        min_pixels=64 * 64,
-        max_pixels=128 * 128,
-        resample=3,
-        image_mean=OPENAI_CLIP_MEAN,
-        image_std=OPENAI_CLIP_STD,
-        do_resize=True,
-        do_rescale=True,
-        do_normalize=True,
-        do_convert_rgb=True,
-        rescale_factor=1 / 255,
-    )
-    (out / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
+    for name, content in processor.items():
+        (out / name).write_text(json.dumps(content, indent=1) + "\n")
 
 
 @torch.no_grad()
@@ -503,12 +513,15 @@ def generate(model, tok, processor, pictures, questions, zeroed=False, batch=48,
     shared = ids[: ids.index(TOKENS.index("<|vision_end|>")) + 1]
     for start in range(0, len(pictures), batch):
         image = processor([Image.fromarray(p) for p in pictures[start : start + batch]], return_tensors="pt")
-        ids = torch.tensor([shared] * len(image["image_grid_thw"]))
+        ids = torch.tensor([shared] * len(pictures[start : start + batch]))
         image["pixel_values"] *= 0 if zeroed else 1
-        cache = model(input_ids=ids, mm_token_type_ids=(ids == IMAGE).int(), **image).past_key_values
+        if "image_grid_thw" in image:  # Qwen2-VL asks which tokens are of pictures
+            image["mm_token_type_ids"] = (ids == IMAGE).int()
+        cache = model(input_ids=ids, **image).past_key_values
         reads.append(torch.stack([torch.stack([layer.keys, layer.values]) for layer in cache.layers]))
     reads = torch.cat(reads, 2)  # layer, key or value, picture, head, token, width
-    model.model.rope_deltas = model.model.rope_deltas[:1]  # positions lag behind tokens alike everywhere
+    if hasattr(model.model, "rope_deltas"):
+        model.model.rope_deltas = model.model.rope_deltas[:1]  # positions lag behind tokens alike everywhere
     for length, rows in sorted(by_length.items()):
         for start in range(0, len(rows), batch):
             numbers, seen, ids = zip(*rows[start : start + batch], strict=True)

@@ -20,10 +20,14 @@ A run that was killed goes on from its last checkpoint in WORK (the moments of t
 """
 
 import argparse
+import copy
 import json
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +35,19 @@ from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.nn import functional as F
-from train_demo import TOKENS, Qwen2VL, build_model, build_tokenizer, forward, generate, pack, save, share
+from train_demo import (
+    PROCESSOR,
+    TOKENS,
+    Qwen2VL,
+    build_model,
+    build_tokenizer,
+    forward,
+    generate,
+    pack,
+    save,
+    see,
+    share,
+)
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
@@ -52,6 +68,22 @@ PLACES = {*ROWS, *COLUMNS}
 HEADS = dict(
     find=(2, 0), place=(2, 2), pool=(2, 3), source=(3, 0), other=(3, 1), copy=(3, 2), next=(4, 0), compare=(4, 2)
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What differs between models that learn this task; the decoder has six layers, four heads that share two keys."""
+
+    model_class: Any
+    processor_class: Any
+    processor: dict  # its files: name -> content
+    new: Callable  # command line -> untrained model
+    see: Callable  # model, pictures [B,H,W,3] uint8 -> image tokens [B,n,D]
+    towers: tuple[str, ...]  # what of the model sees
+    flat: bool  # whether positions are one number a token
+
+    def vision_parameters(self, model) -> list:
+        return [p for name in self.towers for p in getattr(model.model, name).parameters()]
 
 
 class Guide:
@@ -184,7 +216,7 @@ FACTS = dict(
 class Readouts(nn.Module):
     """Linear read-outs of hidden states; they only shape training."""
 
-    def __init__(self, width: int = 256):
+    def __init__(self, width: int):
         super().__init__()
         self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, (_, n) in FACTS.items()})
         self.gain = nn.Parameter(torch.ones(()))
@@ -261,51 +293,54 @@ def questions(scene, salt: int) -> list[tuple[str, str, str]]:
     return [(kind, *pair) for pair, kind in asked.items()]
 
 
-def batch_of(tok, split: str, numbers: list[int], salt: int):
+def batch_of(kind: Architecture, tok, split: str, numbers: list[int], salt: int):
     """Pictures [B,H,W,3] uint8, their scenes, the packed questions, the questions and their Guide."""
     scenes = [_scene.scene(split, n) for n in numbers]
     asked = [questions(s, salt) for s in scenes]
-    batch = pack(tok, [(("", ""), [(q, a) for _, q, a in qs]) for qs in asked], GRID)
+    batch = pack(tok, [(("", ""), [(q, a) for _, q, a in qs]) for qs in asked], GRID, kind.flat)
     guide = Guide()
     for row, (scene, qs) in enumerate(zip(scenes, asked, strict=True)):
-        for number, (kind, *_) in enumerate(qs, 1):
+        for number, (asks, *_) in enumerate(qs, 1):
             where = (batch["segment"][row] == number).nonzero().flatten()
             words = [TOKENS[i] for i in batch["ids"][row, where].tolist()]
-            guide.add(row, scene, kind, words, where[0].item())
+            guide.add(row, scene, asks, words, where[0].item())
     return np.stack([np.asarray(_scene.draw(s)) for s in scenes]), scenes, batch, asked, guide
 
 
 @torch.no_grad()
-def validate(model, tok, pictures: int) -> dict[str, float]:
+def validate(kind: Architecture, model, tok, pictures: int) -> dict[str, float]:
     """Share of answers with every token right (teacher forcing), by kind, and over all questions."""
     right: dict[str, list[bool]] = defaultdict(list)
     for start in range(0, pictures, 8):
-        images, _, batch, asked, _ = batch_of(tok, "validation", list(range(start, start + 8)), 0)
-        logits, target, _ = forward(model, images, batch)
+        images, _, batch, asked, _ = batch_of(kind, tok, "validation", list(range(start, start + 8)), 0)
+        logits, target, _ = forward(model, images, batch, kind.see)
         chosen = batch["labels"][:, 1:] != -100
         owner = (torch.arange(8)[:, None] * 1000 + batch["segment"][:, 1:])[chosen]
         wrong = set(owner[logits.argmax(-1) != target].tolist())
         for row, qs in enumerate(asked):
-            for number, (kind, *_) in enumerate(qs, 1):
-                right[kind].append(row * 1000 + number not in wrong)
+            for number, (asks, *_) in enumerate(qs, 1):
+                right[asks].append(row * 1000 + number not in wrong)
     every = [x for values in right.values() for x in values]
     return {k: sum(v) / len(v) for k, v in right.items()} | {"all": sum(every) / len(every)}
 
 
-def new_model():
-    """The architecture, with the vision tower of the demo model."""
+def new_model(_args):
+    """A Qwen2-VL with the vision tower of the demo model."""
     demo = Qwen2VL.from_pretrained(Path(cm_export.__file__).parent / "demo" / "model", dtype=torch.float32)
     model = build_model(num_hidden_layers=LAYERS, rope_parameters=ROPE)
     model.model.visual.load_state_dict(demo.model.visual.state_dict())
-    model.set_attn_implementation("eager")  # in bf16 on a CPU, torch's own attention is the slower one
     return model
 
 
-def train(args, tok):
-    """Train for `--minutes`, those of earlier runs in `--work` included; returns the mean model."""
+QWEN2_VL = Architecture(Qwen2VL, Qwen2VLImageProcessorPil, PROCESSOR, new_model, see, ("visual",), False)
+
+
+def train(kind: Architecture, args, tok):
+    """Train for `--minutes`, those of earlier runs in `--work` included, or `--steps`; returns the mean model."""
     torch.manual_seed(args.seed)
-    model, mean, readouts = new_model(), new_model(), Readouts()
-    mean.load_state_dict(model.state_dict())
+    model = kind.new(args)
+    model.set_attn_implementation("eager")  # in bf16 on a CPU, torch's own attention is the slower one
+    mean, readouts = copy.deepcopy(model), Readouts(model.config.get_text_config().hidden_size)
     parts, saved = nn.ModuleDict(dict(model=model, readouts=readouts, mean=mean)), args.work / "scenes.safetensors"
     step, spent = 0, 0.0
     if saved.exists():
@@ -314,21 +349,26 @@ def train(args, tok):
             step, spent = int(f.metadata()["step"]), float(f.metadata()["seconds"])
     trained = [*model.parameters(), *readouts.parameters()]
     groups = [
-        dict(params=[p for p in model.model.visual.parameters()], scale=args.vision_lr),
+        dict(params=kind.vision_parameters(model), scale=args.vision_lr),
         dict(params=[p for p in model.model.language_model.parameters() if p.ndim > 1], scale=1.0),
         dict(params=[p for p in model.model.language_model.parameters() if p.ndim == 1], scale=1.0, weight_decay=0.0),
         dict(params=list(readouts.parameters()), scale=1.0, weight_decay=0.0),
     ]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
-    budget, began, history, first = 60 * args.minutes, time.time() - spent, [], step
-    while (elapsed := time.time() - began) < budget:
-        rate = args.lr * min(1, (step - first + 1) / 50, 0.01 + 2.5 * (1 - elapsed / budget))
+    began, history, first = time.time() - spent, [], step
+    while True:
+        elapsed = time.time() - began
+        done = step / args.steps if args.steps else elapsed / 60 / args.minutes
+        if done >= 1:
+            break
+        rate = args.lr * min(1, (step - first + 1) / 50, 0.01 + 2.5 * (1 - done))
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        model.model.visual.requires_grad_(step % 3 == 0)  # it hardly needs training, and its gradient is dear
+        for weight in groups[0]["params"]:
+            weight.requires_grad_(step % 3 == 0)  # the tower hardly needs training, and its gradient is dear
         numbers = list(range(step * args.batch, (step + 1) * args.batch))
-        images, scenes, batch, _, guide = batch_of(tok, "train", numbers, 7)
-        logits, target, states = forward(model, images, batch)
+        images, scenes, batch, _, guide = batch_of(kind, tok, "train", numbers, 7)
+        logits, target, states = forward(model, images, batch, kind.see)
         decoder = model.model.language_model
         losses = dict(answer=F.cross_entropy(logits, target))
         seen = readouts.seen(states, decoder.embed_tokens.weight, scenes)
@@ -349,18 +389,18 @@ def train(args, tok):
             means = {k: f"{np.mean([h[k] for h in history[-25:] if k in h]):.3f}" for k in history[-1]}
             print(f"step {step} {elapsed:.0f} s", *(f"{k} {v}" for k, v in means.items()), flush=True)
         if step % 200 == 0:
-            print({k: round(v, 3) for k, v in validate(mean, tok, 24).items()}, flush=True)
+            print({k: round(v, 3) for k, v in validate(kind, mean, tok, 24).items()}, flush=True)
             facts_of_run = {"step": str(step), "seconds": str(time.time() - began)}
             save_model(parts, str(saved) + ".part", metadata=facts_of_run)
             Path(str(saved) + ".part").replace(saved)
     return mean
 
 
-def report(directory: Path, work: Path, pictures: int):
+def report(kind: Architecture, directory: Path, work: Path, pictures: int):
     """Exact match of free-running greedy answers about test pictures, by kind; a tenth also without the picture."""
     tok = AutoTokenizer.from_pretrained(directory)
-    processor = Qwen2VLImageProcessorPil.from_pretrained(directory)
-    model = Qwen2VL.from_pretrained(directory, dtype=torch.float32).eval()
+    processor = kind.processor_class.from_pretrained(directory)
+    model = kind.model_class.from_pretrained(directory, dtype=torch.float32).eval()
     scenes = [_scene.scene("test", n) for n in range(pictures)]
     drawn = [np.asarray(_scene.draw(s)) for s in scenes]
     result, wrong = {}, []
@@ -370,25 +410,26 @@ def report(directory: Path, work: Path, pictures: int):
         shown = drawn[1:] + drawn[:1] if "another" in control else drawn
         asked = [(i, q) for i, _, q, _ in rows]
         said = generate(model, tok, processor, shown, asked, "zeroed" in control, grid=GRID, longest=48)
-        for kind in (*_scene.KINDS, "all"):
-            right = [a == s for (_, k, _, a), s in zip(rows, said, strict=True) if kind in (k, "all")]
+        for asks in (*_scene.KINDS, "all"):
+            right = [a == s for (_, k, _, a), s in zip(rows, said, strict=True) if asks in (k, "all")]
             if right:
-                result[kind + control] = share(sum(right), len(right))
+                result[asks + control] = share(sum(right), len(right))
         wrong += [] if control else [(*row, s) for row, s in zip(rows, said, strict=True) if row[-1] != s]
-    for kind, found in result.items():
+    for asks, found in result.items():
         right, n, *shares = found["right"], found["n"], *(100 * found[k] for k in ("share", "low", "high"))
-        print("| {} | {} / {} | {:.2f} % | {:.2f} to {:.2f} % |".format(kind, right, n, *shares))
+        print("| {} | {} / {} | {:.2f} % | {:.2f} to {:.2f} % |".format(asks, right, n, *shares))
     (work / "report.json").write_text(json.dumps(dict(result=result, wrong=wrong), indent=1) + "\n")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(kind: Architecture, about: str):
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="directory for checkpoints")
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--out", type=Path, help="train, and write the model to this directory")
     goal.add_argument("--eval-only", type=Path, help="train nothing, report on this model")
     parser.add_argument("--pictures", type=int, default=500, help="test pictures of the report")
     parser.add_argument("--minutes", type=float, default=44, help="of training, earlier runs in --work included")
+    parser.add_argument("--steps", type=int, help="of training, in place of --minutes: the same on every machine")
     parser.add_argument("--batch", type=int, default=6, help="pictures of one step")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--vision-lr", type=float, default=0.3, help="share of the learning rate for the vision tower")
@@ -402,11 +443,11 @@ def main():
     args.work.mkdir(parents=True, exist_ok=True)
     if not args.eval_only:
         tok = build_tokenizer()
-        model = train(args, tok)
-        print({k: round(v, 4) for k, v in validate(model, tok, 200).items()}, flush=True)
-        save(model, tok, args.out)
-    report(args.eval_only or args.out, args.work, args.pictures)
+        model = train(kind, args, tok)
+        print({k: round(v, 4) for k, v in validate(kind, model, tok, 200).items()}, flush=True)
+        save(model, tok, args.out, kind.processor)
+    report(kind, args.eval_only or args.out, args.work, args.pictures)
 
 
 if __name__ == "__main__":
-    main()
+    main(QWEN2_VL, __doc__)

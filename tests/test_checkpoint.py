@@ -66,7 +66,9 @@ def test_a_directory_is_accepted_with_hashes_and_config(folder):
     assert found.config == {"model_type": "qwen2_vl"}
 
 
-@pytest.mark.parametrize(("alias", "folder"), [("demo", aliases.DEMO), ("scenes", aliases.SCENES)])
+@pytest.mark.parametrize(
+    ("alias", "folder"), [("demo", aliases.DEMO), ("scenes", aliases.SCENES), ("scenes-llava", aliases.SCENES_LLAVA)]
+)
 def test_an_alias_of_a_shipped_model_is_its_directory(alias, folder):
     assert resolve(alias).path == folder.resolve()
 

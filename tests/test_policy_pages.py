@@ -10,12 +10,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = {  # bench -> (report, page)
     "policies": ("scenes.json", "policies.md"),
+    "policies llava": ("scenes-llava.json", "policies.md"),
     "matching": ("matching.json", "policies.md"),
     "neuron_policies": ("neurons.json", "neurons.md"),
 }
 
 
+BOTH = ("policies", "policies llava")  # the same measurements of two architectures
+
+
 def bench(name):
+    name = name.split()[0]
     spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -32,12 +37,7 @@ def test_a_page_shows_the_committed_figures(name):
     page = (ROOT / "docs" / PAGES[name][1]).read_text(encoding="utf-8")
     found = report(name)
     assert bench(name).into(page, found) == page
-    number = {
-        "policies": lambda r: r["joint"][1],
-        "matching": lambda r: r["rows"][1],
-        "neuron_policies": lambda r: r["rows"][1],
-    }
-    row = number[name](found)
+    row = found["joint" if name in BOTH else "rows"][1]
     row["of_dense"] += 0.0123
     assert bench(name).into(page, found) != page, "another figure makes another page"
 
@@ -55,8 +55,58 @@ def test_the_page_on_thresholds_shows_the_committed_figures_and_random_channels_
         assert all(row["read_exact"] == (bundle["precision"] != "fp32") for row in bundle["rows"][1:])
 
 
-def test_the_default_holds_the_floor_and_beats_both_controls():
-    dense, default, *controls = report("policies")["joint"]
+def test_the_page_shows_both_architectures_beside_each_other():
+    page = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
+    both = [report(name) for name in BOTH]
+    assert [r["model"] for r in both] == list(bench("policies").MODELS)
+    assert bench("policies").beside(page, both) == page
+    both[1]["joint"][1]["of_dense"] += 0.0123
+    assert bench("policies").beside(page, both) != page
+
+
+def of_dense(found, part, policies, **shares):
+    """The figure of a row of the report, by its shares (0 to 1) of FFN bytes or tokens."""
+    rows = [r for r in found[part] if r["policies"] == policies]
+    return next(r["of_dense"] for r in rows if all(abs(r[k] - v) < 0.02 for k, v in shares.items()))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_what_the_page_says_of_both_architectures_holds_on_each(name):
+    found = report(name)
+    assert of_dense(found, "tokens", "dense + spread_keys", token_share=0.5) >= 0.99, "the default of a small model"
+    for policy in ("glass", "glass_rank", "predicted", "active"):
+        assert of_dense(found, "neurons", f"{policy} + dense", ffn_bytes_share=0.4) >= 0.99
+    griffin, paper, chance = (
+        of_dense(found, "neurons", f"{p} + dense", ffn_bytes_share=0.4) for p in ("griffin", "coreinfer", "random")
+    )
+    assert 0.99 > griffin > paper > chance
+    for share in bench(name).TOKENS:
+        drawn = of_dense(found, "tokens", "dense + random", token_share=share)
+        for policy in ("overlap", "anchor", "attention"):
+            assert of_dense(found, "tokens", f"dense + {policy}", token_share=share) < drawn
+
+
+def test_what_the_page_says_of_one_architecture_does_not_hold_on_the_other():
+    qwen, llava = (report(name) for name in BOTH)
+    cut = {"ffn_bytes_share": 0.43, "token_share": 0.25}
+    assert of_dense(qwen, "active", "active + spread_keys", **cut) >= 0.985
+    assert of_dense(llava, "active", "active + spread_keys", **cut) < 0.985
+    half = {"token_share": 0.5}
+    assert (
+        of_dense(llava, "tokens", "dense + attention", **half)
+        < 0.5
+        < of_dense(qwen, "tokens", "dense + attention", **half)
+    )
+    few = {"token_share": 0.05}
+    for found, ahead, behind in ((qwen, "spread_keys", "spread"), (llava, "spread", "spread_keys")):
+        assert of_dense(found, "tokens", f"dense + {ahead}", **few) > of_dense(
+            found, "tokens", f"dense + {behind}", **few
+        )
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_recipe_holds_the_floor_and_beats_both_controls(name):
+    dense, default, *controls = report(name)["joint"]
     assert dense["policies"] == "dense" and default["policies"] == "griffin + spread_keys"
     assert default["token_share"] == pytest.approx(0.25) and default["ffn_bytes_share"] <= 0.601
     assert default["of_dense"] >= 0.985
@@ -66,8 +116,9 @@ def test_the_default_holds_the_floor_and_beats_both_controls():
         assert control["token_share"] == pytest.approx(default["token_share"], abs=0.01)
 
 
-def test_at_least_six_policies_of_each_kind_at_four_budgets():
-    found = report("policies")
+@pytest.mark.parametrize("name", BOTH)
+def test_at_least_six_policies_of_each_kind_at_four_budgets(name):
+    found = report(name)
     for part, share, budgets in (("neurons", "ffn_bytes_share", 4), ("tokens", "token_share", 4)):
         rows = [r for r in found[part] if r["policies"] != "dense"]
         cells = {}
@@ -77,9 +128,11 @@ def test_at_least_six_policies_of_each_kind_at_four_budgets():
         assert all(len(c) >= budgets for c in cells.values()), cells
 
 
-def test_thresholds_keep_the_model_at_half_of_the_bytes_with_and_without_a_token_cut():
-    rows = {(r["policies"], round(r["ffn_bytes_share"], 2)): r for r in report("policies")["active"]}
-    for share in bench("policies").ACTIVE:
+@pytest.mark.parametrize(("name", "shares"), [("policies", (0.53, 0.43)), ("policies llava", (0.53,))])
+def test_thresholds_keep_the_model_at_half_of_the_bytes_with_and_without_a_token_cut(name, shares):
+    rows = {(r["policies"], round(r["ffn_bytes_share"], 2)): r for r in report(name)["active"]}
+    assert set(shares) <= set(bench(name).ACTIVE)
+    for share in shares:
         whole, cut, control = (rows[f"active + {t}", share] for t in ("dense", "spread_keys", "attention"))
         assert whole["of_dense"] >= 1.0 and whole["token_share"] == 1
         assert cut["of_dense"] >= 0.985 > control["of_dense"] and cut["token_share"] == pytest.approx(0.25)

@@ -92,6 +92,6 @@ def test_a_setting_that_nothing_reads_is_named(changes, named):
     assert len(found) == len(named) and all(n in f for n, f in zip(named, found, strict=True)), found
 
 
-@pytest.mark.parametrize("name", ["demo", "scenes"])
+@pytest.mark.parametrize("name", ["demo", "scenes", "scenes-llava"])
 def test_a_shipped_recipe_sets_nothing_that_is_not_read(name):
     assert unread(recipe.load(name)) == []

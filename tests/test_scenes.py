@@ -1,5 +1,6 @@
-"""The generated task `scenes` and the model that is shipped for it: what is asked is true, and the model sees it."""
+"""The generated task `scenes` and the models that are shipped for it: what is asked is true, and they see it."""
 
+import json
 import subprocess
 import sys
 from collections import defaultdict
@@ -7,6 +8,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
+from cm_export.bundle.bundle import Bundle
 from cm_export.evals import scene as _scene
 from cm_export.evals.tasks import scenes
 from cm_export.recipe import aliases
@@ -106,32 +108,94 @@ def test_pictures_and_questions_are_the_same_in_every_process():
     assert runs[0] == runs[1] != ""
 
 
-def test_the_shipped_model_answers_from_the_picture():
+def qwen2_vl(folder, tokenizer):
+    """A model in transformers, and (picture, prompt) -> what it is given."""
+    import torch
+    from transformers import Qwen2VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def given(picture, text):
+        image = processor([picture], return_tensors="pt")
+        assert image["image_grid_thw"].tolist() == [[1, 24, 24]]  # 96x96 pixels as they are
+        ids = torch.tensor([tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * 144)).input_ids])
+        return dict(image) | dict(input_ids=ids, mm_token_type_ids=(ids == model.config.image_token_id).int())
+
+    return model, given
+
+
+def llava(folder, tokenizer):
+    """The same of the second architecture; the prompt becomes tokens by transformers' own processor."""
+    import torch
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    settings = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+    del settings["processor_class"]
+    processor = LlavaProcessor(CLIPImageProcessorPil.from_pretrained(folder), tokenizer, **settings)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def given(picture, text):
+        found = processor(images=[picture], text=text, return_tensors="pt")
+        assert (found["input_ids"] == model.config.image_token_id).sum() == 144
+        assert found["pixel_values"].shape == (1, 3, 96, 96)
+        return {name: found[name] for name in ("input_ids", "pixel_values")}
+
+    return model, given
+
+
+@pytest.mark.parametrize(("folder", "opened"), [(aliases.SCENES, qwen2_vl), (aliases.SCENES_LLAVA, llava)])
+def test_a_shipped_model_answers_from_the_picture(folder, opened):
     """Greedy answers of the checkpoint in transformers to the first test pictures; the same with the picture blanked."""
     import torch
-    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers import AutoTokenizer
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for so small a model two are no faster, and on a busy machine far slower
-    folder = aliases.SCENES
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-    model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model, given = opened(folder, tokenizer)
     asked = [q for kind in _scene.KINDS for q in scenes.questions(kind)[:6]][:40]
 
     def answer(question, blank: bool) -> str:
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}]
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        image = processor([scenes.open_picture(question.pictures[0])], return_tensors="pt")
-        assert image["image_grid_thw"].tolist() == [[1, 24, 24]]  # 96x96 pixels as they are
-        image["pixel_values"] *= not blank
-        ids = torch.tensor([tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * 144)).input_ids])
-        kind = (ids == model.config.image_token_id).int()
-        out = model.generate(ids, mm_token_type_ids=kind, **image, max_new_tokens=scenes.KINDS[question.kind])
-        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        prompt = given(scenes.open_picture(question.pictures[0]), text)
+        prompt["pixel_values"] *= not blank
+        out = model.generate(**prompt, max_new_tokens=scenes.KINDS[question.kind])
+        return tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     right = sum(answer(q, blank=False) in q.answers for q in asked)
     blind = sum(answer(q, blank=True) in q.answers for q in asked[::4])
     torch.set_num_threads(threads)
     assert right >= RIGHT_OF_40 and blind <= 3
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("model", ["scenes", "scenes-llava"])
+def test_a_build_by_default_keeps_what_the_shipped_model_says(model, tmp_path):
+    """docs/policies.md on a small sample: right where dense is; the guard, which needs a whole cache, says what dense says."""
+    from conftest import built
+
+    from cm_export.host.guard import Report, guarded
+    from cm_export.host.runner import Budget, Runner
+    from cm_export.host.sampling import PLAIN, Chooser
+
+    bundle = built(tmp_path / "x.plan", "--model", model, "--token-cache", "index")
+    runner = Runner(Bundle(bundle), 1)
+    dense, default = [], []
+    for question in [q for kind in _scene.KINDS for q in scenes.questions(kind)[:8]]:
+        request = runner.ask(question.text, runner.see([scenes.open_picture(question.pictures[0])]))
+        limit = scenes.KINDS[question.kind]
+
+        def said(budget, request=request, limit=limit):
+            return list(runner.tokens(runner.prefill(request, budget), limit, runner.chat.stop_ids))
+
+        answers = {name: said(b) for name, b in (("dense", Budget(dense=True)), ("default", Budget()))}
+        choose = Chooser(PLAIN, request.ids, runner.chat.stop_ids)
+        assert answers["dense"] == list(guarded(runner, runner.prefill(request, Budget()), limit, choose, Report(16)))
+        for name, right in (("dense", dense), ("default", default)):
+            right.append(runner.chat.decode(answers[name]).strip() in question.answers)
+    assert sum(dense) >= 54, "of 56"
+    assert sum(default) >= sum(dense) - 1

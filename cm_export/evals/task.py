@@ -15,7 +15,7 @@ from ..base.errors import InputError
 from ..host.picture_notes import Note
 
 # Models that come with the program, and the task that each was trained for.
-OWN_TASKS = {"demo": "easy-vqa", "scenes": "scenes"}
+OWN_TASKS = {"demo": "easy-vqa", "scenes": "scenes", "scenes-llava": "scenes"}
 
 
 @dataclass(frozen=True)

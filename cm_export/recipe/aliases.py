@@ -1,6 +1,6 @@
-"""Short names of models: the two that are shipped with the tool, and hub ids at the commit it was written against.
+"""Short names of models: the three that are shipped with the tool, and hub ids at the commit it was written against.
 
-demo, scenes                     directories in cm_export/demo
+demo, scenes, scenes-llava       directories in cm_export/demo
 qwen2-vl                         Qwen/Qwen2-VL-2B-Instruct at one commit
 """
 
@@ -10,6 +10,7 @@ from pathlib import Path
 _SHIPPED = Path(__file__).parent.parent / "demo"
 DEMO = _SHIPPED / "model"
 SCENES = _SHIPPED / "scenes"
+SCENES_LLAVA = _SHIPPED / "scenes-llava"
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ _QWEN2_VL_2B = Alias("Qwen/Qwen2-VL-2B-Instruct", "895c3a49bc3fa70a340399125c650
 ALIASES = {
     "demo": Alias(path=DEMO),
     "scenes": Alias(path=SCENES),
+    "scenes-llava": Alias(path=SCENES_LLAVA),
     "qwen2-vl": _QWEN2_VL_2B,
     "qwen2-vl-2b": _QWEN2_VL_2B,
     "qwen2-vl-7b": Alias("Qwen/Qwen2-VL-7B-Instruct", "eed13092ef92e448dd6875b2a00151bd3f7db0ac"),
