@@ -120,7 +120,8 @@ def _unsigned(numbers: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _block(settings: Mapping[str, Any]) -> Any:
-    return next((b for g in _groups(settings) if (b := (g.get("weights") or {}).get("block_structure"))), None)
+    found = next((b for g in _groups(settings) if (b := (g.get("weights") or {}).get("block_structure"))), None)
+    return [int(n) for n in found.split("x")] if isinstance(found, str) else found  # "128x128" of older releases
 
 
 def _groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
