@@ -38,13 +38,16 @@ class Low:
         rng: np.random.Generator,
         symmetric: bool = True,
         shuffled: bool = False,
+        one: bool = False,
     ) -> "Low":
+        """`one`: all outputs have the same scale."""
         w, (inputs, outputs) = weight.T.astype(np.float64), weight.T.shape
         length = inputs if group == -1 else group
         groups = np.arange(inputs) // length
         groups = rng.permutation(groups) if shuffled else groups
         count, middle, most = -(-inputs // length), 1 << (bits - 1), (1 << bits) - 1
         largest = np.stack([np.abs(w[groups == g]).max(0) for g in range(count)])
+        largest = np.full_like(largest, largest.max()) if one else largest
         scale = (largest / (middle - 1)).astype(np.float16)
         zero = np.full((count, outputs), middle)
         if not symmetric:
@@ -100,6 +103,21 @@ def whole(low: Low) -> dict[str, np.ndarray]:
     if (low.zero != 128).any():
         own["weight_zero_point"] = (low.zero.T - 128).astype(np.int8)
     return own
+
+
+def without(pack: Callable[[Low], dict[str, np.ndarray]], part: str) -> Callable[[Low], dict[str, np.ndarray]]:
+    """The same without one of the tensors."""
+    return lambda low: {name: tensor for name, tensor in pack(low).items() if name != part}
+
+
+def packed_without_order(low: Low) -> dict[str, np.ndarray]:
+    """As compressed-tensors writes an order of activations that it did not use."""
+    return packed(low) | {"weight_g_idx": np.full(len(low.groups), -1, np.int32)}
+
+
+def whole_by_one_scale(low: Low) -> dict[str, np.ndarray]:
+    """int-quantized with strategy "tensor"."""
+    return whole(low) | {"weight_scale": low.scale.reshape(-1)[:1]}
 
 
 def fp8(

@@ -93,6 +93,10 @@ def test_hub_aliases_are_pinned_to_commits():
     [
         ("qwen2vl", ("did you mean 'qwen2-vl'?",)),
         ("demmo", ("did you mean 'demo'?",)),
+        ("qwen25-vl-3b", ("did you mean 'qwen2.5-vl-3b'?",)),
+        ("qwen3vl-2b", ("did you mean 'qwen3-vl-2b'?",)),
+        ("Qwen3-VL-4B", ("did you mean 'qwen3-vl-4b'?",)),
+        ("qwen3-0.6", ("did you mean 'qwen3-0.6b'?",)),
         ("", ("no model named",)),
         ("./nowhere", ("no such directory",)),
         ("a/b/c", ("no such directory",)),
@@ -305,6 +309,14 @@ def test_without_network_a_hub_id_fails_within_seconds_and_says_how_to_get_it(tm
     assert time.perf_counter() - start < 15  # the hub client's own retries take more than 23 s
     assert "hf download Qwen/Qwen2-VL-2B-Instruct --revision 895c3a49" in done.stdout
     assert done.stdout.startswith("InputError") and done.stderr == ""
+
+
+@pytest.mark.parametrize("alias", [name for name, alias in aliases.ALIASES.items() if alias.hub_id])
+def test_an_alias_that_is_not_here_says_which_repository_and_commit_to_download(alias, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    meant = aliases.ALIASES[alias]
+    _refused(alias, f"hf download {meant.hub_id} --revision {meant.revision} --local-dir DIR")
 
 
 def test_a_cache_that_holds_a_configuration_alone_asks_the_hub_for_the_weights(cache):

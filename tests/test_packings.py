@@ -30,7 +30,7 @@ from cm_export.quant import rows
 from cm_export.recipe.aliases import DEMO
 from cm_export.recipe.recipe import Recipe
 from cm_export.source import model as hf
-from cm_export.source import quantised
+from cm_export.source import packings, quantised
 from cm_export.source.checkpoint import resolve
 from cm_export.source.packings import Parts, awq, compressed_tensors, fp8, gptq
 
@@ -52,6 +52,13 @@ V2 = GPTQ | {"checkpoint_format": "gptq_v2"}
 AWQ = {"quant_method": "awq", "bits": 4, "version": "gemm"}
 CT = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 WHOLE = CT | {"format": "int-quantized"}
+
+
+def ct(base: dict, bits: int = 4, **weights) -> dict:
+    """compressed-tensors' settings with one group of modules."""
+    return base | {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": bits} | weights}}}
+
+
 READ = {
     "gptq": (gptq, GPTQ, made.gptq, {"bits": 4, "group": 128}),
     "gptq, zeros": (gptq, GPTQ, made.gptq, {"bits": 4, "group": 32, "symmetric": False}),
@@ -69,12 +76,28 @@ READ = {
     "int8, zeros": (compressed_tensors, WHOLE, made.whole, {"bits": 8, "group": 32, "symmetric": False}),
     "gptq, longer groups": (gptq, GPTQ, made.gptq, {"bits": 4, "group": 256, "inputs": 512}),
     "gptq, groups of 96": (gptq, GPTQ, made.gptq, {"bits": 4, "group": 96, "inputs": 192}),
-}
+    "gptq, no g_idx, a shorter last group": (gptq, GPTQ | {"group_size": 128}, made.without(made.gptq, "g_idx"),
+                                             {"bits": 4, "group": 128, "inputs": 384, "symmetric": False}),
+    "gptq, no g_idx, one group": (gptq, GPTQ | {"group_size": -1, "desc_act": True}, made.without(made.gptq, "g_idx"),
+                                  {"bits": 8, "group": -1, "inputs": 96}),
+    "int4, as its settings say": (compressed_tensors, ct(CT, 4, symmetric=False), made.packed,
+                                  {"bits": 4, "group": 32, "symmetric": False}),
+    "int4, static order of activations": (compressed_tensors, ct(CT, 4, actorder="static"), made.packed,
+                                          {"bits": 4, "group": 128, "inputs": 256}),
+    "int4, an order that says nothing": (compressed_tensors, ct(CT, 4, actorder="group"), made.packed_without_order,
+                                         {"bits": 4, "group": 64}),
+    "int8 of a whole matrix": (compressed_tensors, ct(WHOLE, 8, strategy="tensor"), made.whole_by_one_scale,
+                               {"bits": 8, "group": -1, "one": True}),
+    "int8, naive": (compressed_tensors, ct(CT | {"format": "naive-quantized"}, 8), made.whole, {"bits": 8, "group": -1}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", READ)
 def test_a_matrix_is_read_and_its_codes_are_kept_to_the_last_bit(case, tmp_path):
-    packing, settings, pack, how = READ[case]
+    check_read(*READ[case], tmp_path)
+
+
+def check_read(packing, settings, pack, how, tmp_path):
     low = low_of(**how)
     packing.check(settings, tmp_path)
     matrix = packing.matrix(parts_of(tmp_path, pack(low)), settings)
@@ -84,9 +107,16 @@ def test_a_matrix_is_read_and_its_codes_are_kept_to_the_last_bit(case, tmp_path)
     np.testing.assert_array_equal(rows.numbers(rows.pack(codes, scale, zero, matrix.bits, matrix.group)), low.numbers.T)
 
 
+BLOCKS = [(128, 128), (1, 200), (300, 200), (32, 64)]
+
+
 @pytest.mark.parametrize("name", ["weight_scale_inv", "weight_scale"])
-@pytest.mark.parametrize("block", [(128, 128), (1, 200), (300, 200), (32, 64)])
+@pytest.mark.parametrize("block", BLOCKS)
 def test_eight_bit_floats_are_read_with_the_scale_of_their_block_and_have_no_codes(name, block, tmp_path):
+    check_floats(fp8, compressed_tensors, name, block, tmp_path)
+
+
+def check_floats(fp8, compressed_tensors, name, block, tmp_path):
     tensors, numbers = made.fp8(RNG().standard_normal((300, 200)).astype(np.float32), block, name)
     settings = {"quant_method": "fp8", "weight_block_size": list(block)}
     for packing in (fp8, compressed_tensors) if name == "weight_scale" else (fp8,):
@@ -94,20 +124,31 @@ def test_eight_bit_floats_are_read_with_the_scale_of_their_block_and_have_no_cod
         matrix = packing.matrix(parts_of(tmp_path, tensors), own)
         np.testing.assert_array_equal(matrix.numbers(), numbers.T)
         assert matrix.why_not == "they are 8-bit floats"
+    if name == "weight_scale":  # as older releases of compressed-tensors wrote it
+        own = {"config_groups": {"g": {"weights": {"block_structure": "x".join(map(str, block))}}}}
+        read = compressed_tensors.matrix(parts_of(tmp_path, tensors), own)
+        np.testing.assert_array_equal(read.numbers(), numbers.T)
+    if block == (128, 128):  # what transformers takes where a configuration does not say it
+        np.testing.assert_array_equal(fp8.matrix(parts_of(tmp_path, tensors), {}).numbers(), numbers.T)
     if block == (300, 200):
         scalar = tensors | {name: tensors[name].reshape(())}
         np.testing.assert_array_equal(fp8.matrix(parts_of(tmp_path, scalar), {}).numbers(), numbers.T)
 
 
-@pytest.mark.parametrize(
-    ("how", "word"),
-    [
-        ({"bits": 4, "group": 32, "shuffled": True}, "desc_act"),
-        ({"bits": 4, "group": 16}, "no multiple of 32"),
-        ({"bits": 4, "group": 40, "inputs": 120}, "no multiple of 32"),
-    ],
-)
+ODD_GROUPS = [
+    ({"bits": 4, "group": 32, "shuffled": True}, "desc_act"),
+    ({"bits": 8, "group": 64, "shuffled": True, "symmetric": False}, "desc_act"),
+    ({"bits": 4, "group": 16}, "no multiple of 32"),
+    ({"bits": 4, "group": 40, "inputs": 120}, "no multiple of 32"),
+]
+
+
+@pytest.mark.parametrize(("how", "word"), ODD_GROUPS)
 def test_groups_that_the_layout_does_not_have_are_read_right_and_say_why_they_are_not_kept(how, word, tmp_path):
+    check_odd_groups(gptq, compressed_tensors, how, word, tmp_path)
+
+
+def check_odd_groups(gptq, compressed_tensors, how, word, tmp_path):
     low = low_of(**how)
     for packing, tensors in ((gptq, made.gptq(low)), (compressed_tensors, made.packed(low, with_order=True))):
         matrix = packing.matrix(parts_of(tmp_path, tensors), GPTQ)
@@ -116,6 +157,10 @@ def test_groups_that_the_layout_does_not_have_are_read_right_and_say_why_they_ar
 
 
 def test_a_scale_that_is_no_float16_keeps_its_codes_out_and_one_of_bfloat16_that_fits_lets_them_in(tmp_path):
+    check_scales(gptq, tmp_path)
+
+
+def check_scales(gptq, tmp_path):
     low = low_of(bits=4, group=32)
     for scale, fits in (
         (low.scale.astype(np.float32) * 1.0001, False),
@@ -131,15 +176,29 @@ UNREAD = {
     "hqq": {"quant_method": "hqq"},
     "eetq": {"quant_method": "eetq"},
     "torchao": {"quant_method": "torchao"},
+    "mxfp4": {"quant_method": "mxfp4"},
+    "quanto": {"quant_method": "quanto", "weights": "int8"},
+    "fbgemm_fp8": {"quant_method": "fbgemm_fp8"},
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "auto-round": {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4},
     "None": {"bits": 4},
     "marlin": {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
     "3 bits": {"quant_method": "gptq", "bits": 3},
     "rotation": {"quant_method": "gptq", "bits": 4, "rotation": "hadamard"},
     "gemv": {"quant_method": "awq", "bits": 4, "version": "gemv"},
     "llm-awq": {"quant_method": "awq", "bits": 4, "backend": "llm-awq"},
+    "gemv_fast": {"quant_method": "awq", "bits": 4, "format": "gemm", "checkpoint_format": "gemv_fast"},
+    "EoRA": {"quant_method": "gptq", "bits": 4, "adapter": {"name": "lora", "path": "EoRA"}},
     "nvfp4-pack-quantized": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
     "marlin-24": {"quant_method": "compressed-tensors", "format": "marlin-24"},
     "mixed-precision": {"quant_method": "compressed-tensors", "format": "mixed-precision"},
+    "mxfp4-pack-quantized": CT | {"format": "mxfp4-pack-quantized"},
+    "mxfp8-quantized": CT | {"format": "mixed-precision", "config_groups": {"g": {"format": "mxfp8-quantized"}}},
+    "dense": CT | {"format": "dense", "quantization_status": "frozen"},
+    "7 bits": ct(CT, 7),
+    "16 bits": ct(CT | {"format": "float-quantized"}, 16, type="float"),
+    "float-quantized": ct(CT | {"format": "float-quantized"}, 8, type="int"),
+    "'float'": ct(CT, 8, type="float"),
     "sparse-24-bitmask": CT | {"sparsity_config": {"format": "sparse-24-bitmask"}},
     "transform_config": CT | {"transform_config": {"config_groups": {"R1": {}}}},
     "weight_block_size": {"quant_method": "fp8", "weight_block_size": [128]},
@@ -157,8 +216,23 @@ def test_a_packing_that_is_not_read_is_refused_by_its_name_with_what_to_do(word,
 
 
 def test_tensors_that_do_not_fit_together_are_refused_by_the_modules_name(tmp_path):
+    check_refused({p: p for p in (gptq, awq, compressed_tensors, fp8)}, tmp_path)
+
+
+def check_refused(readers, tmp_path):
     low = low_of(bits=4, group=32)
+    shuffled = low_of(bits=4, group=32, shuffled=True)
     wrong = [
+        (gptq, made.without(made.gptq, "g_idx")(low)),  # in groups of how many, nothing says
+        (gptq, made.gptq(low) | {"scales": (low.scale * 2**14).astype(np.int32)}),
+        (compressed_tensors, made.whole(low) | {"weight": low.numbers}),  # not yet rounded
+        (fp8, {"weight": np.ones((4, 4), np.float32), "weight_scale": np.ones((), np.float32)}),
+        (fp8, made.fp8(low.numbers, (16, 64))[0]),  # blocks of 128 by 128 would be one
+        (compressed_tensors, made.fp8(low.numbers, (16, 64), "weight_scale")[0]),
+        (
+            compressed_tensors,
+            made.fp8(low.numbers, (1, 128), "weight_scale")[0] | {"weight_zero_point": np.ones((48, 1), np.int8)},
+        ),
         (gptq, made.gptq(low) | {"scales": low.scale[:, :8]}),
         (gptq, made.gptq(low) | {"g_idx": np.full(128, 9, np.int32)}),
         (gptq, {n: t for n, t in made.gptq(low).items() if n != "scales"}),
@@ -170,7 +244,34 @@ def test_tensors_that_do_not_fit_together_are_refused_by_the_modules_name(tmp_pa
     ]
     for packing, tensors in wrong:
         with pytest.raises(InputError, match=r"a\.b"):
-            packing.matrix(parts_of(tmp_path, tensors), GPTQ if packing is gptq else {})
+            readers[packing].matrix(parts_of(tmp_path, tensors), GPTQ if packing is gptq else {})
+    for packing, tensors, settings in (
+        (gptq, made.without(made.gptq, "g_idx")(shuffled), GPTQ | {"group_size": 32, "desc_act": True}),
+        (compressed_tensors, made.packed(low), ct(CT, 8)),
+        (compressed_tensors, made.packed(low), ct(CT, 4, symmetric=False)),
+    ):
+        with pytest.raises(InputError, match=r"a\.b"):
+            readers[packing].matrix(parts_of(tmp_path, tensors), settings)
+
+
+ACCEPTED = {
+    "awq as transformers 5 saves it": AWQ | {"backend": "auto", "format": "gemm", "sym": False, "desc_act": False},
+    "awq of GPTQModel": AWQ | {"checkpoint_format": "gemm", "format": "gemm", "pack_dtype": "int32", "desc_act": False},
+    "awq that leaves the tower": AWQ | {"version": "GEMM", "modules_to_not_convert": ["visual"], "zero_point": True},
+    "gptq of optimum": GPTQ | {"modules_in_block_to_quantize": [["self_attn.q_proj"]], "exllama_config": {"version": 1},
+                               "sym": True, "desc_act": True, "block_name_to_quantize": None, "use_cuda_fp16": False},
+    "gptq of GPTQModel": V2 | {"pack_dtype": "int32", "lm_head": True, "meta": {"quantizer": ["gptqmodel:2.0"]},
+                               "dynamic": {"-:.*visual.*": {}}},
+    "compressed-tensors of two kinds": CT | {"format": "mixed-precision", "config_groups": {
+        "a": {"format": "pack-quantized", "weights": {"num_bits": 4, "type": "int"}},
+        "b": {"format": "float-quantized", "weights": {"num_bits": 8, "type": "float"}}, "c": {"format": "int-quantized"}}},
+    "compressed-tensors, a preset": WHOLE | {"config_groups": {"W8A8": ["Linear"]}, "ignore": ["re:.*lm_head", "re:.*visual.*"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_settings_of_other_programs_that_change_nothing_about_the_layout_are_accepted(case, tmp_path):
+    packings.find(ACCEPTED[case], tmp_path)
 
 
 def held(weight="w", kind="ffn", bits=4, why_not=None, **more) -> Held:

@@ -30,6 +30,11 @@ ALIASES = {
     "qwen2-vl": _QWEN2_VL_2B,
     "qwen2-vl-2b": _QWEN2_VL_2B,
     "qwen2-vl-7b": Alias("Qwen/Qwen2-VL-7B-Instruct", "eed13092ef92e448dd6875b2a00151bd3f7db0ac"),
+    "qwen2.5-vl-3b": Alias("Qwen/Qwen2.5-VL-3B-Instruct", "66285546d2b821cf421d4f5eb2576359d3770cd3"),
+    "qwen2.5-vl-7b": Alias("Qwen/Qwen2.5-VL-7B-Instruct", "cc594898137f460bfe9f0759e9844b3ce807cfb5"),
+    "qwen3-vl-2b": Alias("Qwen/Qwen3-VL-2B-Instruct", "89644892e4d85e24eaac8bacfd4f463576704203"),
+    "qwen3-vl-4b": Alias("Qwen/Qwen3-VL-4B-Instruct", "ebb281ec70b05090aa6165b016eac8ec08e71b17"),
+    "qwen3-0.6b": Alias("Qwen/Qwen3-0.6B", "c1899de289a04d12100db370d81485cdf75e47ca"),
     "llava-1.5-7b": Alias("llava-hf/llava-1.5-7b-hf", "b234b804b114d9e37bb655e11cbbb5f5e971b7a9"),
     "llava-onevision-0.5b": Alias(
         "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "74dd0bf867a4cda7950c17663794267c60cf4b40"

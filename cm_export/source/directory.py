@@ -142,9 +142,14 @@ def _check_tensors(file: Path, types: Mapping[str, str], packed: bool) -> None:
         fix = "give the model alone, and what peft saved as --adapter: the build merges it"
         raise InputError(f"holds tensors of an adapter, e.g. {found[0]}", where=file, fix=fix)
     for name, kind in types.items() if not packed else ():
-        whole = kind in INTEGERS and name.endswith("weight")
-        if _LOW_BIT_NAME.search(name) or whole or (kind not in FLOATS | INTEGERS and kind != "BOOL"):
+        if in_few_bits(name, kind):
             raise _quantised(file, f"{name} is {kind}")
+
+
+def in_few_bits(name: str, kind: str) -> bool:
+    """Whether a tensor is one of those that a weight in few bits is stored as."""
+    whole = kind in INTEGERS and name.endswith("weight")
+    return bool(_LOW_BIT_NAME.search(name)) or whole or (kind not in FLOATS | INTEGERS and kind != "BOOL")
 
 
 def _quantised(where: Path, why: str) -> InputError:

@@ -116,6 +116,11 @@ def find(path: Path) -> Quantised | None:
         raise InputError(what, where=path, fix=f"take {KEY} out of config.json if the weights are float")
     taken = {f"{module}.{part}" for module, parts in modules.items() for part in parts}
     others = {name: file for name, file in where.items() if name not in taken}
+    types = {name: kind for file in {*others.values()} for name, kind in directory.tensor_types(file).items()}
+    for name in others:
+        if directory.in_few_bits(name, types[name]):
+            what = f"{name} is {types[name]}, and nothing here says what its numbers mean"
+            raise InputError(what, where=path, fix=f"download the checkpoint again; or {packings.ORIGINAL}")
     return Quantised(path, settings["quant_method"], settings, modules, others, packing)
 
 

@@ -53,6 +53,13 @@ class Parts(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._files)
 
+    def scale(self, part: str) -> np.ndarray:
+        """float32 scales. Raises InputError for whole numbers: they are scales of another format, or exponents."""
+        value = self[part]
+        if value.dtype != np.float32:
+            raise InputError(f"{part} is {self.dtype(part)}, not float", where=self.module, fix=ORIGINAL)
+        return value
+
     def shape(self, part: str) -> tuple[int, ...]:
         """Its shape, without reading it."""
         from safetensors import safe_open
@@ -165,12 +172,21 @@ def notes(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def eight_bit_floats(parts: Parts, scale: np.ndarray, block: Any) -> Matrix:
-    """weight fp8 [N,K] times a scale of one number, by output [N,1], or by blocks of `block` [rows, columns]."""
+    """weight fp8 [N,K] times a scale: one number, one by output [N,1], or one for each block of `block` [rows, columns]."""
+    if not parts.dtype("weight").startswith("F8_"):
+        what = f"weight is {parts.dtype('weight')} and has a scale: numbers that are still to be rounded, or another format"
+        raise InputError(what, where=parts.module, fix=ORIGINAL)
     outputs, inputs = parts.shape("weight")
-    scale = scale.reshape(1, 1) if scale.size == 1 else scale[:, None] if scale.ndim == 1 else scale
-    rows, columns = block if block and scale.size > 1 else (-(-outputs // len(scale)), -(-inputs // scale.shape[-1]))
-    if scale.ndim != 2 or scale.shape != (-(-outputs // rows), -(-inputs // columns)):
-        raise InputError(f"a scale {list(scale.shape)} of a weight {[outputs, inputs]}", where=parts.module)
+    if scale.size == 1:
+        scale, (rows, columns) = scale.reshape(1, 1), (outputs, inputs)
+    elif scale.shape in ((outputs,), (outputs, 1)):
+        scale, (rows, columns) = scale.reshape(outputs, 1), (1, inputs)
+    else:
+        rows, columns = block or (0, 0)
+    if not rows or scale.shape != (-(-outputs // rows), -(-inputs // columns)):
+        said = f"blocks of {list(block)}" if block else "no size of blocks"
+        what = f"a scale {list(scale.shape)} of a weight {[outputs, inputs]}, and quantization_config says {said}"
+        raise InputError(what, where=parts.module)
 
     def read() -> np.ndarray:
         whole = np.repeat(np.repeat(scale, rows, axis=0)[:outputs], columns, axis=1)[:, :inputs]

@@ -22,18 +22,18 @@ _PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # where each of eight outputs lies in its wo
 
 def check(settings: Mapping[str, Any], where: Path) -> None:
     """Raises InputError for other layouts of the same method."""
-    version = settings.get("version", "gemm")
-    if str(version).lower() != "gemm":
-        raise unread(settings, f"version {version!r}", where)
+    for name in ("version", "format", "checkpoint_format"):
+        if str(settings.get(name) or "gemm").lower() != "gemm":
+            raise unread(settings, f"{name} {settings[name]!r}", where)
     if settings.get("bits", settings.get("w_bit", 4)) != 4:
         raise unread(settings, f"{settings.get('bits', settings.get('w_bit'))!r} bits", where)
-    if settings.get("backend") not in (None, "autoawq"):
+    if str(settings.get("backend")).lower() == "llm-awq":  # the others name a kernel, not a layout
         raise unread(settings, f"backend {settings['backend']!r}", where)
 
 
 def matrix(parts: Parts, settings: Mapping[str, Any]) -> Matrix:
     """The matrix of a module."""
-    scale, (inputs, words) = parts["scales"], parts.shape("qweight")
+    scale, (inputs, words) = parts.scale("scales"), parts.shape("qweight")
     zero, outputs = _in_order(nibbles(parts["qzeros"], 4, axis=1)), 8 * words
     if scale.shape != zero.shape or scale.shape[1] != outputs or inputs % len(scale):
         shapes = f"qzeros [.., {zero.shape[1] // 8}], scales {list(scale.shape)}, qweight {[inputs, words]}"

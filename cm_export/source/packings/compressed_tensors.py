@@ -15,26 +15,28 @@ from typing import Any
 import numpy as np
 
 from ...base.errors import InputError
-from . import Matrix, Parts, eight_bit_floats, nibbles, unread
+from . import ORIGINAL, Matrix, Parts, eight_bit_floats, nibbles, unread
 
 MARKS = ("weight_scale",)
 PARTS = (
     "weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx",
     "input_scale", "input_zero_point", "output_scale", "output_zero_point",
 )  # fmt: skip
-_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+_FORMATS = {  # and the types of their weights
+    "pack-quantized": ("int",), "int-quantized": ("int",), "float-quantized": ("float",), "naive-quantized": ("int", "float"),
+}  # fmt: skip
 
 
 def check(settings: Mapping[str, Any], where: Path) -> None:
     """Raises InputError for other formats of the same library."""
-    groups = settings.get("config_groups") or {}
-    own = [g.get("format") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
-    form = settings.get("format")
-    formats = own if form == "mixed-precision" else [form, *(f for f in own if f)]
-    if odd := next((f for f in formats if f not in _FORMATS), None if formats else form):
-        raise unread(settings, f"format {odd!r}", where)
-    if not formats or None in formats:
-        raise unread(settings, f"format {form!r}", where)
+    own, form = _groups(settings), settings.get("format")
+    formats = [g.get("format") for g in own]
+    formats = formats if form == "mixed-precision" else [form, *(f for f in formats if f)]
+    odd = [f for f in formats if f not in _FORMATS]
+    if odd or not formats:
+        raise unread(settings, f"format {(odd[0] if odd else None) or form!r}", where)
+    for group in own:
+        _check_numbers(settings, group, where)
     sparse = settings.get("sparsity_config") or {}
     if sparse.get("format", "dense") != "dense":
         raise unread(settings, f"sparsity_config format {sparse['format']!r}", where)
@@ -42,18 +44,29 @@ def check(settings: Mapping[str, Any], where: Path) -> None:
         raise unread(settings, "transform_config", where)
 
 
+def _check_numbers(settings: Mapping[str, Any], group: Mapping[str, Any], where: Path) -> None:
+    """Packed numbers of other bits would be read as some of 4 or 8."""
+    weights, form = group.get("weights"), str(group.get("format") or settings.get("format"))
+    if not isinstance(weights, dict):
+        return  # a group whose weights are left as they are
+    kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
+    if kind not in _FORMATS[form]:
+        raise unread(settings, f"format {form!r} of weights of type {kind!r}", where)
+    if bits not in ((4, 8) if form == "pack-quantized" else (8,) if kind == "float" else range(1, 9)):
+        raise unread(settings, f"{bits!r} bits ({form}, {kind})", where)
+
+
 def matrix(parts: Parts, settings: Mapping[str, Any]) -> Matrix:
     """The matrix of a module."""
-    scale = parts["weight_scale"]
+    scale = parts.scale("weight_scale")
     if "weight_packed" in parts:
         outputs, inputs = (int(n) for n in parts["weight_shape"])
-        words = parts.shape("weight_packed")[1]
-        bits = next((b for b in (4, 8) if words == -(-inputs * b // 32)), None)
-        if bits is None:
-            raise InputError(f"{words} words of {inputs} numbers are neither 4 nor 8 bits", where=parts.module)
+        bits = _bits(parts, inputs, settings)
     elif parts.dtype("weight") == "I8":
         (outputs, inputs), bits = parts.shape("weight"), 8
     else:
+        if "weight_zero_point" in parts and parts["weight_zero_point"].any():
+            raise InputError("8-bit floats with a zero point", where=parts.module, fix=ORIGINAL)
         return eight_bit_floats(parts, scale, _block(settings))
     if scale.size == 1:
         scale = np.full((outputs, 1), scale.reshape(()), np.float32)
@@ -65,9 +78,22 @@ def matrix(parts: Parts, settings: Mapping[str, Any]) -> Matrix:
     if groups.shape != (inputs,) or groups.max() >= scale.shape[1]:
         raise InputError("weight_g_idx does not name a group for each input", where=parts.module)
     zero = _zero(parts, bits, scale.shape) if "weight_zero_point" in parts else None
-    return Matrix(
-        inputs, outputs, bits, lambda: _codes(parts, bits, inputs), np.ascontiguousarray(scale.T), zero, groups
-    )
+    own = _groups(settings)
+    if zero is None and own and all((g.get("weights") or {}).get("symmetric") is False for g in own):
+        raise InputError("has no weight_zero_point, and its numbers are not symmetric", where=parts.module)
+    scale = np.ascontiguousarray(scale.T)
+    return Matrix(inputs, outputs, bits, lambda: _codes(parts, bits, inputs), scale, zero, groups)
+
+
+def _bits(parts: Parts, inputs: int, settings: Mapping[str, Any]) -> int:
+    """Of the numbers in its words, by how many words there are of how many numbers."""
+    words = parts.shape("weight_packed")[1]
+    said = {bits for g in _groups(settings) if (bits := (g.get("weights") or {}).get("num_bits"))} or {4, 8}
+    fits = [b for b in sorted(said & {4, 8}) if words == -(-inputs * b // 32)]
+    if len(fits) != 1:
+        what = f"{words} words of {inputs} numbers are not {' or '.join(map(str, sorted(said)))} bits"
+        raise InputError(what, where=parts.module)
+    return fits[0]
 
 
 def _codes(parts: Parts, bits: int, inputs: int) -> np.ndarray:
@@ -80,7 +106,7 @@ def _codes(parts: Parts, bits: int, inputs: int) -> np.ndarray:
 def _zero(parts: Parts, bits: int, shape: tuple[int, ...]) -> np.ndarray:
     """uint8 [G,N]."""
     stored = parts["weight_zero_point"]
-    if stored.dtype == np.int32 and stored.shape != shape:  # packed along the outputs
+    if stored.dtype == np.int32 and "weight_packed" in parts:  # packed along the outputs
         zero = nibbles(stored, bits, axis=0)[: shape[0]]
     else:
         zero = np.broadcast_to(_unsigned(stored, bits), shape) if stored.size == 1 else _unsigned(stored, bits)
@@ -94,5 +120,11 @@ def _unsigned(numbers: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _block(settings: Mapping[str, Any]) -> Any:
-    groups = (settings.get("config_groups") or {}).values()
-    return next((b for g in groups if (b := (g.get("weights") or {}).get("block_structure"))), None)
+    found = next((b for g in _groups(settings) if (b := (g.get("weights") or {}).get("block_structure"))), None)
+    return [int(n) for n in found.split("x")] if isinstance(found, str) else found  # "128x128" of older releases
+
+
+def _groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """How groups of modules are stored; a name of a preset scheme in the place of a group's settings says nothing here."""
+    groups = settings.get("config_groups") or {}
+    return [g for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []

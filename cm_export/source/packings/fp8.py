@@ -1,6 +1,7 @@
 """`quant_method = fp8`: 8-bit floats with a scale for each block, each output or each weight; read as float32.
 
-    weight fp8 [N,K]      weight_scale_inv [N/128, K/128] (weight_block_size), or weight_scale [N,1], [1], []
+    weight fp8 [N,K]      weight_scale_inv [N/128, K/128] (weight_block_size, 128 x 128 where it is not given), or
+                          weight_scale [N,1], [1], []
     W = weight * scale    "inv" is in its name because activations were divided by it
 
 Source: transformers (integrations/finegrained_fp8.py), DeepSeek-V3's report (arXiv 2412.19437), section 3.3.
@@ -14,6 +15,7 @@ from . import Matrix, Parts, eight_bit_floats, unread
 
 MARKS = ("weight_scale_inv", "weight_scale")
 PARTS = ("weight", "weight_scale_inv", "weight_scale", "input_scale", "activation_scale")
+_BLOCK = [128, 128]  # what transformers takes where the configuration does not say it
 
 
 def check(settings: Mapping[str, Any], where: Path) -> None:
@@ -27,5 +29,5 @@ def check(settings: Mapping[str, Any], where: Path) -> None:
 
 def matrix(parts: Parts, settings: Mapping[str, Any]) -> Matrix:
     """The matrix of a module."""
-    scale = parts["weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"]
-    return eight_bit_floats(parts, scale, settings.get("weight_block_size"))
+    scale = parts.scale("weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale")
+    return eight_bit_floats(parts, scale, settings.get("weight_block_size", _BLOCK))

@@ -3,6 +3,7 @@
     qweight int32 [K bits/32, N]    code k of a column lies in word k bits/32, the lowest first
     qzeros  int32 [G, N bits/32]    checkpoint_format "gptq" stores zero - 1, subtracted from whole words; "gptq_v2" zero
     scales  [G,N]     g_idx [K]     the group of each input: k // group_size, or in any order with desc_act
+                                    where it is missing: k // group_size
 
 Source: the dequantisation in GPTQModel (nn_modules/qlinear), the conversion of zeros in its utils/model.py.
 """
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...base.errors import InputError
-from . import Matrix, Parts, nibbles, unread
+from . import ORIGINAL, Matrix, Parts, nibbles, unread
 
 MARKS = ("qweight",)
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -31,14 +32,14 @@ def check(settings: Mapping[str, Any], where: Path) -> None:
         raise unread(settings, f"{settings.get('bits')!r} bits", where)
     if settings.get("pack_dtype", "int32") not in ("int32", "torch.int32", None):
         raise unread(settings, f"pack_dtype {settings['pack_dtype']!r}", where)
-    for name in ("rotation", "planar"):
+    for name in ("rotation", "planar", "adapter"):
         if settings.get(name):
             raise unread(settings, f"{name} = {settings[name]!r}", where)
 
 
 def matrix(parts: Parts, settings: Mapping[str, Any]) -> Matrix:
     """The matrix of a module. Its bits are those of its tensors: GPTQModel's `dynamic` may give modules other ones."""
-    scale, zeros = parts["scales"], np.ascontiguousarray(parts["qzeros"]).view(np.uint32)
+    scale, zeros = parts.scale("scales"), np.ascontiguousarray(parts["qzeros"]).view(np.uint32)
     rows, outputs = parts.shape("qweight")
     bits = 32 * zeros.shape[1] // max(outputs, 1)
     if bits not in _ONES or scale.shape != (len(zeros), outputs):
@@ -47,12 +48,20 @@ def matrix(parts: Parts, settings: Mapping[str, Any]) -> Matrix:
     if _format(settings) == "gptq":
         zeros = zeros + np.uint32(_ONES[bits])
     inputs = rows * 32 // bits
-    in_order = np.arange(inputs) // -(-inputs // len(scale))
-    groups = parts["g_idx"].astype(np.int64) if "g_idx" in parts else in_order
+    groups = parts["g_idx"].astype(np.int64) if "g_idx" in parts else _in_order(parts, inputs, len(scale), settings)
     if groups.shape != (inputs,) or groups.min() < 0 or groups.max() >= len(scale):
         raise InputError(f"g_idx does not name a group of {len(scale)} for each of {inputs} inputs", where=parts.module)
     zero = nibbles(zeros, bits, axis=1)
     return Matrix(inputs, outputs, bits, lambda: nibbles(parts["qweight"], bits, axis=0), scale, zero, groups)
+
+
+def _in_order(parts: Parts, inputs: int, count: int, settings: Mapping[str, Any]) -> np.ndarray:
+    """[K] of a matrix without g_idx: `count` groups of neighbours. Raises InputError where they cannot be told."""
+    length = inputs if count == 1 else settings.get("group_size")
+    if (settings.get("desc_act") and count > 1) or type(length) is not int or -(-inputs // max(length, 1)) != count:
+        what = f"{count} groups of {inputs} inputs without g_idx, and quantization_config says group_size {length!r}"
+        raise InputError(f"{what}, desc_act {settings.get('desc_act', False)!r}", where=parts.module, fix=ORIGINAL)
+    return np.arange(inputs) // length
 
 
 def _format(settings: Mapping[str, Any]) -> Any:
