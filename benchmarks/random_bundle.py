@@ -13,12 +13,15 @@ SIZES = {"mid": (768, 4096, 12, 12, 2, 32000), "qwen2-vl-2b": (1536, 8960, 28, 1
 
 
 def checkpoint(folder: Path, sizes: str) -> Path:
-    """Save a stock transformers checkpoint with a vision tower of one small layer."""
+    """Save a stock transformers checkpoint with a vision tower of one small layer, and a tokenizer, so that it can be asked."""
     import torch
+    from peers.checkpoint import processor
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     hidden, ffn, layers, heads, kv_heads, vocab = SIZES[sizes]
     half = hidden // heads // 2
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = processor(folder)
     text = {
         "vocab_size": vocab,
         "hidden_size": hidden,
@@ -33,12 +36,13 @@ def checkpoint(folder: Path, sizes: str) -> Path:
             "rope_theta": 1e6,
             "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8],
         },
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
     }
     vision = {"depth": 1, "embed_dim": 64, "hidden_size": hidden, "num_heads": 4, "mlp_ratio": 2, "patch_size": 14}
-    special = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 3, "vision_end_token_id": 4}
+    named = {"image_token_id": "image_pad", "video_token_id": "video_pad", "vision_start_token_id": "vision_start"}
+    special = {name: ids[f"<|{token}|>"] for name, token in (named | {"vision_end_token_id": "vision_end"}).items()}
     torch.manual_seed(0)
     config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **special)
     model = Qwen2VLForConditionalGeneration(config)

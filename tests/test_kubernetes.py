@@ -1,4 +1,7 @@
-"""The Kubernetes base and the Dockerfile of `cm-export serve`: valid, consistent with each other and with the command."""
+"""The Kubernetes bases of `cm-export serve` and of Triton are valid; that of serve, and its Dockerfile, fit the command.
+
+What the base of Triton says about a model repository is tested beside the repository (test_triton_repository.py).
+"""
 
 import re
 from pathlib import Path
@@ -13,17 +16,26 @@ from cm_export.serving.metrics import FIGURES
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "deploy" / "kubernetes" / "serve"
 NAME = "app.kubernetes.io/name"
+BASES = {"serve": BASE, "triton": ROOT / "kubernetes" / "triton"}
 KUSTOMIZATION = yaml.safe_load((BASE / "kustomization.yaml").read_text())
-OBJECTS = {o["kind"]: o for name in KUSTOMIZATION["resources"] for o in yaml.safe_load_all((BASE / name).read_text())}
+
+
+def objects(base):
+    """What a base makes, by kind."""
+    listed = yaml.safe_load((base / "kustomization.yaml").read_text())["resources"]
+    return {o["kind"]: o for name in listed for o in yaml.safe_load_all((base / name).read_text())}
+
+
+OBJECTS = objects(BASE)
 POD = OBJECTS["Deployment"]["spec"]["template"]["spec"]
 (SERVE,) = POD["containers"]
 
 
-@pytest.mark.parametrize("kind", OBJECTS)
-def test_every_object_is_valid_for_the_oldest_and_the_newest_kubernetes_in_use(kind):
+@pytest.mark.parametrize(("base", "kind"), [(name, kind) for name, base in BASES.items() for kind in objects(base)])
+def test_every_object_is_valid_for_the_oldest_and_the_newest_kubernetes_in_use(base, kind):
     schemas = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate brings the schemas")
     for version in ("1.31", schemas.latest_version()):
-        schemas.validate(OBJECTS[kind], version, strict=True)
+        schemas.validate(objects(BASES[base])[kind], version, strict=True)
 
 
 def test_a_field_that_does_not_exist_is_found():

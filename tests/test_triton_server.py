@@ -56,7 +56,7 @@ class Server:
             command, env = [HOME / "bin" / "tritonserver", *words], os.environ | {"OMP_NUM_THREADS": "1"}
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
         end = time.monotonic() + 120
-        while not self.ready():
+        while not (self.ready() and self.counts()):  # it opens its port for metrics after the others
             assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()[-3000:]
             time.sleep(0.1)
         return self
@@ -73,6 +73,11 @@ class Server:
     def ready(self, path="/v2/health/ready"):
         with contextlib.suppress(OSError, http.client.HTTPException):
             return self.call("GET", path)[0] == 200
+        return False
+
+    def counts(self):
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return bool(self.metrics())
         return False
 
     def call(self, method, path, body=None, timeout=60):
@@ -129,7 +134,7 @@ def _ports(count):
 
 def deployed(bundle, out, *options):
     assert (HOME / "bin" / "tritonserver").is_file(), "there is no server: make test-triton sets one up"
-    done = cm_export("deploy", "triton", bundle, "--out", out, "--threads", "1", "--quiet", *options)
+    done = cm_export("deploy", "triton", bundle, "--out", out, "--quiet", *options)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -474,7 +479,7 @@ def test_a_killed_server_ends_its_clients_and_answers_again_when_it_is_started(r
 
 
 def test_graphs_as_models_of_the_server_answer_the_same(whole_bundle, tmp_path, expected):
-    out = deployed(whole_bundle, tmp_path / "models", "--execution", "bls")
+    out = deployed(whole_bundle, tmp_path / "models", "--execution", "bls", "--threads", "1")
     models = ["vision", "prefill", "prefill_dense", "decode", "decode_dense", "vlm"]
     with running(out, *models) as server:
         for number in (0, 1, 2, 3, 4, 5):
@@ -486,7 +491,7 @@ def test_a_repository_of_tensorrt_plans_answers_as_its_bundle_does(on_machine, t
     machine = on_machine("10.13.3.9", engine__precision="fp32").sit_at(monkeypatch)
     with load(machine.bundle, threads=1, backend="tensorrt") as model:
         expected = [model.generate(QUESTION, **UNEQUAL[n][1]) for n in (0, 2, 3)]
-    out = deployed(machine.bundle, tmp_path / "models", "--execution", "bls")
+    out = deployed(machine.bundle, tmp_path / "models", "--execution", "bls", "--threads", "1")
     text = (out / "prefill" / "config.pbtxt").read_text()
     assert 'platform: "tensorrt_plan"' in text and (out / "prefill" / "1" / "model.plan").is_file()
     with running(out, "vision", "prefill", "prefill_dense", "decode", "decode_dense", "vlm") as server:

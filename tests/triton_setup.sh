@@ -7,10 +7,10 @@ mkdir -p "$folder/bin"
 folder=$(cd "$folder" && pwd)
 "${PYTHON:-python3}" -m venv "$folder/venv"
 pip="$folder/venv/bin/pip --quiet --disable-pip-version-check install"
-$pip --no-deps nvidia-pytriton==0.7.0 # a server 2.51 with the Python backend; its own package is not used
 # Its Python backend is older than numpy 2, which the requirements pin for newer servers.
 grep -v '^numpy\|^ml-dtypes' "$requirements" > "$folder/requirements.txt"
 $pip --requirement "$folder/requirements.txt" 'numpy<2' 'ml-dtypes<0.6' 'tritonclient[grpc]==2.69.0'
+$pip --no-deps nvidia-pytriton==0.7.0 # a server 2.51 with the Python backend; what its own package needs is not used
 site=$("$folder/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 version=$("$folder/venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 library=$("$folder/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_config_var("LIBDIR"))')

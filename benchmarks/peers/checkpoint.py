@@ -54,8 +54,14 @@ TEMPLATE = (
 def write(folder: Path, sizes: Sizes) -> None:
     """Fill the folder; the weights come last."""
     folder.mkdir(parents=True, exist_ok=True)
-    ids = _tokenizer(folder)
+    ids = processor(folder)
     _json(folder / "config.json", _config(sizes, ids))
+    _weights(folder)
+
+
+def processor(folder: Path) -> dict[str, int]:
+    """Write tokenizer, template and rule of pictures; returns the ids of the special tokens."""
+    ids = _tokenizer(folder)
     ends = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     _json(folder / "generation_config.json", {"eos_token_id": ends, "pad_token_id": ends[1], "do_sample": False})
     rule: dict[str, Any] = {"min_pixels": 3136, "max_pixels": 1003520}
@@ -63,7 +69,7 @@ def write(folder: Path, sizes: Sizes) -> None:
     rule |= {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
     rule |= {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
     _json(folder / "preprocessor_config.json", rule)
-    _weights(folder)
+    return ids
 
 
 def _tokenizer(folder: Path) -> dict[str, int]:

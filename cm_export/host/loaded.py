@@ -153,14 +153,18 @@ def load(
 
     `threads`: of the CPU, 0 takes all cores. `backend`: None takes the one that it was built for.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise InputError(f"a bundle is a directory, not a {type(path).__name__}", where="load", fix="give its path")
     if backend is not None and not isinstance(backend, str):
         raise InputError(f"is a {type(backend).__name__}", where="backend", fix='give a name, such as "onnxruntime"')
     threads = asking.whole_number(threads, "threads", 0)
     progress("open the bundle")
+    return LoadedBundle(opened(path), threads, backend=backend)
+
+
+def opened(path: str | os.PathLike[str]) -> Bundle:
+    """The bundle in that directory, without what runs it. Raises InputError, BundleError."""
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"a bundle is a directory, not a {type(path).__name__}", where="load", fix="give its path")
     try:
-        bundle = Bundle(Path(path))
+        return Bundle(Path(path))
     except OSError as e:
         raise InputError(f"cannot be opened ({e.strerror})", where=path, fix="give a directory that can be read") from e
-    return LoadedBundle(bundle, threads, backend=backend)

@@ -1,7 +1,7 @@
 """The HTTP server of one bundle: OpenAI's chat completions, models, health, metrics, and a page to try it on.
 
 POST /v1/chat/completions -> body within bounds -> wire.read -> Scheduler -> JSON, or events while tokens come
-GET  /v1/models   /healthz (the process answers)   /readyz (weights verified, requests taken)   /metrics   / (page)
+GET  /v1/models   /healthz (the process answers)   /readyz (weights verified, warm, requests taken)   /metrics   / (page)
 
 Nothing that a request says is executed, opened or fetched. Whoever closes the connection cancels the request.
 """
@@ -31,6 +31,7 @@ from .metrics import Prometheus
 from .plain import parse
 from .reply import Reply, Room
 from .scheduler import Scheduler
+from .warm_up import largest, warm
 from .wire import Wanted, read
 
 PAGE = {"": "text/html", "page.js": "text/javascript", "page.css": "text/css"}
@@ -48,6 +49,7 @@ class Settings:
     memory: int = 2**30  # of bodies and pictures of all requests together
     hosts: frozenset[str] | None = None  # that requests may be addressed to; None: any
     log_prompts: bool = False
+    warm_up: bool = True  # before it says that it is ready
 
 
 class Service:
@@ -58,20 +60,26 @@ class Service:
         of_one = settings.body_bytes + 3 * settings.bounds.pixels
         self.room = Room(max(settings.memory, 2 * of_one))
         self._decoding = asyncio.Semaphore(2)  # bodies parsed and pictures decoded at the same time
-        self._verified = threading.Event()
-        threading.Thread(target=self._verify, name="cm-export-verify", daemon=True).start()
+        self._prepared = threading.Event()
+        threading.Thread(target=self._prepare, name="cm-export-prepare", daemon=True).start()
 
-    def _verify(self) -> None:
+    def _prepare(self) -> None:
+        """Verify the weights and warm up; where that fails the server never says that it is ready."""
         try:
             self.model.bundle.wait_verified()
-        except CmExportError as e:  # every request says so, too
-            return log.write("error", "not verified", message=str(e))
-        self._verified.set()
+            if self.settings.warm_up:
+                started, sees = time.perf_counter(), self.model.bundle.tower is not None
+                side = largest(self.model, self.model.recipe.engine)[0] if sees else 0
+                warm(self.model, side)
+                log.write("info", "warm", pixels=side, seconds=round(time.perf_counter() - started, 3))
+        except (CmExportError, MemoryError) as e:
+            return log.write("error", "not ready", message=str(e))
+        self._prepared.set()
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests get answers."""
-        return self._verified.is_set() and self.scheduler.is_ready
+        """Whether requests get answers, and none has to wait until something is made that all others need."""
+        return self._prepared.is_set() and self.scheduler.is_ready
 
     async def completion(self, request: Request) -> Response:
         """Answer one chat completion."""

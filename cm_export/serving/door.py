@@ -20,7 +20,7 @@ from . import log
 from .completions import Refused, encoded
 
 _OPEN = ("/", "/page.js", "/page.css", "/healthz", "/readyz")  # for everyone who can reach the server
-_QUIET = ("/healthz", "/readyz", "/metrics")  # asked all the time: logged only where they fail
+_QUIET = ("/healthz", "/readyz", "/metrics")  # asked all the time, a 503 of a start included: logged where they fail
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
@@ -67,7 +67,7 @@ class Door:
                 await _response(Refused(500, what, "internal_error"))(scope, receive, named)
         finally:
             status = entry.get("status")
-            if scope["path"] not in _QUIET or (status or 500) >= 500:
+            if scope["path"] not in _QUIET or status in (None, 500):
                 fine = entry.get("outcome") == "cancelled" or (status is not None and status < 500)
                 level = "info" if fine else "warning"
                 log.write(level, "request", **entry, seconds=round(time.perf_counter() - started, 4))

@@ -23,17 +23,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ..base.errors import CmExportError, InputError
-from ..host.loaded import LoadedBundle, load
+from ..host import loaded
+from ..host.loaded import LoadedBundle
 from . import triton_graphs, triton_request
+from .cores import divided
 from .metrics import Measured
 from .scheduler import Scheduler
 from .ticket import Busy, Cancelled, Event, Expired, Failed, Finished, Ticket
 from .triton_metrics import TritonSink
 from .triton_request import Given
 from .triton_settings import BLS, Settings
+from .warm_up import warm
 from .wire import Wanted
 
 BUNDLE = "bundle"  # where the bundle lies, beside model.py
@@ -53,11 +54,12 @@ class Model:
         folder = Path(args["model_repository"]) / args["model_version"] / BUNDLE
         self._utils = utils
         _few_arenas()
-        self.model = opened(folder, self.settings, utils)
+        self.model, lanes = opened(folder, self.settings, utils)
         self.model.bundle.wait_verified()
         self._sink = TritonSink(utils, {"model": args["model_name"], "version": args["model_version"]})
         at_once, queued, deadline = self.settings.at_once, self.settings.queued, self.settings.deadline
-        self.scheduler = Scheduler(self.model, at_once, queued, Measured(self._sink), deadline)
+        self.scheduler = Scheduler(self.model, at_once, queued, Measured(self._sink), deadline, lanes)
+        _log({"model": args["model_name"], "lanes": lanes, "execution": self.settings.execution})
         self._warm_up()
         self._readers = ThreadPoolExecutor(_READERS, "cm-export-read")
         self._clients = set[_Client]()
@@ -138,10 +140,8 @@ class Model:
         With graphs of the server (execution: bls) their own warm-up does that; they may be loaded after this model.
         """
         side = self.settings.warm_up_pixels
-        if self.settings.execution == BLS or side < 0:
-            return
-        pictures = [Image.new("RGB", (side, side))] if side else []
-        self.model.generate("Describe the picture.", pictures, max_new_tokens=2)
+        if self.settings.execution != BLS and side >= 0:
+            warm(self.model, side)
 
     def close(self) -> None:
         """Answer those that are here, then free everything."""
@@ -169,13 +169,18 @@ def _few_arenas() -> None:
         libc.mallopt(_M_ARENA_MAX, 2)
 
 
-def opened(folder: Path, settings: Settings, utils: Any) -> LoadedBundle:
-    """The bundle with its sessions, in this process or as models of the server. Raises InputError, BundleError."""
+def opened(folder: Path, settings: Settings, utils: Any) -> tuple[LoadedBundle, int]:
+    """The bundle with its sessions, in this process or as models of the server, and its lanes (see cores.py).
+
+    Raises InputError, BundleError.
+    """
+    bundle = loaded.opened(folder)
     if settings.execution != BLS:
-        return load(folder, settings.threads, backend=settings.backend)
-    model = load(folder, settings.threads, backend="onnxruntime")  # which makes no session unless one is asked for
+        threads, lanes = divided(bundle, settings.backend, settings.threads, settings.lanes, settings.at_once)
+        return LoadedBundle(bundle, threads, backend=settings.backend), lanes
+    model = LoadedBundle(bundle, settings.threads, backend="onnxruntime")  # makes no session unless one is asked for
     model.backend = triton_graphs.Backend(model.bundle, settings.backend, settings.threads, utils)
-    return model
+    return model, settings.lanes or 1
 
 
 @dataclass(eq=False)

@@ -24,7 +24,8 @@ class Settings:
 
     execution: str = IN_PROCESS  # bls: graphs are called as models of the server
     backend: str = "onnxruntime"  # what runs the graphs in this process
-    threads: int = 0  # of the CPU; 0 takes all cores
+    threads: int = 0  # of the CPU, for one step; 0 takes all cores
+    lanes: int = 0  # threads that decode side by side; where both are 0, cores.py divides the cores
     at_once: int = 8  # requests that are answered together
     queued: int = QUEUED  # that wait for a place; more are refused
     deadline: float = 300.0  # seconds of a request that names none

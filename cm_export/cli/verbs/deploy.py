@@ -54,6 +54,8 @@ def _target(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
     help="Where they run: in the model that answers, or as models of the server that it calls (slower).",
 )
 @click.option("--at-once", type=Count(1), default=8, show_default=True, help="Requests that are answered together.")
+@click.option("--lanes", type=Count(0), default=0,
+              help="Decode in so many threads side by side.  [default: one for each core for a tiny model, else 1]")  # fmt: skip
 @click.option("--queued", type=Count(1), default=64, show_default=True, help="That wait; more are refused.")
 @click.option("--max-tokens", type=Count(1), default=1024, show_default=True, help="Longest answer of a request.")
 @click.option("--neuron-share", type=Share(), help="Of requests that name none.  [default: the recipe's]")
@@ -63,8 +65,9 @@ def _target(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
 @quiet_option
 @json_option
 def command(
-    target: str, bundle: Path, out: Path, backend: str | None, execution: str, at_once: int, queued: int, max_tokens: int,
-    neuron_share: float | None, token_share: float | None, no_warm_up: bool, threads: int, quiet: bool, as_json: bool,
+    target: str, bundle: Path, out: Path, backend: str | None, execution: str, at_once: int, lanes: int, queued: int,
+    max_tokens: int, neuron_share: float | None, token_share: float | None, no_warm_up: bool, threads: int, quiet: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Write a model repository that Triton Inference Server loads as it is. TARGET: triton.
 
@@ -75,8 +78,8 @@ def command(
     from ...serving.triton_settings import Settings
 
     settings = Settings(
-        execution=execution.replace("-", "_"), threads=threads, at_once=at_once, queued=queued, max_tokens=max_tokens,
-        neuron_share=neuron_share, token_share=token_share, warm_up_pixels=-1 if no_warm_up else 0,
+        execution=execution.replace("-", "_"), threads=threads, lanes=lanes, at_once=at_once, queued=queued,
+        max_tokens=max_tokens, neuron_share=neuron_share, token_share=token_share, warm_up_pixels=-1 if no_warm_up else 0,
     )  # fmt: skip
     with progress(quiet or as_json) as step:
         made = repository.deploy(bundle, out, settings, backend, step)

@@ -28,8 +28,8 @@ _LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})
               help="Clients have to send it; better set the variable CM_EXPORT_API_KEY, which others cannot see.")  # fmt: skip
 @click.option("--open", "is_open", is_flag=True, help="Answer on a public address without a key.")
 @click.option("--at-once", type=Count(1), default=8, show_default=True, help="Requests that are answered together.")
-@click.option("--lanes", type=Count(1), default=1, show_default=True,
-              help="Decode in so many threads side by side; for throughput, one for each core, with --threads 1.")  # fmt: skip
+@click.option("--lanes", type=Count(0), default=0,
+              help="Decode in so many threads side by side.  [default: one for each core for a tiny model, else 1]")  # fmt: skip
 @click.option("--queue", type=Count(1), default=64, show_default=True, help="Requests that may wait; more are refused.")
 @click.option("--deadline", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
               help="Longest time of a request that names none.  [default: any]")  # fmt: skip
@@ -42,6 +42,7 @@ _LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})
 @click.option("--max-body", type=Count(1), default=32, show_default=True, help="Largest request, in MiB.")
 @click.option("--drain", type=Count(1), default=30, show_default=True, metavar="SECONDS",
               help="After SIGTERM, how long requests may take to be finished.")  # fmt: skip
+@click.option("--no-warm-up", is_flag=True, help="Be ready without reading the largest picture first.")
 @click.option("--log-prompts", is_flag=True, help="Write questions into the log.  [default: no text of clients]")
 @backend_option
 @threads_option
@@ -49,7 +50,7 @@ _LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})
 def command(
     bundle: Path, host: str, port: int, name: str | None, api_key: str | None, is_open: bool, at_once: int, lanes: int,
     queue: int, deadline: float | None, max_tokens: int, max_pictures: int, max_pixels: int, max_body: int, drain: int,
-    log_prompts: bool, backend: str | None, threads: int, quiet: bool,
+    no_warm_up: bool, log_prompts: bool, backend: str | None, threads: int, quiet: bool,
 ) -> None:  # fmt: skip
     """Answer over HTTP as OpenAI's API does; the URL goes to stdout, the log to stderr, one JSON object a line.
 
@@ -69,9 +70,10 @@ def command(
         from ...base.install import pip_install
 
         raise InputError(f"serving needs {e.name}, which is not installed", fix=pip_install("serve")) from e
-    from ...host.loaded import load
+    from ...host.loaded import LoadedBundle, opened
     from ...serving import log
     from ...serving.app import Service, Settings, application
+    from ...serving.cores import divided
     from ...serving.messages import Bounds
     from ...serving.metrics import Measured, Prometheus
     from ...serving.scheduler import Scheduler
@@ -79,10 +81,14 @@ def command(
     bounds = Bounds(tokens=max_tokens, pictures=max_pictures, pixels=max_pixels * 1_000_000)
     hosts = None if public or api_key else _LOCAL | {f"[{host}]" if ":" in host else host.lower()}
     called = name or bundle.resolve().name.removesuffix(".plan")
-    settings = Settings(called, api_key, bounds, max_body * 2**20, hosts=hosts, log_prompts=log_prompts)
+    settings = Settings(called, api_key, bounds, max_body * 2**20, hosts=hosts, log_prompts=log_prompts,
+                        warm_up=not no_warm_up)  # fmt: skip
     with bound(host, port) as listening:  # before anything is loaded: it may be taken
         with progress(quiet) as step:
-            model = load(bundle, threads=threads, progress=step, backend=backend)
+            step("open the bundle")
+            found = opened(bundle)
+            threads, lanes = divided(found, backend, threads, lanes, at_once)
+            model = LoadedBundle(found, threads, backend=backend)
         _ = model.chat  # raises where the bundle has no tokenizer
         figures = Prometheus()
         with model, Scheduler(model, at_once, queue, Measured(figures), deadline, lanes) as scheduler:
@@ -90,7 +96,7 @@ def command(
             def started() -> None:
                 if public and not api_key:
                     log.write("warning", "open", message="everyone who reaches this address may use it")
-                log.write("info", "listening", url=url(listening), model=called)
+                log.write("info", "listening", url=url(listening), model=called, threads=threads or "all", lanes=lanes)
                 print(url(listening), flush=True)
 
             serve(application(Service(model, scheduler, figures, settings)), listening, drain, started)

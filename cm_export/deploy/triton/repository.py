@@ -32,6 +32,7 @@ from ...bundle.bundle import MANIFEST, Bundle
 from ...families import Arrays
 from ...host.loaded import LoadedBundle
 from ...serving.triton_settings import Settings
+from ...serving.warm_up import largest
 from . import config, fit, pages, runtime, warm_up
 
 RECORD, FORMAT = "cm-export.json", 1
@@ -59,7 +60,7 @@ def deploy(
     picture = None
     if settings.warm_up_pixels == 0 and bundle.tower is not None:
         progress("find the largest picture")
-        side, picture = warm_up.largest(runner, bundle.recipe.engine)
+        side, picture = largest(runner, bundle.recipe.engine)
         settings = replace(settings, warm_up_pixels=side)
     settings = replace(settings, backend=plan.backend)
     feeds = {} if settings.warm_up_pixels < 0 else warm_up.feeds(runner, picture)
