@@ -191,6 +191,18 @@ def test_a_damaged_or_missing_packed_file_is_refused(low, tmp_path):
         Bundle(copy)
 
 
+def test_products_read_the_mapped_file_and_no_copy_of_it(low):
+    runner = Runner(Bundle(low.path), 1)
+    packed = runner.bundle.packed
+    runner.backend.ready("decode")
+    read = {
+        name: view for name, view in runner.backend._views.items() if name in packed.file and packed.file[name].size
+    }
+    assert read
+    for name, view in read.items():
+        assert view.data_ptr() == packed.file[name].ctypes.data, name
+
+
 def damaged(bundle, folder, weight):
     """A copy with a bit of one float32 weight turned."""
     shutil.copytree(bundle.path, folder)

@@ -6,14 +6,10 @@
 An entry holds every weight that reads the same x (gate and up; q, k and v) side by side along its outputs.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ..base.errors import BundleError
 from ..quant.rows import PANEL, PackedRows
@@ -21,7 +17,6 @@ from .weights import WeightFile
 
 FILE = "packed.safetensors"
 PARTS = ("codes", "scale", "zero")
-_LINE = 4096  # the data of the file begins on a page of this size, and its tensors on lines of 64 bytes
 
 
 @dataclass(frozen=True)
@@ -81,23 +76,6 @@ class Packed:
             for part in PARTS:
                 if f"{name}.{part}" not in self.file:
                     raise BundleError(f"it has no {name}.{part}", where=path, fix="build the bundle again")
-
-    @cached_property
-    def _memory(self) -> np.ndarray:
-        """The file's bytes in memory of this process, where large pages are to be had; the map of a file has small ones."""
-        size = os.path.getsize(self.file.path)
-        room = np.empty(size + _LINE, np.uint8)  # numpy asks for large pages
-        start = -room.ctypes.data % _LINE
-        out = room[start : start + size]
-        with open(self.file.path, "rb") as file:
-            if file.readinto(out.data) != size:
-                raise BundleError("was cut short while it was read", where=self.file.path, fix="build the bundle again")
-        return out
-
-    def tensor(self, name: str) -> np.ndarray:
-        """One tensor of the file, such as `head.codes`, in memory: products read it at every step."""
-        t = self.file.tensors[name]
-        return self._memory[t.offset : t.offset + t.length].view(t.dtype).reshape(t.shape)
 
     @property
     def has_ffns(self) -> bool:

@@ -169,7 +169,7 @@ class Packing:
         """Of every entry that is read: tensors of the file, or those made of them for MatMulNBits."""
         for name in sorted(self._used):
             if self.native:
-                found = {f"{name}.{part}": self.packed.tensor(f"{name}.{part}") for part in PARTS}
+                found = {f"{name}.{part}": self.packed.file[f"{name}.{part}"] for part in PARTS}
             else:
                 found = {f"{name}.nbits.{part}": array for part, array in _for_nbits(self.packed, name).items()}
             self.arrays |= found
