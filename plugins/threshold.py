@@ -2,6 +2,7 @@
 
     kept_i = x_i  unless  |x_i| norm_i < threshold      norm_i: of the weights that channel i multiplies
 
+Norms and thresholds are float32 whatever x is: rounded to 16 bit they would keep other channels than they were measured for.
 A NaN is below nothing, so it stays and is seen in the result; a threshold of 0 keeps everything.
 Sources: TEAL (arXiv 2408.14690), WINA (arXiv 2505.19427) and CATS (arXiv 2404.08763), each for one side of a product.
 """
@@ -13,7 +14,8 @@ def above(values: str, norm: str, threshold: str, out: str) -> str:
     """ONNX text that writes `out` from values [B,S,N], norm [N] and threshold [B,1]; names begin with that of the values."""
     return f"""
         {values}_axis = Constant <value_ints = [-1]> ()
-        {values}_size = Abs ({values})
+        {values}_size_x = Abs ({values})
+        {values}_size = Cast <to = 1> ({values}_size_x)
         {values}_weight = Mul ({values}_size, {norm})
         {values}_limit = Unsqueeze ({threshold}, {values}_axis)
         {values}_is_low = Less ({values}_weight, {values}_limit)

@@ -99,8 +99,8 @@ def test_a_draft_that_is_dropped_costs_no_copy(begun):
 def test_rows_behind_the_last_one_are_never_seen(begun):
     _, backend, row = begun
     clean, dirty = row(), row()
-    for array in dirty.cache.memory.arrays.values():
-        array[:, :, dirty.cache.width :] = 1e4
+    for held in dirty.cache.memory.held.values():
+        held.array[:, :, dirty.cache.width :] = 1e4
     np.testing.assert_array_equal(said(backend, clean, [3, 4]), said(backend, dirty, [3, 4]))
 
 

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from random_models import copy
 
-from cm_export.backends.tensorrt import halve as halving
+from cm_export.backends.onnxruntime import halve as halving
 from cm_export.backends.tensorrt import lower as lowering
 from cm_export.backends.tensorrt import written_out
 from cm_export.backends.tensorrt.export import Source, axis_ranges, describe, lowered, write_graphs

@@ -200,7 +200,7 @@ def test_products_read_the_mapped_file_and_no_copy_of_it(low):
     }
     assert read
     for name, view in read.items():
-        assert view.data_ptr() == packed.file[name].ctypes.data, name
+        assert view.value.data_ptr() == packed.file[name].ctypes.data, name
 
 
 def damaged(bundle, folder, weight):

@@ -8,6 +8,12 @@ from .tensorrt.backend import Backend, open_as
 NAME, MODULE = "tensorrt-rtx", "tensorrt_rtx"
 
 
-def open(bundle: Bundle, threads: int = 0, recipe: Recipe | None = None, graph: Graphs | None = None) -> Backend:
+def open(
+    bundle: Bundle,
+    threads: int = 0,
+    recipe: Recipe | None = None,
+    graph: Graphs | None = None,
+    device: str | None = None,
+) -> Backend:
     """The engines of an open bundle; errors as of tensorrt.open."""
-    return open_as(NAME, MODULE, bundle, threads, recipe, graph)
+    return open_as(NAME, MODULE, bundle, threads, recipe, graph, device)

@@ -138,6 +138,9 @@ _BACKENDS = ByName("cm_export.backends", "backend")
 backend_option = click.option(
     "--backend", type=_BACKENDS, help=f"Run on {' or '.join(_BACKENDS.known())}.  [default: what it was built for]"
 )
+device_option = click.option(
+    "--device", help="cpu, cuda, cuda:1 or auto, for ONNX Runtime.  [default: cpu; engines: the GPU]"
+)
 control_tokens_option = click.option(
     "--control-tokens",
     is_flag=True,

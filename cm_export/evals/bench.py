@@ -37,16 +37,17 @@ def measure(
     threads: int = 0,
     vision: bool = False,
     backend: str | None = None,
+    device: str | None = None,
     progress: Callable[..., None] = lambda what, done=None, total=None: None,
 ) -> dict[str, Any]:
     """Milliseconds per phase, dense and sparse. `vision` also times the vision graph, which is the same for both.
 
-    backend None: the one that the bundle was built for.
+    backend None: the one that the bundle was built for. device: of ONNX Runtime (None: the CPU).
     image_tokens None: about IMAGE_TOKENS, as many as a picture can have, or none where the model takes no pictures.
     Raises InputError, BundleError.
     """
     bundle = Bundle(path)
-    runner = Runner(bundle, threads, backend=backend)
+    runner = Runner(bundle, threads, backend=backend, device=device)
     if image_tokens is None:
         image_tokens = likely(runner.tower, IMAGE_TOKENS) if bundle.shape.sees else 0
     runner.check_length(prompt_tokens + image_tokens + new_tokens)  # before so many patches are made

@@ -88,14 +88,16 @@ def compare(
     report: Path | None = None,
     progress: Callable[..., None] = lambda what, done=None, total=None: None,
     backend: str | None = None,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Ask every question in every row. Raises InputError, BundleError.
 
     `report`: where the caller will write the result; answers are noted beside it as they come, and a killed run goes on.
     `backend`: what the bundle's own graphs run on; rows with other policies are made in memory, for ONNX Runtime.
+    `device`: of ONNX Runtime (None: the CPU).
     """
     bundle = Bundle(path)
-    runner = Runner(bundle, threads, backend=backend)
+    runner = Runner(bundle, threads, backend=backend, device=device)
     rows = _rows(runner.recipe, sweep, seed)
     for row in rows:  # before anything is asked
         pipeline.check_recipe(row.recipe, bundle.shape)
@@ -159,13 +161,14 @@ def compare(
 
 def _other_backend(runner: Runner) -> dict[str, str]:
     """What tells answers of this backend from those that ONNX Runtime gives."""
-    return {} if runner.backend.name == DEFAULT else {"backend": runner.backend.name}
+    device = runner.backend.hardware.get("device")  # that of ONNX Runtime, where it is not the CPU
+    return {} if runner.backend.name == DEFAULT and not device else {"backend": f"{runner.backend.name} {device or ''}"}
 
 
 def _ran_on(runner: Runner, policies: list[str], rows: list[Row]) -> list[str]:
     """Remarks on a report whose rows did not all run on ONNX Runtime."""
     if runner.backend.name == DEFAULT:
-        return []
+        return runner.backend.notes if runner.device else []
     own = {"dense", *(r.policies for r in rows if r.recipe == runner.recipe)}
     others = [p for p in dict.fromkeys(policies) if p not in own]
     there = f"ran on ONNX Runtime, the others on {runner.backend.name}: their milliseconds do not compare"

@@ -5,6 +5,7 @@ from typing import Any
 
 import onnx
 
+from ..host.backend import DEFAULT
 from ..host.loaded import LoadedBundle
 from ..host.runner import Runner
 from ..recipe.recipe import Recipe
@@ -29,4 +30,5 @@ def with_policies(runner: Runner, recipe: Recipe) -> LoadedBundle:
         rewrite = pipeline.turn if name == "turn" else pipeline.sparse_prefill
         return rewrite(dense, bundle.family, bundle.shape, recipe, constants)[0]
 
-    return LoadedBundle(bundle, runner.backend.threads, recipe, graph)
+    device = runner.device if runner.backend.name == DEFAULT else None  # engines' device says nothing of ONNX Runtime's
+    return LoadedBundle(bundle, runner.backend.threads, recipe, graph, device=device)

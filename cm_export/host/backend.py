@@ -1,6 +1,6 @@
 """What the host asks of a runtime: graphs run, caches as values, and decoders that read tokens for several requests.
 
-    open(bundle, threads, recipe, graph) -> Backend     each file or folder of backends/ has this function
+    open(bundle, threads, recipe, graph, device) -> Backend    each file or folder of backends/ has this function
     vision, prefill, turn                               arrays for the host; keys and values stay where the runtime put them
     decoder(graph, cores).read(tokens, cache)           one graph call for all rows; a new Cache comes back
     regroup([(cache, 0), (other, 2)])                   requests join and leave between steps
@@ -100,8 +100,11 @@ class Backend(Protocol):
 class Opener(Protocol):
     """The module of a backend."""
 
-    def open(self, bundle: Any, threads: int, recipe: Any, graph: Graphs | None) -> Backend:
-        """The sessions of an open bundle; `recipe` and `graph` replace its own, on the same weights."""
+    def open(self, bundle: Any, threads: int, recipe: Any, graph: Graphs | None, device: str | None) -> Backend:
+        """The sessions of an open bundle; `recipe` and `graph` replace its own, on the same weights.
+
+        `device`: cpu, cuda, cuda:1 or auto; None: what the backend is for. Raises InputError for one that is not there.
+        """
 
 
 def find(name: str) -> Opener:

@@ -148,16 +148,19 @@ def load(
     threads: int = 0,
     progress: Callable[..., None] = lambda what, *_: None,
     backend: str | None = None,
+    device: str | None = None,
 ) -> LoadedBundle:
     """Open a bundle for running. Raises InputError, BundleError.
 
-    `threads`: of the CPU, 0 takes all cores. `backend`: None takes the one that it was built for.
+    `threads`: of the CPU, 0 takes all cores. `backend`: None takes the one that it was built for. `device`: cpu, cuda,
+    cuda:1 or auto; None takes what the backend is for.
     """
-    if backend is not None and not isinstance(backend, str):
-        raise InputError(f"is a {type(backend).__name__}", where="backend", fix='give a name, such as "onnxruntime"')
+    for what, value, such in (("backend", backend, "onnxruntime"), ("device", device, "cuda")):
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"is a {type(value).__name__}", where=what, fix=f'give a name, such as "{such}"')
     threads = asking.whole_number(threads, "threads", 0)
     progress("open the bundle")
-    return LoadedBundle(opened(path), threads, backend=backend)
+    return LoadedBundle(opened(path), threads, backend=backend, device=device)
 
 
 def opened(path: str | os.PathLike[str]) -> Bundle:

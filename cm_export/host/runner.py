@@ -159,14 +159,17 @@ class Runner:
         recipe: Recipe | None = None,
         graph: Graphs | None = None,
         backend: str | None = None,
+        device: str | None = None,
     ):
         """`recipe` and `graph` replace the bundle's own: how `eval` runs control policies on the same weights.
 
         `backend`: what it runs on (default: as its recipe says); graphs that replace its own run on ONNX Runtime.
+        `device`: cpu, cuda, cuda:1 or auto (default: what the backend is for).
         """
         self.bundle, self.recipe, self.habits = bundle, recipe or bundle.recipe, Habits()
+        self.device = device
         runtime = backends.DEFAULT if graph else backend or bundle.recipe.backend
-        self.backend: Backend = backends.find(runtime).open(bundle, threads, self.recipe, graph)
+        self.backend: Backend = backends.find(runtime).open(bundle, threads, self.recipe, graph, device)
 
     @cached_property
     def chat(self) -> Chat:

@@ -12,7 +12,7 @@ one given twice is summed twice.
 
 bits = 0: weights in x's type. bits = 8 or 4: weights are int32 words [F,D*bits/32] (pack.py) and three more inputs come
 after them, gate_scale, up_scale, down_scale [F,D/group] in x's type; a weight is its integer times its group's scale.
-Form "active": instead of core_neurons, norms [D] and [F] and thresholds [B,1] of both sides. Channels of x with
+Form "active": instead of core_neurons, norms [D] and [F] and thresholds [B,1] of both sides, all float32. Channels of x with
 |x_d| * x_norm_d below x_threshold count as zero, then neurons with |z_n| * z_norm_n below z_threshold; z is what is left.
 Float weights only.
 
@@ -157,13 +157,13 @@ class Case:
 
     def _limits(self, feeds: Arrays, rng: np.random.Generator) -> Arrays:
         """Norms, and thresholds that K of F neurons (and as large a share of the channels) are above, no value at the limit."""
-        out = {"x_norm": np.ones(self.D, self.dtype), "z_norm": rng.uniform(0.5, 2, self.F).astype(self.dtype)}
+        out = {"x_norm": np.ones(self.D, np.float32), "z_norm": rng.uniform(0.5, 2, self.F).astype(np.float32)}
         kept = self.K / self.F
-        out["x_threshold"] = between(np.abs(feeds["x"].astype(np.float64)), kept).astype(self.dtype)
+        out["x_threshold"] = between(np.abs(feeds["x"].astype(np.float64)), kept).astype(np.float32)
         x = _without_low(feeds["x"].astype(np.float64), out["x_norm"], out["x_threshold"])
         w_gate, w_up = (feeds[n].astype(np.float64) for n in WEIGHTS[:2])
         z = MEANINGS[self.activation](np.einsum("bsd,fd->bsf", x, w_gate)) * np.einsum("bsd,fd->bsf", x, w_up)
-        out["z_threshold"] = between(np.abs(z) * out["z_norm"], kept).astype(self.dtype)
+        out["z_threshold"] = between(np.abs(z) * out["z_norm"], kept).astype(np.float32)
         return out
 
 

@@ -2,7 +2,7 @@
 
     y[b,s] = sum over kept d of x[b,s,d] * w[:,d]         kept: unless |x[b,s,d]| * norm[d] < threshold[b]
 
-    y[B,S,N] = CoreLinear(x[B,S,D], w[N,D], norm[D], threshold[B,1])
+    y[B,S,N] = CoreLinear(x[B,S,D], w[N,D], norm[D], threshold[B,1])          norm and threshold float32
 
 w is stored as in the checkpoint. Products that read the same x under the same norm and threshold (q, k and v) keep the same
 channels. What is kept is decided as in plugins/threshold.py, which names the sources.
@@ -68,11 +68,11 @@ class Case:
         rng = np.random.default_rng(self.seed)
         x = rng.standard_normal((self.B, self.S, self.D))
         norm = rng.uniform(0.5, 2, self.D)
-        weights = np.abs(x).astype(self.dtype) * norm.astype(self.dtype)
-        threshold = between(weights.astype(np.float64), self.kept) if self.kept else np.full((self.B, 1), 1e4)
+        weights = np.abs(x.astype(self.dtype).astype(np.float64)) * norm.astype(np.float32)
+        threshold = between(weights, self.kept) if self.kept else np.full((self.B, 1), 1e4)
         w = rng.standard_normal((self.N, self.D)) * self.D**-0.5
-        feeds = {"x": x, "w": w, "norm": norm, "threshold": threshold}
-        return {name: array.astype(self.dtype) for name, array in feeds.items()}
+        limits = {"norm": norm.astype(np.float32), "threshold": threshold.astype(np.float32)}
+        return {"x": x.astype(self.dtype), "w": w.astype(self.dtype), **limits}
 
 
 OP = Op(

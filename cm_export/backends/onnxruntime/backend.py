@@ -1,4 +1,4 @@
-"""ONNX Runtime on CPU: sessions that share one mapped weight file, keys and values that never pass through Python.
+"""ONNX Runtime: sessions that share one mapped weight file, or one copy of it on a device; keys and values stay where they are.
 
 vision(feeds) -> embeddings      prefill(feeds) -> outputs, Rows      decoder(graph, cores).read(tokens, cache) -> logits, Rows
 
@@ -32,11 +32,13 @@ from ...host.core_set import CoreSet
 from ...plugins.cpu import library as native
 from ...quant.packing import blocks
 from ...recipe.recipe import Recipe
-from .cache import Memory, Rows, own
+from .cache import HERE, Memory, Rows, own
+from .device_rows import DeviceRows
 from .grouped import group_attention
 from .in_place import write_in_place
 from .lower import lower
 from .pack import Packing, gather_ffns
+from .place import Held, Place, place_for
 from .whole_picture import attend_to_all, borders
 
 _PRODUCTS = {"head", "layers.0.attention_in", "layers.0.ffn_in"}  # entries of a bundle that has packed them all
@@ -44,8 +46,14 @@ WHOLE = "vision, one segment"  # the session of the vision graph for a picture t
 Key = tuple[str, bool, bool, bool]  # graph, rows as inputs, few rows, in place
 
 
-def open(bundle: Any, threads: int = 0, recipe: Recipe | None = None, graph: Graphs | None = None) -> Backend:
-    """The sessions of an open bundle; `recipe` and `graph` replace its own, on the same weights."""
+def open(
+    bundle: Any, threads: int = 0, recipe: Recipe | None = None, graph: Graphs | None = None, device: str | None = None
+) -> Backend:
+    """The sessions of an open bundle; `recipe` and `graph` replace its own, on the same weights.
+
+    `device`: cpu (None is the same), cuda, cuda:1 or auto. Raises InputError for one that cannot be used here.
+    """
+    place, notes = place_for(device, np.float32 if _in_float32(bundle) else np.float16)
     chooses = (recipe or bundle.recipe).neurons.in_decode
     names = core_row_names(bundle.family, bundle.shape.layers)
     low_bits = None
@@ -53,13 +61,40 @@ def open(bundle: Any, threads: int = 0, recipe: Recipe | None = None, graph: Gra
         every_neuron = (recipe or bundle.recipe).neurons.policy == "dense"
         low_bits = LowBits(bundle.packed, bundle.family, bundle.shape, every_neuron)
     predictor = bundle.predictor if chooses else None
-    return Backend(graph or bundle.graph, bundle.weights, threads, predictor, names, low_bits, bundle.shape.heads)
+    made = Backend(
+        graph or bundle.graph, bundle.weights, threads, predictor, names, low_bits, bundle.shape.heads, place
+    )
+    made.notes += notes
+    return made
+
+
+def _in_float32(bundle: Any) -> bool:
+    """Whether a device computes in float32: for checks, and for low bits, whose products are asked for in it."""
+    return bundle.packed is not None or bundle.recipe.engine.precision == "fp32"
 
 
 def _disabled() -> list[str]:
     """Before 1.26 this fusion makes products in float64, in which policies add up, for which there is no kernel."""
     version = tuple(int(part) for part in ort.__version__.split(".")[:2])
     return ["MatmulTransposeFusion"] if version < (1, 26) else []
+
+
+def _named(name: str, dtype: np.dtype) -> str:
+    """A weight may be read in two types; each has its own place among the views."""
+    return f"{name}/float16" if dtype == np.float16 else name
+
+
+def _in_type(stored: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Raises InputError for a value that does not fit into 16 bit."""
+    if stored.dtype == dtype:
+        return stored
+    from .halve import as_half
+
+    return as_half(stored, dtype, name)
+
+
+def _view(tensor: onnx.TensorProto) -> str:
+    return _named(tensor.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
 
 
 @dataclass(frozen=True)
@@ -86,22 +121,23 @@ class Backend:
         row_names: list[tuple[str, str, str]] | None = None,
         low_bits: LowBits | None = None,
         heads: int = 0,
+        place: Place = HERE,
     ):
         """`predictor`: the file of low-bit copies, where the decode graph reads one; `row_names`: see CoreRows.
 
         `heads`: of queries, so that those which share keys are multiplied together; 0: attention stays as the graph has it.
         """
         self.notes = environment.threads_note(threads)
-        self._heads = heads
-        self._low_bits, self.native = low_bits, native.find() if low_bits else None
-        if low_bits and self.native is None:
+        self._heads, self.place = heads, place
+        self._low_bits, self.native = low_bits, native.find() if low_bits and not place.apart else None
+        if low_bits and self.native is None and not place.apart:
             self.notes.append(f"low-bit products run on ONNX Runtime's own: {native.why_missing()}")
-        self.hardware: dict[str, str] = {}
+        self.hardware = {"device": place.name} if place.apart else dict[str, str]()
         self._row_names, self.threads = row_names, environment.usable(threads)
         self._graph, self.weights, self.predictor = graph, weights, predictor
         self._sessions: dict[Key, ort.InferenceSession] = {}
-        self._views: dict[str, ort.OrtValue] = {}  # sessions read these buffers as long as they live
-        self._inputs: dict[Key, list[str]] = {}  # weights that a session takes as inputs
+        self._views: dict[str, Held] = {}  # sessions read these buffers as long as they live
+        self._inputs: dict[Key, dict[str, str]] = {}  # weights that a session takes as inputs -> in _views
         # A session runs for several threads at once. Making one does not: a view that another session reads would be
         # replaced, and its memory freed.
         self._making = threading.RLock()
@@ -112,6 +148,21 @@ class Backend:
         if self._row_names is None:
             raise BundleError("nothing says which weights are rows of neurons", where=self.weights.path)
         return CoreRows(self.weights, self._row_names, self.threads)
+
+    @cached_property
+    def device_rows(self) -> DeviceRows:
+        """The same on a device."""
+        if self._row_names is None:
+            raise BundleError("nothing says which weights are rows of neurons", where=self.weights.path)
+        return DeviceRows(self.place, self._row_names, self._on_device)
+
+    def _on_device(self, name: str) -> Held:
+        """A weight there, in the type of products; the same copy that sessions read."""
+        with self._making:
+            view = _named(name, self.place.products)
+            if view not in self._views:
+                self._views[view] = self.place.hold(_in_type(self.weights[name], self.place.products, name))
+            return self._views[view]
 
     def ready(self, graph: str, few_rows: bool = False) -> None:
         """Make the session of `graph` now. Raises BundleError."""
@@ -134,12 +185,14 @@ class Backend:
         self, name: str, rows_as_inputs: bool = True, few_rows: bool = False, in_place: bool = False
     ) -> dict[str, ort.OrtValue]:
         """Weights that the session of graph `name` takes as inputs, the same at every run; mostly none."""
-        return {w: self._views[w] for w in self._inputs.get(self._key(name, rows_as_inputs, few_rows, in_place), ())}
+        taken = self._inputs.get(self._key(name, rows_as_inputs, few_rows, in_place), {})
+        return {w: self._views[view].value for w, view in taken.items()}
 
     def _key(self, name: str, rows_as_inputs: bool, few_rows: bool, in_place: bool) -> Key:
-        """Packed products read several rows as they read one: one session serves both."""
+        """Packed products read several rows as they read one: one session serves both. So do those of a device."""
         packed = self._low_bits.packed.entries.keys() if self._low_bits and self.native else ()
-        return name, rows_as_inputs, few_rows and not set(packed) >= _PRODUCTS, in_place
+        same = self.place.apart or set(packed) >= _PRODUCTS
+        return name, rows_as_inputs, few_rows and not same, in_place
 
     def drop(self, *names: str) -> None:
         """Free the sessions of these graphs, and the memory of weights that only they have read."""
@@ -157,24 +210,28 @@ class Backend:
         model, arrays = self._packed(model, key[0], options)
         if key[3]:
             write_in_place(model)
-        model = lower(model, rows_as_inputs=key[1], few_rows=key[2])
+        if self.place.products != np.float32:
+            from .halve import in_16_bit  # with graphsurgeon, which float32 does not wait for
+
+            model = in_16_bit(model, self.weights.tensors, self.place.products)
+        model = lower(model, rows_as_inputs=key[1], few_rows=key[2], place=self.place)
         if self._heads and key[1]:
             group_attention(model, self._heads)
         # Left to itself, ONNX Runtime takes every core of the machine, also in a container that allows two.
         options.intra_op_num_threads = self.threads or environment.default_threads()
         options.log_severity_level = 3
         external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-        external = [t for t in external if t.name not in arrays]
-        missing = [t.name for t in external if t.name not in self.weights and t.name not in (self.predictor or ())]
+        known = (*arrays, *self.weights.tensors, *(self.predictor.tensors if self.predictor else ()))
+        missing = [t.name for t in external if t.name not in known]
         if missing:
             raise BundleError(f"the weight file has no {missing[0]}", where=where, fix="build the bundle again")
         for tensor in external:
-            if tensor.name not in self._views:
-                self._views[tensor.name] = ort.OrtValue.ortvalue_from_numpy(self._view(tensor))
-        prepacks = bool(arrays) and self.native is None
-        if prepacks or any(t.name not in self.weights for t in external):
-            # Low-bit copies are 100 times slower unless packed; what must not be packed becomes an input instead.
-            external = [t for t in self._bind(key, model, external) if t.name not in arrays]
+            if _view(tensor) not in self._views:
+                self._views[_view(tensor)] = self.place.hold(self._array(tensor, arrays))
+        # Low-bit copies are 100 times slower unless packed; what must not be packed becomes an input instead.
+        prepacks = (bool(arrays) and self.native is None) or any(t.name not in self.weights for t in external)
+        if self.place.apart or prepacks:
+            self._bind(key, model, [t for t in external if self.place.apart or t.name in self.weights])
         else:
             # Prepacking would copy every weight into anonymous memory, once per session.
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -182,16 +239,15 @@ class Backend:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.weights.path.parent)
         )
-        for name in arrays.keys() - self._views.keys():
-            self._views[name] = ort.OrtValue.ortvalue_from_numpy(arrays[name])
-        for tensor in (*external, *(t for t in model.graph.initializer if t.name in arrays)):
-            # What is given here is never looked for, but its path is checked all the same.
-            tensor.external_data[0].value = self.weights.path.name
-            options.add_initializer(tensor.name, self._views[tensor.name])
+        for tensor in model.graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                # What is given here is never looked for, but its path is checked all the same.
+                tensor.external_data[0].value = self.weights.path.name
+                options.add_initializer(tensor.name, self._views[_view(tensor)].value)
         try:
-            return ort.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=_disabled()
-            )
+            return self.place.session(model, options, _disabled())
+        except BundleError:
+            raise
         except Exception as e:
             raise BundleError(f"ONNX Runtime refuses the graph ({e})", where=where) from e
 
@@ -208,20 +264,22 @@ class Backend:
             options.register_custom_ops_library(str(self.native))
         return model, packing.arrays
 
-    def _bind(self, key: Key, model: onnx.ModelProto, external: list) -> list[onnx.TensorProto]:
-        """Make inputs of the initializers in the weight file; returns those that are left."""
-        moved = {t.name: t for t in external if t.name in self.weights}
-        self._inputs[key] = list(moved)
+    def _bind(self, key: Key, model: onnx.ModelProto, external: list[onnx.TensorProto]) -> None:
+        """Make inputs of these initializers."""
+        moved = {t.name: t for t in external}
+        self._inputs[key] = {name: _view(t) for name, t in moved.items()}
         kept = [t for t in model.graph.initializer if t.name not in moved]
         model.graph.input.extend(onnx.helper.make_tensor_value_info(n, t.data_type, t.dims) for n, t in moved.items())
         del model.graph.initializer[:]
         model.graph.initializer.extend(kept)
-        return [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
 
-    def _view(self, tensor: onnx.TensorProto) -> np.ndarray:
-        """What an initializer reads: the mapped file as it is, or int4 pairs turned into what ONNX Runtime multiplies."""
+    def _array(self, tensor: onnx.TensorProto, arrays: Arrays) -> np.ndarray:
+        """What an initializer reads: the mapped file as it is or in 16 bit, or int4 pairs turned into what is multiplied."""
+        if tensor.name in arrays:
+            return arrays[tensor.name]
         if tensor.name in self.weights:
-            return self.weights[tensor.name]
+            kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            return _in_type(self.weights[tensor.name], kind, tensor.name)
         assert self.predictor is not None  # a tensor in neither file was refused before
         stored = self.predictor[tensor.name]
         is_packed = tensor.data_type == onnx.TensorProto.UINT8
@@ -245,16 +303,13 @@ class Backend:
 
     def turn(self, feeds: Feeds, cache: Cache) -> tuple[Arrays, Rows]:
         """Read new tokens over a whole cache of one request; outputs as of `prefill`."""
-        rows = own(cache).arrays()
-        return self.run(
-            "turn", feeds, {n: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for n, a in rows.items()}
-        )
+        return self.run("turn", feeds, own(cache).alone())
 
     def run(self, graph: str, feeds: Feeds, values: Mapping[str, ort.OrtValue] | None = None) -> tuple[Arrays, Rows]:
         """Outputs of a graph as arrays, its keys and values as a cache; what is in `values` is bound as it is."""
         found = self.outputs(graph, feeds, values or {})
         host = {n: v.numpy() for n, v in found.items() if not n.startswith("present.")}
-        return host, Rows.of({n: v for n, v in found.items() if n.startswith("present.")})
+        return host, Rows.of({n: v for n, v in found.items() if n.startswith("present.")}, self.place)
 
     def outputs(self, graph: str, feeds: Feeds, values: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
         """Every output of a graph, where ONNX Runtime put it."""
@@ -268,7 +323,7 @@ class Backend:
                 binding.bind_cpu_input(i.name, np.ascontiguousarray(feeds[i.name]))
         outputs = [o.name for o in session.get_outputs()]
         for name in outputs:
-            binding.bind_output(name)
+            self.place.bind_output(binding, name, stays=name.startswith("present."))
         session.run_with_iobinding(binding)
         return dict(zip(outputs, binding.get_outputs(), strict=True))
 
@@ -301,16 +356,20 @@ class Decoder:
             self._binding.bind_ortvalue_input(name, value)
         # Bound memory is not copied, so it lives as long as this decoder.
         self._held = self._core_inputs(backend, cores)
-        for name, array in self._held[0].items():
-            self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        for name, value in self._held[0].items():
+            self._binding.bind_ortvalue_input(name, value)
 
-    def _core_inputs(self, backend: Backend, cores: Sequence[CoreSet]) -> tuple[Arrays, Any]:
+    def _core_inputs(self, backend: Backend, cores: Sequence[CoreSet]) -> tuple[dict[str, ort.OrtValue], Any]:
         """Inputs that core sets decide, and what owns their memory."""
         out: Arrays = {}
-        gathered = None
+        rows: dict[str, ort.OrtValue] = {}
+        gathered: Any = None
         if any(name.startswith("ffn.") for name in self._inputs):
-            gathered = backend.rows.gather(cores)
-            out |= {n: rows for n, rows in gathered.rows.items() if n in self._inputs}
+            if backend.place.apart:
+                rows = backend.device_rows.gather(cores)
+            else:
+                gathered = backend.rows.gather(cores)
+                out |= gathered.rows
         if "core_thresholds" in self._inputs:
             none = np.zeros(SIDES * len(cores[0].counts) + 1, np.float32)  # nothing weighs less
             out["core_thresholds"] = np.stack([none if c.thresholds is None else c.thresholds for c in cores])
@@ -318,7 +377,8 @@ class Decoder:
             out["core_counts"] = cores[0].counts
         if "core_bias" in self._inputs:
             out["core_bias"] = np.stack([core.bias(backend.rows.down) for core in cores], 1)
-        return out, gathered
+        rows |= {name: backend.place.hold(array).value for name, array in out.items()}
+        return {name: value for name, value in rows.items() if name in self._inputs}, gathered
 
     def read(self, tokens: Tokens, cache: Cache) -> tuple[np.ndarray, Rows]:
         """Logits [B,N,V] after each of N new tokens, and the cache with their rows."""
@@ -328,9 +388,9 @@ class Decoder:
             if name in self._inputs:
                 self._binding.bind_cpu_input(name, np.ascontiguousarray(value))
         if rows.memory is not self._bound:
-            for name, held in rows.memory.values.items():
-                self._binding.bind_ortvalue_input(name, held)
-                self._binding.bind_ortvalue_output(name.replace("past", "present", 1), held)
+            for name, held in rows.memory.held.items():
+                self._binding.bind_ortvalue_input(name, held.value)
+                self._binding.bind_ortvalue_output(name.replace("past", "present", 1), held.value)
             self._bound = rows.memory
         self._binding.bind_output("logits")
         self._session.run_with_iobinding(self._binding)

@@ -4,7 +4,7 @@
                                C >= width   a step writes its rows there and copies nothing; a block that is full moves
 
 A cache is a value. Those that come one after the other share their memory; one that reads on from a place where another
-has already gone on, and that other is still held, gets memory of its own first.
+has already gone on, and that other is still held, gets memory of its own first. A block on a device never leaves it (place.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import onnxruntime as ort
 from ...families import Arrays
 from ...host.backend import Cache, Tokens
 from .in_place import BIAS, SLOTS
+from .place import Held, Place
 
+HERE = Place()
 _LEAST_ROOM, _SHARE_OF_ROOM = 64, 8  # rows of room in new memory: 64, and an eighth of those that are there
 _STEP = 16
 _HIDDEN = np.finfo(np.float32).min
@@ -29,12 +31,12 @@ _HIDDEN = np.finfo(np.float32).min
 class Memory:
     """A block, and the caches that lie in it."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, int, int, int]], width: int):
-        """`shapes`: [B,Hk,any,d] of every input; `width`: rows that are needed at once. New memory is zero, never NaN."""
+    def __init__(self, place: Place, like: Mapping[str, Held], batch: int, width: int):
+        """`like`: [any,Hk,any,d] of every input; `width`: rows that are needed at once. New memory is zero, never NaN."""
         # Whole steps of the products' loops over rows: masked ones at the end then change no sum.
         self.capacity = -(-(width + _LEAST_ROOM + width // _SHARE_OF_ROOM) // _STEP) * _STEP
-        self.arrays = {n: np.zeros((b, h, self.capacity, d), np.float32) for n, (b, h, _, d) in shapes.items()}
-        self.values = {n: ort.OrtValue.ortvalue_from_numpy(a) for n, a in self.arrays.items()}  # the same bytes
+        shapes = {n: (batch, one.shape[1], self.capacity, one.shape[3]) for n, one in like.items()}
+        self.place, self.held = place, {n: place.zeros(shape, like[n].dtype) for n, shape in shapes.items()}
         self.caches: WeakSet[Rows] = WeakSet()
         self.changing = threading.RLock()
 
@@ -52,22 +54,35 @@ class Rows:
             self.memory.caches.add(self)
 
     @classmethod
-    def of(cls, arrays: Mapping[str, np.ndarray | ort.OrtValue]) -> Rows:
+    def of(cls, arrays: Mapping[str, np.ndarray | ort.OrtValue], place: Place = HERE) -> Rows:
         """Keys and values of requests that all have as many rows: past.i.key/value or present.i.key/value, copied."""
-        shapes = {
-            n.replace("present", "past", 1): tuple(a.shape() if callable(a.shape) else a.shape)
+        given = {
+            n.replace("present", "past", 1): place.hold(a) if isinstance(a, np.ndarray) else place.held(a)
             for n, a in arrays.items()
         }
-        batch, _, width, _ = next(iter(shapes.values()))
-        memory = Memory(shapes, width)
-        for name, array in arrays.items():
-            there = memory.arrays[name.replace("present", "past", 1)]
-            there[:, :, :width] = array.numpy() if isinstance(array, ort.OrtValue) else array
+        batch, _, width, _ = next(iter(given.values())).shape
+        memory = Memory(place, given, batch, width)
+        for name, source in given.items():
+            for b in range(batch):
+                place.copy_rows(memory.held[name], (b, 0), source, (b, 0), width)
         return cls(memory, (width,) * batch, width)
 
     def arrays(self) -> Arrays:
-        """The rows as arrays [B,Hk,width,d], views of the memory."""
-        return {name: array[:, :, : self.width] for name, array in self.memory.arrays.items()}
+        """The rows as arrays [B,Hk,width,d]: views of the memory, or copies of what lies on a device."""
+        found = {n: h.value.numpy() if h.array is None else h.array for n, h in self.memory.held.items()}
+        return {name: array[:, :, : self.width] for name, array in found.items()}
+
+    def alone(self) -> dict[str, ort.OrtValue]:
+        """The rows of one request as values [1,Hk,width,d], for a graph that takes no room behind them."""
+        place, out = self.memory.place, {}
+        for name, held in self.memory.held.items():
+            if held.array is not None:
+                out[name] = place.hold(np.ascontiguousarray(held.array[:, :, : self.width])).value
+                continue
+            one = place.zeros((1, held.shape[1], self.width, held.shape[3]), held.dtype)
+            place.copy_rows(one, (0, 0), held, (0, 0), self.width)
+            out[name] = one.value
+        return out
 
     def truncated(self, lengths: Sequence[int]) -> Rows:
         """The same without the rows after the first `lengths` of each request."""
@@ -103,7 +118,7 @@ class Rows:
     def feeds(self, tokens: Tokens) -> Arrays:
         """Where a step that reads these tokens writes its rows, which rows they see, and those that are listed."""
         batch, new, _ = tokens.embeds.shape
-        heads, capacity = next(iter(self.memory.arrays.values())).shape[1:3]
+        heads, capacity = next(iter(self.memory.held.values())).shape[1:3]
         slots = np.moveaxis(np.indices((batch, heads, new)), 0, -1).copy()
         slots[..., 2] += self.width
         width = self.width + new
@@ -129,13 +144,12 @@ def _copied(
     rows: Sequence[tuple[Rows, int]], had: Sequence[int], lengths: Sequence[int], width: int, new: int = 0
 ) -> Memory:
     """New memory with the first `lengths` of the rows that requests `had`, ending at `width`; `new`: more to come at once."""
-    shapes = {n: (len(rows), *a.shape[1:]) for n, a in rows[0][0].memory.arrays.items()}
-    memory = Memory(shapes, width + new)
-    for name, there in memory.arrays.items():
+    first = rows[0][0].memory
+    memory = Memory(first.place, first.held, len(rows), width + new)
+    for name, there in memory.held.items():
         for b, (cache, i) in enumerate(rows):
-            start = cache.width - had[b]
-            own_rows = cache.memory.arrays[name][i, :, start : start + lengths[b]]
-            there[b, :, width - lengths[b] : width] = own_rows
+            source, start = cache.memory.held[name], cache.width - had[b]
+            first.place.copy_rows(there, (b, width - lengths[b]), source, (i, start), lengths[b])
     return memory
 
 

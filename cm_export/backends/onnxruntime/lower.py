@@ -1,4 +1,4 @@
-"""Portable graph -> what ONNX Runtime's CPU kernels run fastest, in memory, at load time.
+"""Portable graph -> what ONNX Runtime's kernels run fastest, in memory, at load time.
 
     MatMul(x, Transpose(W))                       -> FusedMatMul(x, W, transB)      no transposed copy of the weights
                        or, for a few rows at once -> Transpose(FusedMatMul(W, x, transB))
@@ -24,16 +24,20 @@ from ...host.core_rows import ROWS
 from ...plugins.core_ffn.body import ACTIVATIONS, inputs
 from ...plugins.threshold import above
 from ...policies.choose_neurons import choose_text
+from .place import Place
 
 _MICROSOFT = "com.microsoft"
 ACTIVE_INPUTS = len(inputs("active", 0))
 
 
-def lower(model: onnx.ModelProto, rows_as_inputs: bool, few_rows: bool = False) -> onnx.ModelProto:
+def lower(
+    model: onnx.ModelProto, rows_as_inputs: bool, few_rows: bool = False, place: Place | None = None
+) -> onnx.ModelProto:
     """Rewrite in place and return the model. `rows_as_inputs`: CoreFFN's rows become graph inputs.
 
-    `few_rows`: for steps that read 2 to 16 tokens; every x is [B,N,D] then.
+    `few_rows`: for steps that read 2 to 16 tokens; every x is [B,N,D] then. `place`: where it runs (None: here).
     """
+    place = place or Place()
     graph = model.graph
     shapes = {t.name: list(t.dims) for t in graph.initializer}
     nodes, activation, by_threshold = [], None, None
@@ -64,7 +68,10 @@ def lower(model: onnx.ModelProto, rows_as_inputs: bool, few_rows: bool = False) 
             layer = attribute(node, "layer")
             shape = ["batch", f"core_neurons.{layer}", shapes[weights[0]][1]]  # each layer may have its own number
             weights = [f"ffn.{layer}.{part}" for part in ROWS]
-            graph.input.extend(onnx.helper.make_tensor_value_info(w, onnx.TensorProto.FLOAT, shape) for w in weights)
+            kind = onnx.helper.np_dtype_to_tensor_dtype(place.products)
+            # A device gives whole weights [F,D] as they are, for which it would need a copy of another rank.
+            shape = None if place.apart else shape
+            graph.input.extend(onnx.helper.make_tensor_value_info(w, kind, shape) for w in weights)
         nodes.append(
             onnx.helper.make_node("CoreRows", [node.input[0], *weights], list(node.output), node.name, domain=DOMAIN)
         )
@@ -78,9 +85,18 @@ def lower(model: onnx.ModelProto, rows_as_inputs: bool, few_rows: bool = False) 
         assert activation is not None  # the loop has met the CoreFFN that reads what is chosen
         model.functions.append(_core_masked(activation))
         _multiply_low_bits(model, activation)
+    if place.apart:
+        _norms_in_one_kernel(nodes)
     _keep(graph, _fuse_transposes(nodes, set(shapes), few_rows))
     model.opset_import.append(onnx.helper.make_opsetid(_MICROSOFT, 1))
     return model
+
+
+def _norms_in_one_kernel(nodes: list[onnx.NodeProto]) -> None:
+    """The CUDA provider knows RMSNormalization only under its older name."""
+    for node in nodes:
+        if node.op_type == "RMSNormalization":
+            node.op_type = "SimplifiedLayerNormalization"
 
 
 def _check_one_activation(graph: onnx.GraphProto) -> None:

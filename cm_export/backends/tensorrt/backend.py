@@ -30,16 +30,31 @@ from .session import Library, Session, read
 NAME, MODULE = "tensorrt", "tensorrt"
 
 
-def open(bundle: Bundle, threads: int = 0, recipe: Recipe | None = None, graph: Graphs | None = None) -> Backend:
+def open(
+    bundle: Bundle,
+    threads: int = 0,
+    recipe: Recipe | None = None,
+    graph: Graphs | None = None,
+    device: str | None = None,
+) -> Backend:
     """The engines of an open bundle. Raises InputError without the library, BundleError for engines of elsewhere."""
-    return open_as(NAME, MODULE, bundle, threads, recipe, graph)
+    return open_as(NAME, MODULE, bundle, threads, recipe, graph, device)
 
 
 def open_as(
-    name: str, module: str, bundle: Bundle, threads: int, recipe: Recipe | None, graph: Graphs | None
+    name: str,
+    module: str,
+    bundle: Bundle,
+    threads: int,
+    recipe: Recipe | None,
+    graph: Graphs | None,
+    device: str | None = None,
 ) -> Backend:
-    """The same for a backend of that name, whose library is the Python module `module`."""
+    """The same for a backend of that name, whose library is the Python module `module`. `device`: the GPU that CUDA gives."""
     recipe, elsewhere = recipe or bundle.recipe, bundle.elsewhere
+    if device not in (None, "auto", "cuda", "cuda:0"):
+        fix = f"leave it out and choose the GPU with CUDA_VISIBLE_DEVICES, or {elsewhere}"
+        raise InputError(f"engines run on the first GPU, not on {device}", where="--device", fix=fix)
     if graph:
         raise CmExportError("an engine cannot be replaced by a graph", where=f"backend {name}", fix=elsewhere)
     if recipe.neurons.in_decode:

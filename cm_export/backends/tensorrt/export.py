@@ -22,7 +22,7 @@ from ...quant.precision import PRECISIONS
 from ...quant.scheme import Scheme
 from ...recipe.recipe import Recipe
 from ...surgery.bind_weights import point_at
-from .halve import as_half
+from ..onnxruntime.halve import as_half
 from .lower import DECODES, PLUGINS, for_parser, lower
 from .quantize import Part, Parts, quantize_graph, readers
 from .targets import Target

@@ -25,8 +25,8 @@ from ...host.core_rows import ROWS
 from ...plugins.core_attention import op as core_attention
 from ...plugins.core_ffn import op as core_ffn
 from ...surgery.edit import Edit
+from ..onnxruntime import halve as halving
 from ..onnxruntime.lower import names_read
-from . import halve as halving
 from . import written_out as written
 from .targets import Target
 

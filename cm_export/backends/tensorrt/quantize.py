@@ -23,7 +23,7 @@ from ...quant.groups import fitting
 from ...quant.precision import Precision
 from ...quant.rounding import nearest
 from ...quant.scheme import Quantised, Scheme
-from .halve import as_half
+from ..onnxruntime.halve import as_half
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from ..console import (
     backend_option,
     bundle_argument,
     command_line,
+    device_option,
     emit_json,
     json_option,
     progress,
@@ -36,12 +37,13 @@ from ..recipe_options import recipe_option
 @recipe_option("--token-share")
 @click.option("--vision", is_flag=True, help="Time the vision graph as well; it is the same for both.")
 @backend_option
+@device_option
 @threads_option
 @json_option
 @quiet_option
 def command(
     bundle: Path, prompt_tokens: int, image_tokens: int | None, new_tokens: int, repeats: int, neuron_share: float | None,
-    token_share: float | None, vision: bool, backend: str | None, threads: int, as_json: bool, quiet: bool,
+    token_share: float | None, vision: bool, backend: str | None, device: str | None, threads: int, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure time to first token and decode speed on made-up inputs, sparse beside dense."""
     from ...evals.bench import measure
@@ -58,6 +60,7 @@ def command(
             threads=threads,
             vision=vision,
             backend=backend,
+            device=device,
             progress=step,
         )
     report["command"] = command_line()

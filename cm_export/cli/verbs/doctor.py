@@ -13,7 +13,7 @@ from ..console import Verb, emit_json, json_option
 
 EXTRAS = {
     "export": "makes bundles of checkpoints: `cm-export build`, `calibrate --model`",
-    "gpu": "runs the graphs on NVIDIA GPUs through ONNX Runtime yourself; the verbs here use its CPU provider",
+    "gpu": "runs bundles on NVIDIA GPUs through ONNX Runtime: --device cuda (it takes the place of onnxruntime)",
     "tensorrt": "builds and runs engines on this machine's GPU: --backend tensorrt",
     "tensorrt-rtx": "builds and runs engines on RTX cards: --backend tensorrt-rtx",
     "eval": "brings the pictures and questions that `cm-export eval` asks",
@@ -72,6 +72,7 @@ def examine() -> dict[str, Any]:
         "extras": extras,
         "misfits": pairs,
         "onnxruntime_providers": _providers(),
+        "cuda": _cuda(),
         "native": _native(),
         "demo_model": (DEMO / "config.json").is_file() and (DEMO / "model.safetensors").is_file(),
     }
@@ -83,6 +84,20 @@ def _providers() -> list[str]:
     except ImportError:  # absent or built for another machine; `required` says which
         return []
     return onnxruntime.get_available_providers()
+
+
+def _cuda() -> dict[str, Any]:
+    """Whether --device cuda works here, or what is missing and what mends it. Nothing needs it."""
+    try:
+        from ...backends.onnxruntime.place import place_for
+        from ...base.errors import InputError
+    except ImportError as e:
+        return {"ok": False, "missing": str(e), "fix": ""}
+    try:
+        place_for("cuda")
+    except InputError as e:
+        return {"ok": False, "missing": e.what, "fix": (e.fix or "").removesuffix("; or --device cpu")}
+    return {"ok": True, "missing": None, "fix": None}
 
 
 def _native() -> dict[str, Any]:
@@ -106,6 +121,10 @@ def _print(found: dict[str, Any]) -> None:
             ("memory", f"{size(found['memory_bytes'])}, {size(found['memory_available_bytes'])} available"),
             ("free disk", f"{size(found['disk_free_bytes'])} in the current directory"),
             ("ONNX Runtime", ", ".join(found["onnxruntime_providers"]) or "does not load"),
+            (
+                "--device cuda",
+                "works" if found["cuda"]["ok"] else f"no: {found['cuda']['missing']}; {found['cuda']['fix']}",
+            ),
             ("low-bit products", found["native"]["missing"] or f"native, {found['native']['instructions']}"),
             ("demo model", "present" if found["demo_model"] else "MISSING: install cm-export again"),
         ],

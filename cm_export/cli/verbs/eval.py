@@ -16,6 +16,7 @@ from ..console import (
     bundle_argument,
     command_line,
     control_tokens_option,
+    device_option,
     emit_json,
     json_option,
     progress,
@@ -72,13 +73,14 @@ class Several(click.ParamType):
 @control_tokens_option
 @seed_option
 @backend_option
+@device_option
 @threads_option
 @json_option
 @quiet_option
 def command(
     bundle: Path, task: str | None, data: Path | None, kinds: tuple[str, ...] | None, limit: int | None,
-    max_new_tokens: int, out: str | None, control_tokens: bool, seed: int | None, backend: str | None, threads: int,
-    as_json: bool, quiet: bool, **sweep: Any,
+    max_new_tokens: int, out: str | None, control_tokens: bool, seed: int | None, backend: str | None, device: str | None,
+    threads: int, as_json: bool, quiet: bool, **sweep: Any,
 ) -> None:  # fmt: skip
     """Measure a bundle's accuracy, with the dense model, random choices and attention as controls."""
     path = None
@@ -95,7 +97,7 @@ def command(
         sweep["neurons"] or (), sweep["tokens"] or (), sweep["neuron_share"] or (), sweep["token_share"] or ()
     )
     with progress(quiet or as_json) as step:
-        report = compare(bundle, chosen, asked, seed, threads, path, step, backend)
+        report = compare(bundle, chosen, asked, seed, threads, path, step, backend, device)
     report["command"] = command_line()
     if path:
         write_json(report, path)

@@ -17,6 +17,7 @@ from ..console import (
     backend_option,
     bundle_argument,
     control_tokens_option,
+    device_option,
     emit_json,
     json_option,
     progress,
@@ -66,6 +67,7 @@ from ..summary import summary
 @control_tokens_option
 @seed_option
 @backend_option
+@device_option
 @threads_option
 @json_option
 @quiet_option
@@ -73,8 +75,8 @@ def command(
     bundle: Path, paths: tuple[str, ...], clips: tuple[str, ...], fps: float | None, frames: int | None,
     prompts: tuple[str, ...], chat: bool, system: str | None,
     max_new_tokens: int, dense: bool, neuron_share: float | None, token_share: float | None, guard: bool,
-    guard_every: int, overlay: str | None, control_tokens: bool, seed: int | None, backend: str | None, threads: int,
-    as_json: bool, quiet: bool, **choices: Any,
+    guard_every: int, overlay: str | None, control_tokens: bool, seed: int | None, backend: str | None, device: str | None,
+    threads: int, as_json: bool, quiet: bool, **choices: Any,
 ) -> None:  # fmt: skip
     """Ask a bundle about pictures; the answer streams to stdout, one summary line goes to stderr."""
     if not (prompts or chat):
@@ -107,7 +109,7 @@ def command(
     from ...host.loaded import load
 
     with progress(quiet or as_json) as step:
-        model = load(bundle, threads=threads, progress=step, backend=backend)
+        model = load(bundle, threads=threads, progress=step, backend=backend, device=device)
     images += [model.clip(path, rate=fps, count=frames) for path in clips]
     for picture in images:
         check_size(picture.image, model.tower.min_side, model.tower.max_ratio, where=picture.name)

@@ -6,7 +6,16 @@ from pathlib import Path
 import click
 
 from ...base.errors import InputError
-from ..console import Count, Verb, backend_option, bundle_argument, progress, quiet_option, threads_option
+from ..console import (
+    Count,
+    Verb,
+    backend_option,
+    bundle_argument,
+    device_option,
+    progress,
+    quiet_option,
+    threads_option,
+)
 
 _LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
@@ -45,12 +54,13 @@ _LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})
 @click.option("--no-warm-up", is_flag=True, help="Be ready without reading the largest picture first.")
 @click.option("--log-prompts", is_flag=True, help="Write questions into the log.  [default: no text of clients]")
 @backend_option
+@device_option
 @threads_option
 @quiet_option
 def command(
     bundle: Path, host: str, port: int, name: str | None, api_key: str | None, is_open: bool, at_once: int, lanes: int,
     queue: int, deadline: float | None, max_tokens: int, max_pictures: int, max_pixels: int, max_body: int, drain: int,
-    no_warm_up: bool, log_prompts: bool, backend: str | None, threads: int, quiet: bool,
+    no_warm_up: bool, log_prompts: bool, backend: str | None, device: str | None, threads: int, quiet: bool,
 ) -> None:  # fmt: skip
     """Answer over HTTP as OpenAI's API does; the URL goes to stdout, the log to stderr, one JSON object a line.
 
@@ -88,7 +98,7 @@ def command(
             step("open the bundle")
             found = opened(bundle)
             threads, lanes = divided(found, backend, threads, lanes, at_once)
-            model = LoadedBundle(found, threads, backend=backend)
+            model = LoadedBundle(found, threads, backend=backend, device=device)
         _ = model.chat  # raises where the bundle has no tokenizer
         figures = Prometheus()
         with model, Scheduler(model, at_once, queue, Measured(figures), deadline, lanes) as scheduler:

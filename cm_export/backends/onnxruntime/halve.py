@@ -19,9 +19,10 @@ from ...surgery.edit import Edit
 LOWEST = -60000.0
 
 _PRODUCTS = {"MatMul", "Gemm", "Conv"}
-_OWN = {"Attention", "CoreFFN", "CoreAttention", "CoreRows", "CacheRow"}
-_FLOATS = {"Attention": 4, "CoreAttention": 4, "CoreFFN": 4, "CoreRows": 4, "CacheRow": 2}  # inputs that are numbers
+# Ops of which inputs are in 16 bit, and how many: what decides (thresholds, norms) and what counts (ids) comes after them.
+_OWN = {"Attention": 4, "CoreFFN": 4, "CoreLinear": 2, "CoreAttention": 4, "CoreRows": 4, "CacheRow": 2}
 _MASK = {"Attention": 3, "CoreAttention": 3}
+_JOINS = {"Concat": (0, 1), "ScatterND": (0, 2)}  # what puts new rows behind the past ones, if it reads those
 
 
 def halve(edit: Edit, weights: Container[str], products: np.dtype) -> set[str]:
@@ -41,9 +42,8 @@ def halve(edit: Edit, weights: Container[str], products: np.dtype) -> set[str]:
     edit.graph.toposort()
     for node in list(edit.graph.nodes):
         weight = [_weight(t, weights) for t in node.inputs]
-        if node.op not in _OWN and not (node.op in _PRODUCTS and any(weight)):
-            continue
-        for i in range(min(_FLOATS.get(node.op, len(node.inputs)), len(node.inputs))):
+        numbers = _numbers(node, weight)
+        for i in numbers:
             if stored := weight[i]:
                 halves.add(stored)
                 continue
@@ -54,7 +54,7 @@ def halve(edit: Edit, weights: Container[str], products: np.dtype) -> set[str]:
                     bounded = edit.op("Max", tensor, edit.constant(LOWEST, np.float32))
                 as_half[id(tensor)] = edit.op("Cast", bounded, to=to)
             node.inputs[i] = as_half[id(tensor)]
-        for i, tensor in enumerate(node.outputs):
+        for i, tensor in enumerate(node.outputs if numbers else ()):
             half = gs.Variable(f"{tensor.name}/half", dtype=to)
             node.outputs[i] = half
             as_half[id(tensor)] = half
@@ -64,6 +64,26 @@ def halve(edit: Edit, weights: Container[str], products: np.dtype) -> set[str]:
         if tensor.name.startswith("present."):
             edit.graph.outputs[i] = _output(edit, tensor, as_half, to)
     return halves
+
+
+def in_16_bit(model: onnx.ModelProto, weights: Container[str], products: np.dtype) -> onnx.ModelProto:
+    """A portable graph with the types of `halve`, its weights declared as they must be given."""
+    edit = Edit(model, "half")
+    halves = halve(edit, weights, products)
+    out = edit.export()
+    for tensor in out.graph.initializer:
+        if tensor.name in halves:
+            tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(products)
+    return out
+
+
+def _numbers(node: gs.Node, weight: list[str | None]) -> tuple[int, ...]:
+    """Which inputs of a node become 16 bit; none of a node that stays as it is."""
+    if node.op in _OWN:
+        return tuple(range(min(_OWN[node.op], len(node.inputs))))
+    if node.op in _JOINS and node.inputs[0].name.startswith("past."):
+        return _JOINS[node.op]
+    return tuple(range(len(node.inputs))) if node.op in _PRODUCTS and any(weight) else ()
 
 
 def _weight(tensor: gs.Tensor, weights: Container[str]) -> str | None:
