@@ -35,9 +35,9 @@ demo: $(STAMP)
 	@echo 'The model is a toy: its answers show that pruning works, its times say nothing about a model of real size.'
 	@echo 'README.md says what to try next.'
 
+# Types are checked by one of the tests, beside the others.
 test: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What `make test` does for one configuration of a family, for many of them, and every picture rule on 200 pictures (minutes).

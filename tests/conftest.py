@@ -16,6 +16,9 @@ import shared
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+PROCESSORS = (
+    os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+)  # before each test process takes one
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -34,9 +37,10 @@ def _take_one_processor() -> None:
 _take_one_processor()
 
 
-# From half a minute up, the longest first. The first two need no bundle in common, for which one would wait for the other.
+# From half a minute up, the longest first. The first three need no bundle in common, for which one would wait for the other.
 LONGEST = [
     "cli_e2e",
+    "types",
     "outside_family",
     "tensorrt_rtx",
     "kill",
