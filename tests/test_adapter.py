@@ -155,7 +155,7 @@ def test_saved_biases_heads_and_embeddings_take_the_place_of_the_models_own(tmp_
     assert fitted(folder).apply(other, known()[other]) is known()[other]
 
 
-@pytest.mark.parametrize("case", ["plain", "dora", "patterns"])
+@pytest.mark.parametrize("case", ["plain", "dora", "patterns", "layers", "one_layer"])
 def test_what_peft_saved_is_merged_to_what_peft_merged(case, tmp_path):
     held = load_file(Path(__file__).parent / "adapters" / f"{case}.safetensors")
     parts = {
