@@ -4,10 +4,11 @@ checkpoint of floats -> the same in a format, every product in few bits -> build
                      -> the numbers as floats -> transformers' generate -> the same tokens
 """
 
+import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import low_bit_checkpoints as made
@@ -15,19 +16,25 @@ import numpy as np
 import pytest
 import qwen_models
 import test_llava_families
+import test_packings_hostile as hostile
 import torch
 import transformers
 from conftest import bundles_of, take_stages
 from low_bit_checkpoints import Low
 from safetensors.numpy import load_file, save_file
+from test_adapter import saved
 from test_packed import Rounded, logits
 from test_packings import AWQ, CT, GPTQ, V2, WHOLE, ct
 from tolerances import agrees
 
+from cm_export import families
+from cm_export.base.errors import InputError
 from cm_export.build.build import build
+from cm_export.build.job import prepare
 from cm_export.bundle.bundle import Bundle
 from cm_export.host.runner import Budget, Runner
 from cm_export.recipe.recipe import Recipe
+from cm_export.source.checkpoint import resolve
 
 STEPS = 6
 QUESTION = "what shape is red ?"
@@ -139,9 +146,9 @@ def asked_of(runner, images):
     return runner.ask(QUESTION, runner.see(images) if images else ())
 
 
-def generated(floats, family, runner, asked, images):
+def generated(floats, runner, asked, images):
     """Greedy tokens of stock transformers for the same prompt."""
-    stock, ids = getattr(transformers, family.model_class).from_pretrained(floats).eval(), asked.ids
+    stock, ids = family_of(floats), asked.ids
     given = {}
     if images:
         pictures = [runner.tower.picture(image, runner.picture_rule) for image in images]
@@ -155,12 +162,17 @@ def generated(floats, family, runner, asked, images):
     return out[0, len(ids) :].tolist()
 
 
-def check(name, form, folder, monkeypatch):
-    """A build of the format: what became of its codes, and its tokens beside transformers'."""
+def check(name, form, folder, monkeypatch, adapt=None):
+    """A build of the format: what became of its codes, and its tokens beside transformers'.
+
+    adapt: makes an adapter for the checkpoint of floats, with which it is built, and merges it into that checkpoint.
+    """
     model, plan = bundle_of[name](name)
-    floats = packed_as(form, model, folder / "model")
+    floats, recipe = packed_as(form, model, folder / "model"), Recipe().replace(neurons__policy="dense")
+    if adapt:
+        recipe = recipe.replace(adapter=str(adapt(floats)))
     take_stages(plan, folder / "x.plan")
-    found = build(str(folder / "model"), folder / "x.plan", Recipe().replace(neurons__policy="dense"), threads=1)
+    found = build(str(folder / "model"), folder / "x.plan", recipe, threads=1)
     became = {row["kind"]: {*row["became"]} for row in found["codes"]}
     assert became == {kind: how for kind, how in form.became.items() if kind != "vision" or name != "qwen3"}
     bundle = Bundle(folder / "x.plan")
@@ -175,7 +187,7 @@ def check(name, form, folder, monkeypatch):
         agrees("rounded x", ours / np.abs(theirs).max(), theirs / np.abs(theirs).max())
     asked = asked_of(runner, images)
     tokens = [*runner.tokens(runner.prefill(asked, Budget(dense=True)), STEPS, frozenset())]
-    assert tokens == generated(floats, bundle.family, runner, asked, images)
+    assert tokens == generated(floats, runner, asked, images)
     return found
 
 
@@ -190,3 +202,53 @@ def test_every_way_to_store_a_matrix_at_once_with_a_tower_and_a_head_in_few_bits
 @pytest.mark.parametrize("name", ["qwen3", "llava"])
 def test_tokens_of_a_format_are_those_of_its_numbers(name, form, tmp_path, monkeypatch):
     check(name, FORMATS[form], tmp_path, monkeypatch)
+
+
+def adapted(floats):
+    """An adapter of two modules, and the checkpoint with it: the numbers of PEFT's formula, in float32."""
+    stock, rng, given = family_of(floats), np.random.default_rng(2), {}
+    with torch.no_grad():
+        for name, p in stock.named_parameters():
+            if re.search(r"layers\.\d+\.(self_attn\.q_proj|mlp\.up_proj)\.weight$", name) and not re.search(
+                TOWER, name
+            ):
+                a, b = (
+                    rng.standard_normal(shape).astype(np.float32) / 8 for shape in ((4, p.shape[1]), (p.shape[0], 4))
+                )
+                module = name.removesuffix(".weight")
+                given |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+                p += 1.5 * (torch.from_numpy(b) @ torch.from_numpy(a))
+    stock.save_pretrained(floats)
+    return saved(floats.with_name("lora"), given, target_modules=["q_proj", "up_proj"])
+
+
+def family_of(path):
+    """Stock transformers of a checkpoint."""
+    config = json.loads((path / "config.json").read_text())
+    return getattr(transformers, families.find(config["model_type"]).model_class).from_pretrained(path).eval()
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("name", ["qwen3", "llava"])
+def test_an_adapter_is_merged_into_the_numbers_that_the_codes_stand_for(name, tmp_path, monkeypatch):
+    """Of its matrices the codes give way to the merged numbers in 8 bits, gate with up as they are read together."""
+    form = replace(
+        FORMATS["int4"], became=KEPT | {"ffn": {"kept", "8 bits anew"}, "attention": {"kept", "8 bits anew"}}
+    )
+    found = check(name, form, tmp_path, monkeypatch, adapted)
+    said = "\n".join(row["said"] for row in found["codes"])
+    assert said.count("an adapter is merged into them") == 2
+
+
+def test_an_adapter_on_a_checkpoint_in_few_bits_says_which_codes_give_way(tmp_path):
+    path = hostile.checkpoint("gptq")
+    names = ["model.layers.0.self_attn.q_proj", "lm_head"]
+    sizes = {"lm_head": hostile.known().shapes["lm_head.weight"], names[0]: (64, 64)}
+    given = {f"{n}.lora_{part}.weight": np.ones(shape, np.float32)
+             for n in names for part, shape in (("A", (4, sizes[n][1])), ("B", (sizes[n][0], 4)))}  # fmt: skip
+    folder = saved(tmp_path / "lora", given, target_modules=["q_proj", "lm_head"])
+    job = prepare(resolve(str(path), None, folder), Recipe(), 1, lambda *_, **__: None)
+    assert job.codes.others == {"model.layers.0.self_attn.q_proj.weight": "an adapter is merged into them"}
+    assert len(job.codes.kept) == 6 and {*job.merge.changes} == {f"{n}.weight" for n in names}
+    with pytest.raises(InputError, match=r"cannot be kept, e\.g\. .*q_proj.*an adapter is merged"):
+        prepare(resolve(str(path), None, folder), Recipe().replace(weights__codes="kept"), 1, lambda *_, **__: None)
