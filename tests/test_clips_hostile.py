@@ -6,6 +6,7 @@ Files are made with PyAV here; the figures of a sound one are in test_clips.py.
 import base64
 import io
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -46,10 +47,10 @@ def jpeg(i=0, size=(64, 48)):
 
 
 def written(path, pts, **options):
-    """A clip whose frames come at these times, in 1/90000 s."""
+    """A clip whose frames come at these times, in ms."""
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt, stream.time_base = 64, 48, "yuv420p", "1/90000"
+        stream.width, stream.height, stream.pix_fmt, stream.time_base = 64, 48, "yuv420p", Fraction(1, 1000)
         stream.codec_context.time_base = stream.time_base
         for i, at in enumerate(pts):
             frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24")
@@ -68,9 +69,15 @@ def sound(path):
 
 
 def cut(path, share, **options):
-    written(path, range(0, 40 * 9000, 9000), **options)
+    written(path, range(0, 40 * 100, 100), **options)
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
+
+
+def playlist(path):
+    """One that names a sound clip beside it."""
+    written(path.with_name("other.ts"), range(0, 20 * 100, 100))
+    path.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nother.ts\n#EXT-X-ENDLIST\n")
 
 
 HOSTILE = {  # what is wrong: (name of the file, how it is made, words of the error)
@@ -80,7 +87,7 @@ HOSTILE = {  # what is wrong: (name of the file, how it is made, words of the er
     "fewer frames than it says": ("x.mp4", lambda p: cut(p, 0.6, movflags="faststart"), "that were chosen of 40"),
     "sound alone": ("x.wav", sound, "has no pictures that move"),
     "frames of two sizes": ("x.mjpeg", lambda p: p.write_bytes(jpeg() + jpeg(3, (32, 48))), "differ in size"),
-    "a list of other files": ("x.m3u8", lambda p: p.write_text("#EXTM3U\n#EXTINF:1,\nother.ts\n"), "cannot be read"),
+    "a list of other files": ("x.m3u8", playlist, "cannot be read"),
     "a folder": ("x.mp4", lambda p: p.mkdir(), "no such file"),
 }
 
@@ -131,8 +138,8 @@ def test_one_frame_is_a_clip(tmp_path):
 
 
 def test_uneven_times_are_noted_and_even_ones_are_not(tmp_path):
-    written(tmp_path / "even.mp4", range(0, 20 * 9000, 9000))
-    written(tmp_path / "uneven.mp4", [*range(0, 10 * 9000, 9000), *range(500_000, 500_000 + 90_000, 9000)])
+    written(tmp_path / "even.mp4", range(0, 20 * 100, 100))
+    written(tmp_path / "uneven.mp4", [*range(0, 1000, 100), *range(5000, 6000, 100)])
     assert clips.opened_clip(tmp_path / "even.mp4", every).notes == ()
     (note,) = clips.opened_clip(tmp_path / "uneven.mp4", every).notes
     assert "uneven times" in note.text
@@ -290,5 +297,5 @@ def test_all_frames_count_against_the_pixels_of_a_request():
 
 def test_the_command_line_refuses_a_hostile_clip_in_one_line_with_its_name(tmp_path):
     sound(tmp_path / "x.wav")
-    done = cm_export("run", bundle_of(NAME)[1], "--video", tmp_path / "x.wav", "--prompt", QUESTION)
+    done = cm_export("run", bundle_of(NAME)[1], "--video", tmp_path / "x.wav", "--prompt", QUESTION, "--quiet")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "has no pictures that move" in done.stderr

@@ -83,7 +83,7 @@ def tensor(part, change, of=UP):
 
 
 def typed(part, kind):
-    return tensor(part, lambda t: t.astype(kind))
+    return tensor(part, lambda t: (t % 1000).astype(kind))
 
 
 def gone(part):
@@ -129,13 +129,13 @@ WRONG = {
     "a scale of an activation": ("gptq", tensor("scales", lambda _: np.ones(96, np.float16), "model.layers.0.mlp.act_fn."),
                                  "nothing here says what it scales"),
     "statistics of bitsandbytes": ("gptq", tensor("absmax", lambda _: np.ones(9, np.uint8)), "up_proj.absmax is U8"),
-    "no codes": ("gptq", gone("qweight"), "up_proj.qzeros is I32"),
+    "no codes": ("gptq", gone("qweight"), "nothing here says what its numbers mean"),
     "no zeros": ("gptq", gone("qzeros"), "has no qzeros"),
     "groups that do not divide": ("awq", lambda config, tensors: [
         tensor(part, lambda t: np.concatenate([t, t[:1]]))(config, tensors) for part in ("scales", "qzeros")],
         "no AWQ matrix"),
     "no groups": ("awq", lambda config, tensors: [
-        tensor(part, lambda t: t[:0])(config, tensors) for part in ("scales", "qzeros")], "no AWQ matrix"),
+        tensor(part, lambda t: t[:0])(config, tensors) for part in ("scales", "qzeros")], "do not fit together"),
     "half zeros": ("awq", typed("qzeros", np.float16), "qzeros is F16"),
     "a format in a list": ("packed", settings_of(format=["pack-quantized"]), "format ['pack-quantized']"),
     "a pattern in words": ("packed", settings_of(sparsity_config="2:4"), "sparsity_config format '2:4'"),
@@ -169,7 +169,7 @@ def spoil(case, out):
     form, change, word = WRONG[case]
     source = checkpoint(form)
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"))
-    config, tensors = json.loads((out / "config.json").read_text()), load_file(source / "model.safetensors")
+    config, tensors = json.loads((out / "config.json").read_text()), made.read(source / "model.safetensors")
     change(config, tensors)
     (out / "config.json").write_text(json.dumps(config))
     save_file(tensors, out / "model.safetensors")

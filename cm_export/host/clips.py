@@ -7,9 +7,10 @@ Nothing but the file itself is opened: formats that name other files or addresse
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,13 @@ def opened_clip(path: str | Path, choose: Choose) -> Clip:
     return Clip(shown[0], str(file), notes, frames=Frames(shown, places, total, fps))
 
 
-def _container(file: Path) -> Any:
+@contextlib.contextmanager
+def _container(file: Path) -> Iterator[Any]:
+    """The file, of which FFmpeg gets the bytes alone: it may open nothing by a name or an address that stands in them."""
     import av
 
-    return av.open(str(file), options={"protocol_whitelist": "file"})
+    with file.open("rb") as data, av.open(data, options={"protocol_whitelist": "none"}) as container:
+        yield container
 
 
 def _why(error: Exception) -> str:
@@ -135,7 +139,8 @@ def _chosen(total: int, fps: float | None, size: tuple[int, int], choose: Choose
 
 def _decoded(frames: Any, places: Sequence[int], fps: float | None) -> tuple[list[Image.Image], tuple[Note, ...]]:
     """Frames at these ascending places, upright, no other one converted; and what to know about their times."""
-    wanted, out, late, first = set(places), list[Image.Image](), 0.0, None
+    wanted, out, late = set(places), list[Image.Image](), 0.0
+    first: float | None = None
     for i, frame in enumerate(frames):
         first = frame.time if first is None else first
         if i in wanted:

@@ -29,7 +29,7 @@ CASES = {
         "exclude_modules": r".*\.0\.self_attn\.q_proj",
     },
     "one_layer": {
-        "r": 3, "lora_alpha": -2, "target_modules": ["q_proj", "k_proj"], "layers_to_transform": [1], "lora_bias": True,
+        "r": 3, "lora_alpha": -2, "target_modules": ["q_proj", "k_proj", "v_proj"], "layers_to_transform": [1], "lora_bias": True,
         "exclude_modules": ["layers.1.self_attn.k_proj"],
     },
 }  # fmt: skip

@@ -67,7 +67,8 @@ def matrix(parts: Parts, settings: Mapping[str, Any]) -> Matrix:
     elif parts.dtype("weight") == "I8" and len(parts.shape("weight")) == 2:
         (outputs, inputs), bits = parts.shape("weight"), 8
     else:
-        if "weight_zero_point" in parts and parts["weight_zero_point"].any():
+        floats = parts.dtype("weight").startswith("F8_")
+        if floats and "weight_zero_point" in parts and parts["weight_zero_point"].any():
             raise InputError("8-bit floats with a zero point", where=parts.module, fix=ORIGINAL)
         return eight_bit_floats(parts, scale, _block(settings))
     if scale.size == 1:
