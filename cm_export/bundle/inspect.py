@@ -24,6 +24,7 @@ def describe(path: Path) -> dict[str, Any]:
         "model": f"{source['source']}, {source['type']}" + (f", {source['revision']}" if source["revision"] else ""),
         "adapter": source.get("adapter"),  # None in a bundle of an earlier version, as is the next
         "codes": m.get("codes"),
+        "reads": _reads(bundle.shape),
         "recipe": {k: v for k, v in m["recipe"].items() if v is not None},
         "graphs": graphs,
         "weights": {"file": WEIGHTS, "bytes": m["files"][WEIGHTS]["bytes"], "tensors": len(bundle.weights.tensors)},
@@ -36,6 +37,13 @@ def describe(path: Path) -> dict[str, Any]:
         "links": m["links"],
         "versions": m["versions"],
     }
+
+
+def _reads(shape: Shape) -> str:
+    """What a question may be about."""
+    if not shape.sees:
+        return "text only"
+    return "text, pictures and clips" if shape.clip_token >= 0 else "text and pictures, no clips"
 
 
 def _engines(manifest: dict[str, Any]) -> dict[str, Any] | None:

@@ -38,7 +38,11 @@ def print_bundle(bundle: Mapping[str, Any]) -> None:
     console.print(Text(f"{bundle['path']}  ({_value(bundle['model'])})", style="bold"))
     if bundle.get("adapter"):
         console.print(_adapter(bundle["adapter"]), markup=False, soft_wrap=True)
-    facts = [*_flat(bundle["recipe"]), *((f"pruned {key}", value) for key, value in bundle["pruned"].items())]
+    facts = [
+        ("reads", bundle["reads"]),
+        *_flat(bundle["recipe"]),
+        *((f"pruned {key}", value) for key, value in bundle["pruned"].items()),
+    ]
     console.print(_table(("recipe", "value"), facts))
     rows = [
         (g["name"], g["nodes"], size(g["bytes"]), _names(g["inputs"]), _names(g["outputs"]), _ops(g["ops"]))

@@ -241,6 +241,10 @@ class Tower(ABC):
         """Which of `total` frames are read; rate: so many a second, count: so many. Raises InputError."""
         raise InputError("this model takes no clips", fix="give pictures")
 
+    def clip_tokens(self, frames: int, size: tuple[int, int], rule: Any) -> int:
+        """Image tokens of a clip of so many chosen frames (width, height). Raises InputError."""
+        raise InputError("this model takes no clips", fix="give pictures")
+
     def clip(self, frames: Frames, rule: Any) -> Picture:
         """Frames as the tower reads them. Raises InputError."""
         raise InputError("this model takes no clips", fix="give pictures")
