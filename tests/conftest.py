@@ -238,10 +238,11 @@ def sit(monkeypatch, on_machine):
 
 
 def low_bits(demo_bundle: Path, precision: str) -> Path:
-    """The demo model with every neuron, in int8 or int4."""
+    """The demo model with every neuron, in int8, with the float32 numbers beside, or int4 without."""
 
     def make(folder: Path) -> None:
         take_stages(demo_bundle, folder / "low.plan")
-        built(folder / "low.plan", "--model", "demo", "--neurons", "dense", "--weights", precision)
+        beside = ["--keep-float32"] if precision == "int8" else []
+        built(folder / "low.plan", "--model", "demo", "--neurons", "dense", "--weights", precision, *beside)
 
     return shared.once(f"low_{precision}", make) / "low.plan"

@@ -168,7 +168,7 @@ def ids_of(x: Any, pictures: Any, rng: np.random.Generator, words: int = 3) -> n
 def asked(x: Any, backend: Any, pictures: Any, ids: np.ndarray) -> Request:
     """The request, with what our vision graph makes of the pictures, one by one as a bundle does."""
     parts = [Pictures(backend.vision(x.tower.feeds([p])), (p.layout,)) for p in pictures]
-    return Request.of(ids, Pictures.joined(parts), x.family, x.shape, x.weights)
+    return Request.of(ids, Pictures.joined(parts), x.family, x.shape, x.weights[x.family.embedding])
 
 
 def request(x: Any, seed: int, sizes: Any = ((30, 20), (9, 31))) -> Request:
@@ -178,7 +178,7 @@ def request(x: Any, seed: int, sizes: Any = ((30, 20), (9, 31))) -> Request:
     total = sum(p.tokens for p in pictures)
     embeds = {"image_embeds": rng.standard_normal((total, x.shape.hidden)).astype(np.float32)}
     found = Pictures(embeds, tuple(p.layout for p in pictures)) if pictures else Pictures()
-    return Request.of(ids_of(x, pictures, rng), found, x.family, x.shape, x.weights)
+    return Request.of(ids_of(x, pictures, rng), found, x.family, x.shape, x.weights[x.family.embedding])
 
 
 def stock(x: Any, pictures: Any, ids: np.ndarray, steps: int) -> tuple[list[int], np.ndarray]:

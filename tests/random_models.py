@@ -233,7 +233,7 @@ def request_of(x: Exported, ids: np.ndarray, grid: np.ndarray, embeds: np.ndarra
     layouts = tuple(Layout((t, h // merge, w // merge)) for t, h, w in grid.tolist())
     seen = embeds if isinstance(embeds, dict) else {"image_embeds": embeds}
     pictures = Pictures(seen, layouts) if layouts else x.tower.no_pictures() if x.tower else Pictures()
-    return Request.of(ids, pictures, x.family, x.shape, x.weights)
+    return Request.of(ids, pictures, x.family, x.shape, x.weights[x.family.embedding])
 
 
 def numbered(image_mask: np.ndarray) -> np.ndarray:

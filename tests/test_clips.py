@@ -70,7 +70,7 @@ def asked(x, backend, pictures, ids):
         found = [backend.vision(x.tower.feeds([part])) for part in x.tower.parts(picture)]
         outputs = {n: np.concatenate([part[n] for part in found]) for n in found[0]}
         seen.append(Pictures(outputs, (picture.layout,)))
-    return Request.of(ids, Pictures.joined(seen), x.family, x.shape, x.weights)
+    return Request.of(ids, Pictures.joined(seen), x.family, x.shape, x.weights[x.family.embedding])
 
 
 def made(x, rng):
@@ -109,7 +109,7 @@ def test_each_clip_keeps_its_share(x):
     total = sum(p.tokens for p in pictures)
     rows = {p.name: rng.standard_normal((total, *p.row)).astype(np.float32) for p in x.tower.outputs}
     seen = Pictures(rows, tuple(p.layout for p in pictures))
-    request = Request.of(ids, seen, x.family, x.shape, x.weights)
+    request = Request.of(ids, seen, x.family, x.shape, x.weights[x.family.embedding])
     assert request.picture_sizes() == [p.tokens for p in pictures]
     _, out = run(x, request, recipe_of(quota="each", share=0.5, prune_layer=max(1, x.shape.whole_layers)))
     kept = request.picture[0, out["kept_tokens"][0]]

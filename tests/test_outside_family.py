@@ -106,7 +106,7 @@ def asked(x, layout, rng):
 def prompt(x, layout, rng, backend):
     ids, pictures = asked(x, layout, rng)
     seen = Pictures.joined([Pictures(backend.vision(x.tower.feeds([p])), (p.layout,)) for p in pictures])
-    return ids, pictures, Request.of(ids, seen, x.family, x.shape, x.weights)
+    return ids, pictures, Request.of(ids, seen, x.family, x.shape, x.weights[x.family.embedding])
 
 
 def stock(x, ids, pictures, steps):

@@ -84,7 +84,7 @@ def prompt(x, layout, rng, backend):
     seen = [Pictures(backend.vision(x.tower.feeds([p])), (p.layout,)) for p in pictures]
     seen = Pictures.joined(seen) if seen else x.tower.no_pictures()
     ids = np.array(ids, np.int64)
-    return ids, pictures, Request.of(ids, seen, x.family, x.shape, x.weights)
+    return ids, pictures, Request.of(ids, seen, x.family, x.shape, x.weights[x.family.embedding])
 
 
 def given(x, pictures):
@@ -201,7 +201,7 @@ def test_a_later_question_is_answered_as_if_all_were_asked_at_once(x):
         asked = rng.integers(7, x.shape.vocab, 3 + number).tolist()
         context = context.then(answer + asked, len(asked))
         ids = np.concatenate([ids, answer, asked])
-    scratch = runner.prefill(Request.of(ids, seen, x.family, x.shape, x.weights), DENSE)
+    scratch = runner.prefill(Request.of(ids, seen, x.family, x.shape, x.weights[x.family.embedding]), DENSE)
     agrees("export", context.logits, scratch.logits)
     assert context.request.next_position == scratch.request.next_position == len(ids)
     again = [list(runner.tokens(c, 6, frozenset())) for c in (context, scratch)]

@@ -51,6 +51,10 @@ def print_bundle(bundle: Mapping[str, Any]) -> None:
     console.print(_table(("graph", "nodes", "size", "inputs", "outputs", "operators"), rows, right=(1, 2)))
     weights = bundle["weights"]
     console.print(f"weights  {weights['file']}: {weights['tensors']} tensors, {size(weights['bytes'])}", markup=False)
+    if packed := weights.get("packed"):
+        kept = "with" if packed["float32"] else "without"
+        what = f"{packed['matrices']} matrices in few bits, {size(packed['bytes'])}, {kept} their float32 numbers"
+        console.print(f"         {packed['file']}: {what}", markup=False)
     for row in bundle.get("codes") or ():
         console.print(row["said"], markup=False, soft_wrap=True)
     if bundle["engines"]:

@@ -278,7 +278,7 @@ class Runner:
         self.check_length(len(ids))
         if self.bundle.tower and not pictures.layouts:
             pictures = self.bundle.tower.no_pictures()
-        return Request.of(ids, pictures, self.bundle.family, self.bundle.shape, self.bundle.weights)
+        return Request.of(ids, pictures, self.bundle.family, self.bundle.shape, self.bundle.embedding)
 
     def ask(self, text: str, pictures: Pictures, system: str | None = None, control_tokens: bool = False) -> Request:
         """The prompt of one question about pictures that were seen. Raises InputError."""
