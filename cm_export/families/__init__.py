@@ -33,6 +33,7 @@ STATIC_ROPE = ("default", "linear", "yarn", "llama3")
 MOVING_ROPE = ("dynamic", "longrope")
 
 UNKNOWN_FPS = 24.0
+ADDING = "docs/families.md shows how to add it"
 IMAGE = "\N{OBJECT REPLACEMENT CHARACTER}"  # an image token in Layout.text; the tokenizer knows what it is called
 
 Config = Mapping[str, Any]  # transformers' normalised configuration as plain values, or a part of it
@@ -253,6 +254,10 @@ class Tower(ABC):
     def probes(self, rng: np.random.Generator) -> list[Picture]:
         """Two smooth made-up pictures, of unequal size where sizes may differ: what every build is proved on."""
 
+    def sample(self, rng: np.random.Generator) -> list[Picture]:
+        """One made-up picture or several of few image tokens, of any layout: what `cm-export check-family` asks about."""
+        return self.probes(rng)
+
     @abstractmethod
     def sized(self, tokens: int, rng: np.random.Generator) -> list[Picture]:
         """Random pictures that become `tokens` image tokens together, for timing. Raises InputError if none do."""
@@ -306,6 +311,13 @@ class Family:
     def tower(self, config: Config) -> Tower | None:
         """The vision tower; None of a model that takes no pictures."""
         return None
+
+    def sample(self, seed: int) -> dict[str, Any]:
+        """A valid configuration of a tiny model as config.json has it, whatever may differ drawn at random from `seed`.
+
+        What `cm-export check-family` proves the family on. Raises InputError where a family says none.
+        """
+        raise InputError("its file has no sample(seed), a tiny configuration drawn at random", fix=ADDING)
 
     def positions(self, picture: np.ndarray, pictures: Pictures) -> tuple[np.ndarray, int]:
         """Positions [A,S] int64 of one prompt without padding, and the position of the first answer token.
