@@ -198,6 +198,7 @@ class Tower(ABC):
     prefixes: tuple[str, ...]  # how the checkpoint names begin of the weights that the vision graph reads
     min_side: int  # pixels: the smallest width or height of a picture
     max_ratio: float = math.inf  # of a picture's long side to its short one
+    may_touch: bool = True  # whether transformers tells two pictures apart without a word between them
 
     @abstractmethod
     def module(self, model: Any) -> torch.nn.Module:

@@ -164,6 +164,7 @@ class Qwen2VLTower(Tower):
     attention = ATTENTION  # what its blocks call
     min_side = 1  # a small picture is enlarged
     max_ratio = MAX_RATIO
+    may_touch = False  # positions go by runs of image tokens
 
     def __init__(self, vision: Config):
         self.patch, self.merge, self.temporal = (
@@ -329,9 +330,15 @@ class Qwen2VLTower(Tower):
         return [self._picture(part, g) for part, g in zip(parts, grid, strict=True)]
 
     def sample(self, rng: np.random.Generator) -> list[Picture]:
-        """Up to three pictures of any sizes."""
+        """Up to three pictures of any sizes, or a clip for the last one."""
         grids = [(int(rng.integers(1, 5)), int(rng.integers(1, 6))) for _ in range(rng.integers(1, 4))]
-        return [self._random((1, *grid), rng) for grid in grids]
+        found = [self._random((1, *grid), rng) for grid in grids]
+        if rng.random() < 0.4:
+            t = int(rng.integers(1, 4))
+            frames = Frames([], range(t * self.temporal), 4 * self.temporal, float(rng.choice([0.5, 2, 24])))
+            clip = self._random((t, *grids[-1]), rng)
+            found[-1] = Picture(clip.pixels, self.clip_layout(frames, clip.grid))
+        return found
 
     def sized(self, tokens: int, rng: np.random.Generator) -> list[Picture]:
         """One picture, as square as the number allows."""

@@ -1,11 +1,11 @@
 """Proofs that pictures and prompts are read, and answers written, as stock transformers does.
 
 vision         every output of the vision graph, pictures of `sample` in one run and one by one
-prefill        padded batches of random embeddings at any positions, of sizes that were not traced: logits, keys, values
-answers        prompts with pictures: prefill, cache and eight greedy tokens
-two pictures   the same of two pictures of unequal size in one prompt, as `probes` makes them
+answers        prompts with pictures and clips of `sample`: prefill, cache and eight greedy tokens
+two pictures   the same of two pictures of unequal size in one prompt, as `probes` makes them, apart and side by side
 text only      the same of words alone
 batch          three unequal requests that decode together, each as it answers alone
+later          a second question over the cache of the first, at full budget and dense
 """
 
 from typing import Any
@@ -22,8 +22,8 @@ from .proof import Found, compare
 from .subject import Prompt, Stock, Subject
 
 STEPS = 8
+LISTED = "attention"  # a token policy that can leave the cache whole
 DENSE = Recipe().replace(neurons__policy="dense", tokens__policy="dense")
-SHAPES = ((3, 13), (1, 2), (2, 31))  # batch and length
 
 
 def vision(of: Subject) -> Found:
@@ -32,6 +32,8 @@ def vision(of: Subject) -> Found:
     rng, tower, pairs = np.random.default_rng(1), of.sees, {}
     backend = of.backend(DENSE)
     asked = [*([p] for p in tower.probes(rng)), *(tower.sample(rng) for _ in range(4))]
+    asked = [[p for p in pictures if not p.layout.is_clip] for pictures in asked]  # clips are in `answers`
+    asked = [pictures for pictures in asked if pictures]
     for number, pictures in enumerate(asked):
         given = {n: torch.from_numpy(v) for n, v in tower.stock(pictures, np.ones(_tokens(pictures), bool)).items()}
         with torch.no_grad():
@@ -49,44 +51,6 @@ def _tokens(pictures: list[Picture]) -> int:
     return sum(p.tokens for p in pictures)
 
 
-def prefill(of: Subject) -> Found:
-    """The further outputs of a tower are zero here: `answers` has them."""
-    backend, pairs = of.backend(DENSE), {}
-    more = of.tower.outputs[1:] if of.tower else ()
-    for batch, length in SHAPES:
-        rng = np.random.default_rng(length)
-        embeds = rng.standard_normal((batch, length, of.shape.hidden)).astype(np.float32)
-        positions = rng.integers(0, 50, (of.shape.position_axes, batch, length))
-        mask = np.ones((batch, length), np.int64)
-        for b in range(1, batch):
-            mask[b, : rng.integers(0, length)] = 0
-        feeds = {"inputs_embeds": embeds, "position_ids": positions, "attention_mask": mask}
-        rows = {port.name: np.zeros((batch, length, *port.row), np.float32) for port in more}
-        logits, cache = _decoder(of, embeds, positions, mask)
-        found, kept = backend.prefill(feeds | rows, "prefill_dense")
-        pairs[f"logits of {batch} x {length}"] = found["logits"], logits
-        real = mask[:, None, :, None] == 1  # rows of padding are never read
-        for name, value in kept.arrays().items():
-            pairs[f"{name} of {batch} x {length}"] = value * real, cache[name] * real
-    return compare(pairs, f"{len(SHAPES)} shapes, padded on the left")
-
-
-def _decoder(of: Subject, embeds: np.ndarray, positions: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, Arrays]:
-    """Logits [B,V] of the last token and the cache, of stock transformers' decoder."""
-    import torch
-
-    given = {"inputs_embeds": embeds, "position_ids": positions if len(positions) > 1 else positions[0]}
-    with torch.no_grad():
-        out = of.model.get_decoder()(
-            **{n: torch.from_numpy(v) for n, v in (given | {"attention_mask": mask}).items()}, use_cache=True
-        )
-        logits = of.model.get_output_embeddings()(out.last_hidden_state[:, -1])
-    cache = {}
-    for i, layer in enumerate(out.past_key_values.layers):
-        cache[f"past.{i}.key"], cache[f"past.{i}.value"] = layer.keys.numpy(), layer.values.numpy()
-    return logits.numpy(), cache
-
-
 def answers(of: Subject) -> Found:
     rng = np.random.default_rng(2)
     return _answered(of, [of.prompt(of.sees.sample(rng), rng, words) for words in (1, 4)])
@@ -97,7 +61,8 @@ def two_pictures(of: Subject) -> Found:
     pictures = of.sees.probes(rng)
     if len(pictures) != 2:
         raise InputError(f"probes(rng) makes {len(pictures)} pictures, two are asked for", where="Tower.probes")
-    return _answered(of, [of.prompt(order, rng, 2) for order in (pictures, pictures[::-1])])
+    touching = of.prompt(pictures[::-1], rng, between=0 if of.sees.may_touch else 1)
+    return _answered(of, [of.prompt(pictures, rng, 2), touching])
 
 
 def text_only(of: Subject) -> Found:
@@ -167,6 +132,24 @@ def batch(of: Subject) -> Found:
         same[f"tokens of request {number} beside others"] = row.ids, one.ids
     sizes = ", ".join(str(len(p.ids)) for p in prompts)
     return compare(pairs, f"prompts of {sizes} tokens", same)
+
+
+def later(of: Subject) -> Found:
+    """Besides, the answer that is written then, which must be that of transformers to the whole conversation."""
+    rng, pairs, same = np.random.default_rng(7), {}, {}
+    runner = of.runner(recipe_of(of, tokens__cache="index", tokens__policy=LISTED))
+    first = of.prompt(of.sees.sample(rng) if of.tower else [], rng)
+    said = of.prompt([], rng, 7).ids.tolist()
+    whole = Prompt(first.pictures, np.append(first.ids, said), np.append(first.is_image, [False] * len(said)))
+    theirs = of.stock(whole, STEPS)
+    full = Budget(neuron_share=1.0, token_share=1.0 if of.shape.sees else None)
+    for name, budget in {"full budget": full, "dense": Budget(dense=True)}.items():
+        context = runner.prefill(of.request(runner, first), budget).then(said, 3)
+        rows = cache_of(context)
+        ids, logits = written(runner, context)
+        pairs |= paired(f"the later question, {name}", rows, logits, theirs)
+        same[f"tokens after the later question, {name}"] = ids, theirs.ids
+    return compare(pairs, f"{len(said)} tokens after a prompt of {len(first.ids)}", same)
 
 
 def recipe_of(of: Subject, **fields: Any) -> Recipe:

@@ -14,7 +14,7 @@ from ..base import disk
 from ..base.errors import InputError
 from ..families import Family, Shape
 from ..source import random_weights
-from . import answers, cuts, file, lowered
+from . import answers, cuts, file, lowered, shapes
 from .proof import MISSING, NOT_REACHED, Found, Proof, Result
 from .subject import Subject
 
@@ -32,7 +32,8 @@ FIRST = (
 )
 PROOFS = (
     Proof("vision", "the vision graph and stock transformers' tower", answers.vision, sees=True),
-    Proof("prefill", "padded batches of shapes that were not traced", answers.prefill),
+    Proof("prefill", "padded batches of shapes that were not traced", shapes.prefill),
+    Proof("decode", "several tokens at once after any cache", shapes.decode),
     Proof("answers", "eight greedy tokens after prompts with pictures", answers.answers, sees=True),
     Proof("two pictures", "the same after two unequal pictures in one prompt", answers.two_pictures, sees=True),
     Proof("text only", "the same after words alone", answers.text_only),
@@ -40,6 +41,7 @@ PROOFS = (
     Proof("full budget", "every token and neuron kept, and the dense graphs", cuts.full_budget),
     Proof("cut", "tokens cut, and stock transformers with these tokens masked", cuts.cut, sees=True),
     Proof("positions", "eight tokens after a cut: those that stay keep their positions", cuts.positions, sees=True),
+    Proof("later", "a second question over the cache of the first", answers.later),
     Proof("lowered", "graphs lowered for every version of TensorRT, and the portable ones", lowered.lowered),
 )
 
@@ -71,7 +73,7 @@ def _proved(
 ) -> tuple[str, list[Result]]:
     """What the model is, in words, and how every proof ended."""
     (folder / "graphs").mkdir()
-    subject = Subject(folder / "model", folder / "graphs", family, number=number)
+    subject = Subject(folder / "model", folder / "graphs", family, number=seed)
 
     def made(of: Subject) -> Found:
         random_weights.write(config, family, of.path, seed)

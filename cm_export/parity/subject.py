@@ -28,6 +28,7 @@ from ..recipe.recipe import Recipe
 from ..source import model as hf
 from ..source import trace
 from ..source.probe import words_of
+from ..source.quiet import quiet
 from ..surgery import pipeline
 from ..surgery.neuron_constants import neuron_constants
 
@@ -56,8 +57,8 @@ class Stock:
 class Subject:
     """A checkpoint of `family` at `path`; `folder` takes its weight file.
 
-    traced: makes a folder of the dense graphs, or finds it; None: they are traced here. number: of several subjects this
-    one, by which policies go around.
+    traced: makes a folder of the dense graphs, or finds it; None: they are traced here. number: by which the
+    policies of several subjects go around.
     """
 
     path: Path
@@ -89,10 +90,8 @@ class Subject:
 
     @cached_property
     def model(self) -> Any:
-        """Stock transformers, untouched by our wrappers. Nothing ends its answers."""
-        model = hf.load(self.path, self.family)
-        model.generation_config.eos_token_id = None
-        return model
+        """Stock transformers, untouched by our wrappers."""
+        return hf.load(self.path, self.family)
 
     @cached_property
     def weights(self) -> weights.WeightFile:
@@ -136,20 +135,25 @@ class Subject:
         """What asks them, as it asks a bundle."""
         return Runner(_InMemory(self, recipe), threads=1, backend="onnxruntime")
 
-    def prompt(self, pictures: Sequence[Picture], rng: np.random.Generator, words: int = 3) -> Prompt:
-        """Random words around pictures; the marks that stand between the image tokens of one are a few words, too."""
+    def prompt(
+        self, pictures: Sequence[Picture], rng: np.random.Generator, words: int = 3, between: int | None = None
+    ) -> Prompt:
+        """So many random words before and after pictures, and `between` two of them (None: as many).
+
+        The marks that stand between the image tokens of one picture become a few words, too.
+        """
         known = words_of(self.shape, self.config)
 
         def text(count: int) -> list[int]:
             return rng.choice(known, count).tolist()
 
         ids = text(words)
-        for picture in pictures:
+        for number, picture in enumerate(pictures, 1):
             token = self.shape.clip_token if picture.layout.is_clip else self.shape.image_token
             for is_image, run in itertools.groupby(picture.layout.written(IMAGE), lambda c: c == IMAGE):
                 count = len(list(run))
                 ids += [token] * count if is_image else text(1 + count % 3)
-            ids += text(words)
+            ids += text(words if between is None or number == len(pictures) else between)
         found = np.array(ids, np.int64)
         seen = [self.shape.image_token, *(self.shape.clip_token for p in pictures if p.layout.is_clip)]
         return Prompt(tuple(pictures), found, np.isin(found, seen))
@@ -160,16 +164,20 @@ class Subject:
         return runner.request(prompt.ids, Pictures.joined(parts))
 
     def stock(self, prompt: Prompt, steps: int) -> Stock:
-        """What transformers' own generate() answers: so many greedy tokens."""
+        """What transformers' own generate() answers: so many greedy tokens, none of which ends the answer."""
         import torch
 
         given = self.sees.stock(prompt.pictures, prompt.is_image) if prompt.pictures else {}
-        ids = torch.from_numpy(prompt.ids)[None]
-        with torch.no_grad():
-            out = self.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=steps,
-                return_dict_in_generate=True, output_logits=True, **{n: torch.from_numpy(v) for n, v in given.items()},
-            )  # fmt: skip
+        ids, settings = torch.from_numpy(prompt.ids)[None], self.model.generation_config
+        ends, settings.eos_token_id = settings.eos_token_id, None
+        try:
+            with torch.no_grad(), quiet():
+                out = self.model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=steps,
+                    return_dict_in_generate=True, output_logits=True, **{n: torch.from_numpy(v) for n, v in given.items()},
+                )  # fmt: skip
+        finally:
+            settings.eos_token_id = ends
         cache, size = {}, ids.shape[1]
         for i, layer in enumerate(out.past_key_values.layers):
             cache[f"past.{i}.key"] = layer.keys[0, :, :size].numpy()
