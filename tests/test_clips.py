@@ -10,7 +10,7 @@ import transformers
 from conftest import cm_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llava_models import noise, random_llava
+from llava_models import RANDOM, noise
 from PIL import Image
 from random_models import END, IMAGE, START, VIDEO
 from stepping import Decoder, prefill, step_feeds
@@ -329,4 +329,4 @@ def test_run_reads_a_clip_as_its_frames(name, tmp_path):
 
 def test_a_model_that_takes_no_clips_says_so():
     with pytest.raises(InputError, match="takes no clips"):
-        families.find("llava").tower(random_llava(2)).clip_rule({})
+        families.find("llava").tower(RANDOM["llava"](2)).clip_rule({})
