@@ -30,6 +30,9 @@ from cm_export.tune.search import questions_key
 av = pytest.importorskip("av", reason="clips are read by PyAV, of the extra video")
 
 
+MS = Fraction(1, 1000)
+
+
 def every(total, fps, size):
     return list(range(total))
 
@@ -46,15 +49,15 @@ def jpeg(i=0, size=(64, 48)):
     return data.getvalue()
 
 
-def written(path, pts, **options):
+def written(path, pts):
     """A clip whose frames come at these times, in ms."""
-    with av.open(str(path), "w", options=options) as container:
+    with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt, stream.time_base = 64, 48, "yuv420p", Fraction(1, 1000)
-        stream.codec_context.time_base = stream.time_base
+        stream.width, stream.height, stream.pix_fmt, stream.time_base = 64, 48, "yuv420p", MS
+        stream.codec_context.time_base = MS
         for i, at in enumerate(pts):
             frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24")
-            frame.pts, frame.time_base = at, stream.time_base
+            frame.pts, frame.time_base = at, MS
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
@@ -68,8 +71,8 @@ def sound(path):
         container.mux(stream.encode())
 
 
-def cut(path, share, **options):
-    written(path, range(0, 40 * 100, 100), **options)
+def cut(path, share):
+    write_clip(path, count=40)
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
 
@@ -84,7 +87,7 @@ HOSTILE = {  # what is wrong: (name of the file, how it is made, words of the er
     "nothing in it": ("x.mp4", lambda p: p.write_bytes(b""), "cannot be read"),
     "another kind of file": ("x.mp4", lambda p: p.write_text("no clip at all"), "cannot be read"),
     "no beginning": ("x.mp4", lambda p: cut(p, 0.6), "cannot be read"),
-    "fewer frames than it says": ("x.mp4", lambda p: cut(p, 0.6, movflags="faststart"), "that were chosen of 40"),
+    "half of it": ("x.avi", lambda p: cut(p, 0.6), "cannot be read"),
     "sound alone": ("x.wav", sound, "has no pictures that move"),
     "frames of two sizes": ("x.mjpeg", lambda p: p.write_bytes(jpeg() + jpeg(3, (32, 48))), "differ in size"),
     "a list of other files": ("x.m3u8", playlist, "cannot be read"),
@@ -128,6 +131,13 @@ def test_a_count_of_frames_that_no_file_of_its_size_holds_is_refused(tmp_path):
     data[at : at + 8] = (16).to_bytes(4, "big") + (10**8).to_bytes(4, "big")
     (tmp_path / "x.mp4").write_bytes(data)
     with pytest.raises(InputError, match=r"says that it has|cannot be read|ends after"):
+        clips.opened_clip(tmp_path / "x.mp4", every)
+
+
+def test_a_file_that_ends_before_the_frames_that_it_says_is_no_shorter_clip(tmp_path, monkeypatch):
+    write_clip(tmp_path / "x.mp4")
+    monkeypatch.setattr(clips, "_facts", lambda *_: (60, 8.0, (64, 48)))
+    with pytest.raises(InputError, match="ends after 24 of 60 frames that were chosen of 60"):
         clips.opened_clip(tmp_path / "x.mp4", every)
 
 

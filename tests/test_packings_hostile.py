@@ -82,8 +82,13 @@ def tensor(part, change, of=UP):
     return apply
 
 
+@np.errstate(over="ignore")
+def cast(value, kind):
+    return value.astype(kind)
+
+
 def typed(part, kind):
-    return tensor(part, lambda t: (t % 1000).astype(kind))
+    return tensor(part, functools.partial(cast, kind=kind))
 
 
 def gone(part):
