@@ -310,8 +310,9 @@ class Qwen2VLTower(Tower):
     def clip_tokens(self, frames: int, size: tuple[int, int], rule: ClipRule) -> int:
         """Image tokens of a clip of so many chosen frames (width, height). Raises InputError."""
         h, w = self.clip_size(frames, size[1], size[0], rule)
-        cell = self.patch * self.merge
-        return -(-frames // self.temporal) * (h // cell) * (w // cell)
+        cell: int = self.patch * self.merge
+        pairs: int = -(-frames // self.temporal)
+        return pairs * (h // cell) * (w // cell)
 
     def clip_layout(self, frames: Frames, grid: tuple[int, int, int]) -> Layout:
         """How a clip lies in the prompt: a frame of the grid, made of `temporal` frames, a position after the other."""

@@ -71,7 +71,8 @@ def text_only(of: Subject) -> Found:
 
 
 def _answered(of: Subject, prompts: list[Prompt]) -> Found:
-    runner, pairs, same = of.runner(DENSE), {}, {}
+    runner, same = of.runner(DENSE), {}
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for number, prompt in enumerate(prompts):
         ours = runner.prefill(of.request(runner, prompt), Budget(dense=True))
         theirs, rows = of.stock(prompt, STEPS), cache_of(ours)
@@ -136,7 +137,8 @@ def batch(of: Subject) -> Found:
 
 def later(of: Subject) -> Found:
     """Besides, the answer that is written then, which must be that of transformers to the whole conversation."""
-    rng, pairs, same = np.random.default_rng(7), {}, {}
+    rng, same = np.random.default_rng(7), {}
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     runner = of.runner(recipe_of(of, tokens__cache="index", tokens__policy=LISTED))
     first = of.prompt(of.sees.sample(rng) if of.tower else [], rng)
     said = of.prompt([], rng, 7).ids.tolist()

@@ -27,7 +27,8 @@ SHARE = 0.4  # of the image tokens, which stay
 
 def full_budget(of: Subject) -> Found:
     """One recipe that cuts, and one that lists rows."""
-    rng, pairs, same = np.random.default_rng(6), {}, {}
+    rng, same = np.random.default_rng(6), {}
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     budget = Budget(neuron_share=1.0, token_share=1.0 if of.shape.sees else None)
     shown = [of.sees.sample(rng), of.sees.probes(rng), []] if of.tower else [[], []]
     for cache in ("cut", "index") if of.shape.sees else ("cut",):

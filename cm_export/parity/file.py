@@ -37,13 +37,13 @@ def _names(of: Subject) -> Iterator[str]:
     family, shape = of.family, of.shape
     there = {name: tuple(p.shape) for name, p in of.model.named_parameters()}
     heads = shape.heads * shape.head_dim
-    expected = {family.embedding: (shape.vocab, shape.hidden)}
+    expected = [(family.embedding, (shape.vocab, shape.hidden))]  # one name may be given twice, wrongly
     parts = {"gate": (shape.ffn, shape.hidden), "up": (shape.ffn, shape.hidden), "down": (shape.hidden, shape.ffn)}
     for i in range(shape.layers):
         begin = family.layer.format(layer=i)
-        expected |= {begin + getattr(family, part): size for part, size in parts.items()}
-        expected |= {begin + family.attention_out: (shape.hidden, heads)}
-    for name, size in expected.items():
+        expected += [(begin + getattr(family, part), size) for part, size in parts.items()]
+        expected.append((begin + family.attention_out, (shape.hidden, heads)))
+    for name, size in expected:
         if name not in there:
             near = difflib.get_close_matches(name, there, n=1, cutoff=0.3)
             yield f"{family.model_class} has no weight {name}" + (f", it has {near[0]}" if near else "")

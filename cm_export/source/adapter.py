@@ -160,7 +160,8 @@ def _check_settings(config: Mapping[str, Any], where: Path) -> None:
         fix = "save it with path_initial_model_for_weight_conversion (peft), or " + _MERGED
         raise InputError(what, where=where, fix=fix)
     for name in ("r", "lora_alpha"):
-        value, least = config.get(name), 0 if name == "r" else -math.inf
+        value: Any = config.get(name)
+        least = 0 if name == "r" else -math.inf
         if not is_number(value) or value <= least or value == 0:
             bound = "above 0" if name == "r" else "other than 0, with which the adapter changes nothing"
             raise InputError(f"{name} {value!r} is not a number {bound}", where=where, fix="correct it")

@@ -177,9 +177,10 @@ def block_of(settings: Mapping[str, Any], name: str, block: Any, where: Path) ->
     """[rows, columns] of the blocks that share a scale; older releases wrote "128x128". Raises InputError for others."""
     if block is None:
         return None
-    found = block.split("x") if isinstance(block, str) else block
-    found = [int(n) if isinstance(n, str) and n.isdecimal() else n for n in found] if isinstance(found, list) else []
-    if len(found) != 2 or not all(type(n) is int and n > 0 for n in found):
+    given = block.split("x") if isinstance(block, str) else block
+    given = [int(n) if isinstance(n, str) and n.isdecimal() else n for n in given] if isinstance(given, list) else []
+    found = [n for n in given if type(n) is int and n > 0]
+    if len(found) != 2 or len(given) != 2:
         raise unread(settings, f"{name} {block!r}", where)
     return found
 
