@@ -125,6 +125,29 @@ def test_a_deadline_ends_a_waiting_request_with_an_error_and_a_started_one_with_
         assert stats["stopped"] == "deadline" and 0 < stats["new_tokens"] < 4000
 
 
+def test_a_request_that_names_no_deadline_has_the_servers(model):
+    with Scheduler(model, at_once=1, deadline=0.3) as server:
+        assert server.submit(asked("hello", **LONG)).whole().stats["stopped"] == "deadline"
+
+
+def test_a_guarded_request_is_cancelled_between_its_drafts(model, server):
+    ticket = server.submit(asked(QUESTION, IMAGES[0], guard=4, **LONG))
+    next(ticket)
+    ticket.cancel()
+    with pytest.raises(Cancelled):
+        ticket.whole()
+    until(lambda: server.load().running == 0, 5)
+
+
+def test_the_wait_for_a_place_and_the_whole_time_are_told(model):
+    with Scheduler(model, at_once=1) as server:
+        first = server.submit(asked("hello", **LONG), deadline=0.4)
+        second = server.submit(asked("hello", max_new_tokens=400, sampling=Sampling(min_new_tokens=400)))
+        one, other = first.whole().stats, second.whole().stats
+    assert one["queue_s"] < 0.2 and one["total_s"] >= 0.4
+    assert 0.2 < other["queue_s"] < other["total_s"] - other["decode_s"]
+
+
 def test_an_error_of_one_request_is_its_own(model, server, monkeypatch):
     def fails(logits, chosen):
         raise InputError("refused by the test", where="token")
