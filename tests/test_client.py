@@ -18,13 +18,18 @@ class Triton(BaseHTTPRequestHandler):
     """Answers as Triton's generate_stream does for the model `vlm`."""
 
     seen: list = []  # noqa: RUF012
-    ends = True
+    ends, refuses = True, False
 
     def do_GET(self):
         self.send_error(400)
 
     def do_POST(self):
         Triton.seen.append((self.path, json.loads(self.rfile.read(int(self.headers["content-length"])))))
+        if self.refuses:
+            self.send_response(400)
+            self.end_headers()
+            self.wfile.write(b'data: {"error":"max_tokens: is 9"}\n\n')
+            return
         self.send_response(200)
         self.end_headers()
         for event in ({"text_output": "A "}, {"text_output": "circle", "stats": json.dumps(STATS)})[
@@ -77,6 +82,12 @@ def test_the_answer_streams_from_triton_in_the_same_words(triton, capsys):
         path == "/v2/models/vlm/generate_stream" and base64.b64decode(body.pop("images")[0]) == IMAGES[0].read_bytes()
     )
     assert body == {"text_input": "what?", "stream": True, "seed": 3, "system": "be"}
+
+
+def test_what_triton_refuses_is_said_in_its_words(triton, capsys, monkeypatch):
+    monkeypatch.setattr(Triton, "refuses", True)
+    assert main(["client", "--url", triton, "--prompt", "what?"]) == 2
+    assert "refused (400): max_tokens: is 9\n" in capsys.readouterr().err
 
 
 def test_a_server_that_ends_before_its_answer_is_an_error_and_not_an_answer(triton, capsys, monkeypatch):

@@ -143,7 +143,9 @@ def _events(answer: HTTPResponse) -> Iterator[dict[str, Any] | None]:
 
 
 def _refusal(answer: HTTPResponse, url: str) -> CmExportError:
-    said = _said(_value(answer.read(_LONGEST)))
+    said = _said(
+        _value(answer.read(_LONGEST).strip().removeprefix(b"data:"))
+    )  # Triton refuses a stream in an event of it
     if answer.status < 500 and answer.status != 429:
         return InputError(f"refused ({answer.status}): {said}", where=url)
     return CmExportError(f"failed ({answer.status}): {said}", where=url, fix="ask again later, and see its log")
