@@ -2,7 +2,6 @@
 
 python benchmarks/random_bundle.py --out artifacts/mid.plan                          # 150 M parameters
 python benchmarks/random_bundle.py --out artifacts/2b.plan --sizes qwen2-vl-2b       # 9 GB of memory, some minutes
-python benchmarks/random_bundle.py --out artifacts/2b.plan --sizes qwen2-vl-2b --weights int4 --neurons active
 """
 
 import argparse
@@ -55,8 +54,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sizes", choices=sorted(SIZES), default="mid")
-    parser.add_argument("--weights", default="fp32", help="as of `cm-export build`")
-    parser.add_argument("--neurons", default="griffin", help="the same")
     args = parser.parse_args()
     from cm_export.build.build import build
     from cm_export.recipe.recipe import Recipe
@@ -66,7 +63,7 @@ def main() -> None:
         build(
             str(path),
             args.out,
-            Recipe().replace(neurons__policy=args.neurons, tokens__cache="index", weights__precision=args.weights),
+            Recipe().replace(neurons__policy="griffin", tokens__cache="index"),
             work_dir=Path(folder) / "stages",
         )
 

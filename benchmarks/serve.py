@@ -9,6 +9,7 @@ added = client's time a token - time a token of the same answer in this process,
 
 import argparse
 import contextlib
+import math
 import statistics
 import subprocess
 import sys
@@ -240,6 +241,18 @@ def write_pages(docs: Path, part: str, report) -> None:
         path.write_text(between(path.read_text(), mark, text))
 
 
+def missed(report, most_ms, most_share, least_gain):
+    """What is not as fast as was asked for."""
+    alone, out = report["in_process_ms"]["median"], []
+    for name, found in report["servers"].items():
+        added = found["added_ms"]["median"]
+        if added > most_ms or added > most_share * alone:
+            out.append(f"{name} adds {added:.2f} ms to a token of {alone:.2f} ms")
+        if found.get("gain_at_4", least_gain) < least_gain:
+            out.append(f"four clients of {name} get {found['gain_at_4']:.2f} times the tokens of one")
+    return out
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path)
@@ -249,6 +262,15 @@ def main():
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=8, help="answers of each client")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument(
+        "--most-ms", type=float, default=math.inf, help="fail where a token costs more than so much more"
+    )
+    parser.add_argument(
+        "--most-share", type=float, default=math.inf, help="the same, as a share of one in this process"
+    )
+    parser.add_argument(
+        "--least-gain", type=float, default=0, help="fail where four clients get fewer times one's tokens"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
         "--docs", type=Path, help="the folder of pages whose tables, between two marks, are written anew"
@@ -262,6 +284,8 @@ def main():
         print(NAMES[name], table(found, name), sep="\n")
     if args.docs:
         write_pages(args.docs, args.part, found)
+    if said := missed(found, args.most_ms, args.most_share, args.least_gain):
+        sys.exit("; ".join(said))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -95,6 +96,25 @@ def test_a_server_that_ends_before_its_answer_is_an_error_and_not_an_answer(trit
     assert main(["client", "--url", triton, "--prompt", "what?", "--json"]) == 1
     out, err = capsys.readouterr()
     assert "ended before its answer was complete" in err and "error" in json.loads(out)
+
+
+def test_a_server_that_is_starting_is_waited_for(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    made = []
+
+    def late():
+        made.append(ThreadingHTTPServer(("127.0.0.1", port), Triton))
+        made[0].serve_forever()
+
+    timer = threading.Timer(0.5, late)
+    timer.start()
+    asked = ["client", "--url", f"http://127.0.0.1:{port}", "--prompt", "what?", "--wait"]
+    assert main([*asked, "0.1"]) == 1
+    assert "wait for one that is starting" in capsys.readouterr().err
+    assert main([*asked, "20"]) == 0 and capsys.readouterr().out == "A circle\n"
+    made[0].shutdown()
+    made[0].server_close()
 
 
 @pytest.mark.parametrize(

@@ -167,12 +167,17 @@ def test_eight_clients_with_different_pictures_and_budgets_get_what_each_gets_al
         for turn in range(2):
             found[number, turn] = server.stream(text_input=QUESTION, client=str(number), **UNEQUAL[number][0])
 
+    beside = [threading.Thread(target=server.generate, kwargs=LONG | {"stream": False}) for _ in range(2)]
+    for thread in beside:  # one in each lane, so that everyone else's steps have several rows
+        thread.start()
+    until(lambda: server.rows() == 2)
     threads = [threading.Thread(target=client, args=(n,)) for n in range(8)]
     for thread in threads:
         thread.start()
-    for thread in threads:
+    for thread in [*threads, *beside]:
         thread.join(120)
     assert all(same(found[n, turn], expected[n]) for n in range(8) for turn in range(2))
+    until(lambda: server.rows() == 0)
     assert (
         server.metrics()['cm_export_batch_rows_bucket{model="vlm",version="1",le="1"}']
         < server.metrics()['cm_export_batch_rows_count{model="vlm",version="1"}']
@@ -225,16 +230,33 @@ def tokens_a_second(server, clients, many=200):
     return clients * many / (time.perf_counter() - started)
 
 
+def gain_of_the_machine():
+    """How much more two busy processes get done than one, now."""
+
+    def done(count):
+        busy = [subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE) for _ in range(count)]
+        return sum(float(process.communicate()[0]) for process in busy)
+
+    return done(2) / done(1)
+
+
+BUSY = """
+import time
+end, count = time.perf_counter() + 0.5, 0
+while time.perf_counter() < end: count += 1
+print(count)
+"""
+
+
 def test_four_clients_get_at_least_one_and_a_half_times_the_tokens_of_one(server):
-    """The best of a few rounds each: what the server can do, whatever else the machine does now and then."""
-    assert os.cpu_count() > 1, "one core serves four clients no faster than one"
-    speeds = {1: 0.0, 4: 0.0, 8: 0.0}
+    """The best of a few rounds each; on a machine on which others compute it may fail, which its message then says."""
+    best = dict.fromkeys((1, 4, 8), 0.0)
     for turn in range(8):
-        speeds = {n: max(speed, tokens_a_second(server, n)) for n, speed in speeds.items()}
-        if turn >= 2 and speeds[4] >= 1.5 * speeds[1]:
+        best = {n: max(speed, tokens_a_second(server, n)) for n, speed in best.items()}
+        if turn >= 2 and best[4] >= 1.5 * best[1]:
             break
-    print("tokens a second:", {n: round(speed) for n, speed in speeds.items()})
-    assert speeds[4] >= 1.5 * speeds[1]
+    print("tokens a second:", {n: round(speed) for n, speed in best.items()})
+    assert best[4] >= 1.5 * best[1], f"two processes get {gain_of_the_machine():.1f} times the work of one done here"
 
 
 def test_the_client_of_the_command_line_gets_what_run_prints_and_one_line_for_what_is_wrong(server, expected):
