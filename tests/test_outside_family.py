@@ -104,6 +104,7 @@ def test_the_verb_proves_it_like_one_of_the_package(llava, monkeypatch, capsys):
     report = json.loads(capsys.readouterr().out)
     states = {p["proof"]: p["state"] for p in report["configurations"][0]["proofs"]}
     assert set(states.values()) == {"proved"} and {"vision", "answers", "cut", "positions", "lowered"} <= set(states)
+    assert report["notes"] == ["Tower.sample is the contract's: no layouts are asked but those of probes"]
 
 
 def test_the_command_line_builds_and_runs_it(llava, outside, tmp_path, monkeypatch):

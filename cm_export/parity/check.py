@@ -1,6 +1,6 @@
 """All proofs of one family on several configurations, drawn from seeds one after the other.
 
-check("qwen2_vl", [0, 1, 2])  ->  {"family", "proved", "lacks", "proofs", "configurations": [{"seed", "model", "proofs"}]}
+check("qwen2_vl", [0, 1])  ->  {"family", "proved", "lacks", "notes", "proofs", "configurations": [{"seed", "model", "proofs"}]}
 """
 
 import tempfile
@@ -49,46 +49,48 @@ PROOFS = (
 def check(name: str, seeds: Sequence[int], progress: Step = lambda what, done=None, total=None: None) -> dict[str, Any]:
     """A report of plain values. Raises InputError for an unknown family, and for one that draws no configurations."""
     family = families.find(name)
-    configurations: list[dict[str, Any]] = []
-    lacks: list[str] = []
-    for number, seed in enumerate(seeds):
-        try:
-            config = {"model_type": name, **family.sample(seed)}
-        except InputError as e:
-            raise InputError(e.what, where=f"family {name}", fix=e.fix) from e
-        started = time.perf_counter()
-        with tempfile.TemporaryDirectory(prefix=disk.TEMPORARY) as folder:
-            model, results = _proved(family, config, seed, number, Path(folder), progress)
-        proofs = [r.to_dict() for r in results]
-        took = time.perf_counter() - started
-        configurations.append({"seed": seed, "model": model, "seconds": took, "proofs": proofs, "config": config})
-        lacks += [what for r in results if r.state == MISSING and (what := f"{r.proof}: {r.detail}") not in lacks]
-    proved = all(Result(**p).holds for c in configurations for p in c["proofs"])
-    about = {p.name: p.what for p in (*FIRST, *PROOFS)}
-    return {"family": name, "proved": proved, "lacks": lacks, "proofs": about, "configurations": configurations}
+    configurations = [_configuration(name, family, seed, progress) for seed in seeds]
+    every = [p for c in configurations for p in c["proofs"]]
+    lacks = dict.fromkeys(f"{p['proof']}: {p['detail']}" for p in every if p["state"] == MISSING)
+    notes = dict.fromkeys(note for c in configurations for note in c.pop("notes"))
+    found: dict[str, Any] = {"family": name, "proved": all(Result(**p).holds for p in every)}
+    found |= {"lacks": [*lacks], "notes": [*notes], "proofs": {p.name: p.what for p in (*FIRST, *PROOFS)}}
+    return found | {"configurations": configurations}
 
 
-def _proved(
-    family: Family, config: dict[str, Any], seed: int, number: int, folder: Path, progress: Step
-) -> tuple[str, list[Result]]:
-    """What the model is, in words, and how every proof ended."""
-    (folder / "graphs").mkdir()
-    subject = Subject(folder / "model", folder / "graphs", family, number=seed)
+def _configuration(name: str, family: Family, seed: int, progress: Step) -> dict[str, Any]:
+    try:
+        config = {"model_type": name, **family.sample(seed)}
+    except InputError as e:
+        raise InputError(e.what, where=f"family {name}", fix=e.fix) from e
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix=disk.TEMPORARY) as folder:
+        subject = Subject(Path(folder) / "model", Path(folder) / "graphs", family, number=seed)
+        results = prove(subject, config, seed, lambda proof: progress(f"configuration of seed {seed}: {proof}"))
+        read = results[0].holds
+        found = {"seed": seed, "model": described(subject.shape) if read else ""}
+        found["notes"] = file.left_to_defaults(subject) if read else []
+    seconds = time.perf_counter() - started
+    return found | {"seconds": seconds, "proofs": [r.to_dict() for r in results], "config": config}
+
+
+def prove(subject: Subject, config: dict[str, Any], seed: int, progress: Callable[[str], None]) -> list[Result]:
+    """Every proof on a new checkpoint of this configuration, its weights drawn from `seed`; `subject` says where it lies."""
+    subject.folder.mkdir(exist_ok=True)
 
     def made(of: Subject) -> Found:
-        random_weights.write(config, family, of.path, seed)
+        random_weights.write(config, of.family, of.path, seed)
         return file.holds(of)
 
     first = (Proof("file", "", made), *FIRST[1:])
     results: list[Result] = []
     for proof in (*first, *PROOFS):
-        if len(results) <= len(first) and not all(r.holds for r in results):
-            results.append(Result(proof.name, NOT_REACHED, None, None, f"before {results[0].proof} holds"))
-            continue
-        progress(f"configuration {number + 1}, seed {seed}: {proof.name}")
-        results.append(proof.on(subject))
-    reached = all(r.holds for r in results[: len(first)])
-    return described(subject.shape) if reached else "", results
+        if all(r.holds for r in results[: len(first)]):
+            progress(proof.name)
+            results.append(proof.on(subject))
+        else:
+            results.append(Result(proof.name, NOT_REACHED, None, None, "an earlier proof does not hold"))
+    return results
 
 
 def described(shape: Shape) -> str:

@@ -32,6 +32,14 @@ def holds(of: Subject) -> Found:
     return Found(0, 0, "names, sizes, inputs and outputs fit transformers' model")
 
 
+def left_to_defaults(of: Subject) -> list[str]:
+    """What the file leaves to the contract, although more could be asked with it."""
+    found = []
+    if of.tower and type(of.tower).sample is Tower.sample:
+        found.append("Tower.sample is the contract's: no layouts are asked but those of probes")
+    return found
+
+
 def _names(of: Subject) -> Iterator[str]:
     """Weights by which the surgery finds its sites, and their sizes."""
     family, shape = of.family, of.shape

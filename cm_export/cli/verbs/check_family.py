@@ -88,6 +88,7 @@ def _print(report: dict[str, Any]) -> None:
         failed = [p for p in c["proofs"] if p["state"] == "FAILED"]
         notes += [f"FAILED, seed {c['seed']}: {p['proof']}: {p['detail']}" for p in failed]
     notes += [f"MISSING: {what}" for what in report["lacks"]]
+    notes += [f"note: {what}" for what in report["notes"]]
     notes.append(
         "every proof holds" if report["proved"] else "NOT PROVED: docs/families.md says what each part must do"
     )
