@@ -161,7 +161,7 @@ def measure(bundle, home, threads, lanes, tokens, rounds, clients):
         servers = {"serve": stack.enter_context(serve(bundle, options))}
         if home:
             servers["triton"] = stack.enter_context(triton(bundle, home, options))
-        for number in range(min(8, 2 * max(clients))):  # warms up
+        for number in range(max(clients)):  # warms up
             in_process(model, 8)
             for server in servers.values():
                 asked(server, number, 8)

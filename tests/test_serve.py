@@ -165,6 +165,7 @@ def test_the_client_gets_its_own_errors_for_what_cannot_be_done(client, server):
             with pytest.raises(kind) as refused:
                 client.chat.completions.create(**({"model": "demo", "messages": said()} | how), stream=stream)
             assert refused.value.body["message"] and refused.value.request_id
+            assert str(server[1].model.bundle.path.parent) not in json.dumps(refused.value.body)
     assert [m.id for m in client.models.list()] == ["demo"] and client.models.retrieve("demo").id == "demo"
     assert sent(server[0], method="GET", path="/v1/chat/completions")[0] == 405
 

@@ -43,6 +43,20 @@ def server(model):
         yield server
 
 
+class Watching(Unobserved):
+    def __init__(self):
+        self.rows, self.outcomes, self.busy = [], [], []
+
+    def waiting(self, queued, running):
+        self.busy.append((queued, running))
+
+    def step(self, rows, seconds):
+        self.rows.append(rows)
+
+    def ended(self, outcome, answer, seconds):
+        self.outcomes.append(outcome)
+
+
 def until(true, seconds=20.0):
     """Wait for what other threads do."""
     end = time.monotonic() + seconds
@@ -116,12 +130,14 @@ def test_fifty_cancelled_requests_free_their_places(model, server):
 
 
 def test_a_full_queue_refuses_in_words_and_takes_requests_again_later(model):
-    with Scheduler(model, at_once=1, queued=2) as server:
+    watching = Watching()
+    with Scheduler(model, at_once=1, queued=2, observer=watching) as server:
         running = server.submit(asked(QUESTION, IMAGES[0], **LONG))
         next(running)
         waiting = [server.submit(asked(QUESTION, IMAGES[0])) for _ in range(2)]
         with pytest.raises(Busy, match="1 requests are being answered and 2 wait"):
             server.submit(asked(QUESTION, IMAGES[0]))
+        assert watching.outcomes == ["refused"]
         running.cancel()
         assert len({ticket.whole().text for ticket in waiting}) == 1
         assert server.submit(asked(QUESTION, IMAGES[0])).whole().text == waiting[0].answer.text
@@ -255,19 +271,6 @@ def test_a_fault_of_the_scheduler_ends_every_request_in_words(model, monkeypatch
 
 
 def test_whoever_watches_hears_of_every_step_and_every_end(model):
-    class Watching(Unobserved):
-        def __init__(self):
-            self.rows, self.outcomes, self.busy = [], [], []
-
-        def waiting(self, queued, running):
-            self.busy.append((queued, running))
-
-        def step(self, rows, seconds):
-            self.rows.append(rows)
-
-        def ended(self, outcome, answer, seconds):
-            self.outcomes.append(outcome)
-
     watching = Watching()
     with Scheduler(model, at_once=4, observer=watching) as server:
         tickets = [server.submit(asked(QUESTION, image, **LONG)) for image in IMAGES[:2]]

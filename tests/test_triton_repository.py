@@ -30,6 +30,7 @@ from cm_export.recipe.aliases import DEMO
 from cm_export.serving import triton, triton_request
 from cm_export.serving.metrics import FIGURES
 from cm_export.serving.triton import Model
+from cm_export.serving.triton_metrics import TritonSink
 from cm_export.serving.triton_settings import Settings
 
 IMAGES = [p.read_bytes() for p in sorted((DEMO.parent / "images").glob("*.png"))]
@@ -542,6 +543,21 @@ def test_a_float_is_the_decimal_number_that_was_meant():
     request = Request(Sent(), text_input=b"a", temperature=0.7, token_share=0.1)
     given = triton_request.tensors(request, fake_triton)
     assert (given.values["temperature"], given.values["token_share"]) == (0.7, 0.1)
+
+
+def test_what_was_counted_reaches_the_server_once_under_its_labels():
+    sink = TritonSink(fake_triton, {"model": "vlm", "version": "1"})
+    for outcome, seconds in (("answered", 0.5), ("cancelled", 2.0), ("answered", 3.0)):
+        sink.add("cm_export_requests_total", 1, outcome)
+        sink.see("cm_export_request_seconds", seconds)
+    sink.put("cm_export_requests_running", 3)
+    sink.flush()
+    sink.flush()
+    families = fake_triton.MetricFamily.all
+    counted = {m.labels["outcome"]: m.value for m in families["cm_export_requests_total"].metrics}
+    assert counted == {"answered": 2, "cancelled": 1}
+    assert families["cm_export_requests_running"].metrics[0].value == 3
+    assert families["cm_export_request_seconds"].metrics[0].seen == [0.5, 2.0, 3.0]
 
 
 def test_unloading_answers_those_who_are_there(deployed):
