@@ -8,7 +8,7 @@ ASK = run $(DEMO) --image $(PICTURE) --prompt $(QUESTION)
 SPEED = bench $(DEMO) --image-tokens 144 --threads 1
 STAMP := .venv/.installed
 
-.PHONY: demo test test-families test-triton lint clean accuracy bench-quality bench-precision bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal lowest bench-cpu bench-peers bench-active bench-serve bench-lossless
+.PHONY: demo test test-families test-triton lint clean accuracy bench-quality bench-precision bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal lowest bench-cpu bench-peers bench-active bench-serve bench-serve-2b bench-lossless
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("the versions of constraints.txt need Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
@@ -35,9 +35,9 @@ demo: $(STAMP)
 	@echo 'The model is a toy: its answers show that pruning works, its times say nothing about a model of real size.'
 	@echo 'README.md says what to try next.'
 
+# Types are checked by one of the tests, beside the others.
 test: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What `make test` does for one configuration of a family, for many of them, and every picture rule on 200 pictures (minutes).
@@ -122,9 +122,18 @@ bench-lossless: $(STAMP)
 bench-peers: $(STAMP)
 	$(BIN)/python benchmarks/bench_peers.py --out benchmarks/peers.json --docs docs/race.md $(PEERS)
 
-# What the server adds to a step and how many clients it carries: benchmarks/serve.json and the tables of docs/serve.md (a minute).
-bench-serve: $(DEMO)
-	$(BIN)/python benchmarks/serve.py $(DEMO) --threads 1 --lanes 2 --out benchmarks/serve.json --docs docs/serve.md --users docs/scale.md
+# What servers add to a token and how many clients they carry: benchmarks/serve.json and the tables of docs/serve.md, docs/triton.md and
+# docs/scale.md (3 minutes); fails where it is more than 2 ms, or four clients get less than 1.5 times the tokens of one.
+bench-serve: $(TRITON)/.installed $(DEMO)
+	$(BIN)/python benchmarks/serve.py $(DEMO) --triton $(TRITON) --threads 1 --lanes 2 --most-ms 2 --least-gain 1.5 \
+		--out benchmarks/serve.json --docs docs
+
+# The same at the sizes of Qwen2-VL-2B, random weights of 4 bits: benchmarks/serve-2b.json (making the bundle takes half an hour and 12 GB of
+# memory); fails where a token takes more than a tenth longer than in one process.
+bench-serve-2b: $(TRITON)/.installed
+	test -d artifacts/2b-int4.plan || $(BIN)/python benchmarks/random_bundle.py --out artifacts/2b-int4.plan --sizes qwen2-vl-2b --weights int4
+	$(BIN)/python benchmarks/serve.py artifacts/2b-int4.plan --triton $(TRITON) --threads 2 --lanes 1 --tokens 24 --rounds 3 --clients 1 \
+		--most-share 0.1 --out benchmarks/serve-2b.json --docs docs --part -2b
 
 # The TensorRT plugins for every GPU that this nvcc knows (a few minutes); TENSORRT_INCLUDE= the directory of NvInferRuntime.h,
 # ARCHITECTURES= for fewer, such as 87.

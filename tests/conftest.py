@@ -16,6 +16,9 @@ import shared
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+PROCESSORS = (
+    os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+)  # before each test process takes one
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -34,9 +37,10 @@ def _take_one_processor() -> None:
 _take_one_processor()
 
 
-# From half a minute up, the longest first. The first two need no bundle in common, for which one would wait for the other.
+# From half a minute up, the longest first. The first three need no bundle in common, for which one would wait for the other.
 LONGEST = [
     "cli_e2e",
+    "types",
     "outside_family",
     "tensorrt_rtx",
     "kill",
@@ -234,10 +238,11 @@ def sit(monkeypatch, on_machine):
 
 
 def low_bits(demo_bundle: Path, precision: str) -> Path:
-    """The demo model with every neuron, in int8 or int4."""
+    """The demo model with every neuron, in int8, with the float32 numbers beside, or int4 without."""
 
     def make(folder: Path) -> None:
         take_stages(demo_bundle, folder / "low.plan")
-        built(folder / "low.plan", "--model", "demo", "--neurons", "dense", "--weights", precision)
+        beside = ["--keep-float32"] if precision == "int8" else []
+        built(folder / "low.plan", "--model", "demo", "--neurons", "dense", "--weights", precision, *beside)
 
     return shared.once(f"low_{precision}", make) / "low.plan"

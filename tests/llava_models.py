@@ -1,7 +1,6 @@
 """Random configurations of LLaVA-1.5 and LLaVA-OneVision, prompts with pictures of theirs, and what transformers is given."""
 
 import json
-import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,69 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from random_models import IMAGE, random_checkpoint, random_text_config
+from random_models import random_checkpoint
 
+from cm_export import families
 from cm_export.families import Pictures
 from cm_export.host.request import Request
 from cm_export.recipe.aliases import DEMO
 
-DECODERS = ("llama", "qwen2", "qwen3")
-
-
-def random_llava(seed: int) -> dict[str, Any]:
-    """A valid LLaVA configuration: CLIP or SigLIP, features of one layer or several, any plain decoder."""
-    r = random.Random(seed)
-    kind, layers = ("clip_vision_model", "siglip_vision_model")[seed % 2], r.choice([2, 3])
-    chosen = r.choice([-1, -2, [-1], [0, -2], [-2, 1, -1]])
-    return {
-        "model_type": "llava",
-        "text_config": _text(seed),
-        "vision_config": _vision(r, kind, layers),
-        "image_token_index": IMAGE,
-        "vision_feature_layer": chosen,
-        "vision_feature_select_strategy": r.choice(["default", "full"]),
-        "multimodal_projector_bias": r.random() < 0.7,
-        "projector_hidden_act": r.choice(["gelu", "silu"]),
-    }
-
-
-def random_llava_onevision(seed: int) -> dict[str, Any]:
-    """A valid LLaVA-OneVision configuration: any set of grids, from one tile a picture to nine before interpolation."""
-    r = random.Random(seed)
-    config = random_llava(seed)
-    vision = config["vision_config"]
-    size, clip = vision["image_size"], vision["model_type"] == "clip_vision_model"
-    grids = [[size * h, size * w] for h in (1, 2, 3) for w in (1, 2, 3)]
-    return config | {
-        "model_type": "llava_onevision",
-        "video_token_index": 6,
-        "vision_feature_select_strategy": "default" if clip else "full",
-        "image_grid_pinpoints": sorted(r.sample(grids, r.choice([4, 6, 9]))),
-        "vision_aspect_ratio": f"anyres_max_{r.choice([1, 2, 9])}",
-    }
-
-
-def _text(seed: int) -> dict[str, Any]:
-    kind = DECODERS[seed % len(DECODERS)]
-    return random_text_config(kind, seed, **({"head_dim": 12} if kind == "qwen3" else {}))
-
-
-def _vision(r: random.Random, kind: str, layers: int) -> dict[str, Any]:
-    heads, patch, side = r.choice([1, 2]), r.choice([2, 4]), r.choice([2, 3])
-    return {
-        "model_type": kind,
-        "hidden_size": heads * r.choice([8, 16]),
-        "intermediate_size": r.choice([20, 33]),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "image_size": patch * side + r.choice([0, 1]),
-        "patch_size": patch,
-        "hidden_act": r.choice(["quick_gelu", "gelu_pytorch_tanh"]),
-        **({"projection_dim": 16} if kind == "clip_vision_model" else {"vision_use_head": False}),
-    }
-
-
-RANDOM = {"llava": random_llava, "llava_onevision": random_llava_onevision}
+RANDOM = {name: families.find(name).sample for name in ("llava", "llava_onevision")}
 
 
 _CLIP_L = {
@@ -168,7 +112,7 @@ def ids_of(x: Any, pictures: Any, rng: np.random.Generator, words: int = 3) -> n
 def asked(x: Any, backend: Any, pictures: Any, ids: np.ndarray) -> Request:
     """The request, with what our vision graph makes of the pictures, one by one as a bundle does."""
     parts = [Pictures(backend.vision(x.tower.feeds([p])), (p.layout,)) for p in pictures]
-    return Request.of(ids, Pictures.joined(parts), x.family, x.shape, x.weights)
+    return Request.of(ids, Pictures.joined(parts), x.family, x.shape, x.weights[x.family.embedding])
 
 
 def request(x: Any, seed: int, sizes: Any = ((30, 20), (9, 31))) -> Request:
@@ -178,7 +122,7 @@ def request(x: Any, seed: int, sizes: Any = ((30, 20), (9, 31))) -> Request:
     total = sum(p.tokens for p in pictures)
     embeds = {"image_embeds": rng.standard_normal((total, x.shape.hidden)).astype(np.float32)}
     found = Pictures(embeds, tuple(p.layout for p in pictures)) if pictures else Pictures()
-    return Request.of(ids_of(x, pictures, rng), found, x.family, x.shape, x.weights)
+    return Request.of(ids_of(x, pictures, rng), found, x.family, x.shape, x.weights[x.family.embedding])
 
 
 def stock(x: Any, pictures: Any, ids: np.ndarray, steps: int) -> tuple[list[int], np.ndarray]:

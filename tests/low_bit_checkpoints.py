@@ -135,6 +135,19 @@ def fp8(
     return {"weight": codes, name: scale}, numbers
 
 
+def read(file: Path) -> dict[str, np.ndarray]:
+    """The tensors of a file, 8-bit floats among them, which safetensors' own numpy does not know."""
+    import torch
+    from safetensors.torch import load_file as load
+
+    def plain(tensor: torch.Tensor) -> np.ndarray:
+        if tensor.dtype == torch.float8_e4m3fn:
+            return tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+        return tensor.numpy()
+
+    return {name: plain(tensor) for name, tensor in load(file).items()}
+
+
 def write(
     source: Path,
     out: Path,

@@ -258,6 +258,12 @@ BUILD = (
         "gate 'decode'",
         graph("decode_dense", between("position_ids", "Mul", np.array(2))),
     ),
+    Mutation(
+        PORTABLE,
+        "attention among the patches of one picture gives its values",
+        "gate 'vision, one picture'",
+        call("values_of_one_picture"),
+    ),
     Mutation(PORTABLE, "positions of the host off by one", "gate 'positions'", call("positions_off_by_one")),
     Mutation(
         PORTABLE,

@@ -2,74 +2,16 @@
 
 import copy
 import json
-import random
 import shutil
 from pathlib import Path
 from typing import Any
 
-from random_models import random_checkpoint, random_config
+from random_models import random_checkpoint
 
+from cm_export import families
 from cm_export.recipe.aliases import DEMO
 
-
-def random_qwen2_5_vl(seed: int) -> dict[str, Any]:
-    """A valid Qwen2.5-VL configuration; windows that are no divisor of pictures, and one block or several without."""
-    r, base = random.Random(seed), random_config(seed)
-    patch, merge, heads = r.choice([2, 4]), r.choice([1, 2, 2, 3]), r.choice([1, 2, 4])
-    depth = r.choice([2, 3])
-    vision = {
-        "depth": depth,
-        "hidden_size": heads * r.choice([8, 16]),
-        "intermediate_size": r.choice([20, 33]),
-        "hidden_act": r.choice(["silu", "gelu"]),
-        "num_heads": heads,
-        "patch_size": patch,
-        "spatial_merge_size": merge,
-        "temporal_patch_size": r.choice([1, 2]),
-        "in_channels": 3,
-        "window_size": patch * merge * r.choice([2, 3]) + r.choice([0, 1]),
-        "fullatt_block_indexes": sorted(r.sample(range(depth), r.choice([1, depth - 1]))),
-        "out_hidden_size": base["text_config"]["hidden_size"],
-    }
-    return base | {"model_type": "qwen2_5_vl", "vision_config": vision}
-
-
-def random_qwen3_vl(seed: int) -> dict[str, Any]:
-    """A valid Qwen3-VL configuration: heads of any size, features for one layer or two, a table of any side."""
-    r, base = random.Random(seed), random_config(seed)
-    text = base["text_config"]
-    half, features = r.choice([4, 6, 8]), r.choice([1, 2])
-    third = r.choice([half // 3, half // 4])
-    text |= {
-        "head_dim": 2 * half,
-        "num_hidden_layers": features + r.choice([1, 2]),
-        "attention_bias": r.random() < 0.3,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": r.choice([50.0, 1e4, 5e6]),
-            "mrope_section": [half - 2 * third, third, third],
-            "mrope_interleaved": True,
-        },
-    }
-    heads, depth = r.choice([1, 2, 4]), features + 1
-    vision = {
-        "depth": depth,
-        "hidden_size": heads * r.choice([8, 16]),
-        "intermediate_size": r.choice([20, 33]),
-        "hidden_act": "gelu_pytorch_tanh",
-        "num_heads": heads,
-        "patch_size": r.choice([2, 4]),
-        "spatial_merge_size": r.choice([1, 2, 2, 3]),
-        "temporal_patch_size": r.choice([1, 2]),
-        "in_channels": 3,
-        "num_position_embeddings": r.choice([9, 16, 49]),
-        "deepstack_visual_indexes": sorted(r.sample(range(depth), features)),
-        "out_hidden_size": text["hidden_size"],
-    }
-    return base | {"model_type": "qwen3_vl", "vision_config": vision}
-
-
-RANDOM = {"qwen2_5_vl": random_qwen2_5_vl, "qwen3_vl": random_qwen3_vl}
+RANDOM = {name: families.find(name).sample for name in ("qwen2_5_vl", "qwen3_vl")}
 _TOKENS = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652}
 _TOKENS |= {"vision_end_token_id": 151653}
 _VISION_2_5 = {

@@ -155,7 +155,7 @@ def test_saved_biases_heads_and_embeddings_take_the_place_of_the_models_own(tmp_
     assert fitted(folder).apply(other, known()[other]) is known()[other]
 
 
-@pytest.mark.parametrize("case", ["plain", "dora", "patterns"])
+@pytest.mark.parametrize("case", ["plain", "dora", "patterns", "layers", "one_layer"])
 def test_what_peft_saved_is_merged_to_what_peft_merged(case, tmp_path):
     held = load_file(Path(__file__).parent / "adapters" / f"{case}.safetensors")
     parts = {
@@ -180,6 +180,14 @@ REFUSED = {
     "another form": ({"use_qalora": True}, {}, "use_qalora"),
     "trained tokens": ({"trainable_token_indices": [1]}, {}, "trainable_token_indices"),
     "no rank": ({"r": 0}, {}, "r 0"),
+    "no scale": ({"lora_alpha": 0}, {}, "changes nothing"),
+    "no rank of a module": ({"rank_pattern": {"q_proj": 0}}, {}, "rank_pattern: q_proj = 0"),
+    "a scale in words": ({"alpha_pattern": {"q_proj": "x"}}, {}, "alpha_pattern: q_proj = 'x'"),
+    "a module that is left out": ({"exclude_modules": ["q_proj"]}, {}, "exclude_modules names"),
+    "a layer that is left out": ({"layers_to_transform": [1]}, {}, "layers_to_transform leaves out"),
+    "layers of another name": ({"layers_to_transform": 0, "layers_pattern": "h"}, {}, "layers_to_transform leaves out"),
+    "layers in words": ({"layers_to_transform": "all"}, {}, "no numbers of layers"),
+    "names that are a number": ({"target_modules": 3}, {}, "no pattern and no list of names"),
     "another rank": ({"r": 8}, {}, "rank 4 and 4, and adapter_config.json says 8"),
     "a module that is not named": ({"target_modules": ["v_proj"]}, {}, "target_modules does not name"),
     "a pattern that is none": ({"target_modules": "("}, {}, "is no pattern"),

@@ -18,12 +18,12 @@ from PIL import Image
 from cm_export import __version__
 from cm_export.base.by_name import names_in
 from cm_export.base.errors import BundleError, InputError
-from cm_export.cli import main
+from cm_export.cli import main, verb_names
 from cm_export.cli import tables as _tables
 from cm_export.cli.console import emit_json, progress, write_json
 from cm_export.cli.requirements import fits, misfits, requirements
 
-VERBS = names_in("cm_export.cli.verbs")
+VERBS = verb_names()
 COMMAND = (sys.executable, "-c", "import sys; from cm_export.cli import main; sys.exit(main())")
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "numpy", "PIL", "rich", "huggingface_hub")
 
@@ -78,7 +78,7 @@ def test_every_example_in_help_parses(verb):
 
     from cm_export.base.by_name import load
 
-    command = load("cm_export.cli.verbs", verb, "verb").command
+    command = load("cm_export.cli.verbs", verb.replace("-", "_"), "verb").command
     for example in command.examples:
         values = shlex.split(example)[2:]
         with click.Context(command, obj={}) as ctx:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -18,13 +19,18 @@ class Triton(BaseHTTPRequestHandler):
     """Answers as Triton's generate_stream does for the model `vlm`."""
 
     seen: list = []  # noqa: RUF012
-    ends = True
+    ends, refuses = True, False
 
     def do_GET(self):
         self.send_error(400)
 
     def do_POST(self):
         Triton.seen.append((self.path, json.loads(self.rfile.read(int(self.headers["content-length"])))))
+        if self.refuses:
+            self.send_response(400)
+            self.end_headers()
+            self.wfile.write(b'data: {"error":"max_tokens: is 9"}\n\n')
+            return
         self.send_response(200)
         self.end_headers()
         for event in ({"text_output": "A "}, {"text_output": "circle", "stats": json.dumps(STATS)})[
@@ -79,11 +85,36 @@ def test_the_answer_streams_from_triton_in_the_same_words(triton, capsys):
     assert body == {"text_input": "what?", "stream": True, "seed": 3, "system": "be"}
 
 
+def test_what_triton_refuses_is_said_in_its_words(triton, capsys, monkeypatch):
+    monkeypatch.setattr(Triton, "refuses", True)
+    assert main(["client", "--url", triton, "--prompt", "what?"]) == 2
+    assert "refused (400): max_tokens: is 9\n" in capsys.readouterr().err
+
+
 def test_a_server_that_ends_before_its_answer_is_an_error_and_not_an_answer(triton, capsys, monkeypatch):
     monkeypatch.setattr(Triton, "ends", False)
     assert main(["client", "--url", triton, "--prompt", "what?", "--json"]) == 1
     out, err = capsys.readouterr()
     assert "ended before its answer was complete" in err and "error" in json.loads(out)
+
+
+def test_a_server_that_is_starting_is_waited_for(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    made = []
+
+    def late():
+        made.append(ThreadingHTTPServer(("127.0.0.1", port), Triton))
+        made[0].serve_forever()
+
+    timer = threading.Timer(0.5, late)
+    timer.start()
+    asked = ["client", "--url", f"http://127.0.0.1:{port}", "--prompt", "what?", "--wait"]
+    assert main([*asked, "0.1"]) == 1
+    assert "wait for one that is starting" in capsys.readouterr().err
+    assert main([*asked, "20"]) == 0 and capsys.readouterr().out == "A circle\n"
+    made[0].shutdown()
+    made[0].server_close()
 
 
 @pytest.mark.parametrize(

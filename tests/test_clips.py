@@ -10,7 +10,7 @@ import transformers
 from conftest import cm_export
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llava_models import noise, random_llava
+from llava_models import RANDOM, noise
 from PIL import Image
 from random_models import END, IMAGE, START, VIDEO
 from stepping import Decoder, prefill, step_feeds
@@ -70,7 +70,7 @@ def asked(x, backend, pictures, ids):
         found = [backend.vision(x.tower.feeds([part])) for part in x.tower.parts(picture)]
         outputs = {n: np.concatenate([part[n] for part in found]) for n in found[0]}
         seen.append(Pictures(outputs, (picture.layout,)))
-    return Request.of(ids, Pictures.joined(seen), x.family, x.shape, x.weights)
+    return Request.of(ids, Pictures.joined(seen), x.family, x.shape, x.weights[x.family.embedding])
 
 
 def made(x, rng):
@@ -109,7 +109,7 @@ def test_each_clip_keeps_its_share(x):
     total = sum(p.tokens for p in pictures)
     rows = {p.name: rng.standard_normal((total, *p.row)).astype(np.float32) for p in x.tower.outputs}
     seen = Pictures(rows, tuple(p.layout for p in pictures))
-    request = Request.of(ids, seen, x.family, x.shape, x.weights)
+    request = Request.of(ids, seen, x.family, x.shape, x.weights[x.family.embedding])
     assert request.picture_sizes() == [p.tokens for p in pictures]
     _, out = run(x, request, recipe_of(quota="each", share=0.5, prune_layer=max(1, x.shape.whole_layers)))
     kept = request.picture[0, out["kept_tokens"][0]]
@@ -329,4 +329,4 @@ def test_run_reads_a_clip_as_its_frames(name, tmp_path):
 
 def test_a_model_that_takes_no_clips_says_so():
     with pytest.raises(InputError, match="takes no clips"):
-        families.find("llava").tower(random_llava(2)).clip_rule({})
+        families.find("llava").tower(RANDOM["llava"](2)).clip_rule({})

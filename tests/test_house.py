@@ -25,7 +25,8 @@ ROOT = Path(__file__).parent.parent
 TOPS = {"cm_export": "cm_export", "plugins": "cm_export.plugins", "recipes": "cm_export.recipes"}
 ORDER = (
     "base", "quant", "families", "recipe", "bundle", "plugins", "policies", "surgery", "host", "backends",
-    "serving", "source", "evals", "calibrating", "build", "tune", "report", "deploy", "cli", "__main__",
+    "serving", "source", "evals", "calibrating", "build", "parity", "tune", "report", "deploy", "cli",
+    "__main__",
     "recipes",  # scripts that train the demo models, which nothing imports
 )  # fmt: skip
 REGISTRIES = {  # folder -> names of which each file or package in it exposes one of every group

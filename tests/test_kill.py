@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ONE_THREAD, cm_export, session
+from conftest import ONE_THREAD, PROCESSORS, cm_export, session
 
 from cm_export.bundle.bundle import Bundle
 
@@ -46,13 +46,19 @@ def contents(out: Path) -> dict[str, str]:
     return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
+def on_all_processors() -> None:
+    """With one alone a build starts no processes that trace."""
+    if PROCESSORS:
+        os.sched_setaffinity(0, PROCESSORS)
+
+
 def killed(arguments: list[str], moment: str, delay: float, group: bool = True) -> bool:
     """Start a build and kill it `delay` seconds after it announced `moment`; whether it was still running then.
 
     group: all its processes at once, or only the one that was started.
     """
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    build = subprocess.Popen(arguments, start_new_session=True, env=ONE_THREAD, **pipes)
+    build = subprocess.Popen(arguments, start_new_session=True, env=ONE_THREAD, preexec_fn=on_all_processors, **pipes)
     for line in build.stderr:
         if moment in line:
             break

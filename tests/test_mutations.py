@@ -14,6 +14,7 @@ from random_models import copy, request
 
 from cm_export import families
 from cm_export.backends.onnxruntime import backend as onnxruntime
+from cm_export.backends.onnxruntime import whole_picture
 from cm_export.backends.tensorrt.check_engine import check_engine, check_network
 from cm_export.backends.tensorrt.export import Source, write_graphs
 from cm_export.backends.tensorrt.quantize import Part
@@ -230,6 +231,20 @@ def positions_off_by_one(planted):
     real = family.positions
     family.positions = lambda *given: (real(*given)[0] + 1, real(*given)[1] + 1)
     return " ".join(g.name for g in gates.run_gates(dataclasses.replace(planted.subject(), family=family)))
+
+
+@plants
+def values_of_one_picture(planted):
+    real = whole_picture._whole_picture
+
+    def wrong(heads):
+        made = real(heads)
+        reshape = next(n for n in made.node if n.output[0] == "y_rows")
+        reshape.input[0] = "v_flat"  # what is seen is left out
+        return made
+
+    planted.patch.setattr(whole_picture, "_whole_picture", wrong)
+    return planted.run()
 
 
 def _gather(planted, change):

@@ -2,32 +2,32 @@
 
 import dataclasses
 import importlib
+import json
 import os
-import random
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from conftest import cm_export
 from PIL import Image
-from random_models import Exported, random_text_config
-from stepping import Decoder, every_row, gatherer, prefill, step_feeds
+from random_models import Exported
+from stepping import prefill
 from test_batch import runner_of
 from test_surgery import arrays
-from test_token_cuts import check_masked
 from tolerances import agrees
 
 from cm_export import families
 from cm_export.base.errors import InputError
 from cm_export.bundle.bundle import Bundle
+from cm_export.cli import main
 from cm_export.families import Pictures, Port
 from cm_export.host.decode import decode, greedy
 from cm_export.host.request import Request, prefill_feeds, sparse_feeds
 from cm_export.host.runner import Budget, Runner
 from cm_export.recipe.recipe import Recipe
+from cm_export.source import random_weights
 from cm_export.surgery import pipeline
 
 IMAGE = 5
@@ -49,44 +49,13 @@ def outside(tmp_path_factory):
     sys.path.remove(str(folder))
 
 
-def random_llava(seed: int, folder: Path) -> Path:
-    """A tiny random checkpoint of VipLlavaForConditionalGeneration: sizes, layer of the features and tying drawn at random."""
-    r = random.Random(seed)
-    text = random_text_config("llama", seed)
-    heads = r.choice([1, 2])
-    patch, side = r.choice([2, 4]), r.choice([2, 3, 4])
-    vision = {
-        "model_type": "clip_vision_model",
-        "hidden_size": heads * r.choice([8, 16]),
-        "intermediate_size": 32,
-        "num_hidden_layers": r.choice([2, 3]),
-        "num_attention_heads": heads,
-        "image_size": patch * side,
-        "patch_size": patch,
-        "projection_dim": 16,
-    }
-    config = transformers.VipLlavaConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_index=IMAGE,
-        vision_feature_layer=r.choice([-1, -2]),
-        tie_word_embeddings=text["tie_word_embeddings"],
-    )
-    torch.manual_seed(seed)
-    model = transformers.VipLlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.normal_(0, 0.8 / p[0].numel() ** 0.5) if p.ndim > 1 else p.normal_(0 if "bias" in name else 1, 0.1)
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.wide)])
 def llava(request, outside, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llava")
     (folder / "out").mkdir()
-    path = random_llava(request.param, folder / "model")
-    return Exported(path, folder / "out", families.find("vipllava"))
+    family = families.find("vipllava")
+    random_weights.write(family.sample(request.param), family, folder / "model", request.param)
+    return Exported(folder / "model", folder / "out", family)
 
 
 def asked(x, layout, rng):
@@ -106,7 +75,7 @@ def asked(x, layout, rng):
 def prompt(x, layout, rng, backend):
     ids, pictures = asked(x, layout, rng)
     seen = Pictures.joined([Pictures(backend.vision(x.tower.feeds([p])), (p.layout,)) for p in pictures])
-    return ids, pictures, Request.of(ids, seen, x.family, x.shape, x.weights)
+    return ids, pictures, Request.of(ids, seen, x.family, x.shape, x.weights[x.family.embedding])
 
 
 def stock(x, ids, pictures, steps):
@@ -127,51 +96,15 @@ def test_a_family_is_found_by_the_entry_point_of_a_distribution(outside):
         families.find("vipllav")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_answers_equal_stock_generate(llava, layout):
-    """Dense graphs, and sparse graphs at full budget, give the greedy tokens and logits of transformers."""
-    x, rng, steps = llava, np.random.default_rng(7), 6
-    backend = x.backend(Recipe().replace(tokens__prune_layer=1))
-    ids, pictures, request = prompt(x, layout, rng, backend)
-    tokens, logits = stock(x, ids, pictures, steps)
-    rows = every_row(gatherer(x.weights, x.family, x.shape.layers))
-    full = sparse_feeds(request, Recipe(), token_share=1.0)
-    for graph, constant in (("_dense", {}), ("", rows)):
-        out = prefill(backend, prefill_feeds(request) | full, f"prefill{graph}")
-        agrees("export", out["logits"].numpy(), logits[:1])
-        decoder = Decoder(backend, f"decode{graph}", out, constant)
-        for i in range(steps - 1):
-            step = decoder.step(step_feeds(request, tokens[i], i))
-            agrees("export", step, logits[i + 1 : i + 2])
-            assert step[0].argmax() == tokens[i + 1]
-
-
-@pytest.mark.parametrize("policy", ["attention", "spread_keys", "overlap"])
-@pytest.mark.parametrize("first", ["none", "spread"])
-def test_a_cut_prefill_is_the_dense_one_with_dropped_tokens_masked(llava, policy, first):
-    x = llava
-    recipe = Recipe().replace(
-        tokens__policy=policy, tokens__prune_layer=1, tokens__share=0.5, tokens__first=first, tokens__first_share=1.0
-    )
-    backend = x.backend(recipe)
-    _, _, request = prompt(x, LAYOUTS[2], np.random.default_rng(3), backend)
-    out = arrays(prefill(backend, prefill_feeds(request) | sparse_feeds(request, recipe)))
-    assert out["kept_tokens"].shape[1] < request.tokens
-    check_masked(x, request, recipe, out)
-
-
-def test_pictures_side_by_side_keep_a_share_of_their_own(llava):
-    x = llava
-    recipe = Recipe().replace(tokens__quota="each", tokens__prune_layer=1, tokens__share=0.25)
-    backend = x.backend(recipe)
-    _, pictures, request = prompt(x, LAYOUTS[1], np.random.default_rng(4), backend)
-    assert request.picture_sizes() == [p.tokens for p in pictures]
-    edges = np.flatnonzero(np.diff(request.is_image[0].astype(int)) == 1)
-    assert len(edges) == 1, "their image tokens touch, so where runs end says nothing"
-    out = arrays(prefill(backend, prefill_feeds(request) | sparse_feeds(request, recipe)))
-    kept = request.picture[0, out["kept_tokens"][0]]
-    wanted = [max(1, int(0.25 * p.tokens + 0.5)) for p in pictures]
-    assert [int((kept == i).sum()) for i in range(len(pictures))] == wanted
+def test_the_verb_proves_it_like_one_of_the_package(llava, monkeypatch, capsys):
+    """On the checkpoint of the fixture, so that it is traced once for this file."""
+    monkeypatch.setattr("cm_export.parity.check.Subject", lambda *_, **__: llava)
+    monkeypatch.setattr("cm_export.source.random_weights.write", lambda *_: llava.path)
+    assert main(["check-family", "vipllava", "--configurations", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    states = {p["proof"]: p["state"] for p in report["configurations"][0]["proofs"]}
+    assert set(states.values()) == {"proved"} and {"vision", "answers", "cut", "positions", "lowered"} <= set(states)
+    assert report["notes"] == ["Tower.sample is the contract's: no layouts are asked but those of probes"]
 
 
 def test_the_command_line_builds_and_runs_it(llava, outside, tmp_path, monkeypatch):

@@ -6,15 +6,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from conftest import cm_export, low_bits, take_stages
 from tolerances import agrees
 
 from cm_export.backends.onnxruntime import pack
 from cm_export.base.errors import BundleError, InputError
+from cm_export.bundle import unpacked
 from cm_export.bundle.bundle import Bundle
-from cm_export.bundle.packed import FILE, Entry
+from cm_export.bundle.packed import FILE, TOWER, Entry
 from cm_export.bundle.predictor import copy_bytes
+from cm_export.bundle.weights import FILE as WEIGHTS
+from cm_export.bundle.weights import index
 from cm_export.evals import bench
 from cm_export.evals.exam import write
 from cm_export.evals.other_policies import with_policies
@@ -22,6 +26,7 @@ from cm_export.evals.tasks import easy_vqa
 from cm_export.evals.weights_read import Steps, of_dense, site_sizes
 from cm_export.host.decode import Reader
 from cm_export.host.images import open_image
+from cm_export.host.loaded import LoadedBundle
 from cm_export.host.runner import Budget, Runner
 from cm_export.plugins.cpu import library
 from cm_export.quant import rows
@@ -141,6 +146,10 @@ def test_entries_hold_every_weight_of_the_products(low, demo_bundle):
         n.split(".")[-1]: e.bits for n, e in entries(*graphs, bundle.weights, bundle.family, bundle.shape, some).items()
     }
     assert kinds == {"attention_in": 4, "value": 8, "attention_out": 4, "head": 8}
+    assert found["head"].table and not any(e.table for n, e in found.items() if n != "head")
+    for weights in (StoredWeights(precision="int8", embedding="fp32"), StoredWeights(precision="int8", head="fp32")):
+        made = entries(*graphs, bundle.weights, bundle.family, bundle.shape, weights)
+        assert not any(e.table for e in made.values()) and "embedding" not in made
 
 
 def test_z_that_a_policy_reads_is_the_one_that_is_multiplied(low, monkeypatch):
@@ -165,7 +174,6 @@ def test_the_manifest_and_the_gates_say_what_rounding_changed(low):
     assert 0 < gates["weights: KL to float32"]["value"] < 0.1
     assert low.manifest["weights_drift"]["places"] > 50
     assert low.manifest["packed"]["head"]["bits"] == 8
-    assert (low.path / FILE).stat().st_size < 0.35 * (low.path / "weights.safetensors").stat().st_size
 
 
 def test_a_build_below_the_required_agreement_writes_nothing(bare_bundle, bare_checkpoint, tmp_path):
@@ -203,11 +211,68 @@ def test_products_read_the_mapped_file_and_no_copy_of_it(low):
         assert view.value.data_ptr() == packed.file[name].ctypes.data, name
 
 
-def damaged(bundle, folder, weight):
-    """A copy with a bit of one float32 weight turned."""
+def is_slim(bundle):
+    return bundle.recipe.weights.precision == "int4"
+
+
+def external(bundle, graph):
+    model = onnx.load(bundle.graph(graph), load_external_data=False)
+    tensors = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    return {t.name: {entry.key: entry.value for entry in t.external_data} for t in tensors}
+
+
+def test_what_is_held_in_few_bits_is_held_only_so_unless_the_recipe_keeps_it(low):
+    own = index(low.path / WEIGHTS)
+    held = set(low.packed.entry_of)
+    assert len(held) > 20 and own and (not held & own.keys() if is_slim(low) else held < own.keys())
+    assert low.manifest["recipe"]["weights"]["float32"] != is_slim(low)
+    for graph in low.manifest["graphs"]:
+        places = external(low, graph)
+        for name, place in places.items():
+            lost = is_slim(low) and name in held
+            assert place["location"] == (unpacked.FILE if lost else WEIGHTS)
+            tensor = low.weights.tensors[name]
+            assert (int(place["offset"]), int(place["length"])) == (tensor.offset, tensor.length)
+        assert any(name in held for name in places)
+    assert not (low.path / unpacked.FILE).exists()
+
+
+def test_no_runtime_takes_other_bytes_for_weights_that_are_not_there(low):
+    if is_slim(low):
+        with pytest.raises(Exception, match=unpacked.FILE):
+            onnxruntime.InferenceSession(low.graph("vision"))
+    else:
+        onnxruntime.InferenceSession(low.graph("vision"))
+
+
+def test_float32_numbers_that_are_not_kept_are_those_of_the_codes(low):
+    """Of every weight, also of those that lie side by side and begin within a panel; said once."""
+    if not is_slim(low):
+        return
+    bundle, expected = Bundle(low.path), Rounded(low)
+    assert bundle.weights.tensors.keys() >= expected._own.keys()
+    for name, numbers in expected._own.items():
+        assert name in bundle.weights and bundle.weights.tensors[name].shape == numbers.shape
+        np.testing.assert_array_equal(bundle.weights[name], numbers)
+    assert len(bundle.notes) == 1 and "--keep-float32" in bundle.notes[0]
+    norm = next(name for name in bundle.weights.tensors if "norm" in name and name not in expected._own)
+    assert not np.array_equal(bundle.weights[norm], np.zeros_like(bundle.weights[norm]))
+
+
+def test_a_token_is_embedded_by_the_numbers_of_the_head(low):
+    ids = np.array([0, 5, 5, low.shape.vocab - 1])
+    rows_of_head = Rounded(low)._own[low.family.embedding][ids]
+    np.testing.assert_array_equal(low.embedding[ids], rows_of_head)
+    asked = Runner(low, 1).ask("what is it ?", Runner(low, 1).see([]))
+    np.testing.assert_array_equal(asked.inputs_embeds[0], low.embedding[asked.ids])
+    assert not low.notes
+
+
+def damaged(bundle, folder, file, place):
+    """A copy with a bit of one byte turned."""
     shutil.copytree(bundle.path, folder)
-    with open(folder / "weights.safetensors", "r+b") as file:
-        file.seek(bundle.weights.tensors[weight].offset)
+    with open(folder / file, "r+b") as file:
+        file.seek(place)
         byte = file.read(1)
         file.seek(-1, 1)
         file.write(bytes([byte[0] ^ 1]))
@@ -215,29 +280,60 @@ def damaged(bundle, folder, weight):
 
 
 def test_an_answer_waits_for_what_it_reads_and_not_for_float32_weights_that_it_does_not(low, tmp_path):
-    """`inspect`, and whoever reads one of those weights after all, wait for the whole file."""
-    down = low.packed.entries["layers.1.ffn_out"].weights[0]
-    bundle = Bundle(damaged(low, tmp_path / "unread.plan", down))
-    bundle.wait_read_verified()
+    """`inspect`, and whoever reads one of those weights after all, wait for them; the embedding is read from the head."""
+    places = {name: tensor.offset for name, tensor in low.weights.tensors.items()}
+    norm = next(name for name in places if name not in low.packed.entry_of and "norm" in name)
+    broken = Bundle(damaged(low, tmp_path / "norm.plan", WEIGHTS, places[norm]))
     with pytest.raises(BundleError, match=r"weights.safetensors.*do not match"):
-        bundle.weights[down]
-    with pytest.raises(BundleError, match=r"weights.safetensors.*do not match"):
-        Bundle(bundle.path).wait_verified()
-    norm = next(name for name in low.weights.tensors if name not in low.packed.entry_of and "norm" in name)
-    for number, name in enumerate((norm, low.family.embedding)):
-        broken = Bundle(damaged(low, tmp_path / f"{number}.plan", name))
+        broken.wait_read_verified()
+    if is_slim(low):
+        return
+    for number, name in enumerate((low.packed.entries["layers.1.ffn_out"].weights[0], low.family.embedding)):
+        bundle = Bundle(damaged(low, tmp_path / f"{number}.plan", WEIGHTS, places[name]))
+        assert LoadedBundle(bundle, 1).generate("what is it ?").stats["prompt_tokens"]
         with pytest.raises(BundleError, match=r"weights.safetensors.*do not match"):
-            broken.wait_read_verified()
+            bundle.weights[name]
+        with pytest.raises(BundleError, match=r"weights.safetensors.*do not match"):
+            Bundle(bundle.path).wait_verified()
 
 
-def test_what_is_hashed_by_itself_is_all_that_a_bundle_of_packed_weights_reads(low):
-    runner, names = Runner(Bundle(low.path), 1), set()
-    before = runner.bundle.weights._before
-    runner.bundle.weights._before = lambda name: (names.add(name), before(name))
-    runner.prefill(asked_of(runner), Budget(dense=True))
-    runner.prefill(asked_of(runner), Budget())
+@pytest.mark.parametrize("part", ["layers.1.ffn_out.codes", "head.scale", ""])
+def test_no_answer_is_shown_before_the_low_bit_weights_that_it_reads_were_verified(low, part, tmp_path):
+    """Of a part, or of the header that says where the parts lie."""
+    place = low.packed.file.tensors[part].offset if part else 60
+    bundle = Bundle(damaged(low, tmp_path / "x.plan", FILE, place))
+    with pytest.raises(BundleError, match=r"packed.safetensors.*(do not match|unreadable)"):
+        list(LoadedBundle(bundle, 1).stream("what is it ?"))
+
+
+def test_a_damaged_tower_is_met_by_the_first_picture_and_by_no_question_about_text(low, tmp_path):
+    name = next(n for n in low.packed.file.tensors if n.startswith(TOWER) and n.endswith("codes"))
+    model = LoadedBundle(Bundle(damaged(low, tmp_path / "x.plan", FILE, low.packed.file.tensors[name].offset)), 1)
+    assert model.generate("what is it ?").stats["prompt_tokens"]
+    picture = easy_vqa.questions("sentence")[40].pictures[0]
+    with pytest.raises(BundleError, match=r"packed.safetensors.*do not match"):
+        list(model.stream("what is it ?", picture))
+    with pytest.raises(BundleError, match=r"packed.safetensors.*do not match"):
+        model.generate("what is it ?")  # whoever met it once trusts nothing of the bundle any more
+
+
+def test_what_is_expected_from_the_start_is_all_that_an_answer_reads(low):
+    """Besides the tower, which a question about text does not read: nothing of it is hashed before a picture is seen."""
+    runner, names, checks = Runner(Bundle(low.path), 1), set(), Bundle(low.path)._checks
+    for file in (runner.bundle.weights, runner.bundle.packed.file):
+        before = file._checks.before
+        file._checks.before = lambda name, before=before: (names.add(name), before(name))
+    hashed = runner.bundle._jobs._put
+    expected = set(hashed)
+    text = runner.ask("what is it ?", runner.see([]))
+    for budget in (Budget(dense=True), Budget()):
+        runner.prefill(text, budget)
     runner.backend.ready("decode")
-    assert names and names <= runner.bundle.manifest["weights_read"].keys() and not runner.bundle._whole
+    assert names and hashed == expected
+    assert not any(str(name).startswith(TOWER) for _, name in hashed)
+    asked_of(runner)
+    tower = {name for name in checks[FILE].tensors if name.startswith(TOWER)}
+    assert tower and tower == {name for _, name in hashed - expected}
 
 
 @pytest.mark.parametrize(
@@ -296,6 +392,11 @@ def stored_bytes(bundle, names):
     return sum(bundle.packed.file.tensors[f"{n}.{part}"].length for n in names for part in ("codes", "scale", "zero"))
 
 
+def row_bytes(bundle):
+    """Of the token embedding: an output of the head, which has 8 bits."""
+    return stored_bytes(bundle, ["head"]) / (bundle.packed.entries["head"].panels * rows.PANEL)
+
+
 def test_bench_says_how_many_bits_a_step_reads_and_how_fast_memory_is(low):
     if library.find() is None:
         pytest.skip("only the native library counts")
@@ -304,7 +405,7 @@ def test_bench_says_how_many_bits_a_step_reads_and_how_fast_memory_is(low):
     assert bits < found["bits_read_per_weight"]["dense"] < bits + 1  # v and the head have 8 bits, panels are filled up
     rows_of = {row["mode"]: row for row in found["rows"] if row["phase"] == "decode"}
     entries_bytes = stored_bytes(low, [name for name in low.packed.entries if not name.startswith("vision.")])
-    entries_bytes += 4 * low.shape.hidden  # a row of the embedding
+    entries_bytes += row_bytes(low)
     assert rows_of["dense"]["read_mb"] == pytest.approx(entries_bytes / 1e6, rel=1e-6)
     assert 1e8 < found["read_bandwidth"] < 1e12 and 0 < rows_of["dense"]["of_bandwidth"] < 2
     assert any("bits read per weight" in note for note in found["notes"])
@@ -325,7 +426,7 @@ def test_sets_of_neurons_read_float32_rows_beside_low_bit_products(low, native, 
     products = [name for name, entry in low.packed.entries.items() if entry.site is not None and "ffn" not in name]
     packed = stored_bytes(low, products)
     rows_read = 4 * 3 * shape.layers * shape.hidden * found.prefilled.neurons
-    assert found.read.bytes == packed + rows_read + 4 * shape.hidden and found.read.exact == native
+    assert found.read.bytes == packed + rows_read + row_bytes(low) and found.read.exact == native
     assert found.read.bits > of_dense(runner).bits, "half of the rows in 32 bits are more than all of them in 8"
 
 

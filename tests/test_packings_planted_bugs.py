@@ -18,7 +18,10 @@ SHARED, GPTQ, AWQ, COMPRESSED, FP8 = "__init__", "gptq", "awq", "compressed_tens
 READERS = {GPTQ: gptq, AWQ: awq, COMPRESSED: compressed_tensors, FP8: fp8}
 WORD = "shifts = np.arange(0, 32, bits, dtype=np.uint32)"
 ORDERED, ZEROS = (f'_in_order(nibbles(parts["{part}"], 4, axis=1))' for part in ("qweight", "qzeros"))
-PACKED_ZEROS, FLOATS = "nibbles(stored, bits, axis=0)[: shape[0]]", "return eight_bit_floats(parts, scale, {})"
+PACKED_ZEROS, FLOATS = (
+    "nibbles(stored.astype(np.int32), bits, axis=0)[: shape[0]]",
+    "return eight_bit_floats(parts, scale, {})",
+)
 OTHER_BITS = 'raise unread(settings, f"{bits!r} bits ({form}, {kind})", where)'
 PLANTED = {  # what is wrong: (file, right, wrong)
     "the highest code of a word first": (SHARED, WORD, f"{WORD}[::-1]"),
@@ -36,14 +39,14 @@ PLANTED = {  # what is wrong: (file, right, wrong)
     "floats divided by their scale": (SHARED, 'parts["weight"] * whole', 'parts["weight"] / whole'),
     "blocks turned": (SHARED, "rows, columns = block or (0, 0)", "columns, rows = block or (0, 0)"),
     "floats not turned": (SHARED, "np.ascontiguousarray((parts[\"weight\"] * whole).T)", "parts[\"weight\"] * whole"),
-    "floats of any kind": (SHARED, 'if not parts.dtype("weight").startswith("F8_"):', "if False:"),
+    "floats of any kind": (SHARED, 'if not parts.dtype("weight").startswith("F8_") or', "if False and"),
     "scales of any kind": (SHARED, "if value.dtype != np.float32:", "if False:"),
     "one less in the zero of v1": (GPTQ, 'if _format(settings) == "gptq":', "if False:"),
     "one more in the zero of v2": (GPTQ, 'if _format(settings) == "gptq":', "if True:"),
     "ones of the other width": (GPTQ, "4: 0x11111111, 8: 0x01010101", "4: 0x11111111, 8: 0x11111111"),
     "zeros along the groups": (GPTQ, "nibbles(zeros, bits, axis=1)", "nibbles(zeros, bits, axis=0)"),
     "codes along the outputs": (GPTQ, 'nibbles(parts["qweight"], bits, axis=0)', 'nibbles(parts["qweight"], bits, axis=1)'),
-    "g_idx not read": (GPTQ, 'parts["g_idx"].astype(np.int64) if "g_idx" in parts', "0 * parts['g_idx'] if 1"),
+    "g_idx not read": (GPTQ, 'parts.indices("g_idx") if "g_idx" in parts', "0 * parts['g_idx'] if 1"),
     "group_size -1": (GPTQ, "inputs if count == 1 else", ""),
     "an order that is not there": (GPTQ, '(settings.get("desc_act") and count > 1) or', ""),
     "outputs of a word as they lie": (AWQ, "[0, 4, 1, 5, 2, 6, 3, 7]", "[0, 1, 2, 3, 4, 5, 6, 7]"),
@@ -52,9 +55,9 @@ PLANTED = {  # what is wrong: (file, right, wrong)
     "codes as they lie": (AWQ, ORDERED, ORDERED.removeprefix("_in_order(")[:-1]),
     "one group of AWQ": (AWQ, "np.arange(inputs) // (inputs // len(scale))", "np.zeros(inputs, int)"),
     "signed numbers": (COMPRESSED, "(numbers.astype(np.int16) + (1 << (bits - 1)))", "numbers.astype(np.int16)"),
-    "packed zeros along the groups": (COMPRESSED, PACKED_ZEROS, "nibbles(stored, bits, axis=1)[: shape[0], : shape[1]]"),
+    "packed zeros along the groups": (COMPRESSED, PACKED_ZEROS, PACKED_ZEROS.replace("axis=0", "axis=1")),
     "weight_g_idx not read": (COMPRESSED, "groups = given", "pass"),
-    "an order of -1": (COMPRESSED, ".min() >= 0:", ".min() >= -1:"),
+    "an order of -1": (COMPRESSED, ".min(initial=0) >= 0:", ".min(initial=0) >= -1:"),
     "numbers not turned": (COMPRESSED, 'np.ascontiguousarray(_unsigned(parts["weight"], 8).T)', '_unsigned(parts["weight"], 8)'),
     "what fills the last word": (COMPRESSED, "axis=1)[:, :inputs].T", "axis=1).T"),
     "bits by the words alone": (COMPRESSED, "sorted(said & {4, 8})", "(4, 8)"),

@@ -8,30 +8,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import shared
-import test_export
 import test_lowered
-import test_token_cuts
-import test_turns
 import torch
 import transformers
 from conftest import bundles_of, cm_export
 from PIL import Image
+from proofs import each_proof, holds
 from qwen_models import RANDOM, answering
-from random_models import Exported, random_checkpoint, request, request_of
-from stepping import prefill
-from test_surgery import arrays
-from tolerances import agrees
+from random_models import Exported
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from cm_export import families
 from cm_export.base.errors import InputError
 from cm_export.bundle.bundle import Bundle
-from cm_export.host.request import prefill_feeds
 from cm_export.recipe.recipe import Recipe
 from cm_export.surgery import pipeline
 
 PROCESSORS = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
-WIDE = [(name, seed) for name in RANDOM for seed in range(10, 20)]
 QUESTION = "what shape is red ?"
 
 
@@ -59,46 +52,10 @@ def x(name):
     return exported_of(*bundle_of(name))
 
 
-def cut_of(x, **tokens):
-    return test_token_cuts.recipe_of(prune_layer=max(1, x.shape.whole_layers), **tokens)
-
-
-# ---------------------------------------------------------------- the laws of every family
-def check_cut(x, seed, policy):
-    recipe = cut_of(x, policy=policy)
-    req = request(x, seed)
-    _, out = test_token_cuts.run(x, req, recipe)
-    assert out["kept_tokens"].shape[1] < req.tokens
-    test_token_cuts.check_masked(x, req, recipe, out)
-
-
-def test_vision_equals_transformers_on_unequal_pictures(x):
-    test_export.test_vision_equals_transformers_on_unequal_pictures(lambda _: x, 1)
-
-
-def test_answers_equal_stock_generate(x):
-    test_export.test_answers_equal_stock_generate(lambda _: x, 1)
-
-
-def test_prompts_of_a_padded_batch_equal_transformers(x):
-    test_export.test_prefill_with_left_padding_equals_transformers(lambda _: x, 1, 3, 13)
-
-
-def test_decode_of_a_batch_equals_transformers(x):
-    test_export.test_decode_at_any_past_and_of_any_length_equals_transformers(lambda _: x, 1, 3, 5, 6)
-
-
-@pytest.mark.parametrize("policy", ["attention", "spread_keys"])
-def test_a_cut_prefill_is_the_dense_one_with_dropped_tokens_masked(x, policy):
-    check_cut(x, 2, policy)
-
-
-def test_every_image_token_is_the_dense_prefill_and_a_prompt_without_pictures_is_left_alone(x):
-    recipe = cut_of(x)
-    for req in (request(x, 3), request_of(x, np.arange(7, 12), np.zeros((0, 3), np.int64), None)):
-        backend, out = test_token_cuts.run(x, req, recipe, token_share=1.0)
-        for name, value in arrays(prefill(backend, prefill_feeds(req), "prefill_dense")).items():
-            agrees("export", out[name], value)
+# ---------------------------------------------------------------- graphs
+@each_proof
+def test_every_proof_holds(x, proof):
+    holds(proof, x)
 
 
 def test_no_token_is_cut_before_the_last_layer_with_features(x, name):
@@ -112,11 +69,6 @@ def test_no_token_is_cut_before_the_last_layer_with_features(x, name):
     assert Recipe().for_model(x.shape).tokens.prune_layer >= 2
 
 
-def test_a_later_question_is_answered_as_if_all_were_asked_at_once(x):
-    at_full = test_turns.test_at_full_budget_a_later_turn_is_the_dense_model_on_the_whole_conversation
-    at_full(lambda _: x, 1, 2, test_turns.FULL)
-
-
 @pytest.mark.parametrize("version", ["10.15", *(pytest.param(v, marks=pytest.mark.wide) for v in ("10.3", "rtx-1.7"))])
 def test_lowered_graphs_equal_the_portable_ones(x, tmp_path, version):
     check_lowered(x, tmp_path, version)
@@ -126,28 +78,6 @@ def check_lowered(x, folder, version):
     test_lowered.check_all(
         x, test_lowered.SMALL.replace(tokens__prune_layer=max(1, x.shape.whole_layers)), version, folder
     )
-
-
-@pytest.mark.wide
-@pytest.mark.parametrize(("name", "seed"), WIDE)
-def test_random_configurations_keep_every_law(name, seed, tmp_path):
-    path = random_checkpoint(RANDOM[name](seed), tmp_path / "model", seed)
-    (tmp_path / "graphs").mkdir()
-    x = Exported(path, tmp_path / "graphs", families.find(name))
-    test_vision_equals_transformers_on_unequal_pictures(x)
-    test_answers_equal_stock_generate(x)
-    for batch, length in ((3, 13), (1, 2), (2, 31)):
-        test_export.test_prefill_with_left_padding_equals_transformers(lambda _: x, seed, batch, length)
-    for batch, past, new in ((3, 1, 1), (1, 77, 1), (3, 5, 6), (2, 1, 17)):
-        test_export.test_decode_at_any_past_and_of_any_length_equals_transformers(lambda _: x, seed, batch, past, new)
-    if x.shape.whole_layers < x.shape.layers:
-        for policy in test_token_cuts.POLICIES:
-            check_cut(x, seed, policy)
-        test_every_image_token_is_the_dense_prefill_and_a_prompt_without_pictures_is_left_alone(x)
-        test_a_later_question_is_answered_as_if_all_were_asked_at_once(x)
-        for version in test_lowered.VERSIONS:
-            (tmp_path / version).mkdir()
-            check_lowered(x, tmp_path / version, version)
 
 
 # ---------------------------------------------------------------- the command line

@@ -1,5 +1,6 @@
 """`cm-export serve`: the official client gets what `cm-export run` gives; all else is refused, and nothing is left behind."""
 
+import asyncio
 import json
 import os
 import random
@@ -25,7 +26,7 @@ import cm_export as package
 from cm_export.base.errors import InputError
 from cm_export.host.sampling import Sampling
 from cm_export.recipe.aliases import DEMO
-from cm_export.serving import http_server
+from cm_export.serving import http_server, reply
 from cm_export.serving.app import Service, Settings, application
 from cm_export.serving.messages import Bounds
 from cm_export.serving.metrics import Measured, Prometheus
@@ -164,6 +165,7 @@ def test_the_client_gets_its_own_errors_for_what_cannot_be_done(client, server):
             with pytest.raises(kind) as refused:
                 client.chat.completions.create(**({"model": "demo", "messages": said()} | how), stream=stream)
             assert refused.value.body["message"] and refused.value.request_id
+            assert str(server[1].model.bundle.path.parent) not in json.dumps(refused.value.body)
     assert [m.id for m in client.models.list()] == ["demo"] and client.models.retrieve("demo").id == "demo"
     assert sent(server[0], method="GET", path="/v1/chat/completions")[0] == 405
 
@@ -200,6 +202,58 @@ def test_fifty_cancelled_requests_leave_nothing_behind(client, server):
     assert service.room._left == service.room._size
     assert 'cm_export_requests_total{outcome="cancelled"}' in sent(url, method="GET", path="/metrics")[1]
     assert client.chat.completions.create(messages=said(), model="demo").choices[0].message.content
+
+
+def test_a_client_that_does_not_read_counts_as_gone(model, monkeypatch):
+    """Without a network, whose buffers would take a long answer."""
+    monkeypatch.setattr(reply, "WRITE_SECONDS", 0.2)
+    body, sent_, gone = json.dumps(asking(max_tokens=1000, min_tokens=1000, stream=True)).encode(), [], []
+
+    async def ask(app):
+        async def receive():
+            if gone:
+                await asyncio.sleep(60)  # it stays connected
+            gone.append(1)
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message):
+            sent_.append(message)
+            if len(sent_) > 4:
+                await asyncio.sleep(60)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "root_path": "",
+                 "headers": [(b"content-type", b"application/json")], "client": ("127.0.0.1", 1), "scheme": "http",
+                 "http_version": "1.1", "server": ("127.0.0.1", 2)}  # fmt: skip
+        await asyncio.wait_for(app(scope, receive, send), 10)
+
+    with Scheduler(model, 1) as scheduler:
+        service = Service(model, scheduler, Prometheus(), Settings("demo", warm_up=False))
+        asyncio.run(ask(application(service)))
+        until(lambda: scheduler.load().running == 0, 5)
+        assert len(sent_) == 5 and service.room._left == service.room._size
+
+
+def test_a_stream_that_waits_shows_that_it_lives_and_clients_of_other_addresses_take_turns(model, monkeypatch):
+    monkeypatch.setattr(reply, "TICK_SECONDS", 0.05)
+    answered = []
+
+    def ask(address, number):
+        connection = HTTPConnection(urlsplit(url).netloc, timeout=60, source_address=(address, 0))
+        asked = json.dumps(asking(max_tokens=3, stream=True)).encode()
+        connection.request("POST", "/v1/chat/completions", asked, {"content-type": "application/json"})
+        lines = connection.getresponse().read().decode().splitlines()
+        answered.append((number, lines.count(": still working") > 0))
+        connection.close()
+
+    with serving(model, at_once=1) as (url, service), ThreadPoolExecutor(3) as pool:
+        first = client_of(url).chat.completions.create(messages=said(), model="demo", stream=True, **LONG)
+        next(iter(first))
+        for count, address in enumerate(("127.0.0.2", "127.0.0.2", "127.0.0.3"), 1):
+            pool.submit(ask, address, count)
+            until(lambda count=count: service.scheduler.load().queued == count)
+        time.sleep(0.2)
+        first.close()
+    assert answered == [(1, True), (3, True), (2, True)]
 
 
 def malformed(count):

@@ -43,6 +43,20 @@ def server(model):
         yield server
 
 
+class Watching(Unobserved):
+    def __init__(self):
+        self.rows, self.outcomes, self.busy = [], [], []
+
+    def waiting(self, queued, running):
+        self.busy.append((queued, running))
+
+    def step(self, rows, seconds):
+        self.rows.append(rows)
+
+    def ended(self, outcome, answer, seconds):
+        self.outcomes.append(outcome)
+
+
 def until(true, seconds=20.0):
     """Wait for what other threads do."""
     end = time.monotonic() + seconds
@@ -89,6 +103,19 @@ def test_a_newcomer_joins_while_others_write_and_no_row_is_left(model, server):
     assert not server._lanes[0].batch.rows and not server._lanes[0].rows
 
 
+def test_the_row_of_the_cancelled_request_is_freed_and_no_other(model, server):
+    events, how = [], {"max_new_tokens": 60, "sampling": Sampling(min_new_tokens=60)}
+    server.submit(asked(QUESTION, IMAGES[0], **how), listener=events.append)
+    until(lambda: events)
+    others = [server.submit(asked(QUESTION, IMAGES[1], **LONG)) for _ in range(2)]
+    for ticket in others:
+        next(ticket)
+        ticket.cancel()
+    until(lambda: isinstance(events[-1], Finished))
+    assert events[-1].answer.token_ids == model.generate(QUESTION, IMAGES[0], **how).token_ids
+    until(lambda: server.load().running == 0)
+
+
 def test_fifty_cancelled_requests_free_their_places(model, server):
     for i in range(50):
         ticket = server.submit(asked(QUESTION, IMAGES[i % 2], **LONG))
@@ -103,12 +130,14 @@ def test_fifty_cancelled_requests_free_their_places(model, server):
 
 
 def test_a_full_queue_refuses_in_words_and_takes_requests_again_later(model):
-    with Scheduler(model, at_once=1, queued=2) as server:
+    watching = Watching()
+    with Scheduler(model, at_once=1, queued=2, observer=watching) as server:
         running = server.submit(asked(QUESTION, IMAGES[0], **LONG))
         next(running)
         waiting = [server.submit(asked(QUESTION, IMAGES[0])) for _ in range(2)]
         with pytest.raises(Busy, match="1 requests are being answered and 2 wait"):
             server.submit(asked(QUESTION, IMAGES[0]))
+        assert watching.outcomes == ["refused"]
         running.cancel()
         assert len({ticket.whole().text for ticket in waiting}) == 1
         assert server.submit(asked(QUESTION, IMAGES[0])).whole().text == waiting[0].answer.text
@@ -123,6 +152,29 @@ def test_a_deadline_ends_a_waiting_request_with_an_error_and_a_started_one_with_
             waiting.whole()
         stats = running.whole().stats
         assert stats["stopped"] == "deadline" and 0 < stats["new_tokens"] < 4000
+
+
+def test_a_request_that_names_no_deadline_has_the_servers(model):
+    with Scheduler(model, at_once=1, deadline=0.3) as server:
+        assert server.submit(asked("hello", **LONG)).whole().stats["stopped"] == "deadline"
+
+
+def test_a_guarded_request_is_cancelled_between_its_drafts(model, server):
+    ticket = server.submit(asked(QUESTION, IMAGES[0], guard=4, **LONG))
+    next(ticket)
+    ticket.cancel()
+    with pytest.raises(Cancelled):
+        ticket.whole()
+    until(lambda: server.load().running == 0, 5)
+
+
+def test_the_wait_for_a_place_and_the_whole_time_are_told(model):
+    with Scheduler(model, at_once=1) as server:
+        first = server.submit(asked("hello", **LONG), deadline=0.4)
+        second = server.submit(asked("hello", max_new_tokens=400, sampling=Sampling(min_new_tokens=400)))
+        one, other = first.whole().stats, second.whole().stats
+    assert one["queue_s"] < 0.2 and one["total_s"] >= 0.4
+    assert 0.2 < other["queue_s"] < other["total_s"] - other["decode_s"]
 
 
 def test_an_error_of_one_request_is_its_own(model, server, monkeypatch):
@@ -219,16 +271,6 @@ def test_a_fault_of_the_scheduler_ends_every_request_in_words(model, monkeypatch
 
 
 def test_whoever_watches_hears_of_every_step_and_every_end(model):
-    class Watching(Unobserved):
-        def __init__(self):
-            self.rows, self.outcomes = [], []
-
-        def step(self, rows, seconds):
-            self.rows.append(rows)
-
-        def ended(self, outcome, answer, seconds):
-            self.outcomes.append(outcome)
-
     watching = Watching()
     with Scheduler(model, at_once=4, observer=watching) as server:
         tickets = [server.submit(asked(QUESTION, image, **LONG)) for image in IMAGES[:2]]
@@ -238,6 +280,8 @@ def test_whoever_watches_hears_of_every_step_and_every_end(model):
         tickets[0].cancel()
         tickets[1].cancel()
         server.submit(asked("hello")).whole()
+        until(lambda: server.load().running == 0)
+        assert (0, 2) in watching.busy and watching.busy[-1] == (0, 0)
     assert sorted(watching.outcomes) == ["answered", "cancelled", "cancelled"]
 
 

@@ -9,9 +9,9 @@ import pytest
 from conftest import cm_export
 
 from cm_export import __version__
-from cm_export.base.by_name import names_in
+from cm_export.cli import verb_names
 
-VERBS = names_in("cm_export.cli.verbs")
+VERBS = verb_names()
 PLAIN = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS")}
 PLAIN["TERM"] = "xterm-256color"
 

@@ -27,9 +27,10 @@ from cm_export.bundle.bundle import Bundle
 from cm_export.deploy.triton import containers, fit, repository, runtime
 from cm_export.host.sampling import Sampling
 from cm_export.recipe.aliases import DEMO
-from cm_export.serving import triton_request
+from cm_export.serving import triton, triton_request
 from cm_export.serving.metrics import FIGURES
 from cm_export.serving.triton import Model
+from cm_export.serving.triton_metrics import TritonSink
 from cm_export.serving.triton_settings import Settings
 
 IMAGES = [p.read_bytes() for p in sorted((DEMO.parent / "images").glob("*.png"))]
@@ -391,11 +392,16 @@ def asked_alone(whole_bundle):
         yield model
 
 
-@pytest.fixture(scope="module")
-def vlm(deployed):
+def opened(repository):
+    """The model of a repository, with two places."""
     parameters = {k: {"string_value": v} for k, v in Settings(at_once=2, queued=2, threads=1).texts().items()}
     args = {"model_config": json.dumps({"parameters": parameters}), "model_name": "vlm", "model_version": "1"}
-    model = Model(args | {"model_repository": str(deployed[0] / "vlm")}, fake_triton)
+    return Model(args | {"model_repository": str(repository / "vlm")}, fake_triton)
+
+
+@pytest.fixture(scope="module")
+def vlm(deployed):
+    model = opened(deployed[0])
     yield model
     model.close()
 
@@ -497,6 +503,70 @@ def test_a_closed_stream_frees_its_place_and_more_than_can_wait_are_refused(vlm)
     assert (vlm.scheduler.load().running, vlm.scheduler.load().queued) == (0, 0)
     late = ask(vlm, **{**LONG, "deadline": 0.15})
     assert late.wait(5)[-1][0]["stop_reason"][0] == b"deadline"
+
+
+def test_a_stream_that_was_closed_while_it_was_read_is_cancelled_as_soon_as_it_is_handed_in(vlm):
+    sent = Sent()
+    client = triton._Client(fake_triton, sent, "x", vlm._line)
+    client.leave()
+    vlm._begin(client, triton_request.tensors(Request(sent, **LONG), fake_triton))
+    assert sent.wait(5)[-1][1].code == fake_triton.TritonError.CANCELLED
+
+
+def test_requests_wait_under_the_name_that_their_client_gives(vlm):
+    sent = [ask(vlm, **LONG) for _ in range(2)]
+    until(lambda: vlm.scheduler.load().running == 2)
+    sent += [ask(vlm, text_input=b"hello", client=name) for name in (b"a", b"b")]
+    until(lambda: vlm.scheduler.load().queued == 2)
+    assert set(vlm.scheduler._waiting._of) == {"a", "b"}  # these take turns
+    for one in sent:
+        one.cancelled = True
+    for one in sent:
+        one.wait(5)
+
+
+def test_shares_of_the_settings_hold_for_requests_that_name_none():
+    settings = Settings(token_share=0.5, neuron_share=0.75)
+    text = {"text_input": b"hello"}
+    budgets = [
+        triton_request.read(triton_request.Given({**text, **more}), settings).asked.budget
+        for more in ({}, {"token_share": 0.25}, {"dense": True})
+    ]
+    assert [(b.token_share, b.neuron_share, b.dense) for b in budgets] == [
+        (0.5, 0.75, False),
+        (0.25, 0.75, False),
+        (None, None, True),
+    ]
+
+
+def test_a_float_is_the_decimal_number_that_was_meant():
+    request = Request(Sent(), text_input=b"a", temperature=0.7, token_share=0.1)
+    given = triton_request.tensors(request, fake_triton)
+    assert (given.values["temperature"], given.values["token_share"]) == (0.7, 0.1)
+
+
+def test_what_was_counted_reaches_the_server_once_under_its_labels():
+    sink = TritonSink(fake_triton, {"model": "vlm", "version": "1"})
+    for outcome, seconds in (("answered", 0.5), ("cancelled", 2.0), ("answered", 3.0)):
+        sink.add("cm_export_requests_total", 1, outcome)
+        sink.see("cm_export_request_seconds", seconds)
+    sink.put("cm_export_requests_running", 3)
+    sink.flush()
+    sink.flush()
+    families = fake_triton.MetricFamily.all
+    counted = {m.labels["outcome"]: m.value for m in families["cm_export_requests_total"].metrics}
+    assert counted == {"answered": 2, "cancelled": 1}
+    assert families["cm_export_requests_running"].metrics[0].value == 3
+    assert families["cm_export_request_seconds"].metrics[0].seen == [0.5, 2.0, 3.0]
+
+
+def test_unloading_answers_those_who_are_there(deployed):
+    model, sent = opened(deployed[0]), [Sent() for _ in range(3)]
+    for count, one in enumerate(sent, 1):
+        model.execute([Request(one, text_input=b"hello", max_tokens=99, min_tokens=99)])
+        until(lambda count=count: model.scheduler.load().running + model.scheduler.load().queued == count)
+    model.close()
+    assert [(len(one.responses), one.error) for one in sent] == [(1, None)] * 3
 
 
 def test_the_log_has_a_line_of_json_for_each_request_and_no_text_of_it(vlm, capsys):

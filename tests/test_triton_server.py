@@ -20,7 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
+import _triton
 import pytest
 from conftest import cm_export
 
@@ -38,47 +38,14 @@ QUESTION = "describe : what shape is in the image?"
 LONG = {"text_input": "hello", "max_tokens": 1024, "min_tokens": 1024, "stream": True}
 
 
-class Server:
-    """One server process over a repository."""
+class Server(_triton.Server):
+    """One server process, with what the tests ask it."""
 
     def __init__(self, repository, *models, log):
-        self.repository, self.models, self.log = repository, models or ("vlm",), log
-        self.http, self.grpc, self.metrics_port = _ports(3)
-        self.process = None
+        super().__init__(HOME, repository, *models, log=log)
 
     def start(self):
-        ports = [
-            f"--{n}-port={p}" for n, p in (("http", self.http), ("grpc", self.grpc), ("metrics", self.metrics_port))
-        ]
-        words = ["--model-control-mode=explicit", "--http-address=127.0.0.1", "--grpc-address=127.0.0.1", *ports]
-        words += [f"--model-repository={self.repository}", *(f"--load-model={m}" for m in self.models)]
-        with open(self.log, "ab") as log:
-            command, env = [HOME / "bin" / "tritonserver", *words], os.environ | {"OMP_NUM_THREADS": "1"}
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
-        end = time.monotonic() + 120
-        while not (self.ready() and self.counts()):  # it opens its port for metrics after the others
-            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()[-3000:]
-            time.sleep(0.1)
-        return self
-
-    def stop(self, how=signal.SIGTERM):
-        if self.process.poll() is None:
-            self.process.send_signal(how)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(60)
-        for process in _session(self.process.pid):
-            process.kill()
-        self.process.wait(10)
-
-    def ready(self, path="/v2/health/ready"):
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            return self.call("GET", path)[0] == 200
-        return False
-
-    def counts(self):
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            return bool(self.metrics())
-        return False
+        return super().start(OMP_NUM_THREADS="1")
 
     def call(self, method, path, body=None, timeout=60):
         """(status, body) of one call."""
@@ -98,38 +65,11 @@ class Server:
         assert status == 200, body
         return [json.loads(line[6:]) for line in body.decode().splitlines() if line.startswith("data: ")]
 
-    def metrics(self):
-        connection = http.client.HTTPConnection("127.0.0.1", self.metrics_port, timeout=60)
-        with contextlib.closing(connection):
-            connection.request("GET", "/metrics")
-            lines = connection.getresponse().read().decode().splitlines()
-        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[:1] != "#"}
-
     def rows(self):
         return self.metrics()['cm_export_requests_running{model="vlm",version="1"}']
 
     def stub(self):
-        return next(p for p in _session(self.process.pid) if "triton_python_backend_stub" in " ".join(p.cmdline()))
-
-    def memory(self):
-        return sum(p.memory_info().rss for p in _session(self.process.pid))
-
-
-def _session(leader):
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(OSError, psutil.Error):
-            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
-
-
-def _ports(count):
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        return next(p for p in self.processes() if "triton_python_backend_stub" in " ".join(p.cmdline()))
 
 
 def deployed(bundle, out, *options):
@@ -227,12 +167,17 @@ def test_eight_clients_with_different_pictures_and_budgets_get_what_each_gets_al
         for turn in range(2):
             found[number, turn] = server.stream(text_input=QUESTION, client=str(number), **UNEQUAL[number][0])
 
+    beside = [threading.Thread(target=server.generate, kwargs=LONG | {"stream": False}) for _ in range(2)]
+    for thread in beside:  # one in each lane, so that everyone else's steps have several rows
+        thread.start()
+    until(lambda: server.rows() == 2)
     threads = [threading.Thread(target=client, args=(n,)) for n in range(8)]
     for thread in threads:
         thread.start()
-    for thread in threads:
+    for thread in [*threads, *beside]:
         thread.join(120)
     assert all(same(found[n, turn], expected[n]) for n in range(8) for turn in range(2))
+    until(lambda: server.rows() == 0)
     assert (
         server.metrics()['cm_export_batch_rows_bucket{model="vlm",version="1",le="1"}']
         < server.metrics()['cm_export_batch_rows_count{model="vlm",version="1"}']
@@ -285,10 +230,49 @@ def tokens_a_second(server, clients, many=200):
     return clients * many / (time.perf_counter() - started)
 
 
-def test_clients_together_get_more_tokens_a_second_than_one(server):
-    speeds = {n: max(tokens_a_second(server, n) for _ in range(3)) for n in (1, 4, 8)}
-    print("tokens a second:", {n: round(speed) for n, speed in speeds.items()})
-    assert speeds[8] > 1.2 * speeds[1]
+def gain_of_the_machine():
+    """How much more two busy processes get done than one, now."""
+
+    def done(count):
+        busy = [subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE) for _ in range(count)]
+        return sum(float(process.communicate()[0]) for process in busy)
+
+    return done(2) / done(1)
+
+
+BUSY = """
+import time
+end, count = time.perf_counter() + 0.5, 0
+while time.perf_counter() < end: count += 1
+print(count)
+"""
+
+
+def test_four_clients_get_at_least_one_and_a_half_times_the_tokens_of_one(server):
+    """The best of a few rounds each; on a machine on which others compute it may fail, which its message then says."""
+    best = dict.fromkeys((1, 4, 8), 0.0)
+    for turn in range(8):
+        best = {n: max(speed, tokens_a_second(server, n)) for n, speed in best.items()}
+        if turn >= 2 and best[4] >= 1.5 * best[1]:
+            break
+    print("tokens a second:", {n: round(speed) for n, speed in best.items()})
+    assert best[4] >= 1.5 * best[1], f"two processes get {gain_of_the_machine():.1f} times the work of one done here"
+
+
+def test_the_client_of_the_command_line_gets_what_run_prints_and_one_line_for_what_is_wrong(server, expected):
+    asked = ["client", "--url", server.url, "--image", PATHS[0], "--prompt", QUESTION]
+    done = cm_export(*asked)
+    assert done.returncode == 0 and done.stdout == expected[0].text + "\n", done.stderr
+    assert f"{expected[0].stats['image_tokens_kept']} of 64 image tokens" in done.stderr
+    found = json.loads(cm_export(*asked, "--token-share", "0.2", "--max-tokens", "5", "--json").stdout)
+    assert (found["text"], found["image_tokens_kept"]) == (expected[2].text, expected[2].stats["image_tokens_kept"])
+    for more, words in (
+        (("--max-tokens", "99999"), "refused (400): max_tokens: is 99999"),
+        (("--model", "nobody"), "refused"),
+        (("--image", ROOT / "README.md"), "refused (400): images[1]: "),
+    ):
+        done = cm_export(*asked, *more)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_tritonclient_streams_pictures_as_bytes(server, expected):
@@ -503,7 +487,7 @@ def test_the_commands_of_the_page_bring_a_streamed_answer(whole_bundle, tmp_path
     page = (ROOT / "docs" / "triton.md").read_text(encoding="utf-8")
     commands = re.search(r"```console\n(\$ cm-export deploy triton.*?)```", page, re.S)[1]
     deploy, serve, question = re.findall(r"^\$ (.*(?:\n  .*)*)", commands, re.M)
-    http_port, grpc_port, metrics = _ports(3)
+    http_port, grpc_port, metrics = _triton.free_ports(3)
     ports = f" --http-port={http_port} --grpc-port={grpc_port} --metrics-port={metrics}"
     paths = f"{HOME / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     (tmp_path / "artifacts").mkdir()

@@ -81,11 +81,13 @@ def test_the_answer_is_that_of_a_machine_with_torch(without, demo_bundle):
         (("build", "--recipe", "demo"), "building"),
         (("build", "--model", "no-such-model"), "building"),  # the first thing to be told
         (("calibrate", "--model", "demo"), "calibrating a checkpoint"),
+        (("check-family", "qwen2_vl"), "checking a family"),
     ],
-    ids=["build", "build of a mistyped model", "calibrate"],
+    ids=["build", "build of a mistyped model", "calibrate", "check-family"],
 )
 def test_a_verb_that_makes_a_bundle_says_in_one_line_which_command_brings_what_it_needs(args, what, without, tmp_path):
-    done = cm_export(*args, "--out", tmp_path / "out", env=without)
+    out = () if args[0] == "check-family" else ("--out", tmp_path / "out")
+    done = cm_export(*args, *out, env=without)
     line = f"cm-export: error: {what} needs {', '.join(EXPORT)}, which are not installed; {pip_install('export')}\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
     assert os.listdir(tmp_path) == []

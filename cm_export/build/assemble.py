@@ -1,4 +1,4 @@
-"""Finished stages become the bundle at --out, in one step: graphs are copied, large files linked, the manifest sealed.
+"""Finished stages become the bundle at --out, in one step: graphs are copied, large files linked (slim.py), the manifest sealed.
 
 .engine.plan.stages/*   ->   .engine.plan.x1y2z3ab.tmp/   -- gates on answers, if any are required -->   engine.plan/
 """
@@ -16,7 +16,7 @@ from ..bundle import directory, packed, predictor, thresholds, weights
 from ..bundle.calibration import FILE as CALIBRATION
 from ..bundle.graph_facts import links
 from ..source.checkpoint import Checkpoint
-from . import engines, kept, quality
+from . import engines, kept, quality, slim
 from .job import Job
 from .quality import Requirement
 from .stages import Stages
@@ -38,6 +38,8 @@ def write_bundle(out: Path, job: Job, stages: Stages, required: Requirement | No
             (folder / bundles.MANIFEST).unlink()
             bundles.write_manifest(folder, manifest | {"known_sha256": known})
     (stages.folder / "packed" / packed.FILE).unlink(missing_ok=True)
+    if slim.is_slim(job):
+        stages.forget("weights")  # they lie in no bundle, and another build reads the checkpoint again
     # One name is left for the weights: readers of external data refuse files with several hard links.
     (stages.folder / "weights" / weights.FILE).unlink(missing_ok=True)
     return bundles.read_manifest(out)
@@ -85,16 +87,8 @@ def _manifest(job: Job, stages: Stages) -> dict[str, Any]:
         "measured": stages.state("measured")["about"] if "measured" in stages.keys else None,
         "codes": codes,
         "packed": stages.state("packed")["entries"] if job.recipe.weights.packs else None,
-        "weights_read": _read_beside(job, stages) if job.recipe.weights.packs else None,
         "stages": {name: stages.keys[name] for name in ("trace", "weights", "graphs")},
     }
-
-
-def _read_beside(job: Job, stages: Stages) -> dict[str, str]:
-    """Hashes of the tensors of the weight file that are read though others are packed: these and the embedding."""
-    file, entries = stages.file("weights", weights.FILE), stages.state("packed")["entries"]
-    packed_ones = {name for entry in entries.values() for name in entry["weights"]} - {job.family.embedding}
-    return weights.piece_hashes(file, sorted(weights.index(file).keys() - packed_ones))
 
 
 def _unread(tensors: list[str]) -> list[str]:
@@ -112,24 +106,20 @@ def named(source: Checkpoint) -> str:
 def _files(folder: Path, job: Job, stages: Stages) -> dict[str, str]:
     """Put the files of a bundle into `folder`; returns the hashes that the stages know already."""
     known = {}
-    copied = [f"{name}.onnx" for name in stages.state("graphs")["graphs"]]
+    is_slim = slim.is_slim(job)
+    copied = [] if is_slim else [f"{name}.onnx" for name in stages.state("graphs")["graphs"]]
     if job.recipe.neurons.in_decode:
         copied.append(predictor.FILE)
     for name in copied:
         shutil.copyfile(stages.file("graphs", name), folder / name)
         known[name] = stages.state("graphs")["sha256"][name]
-    stored = stages.file("weights", weights.FILE)
-    if stored.parent in (stages.folder / "weights", stages.bundle):
-        disk.link_or_copy(stored, folder / weights.FILE)
-    else:  # behind a link of an older bundle: not ours to give a second name
-        shutil.copyfile(stored, folder / weights.FILE)
+    known[weights.FILE] = slim.write(folder, job, stages) if is_slim else _whole_weights(folder, stages)
     if job.recipe.neurons.by_threshold:
         shutil.copyfile(stages.file("measured", thresholds.FILE), folder / thresholds.FILE)
         known[thresholds.FILE] = stages.state("measured")["sha256"][thresholds.FILE]
     if job.recipe.weights.packs:
         disk.link_or_copy(stages.file("packed", packed.FILE), folder / packed.FILE)
         known[packed.FILE] = stages.state("packed")["sha256"][packed.FILE]
-    known[weights.FILE] = stages.state("weights")["sha256"][weights.FILE]
     shutil.copytree(stages.folder / "weights" / "processor", folder / "processor")
     for name, digest in (stages.state("engines")["sha256"] if job.aim else {}).items():
         (folder / engines.FOLDER).mkdir(exist_ok=True)
@@ -139,4 +129,15 @@ def _files(folder: Path, job: Job, stages: Stages) -> dict[str, str]:
         assert job.recipe.calibration is not None and job.measured is not None  # it was read from there
         shutil.copyfile(job.recipe.calibration, folder / CALIBRATION)
         known[CALIBRATION] = job.measured
+    return known
+
+
+def _whole_weights(folder: Path, stages: Stages) -> str:
+    """Put the weight file of the stage into `folder`; returns its hash."""
+    stored = stages.file("weights", weights.FILE)
+    if stored.parent in (stages.folder / "weights", stages.bundle):
+        disk.link_or_copy(stored, folder / weights.FILE)
+    else:  # behind a link of an older bundle: not ours to give a second name
+        shutil.copyfile(stored, folder / weights.FILE)
+    known: str = stages.state("weights")["sha256"][weights.FILE]
     return known

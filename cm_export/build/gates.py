@@ -130,13 +130,17 @@ class _Proofs:
         names = [port.name for port in of.tower.outputs]
         expected = {n: of.reference[n] for n in names if n in of.reference}
         self.equal("vision", "vision", paired(found, expected, "vision.onnx"), "PyTorch")
+        if of.backend.has_whole:  # what nearly every question runs through
+            alone = [of.backend.vision(of.tower.feeds([picture])) for picture in of.probe.pictures]
+            joined = {name: np.concatenate([part[name] for part in alone]) for name in alone[0]}
+            self.equal("vision, one picture", "vision", paired(joined, expected, "vision.onnx"), "PyTorch")
         of.backend.drop("vision")
         return Pictures(found, tuple(picture.layout for picture in of.probe.pictures))
 
     def request(self, pictures: Pictures) -> Request:
         """The probe's prompt, with transformers' positions."""
         of = self.of
-        request = Request.of(of.probe.ids, pictures, of.family, of.shape, of.backend.weights)
+        request = Request.of(of.probe.ids, pictures, of.family, of.shape, of.backend.weights[of.family.embedding])
         pair = request.position_ids[:, 0], of.reference["position_ids"]
         self.equal("positions", "host", {"position_ids": pair}, "what PyTorch's rotary embedding got")
         return request

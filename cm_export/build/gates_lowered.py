@@ -84,7 +84,7 @@ def _answers(graphs: Any, source: Source, family: Family, tower: Tower | None, p
         found = {n: v.astype(np.float32) for n, v in graphs.run("vision", tower.feeds(probe.pictures)).items()}
         out["vision"] = found
         pictures = Pictures(found, tuple(picture.layout for picture in probe.pictures))
-    request = Request.of(probe.ids, pictures, family, source.shape, source.weights)
+    request = Request.of(probe.ids, pictures, family, source.shape, source.weights[family.embedding])
     budgets = {"all": sparse_feeds(request, recipe, token_share=1.0), "own": sparse_feeds(request, recipe)}
     feeds = {n: prefill_feeds(request) | b | kept_slots(request, b) for n, b in budgets.items()}
     prefill = graphs.run("prefill", feeds["all"])

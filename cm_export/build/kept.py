@@ -9,6 +9,7 @@ somebody asks for them.
 """
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,10 +21,13 @@ from ..bundle.packed import Entry
 from ..families import Family, Tower
 from ..recipe.recipe import Recipe
 from ..recipe.stored import KINDS
+from ..source.packings import ORIGINAL
 from ..source.parameters import Parameters
 from ..source.quantised import Quantised
 
 _WHERE = "weights.codes"
+# Scales of weights; those of activations and caches (k_scale, input_scale) change no weight, and the build notes them.
+_SCALE = re.compile(r"\.(scales?|weight_\w*scale\w*|\w*global_scale)$")
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ class Codes:
 def survey(source: Quantised, model: Parameters, family: Family, tower: Tower | None) -> Codes:
     """Every matrix with what it is in the model. Raises InputError for tensors that do not fit together or the model."""
     found, elements = [], 0
+    if odd := next((n for n in source.others if _SCALE.search(n) and not model.has(n)), None):
+        what = f"holds {odd}, and nothing here says what it scales"
+        raise InputError(what, where=source.path, fix=ORIGINAL)
     for module in source.modules:
         name, matrix = model.find(f"{module}.weight"), source.matrix(module)
         elements += matrix.inputs * matrix.outputs

@@ -136,6 +136,10 @@ class Stages:
         except (OSError, KeyError, TypeError, AttributeError):
             return None
 
+    def forget(self, name: str) -> None:
+        """Remove a stage whose files the bundle does not take over; another build does it anew."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+
     def recorded(self, name: str, key: str) -> dict[str, Any] | None:
         """The same without a look at the files, which takes seconds a gigabyte."""
         try:

@@ -2,7 +2,7 @@
 
 engine.plan/
   manifest.json            recipe, checkpoint, hashes, graphs with axes, passes, gates, links
-  weights.safetensors      shared by every graph
+  weights.safetensors      shared by every graph; without what packed.safetensors holds, unless the recipe keeps it
   *.onnx                   vision (of a model that sees pictures), prefill, decode, prefill_dense, decode_dense;
                            turn where the cache stays whole
   calibration.safetensors  if the recipe named one
@@ -19,15 +19,18 @@ import hashlib
 import json
 import os
 import tempfile
-import threading
-from functools import cached_property
+from collections.abc import Iterable
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import numpy as np
 
 from .. import families
 from ..base import disk
 from ..base.errors import BundleError
 from ..base.hashes import file_sha256
+from ..base.jobs import Jobs
 from ..base.json_file import no_permission
 from ..base.links import behind_links, dead
 from ..families import Family, Shape, Tower
@@ -36,16 +39,18 @@ from . import not_a_bundle
 from .calibration import FILE as CALIBRATION
 from .calibration import Calibration
 from .calibration import read as read_calibration
+from .checks import FileChecks
 from .packed import FILE as PACKED
-from .packed import Packed
+from .packed import TOWER, Entry, Packed, Table
 from .predictor import FILE as PREDICTOR
 from .predictor import copy_bytes
 from .predictor import write as write_predictor
 from .thresholds import FILE as THRESHOLDS
 from .thresholds import Thresholds
 from .thresholds import read as read_thresholds
+from .unpacked import Weights
 from .weights import FILE as WEIGHTS
-from .weights import HEADER, WeightFile, piece_hashes
+from .weights import WeightFile, piece_hashes
 
 FORMAT = 2  # 2: nodes of CoreFFN carry block, bits and group
 MANIFEST = not_a_bundle.MANIFEST
@@ -67,12 +72,11 @@ class Bundle:
         except (KeyError, TypeError, AttributeError, ValueError) as e:  # sealed, yet not what this version writes
             what = f"its manifest does not say what is needed ({type(e).__name__}: {e})"
             raise BundleError(what, where=self.path / MANIFEST, fix=self.again) from e
-        self._failure: BundleError | None = None
-        self._whole, self._comparing = not self._pieces, threading.RLock()
-        self._checking = threading.Thread(target=self._verify_weights, daemon=True)
-        self._checking.start()
+        for name, checks in self._checks.items():
+            checks.expect(self._read_by_any_answer(name, checks))
 
     def _open(self) -> None:
+        self._jobs, self._checks = Jobs(), dict[str, FileChecks]()
         files, graphs = self.manifest["files"], [*self.manifest["graphs"]]
         needed = [f"{g}.onnx" for g in (*GRAPHS, *graphs)] if self.portable else [f"engines/{g}.plan" for g in graphs]
         for name in {WEIGHTS, *needed} - set(files):
@@ -86,15 +90,30 @@ class Bundle:
             if file.stat().st_size != entry["bytes"]:
                 what = f"{file.stat().st_size} bytes, the manifest says {entry['bytes']}"
                 raise BundleError(what, where=file, fix=self._mend)
-            if not _is_large(name):
-                self._verify(file, entry["sha256"])
-        self._pieces: dict[str, str] = self.manifest.get("weights_read") or {}
-        # ONNX Runtime takes no link for a weight file.
-        self.weights = WeightFile(behind_links(self.path / WEIGHTS), self._before if self._pieces else None)
+            if _is_large(name):
+                pieces = (self.manifest.get("pieces") or {}).get(name) or {}
+                self._checks[name] = FileChecks(self._jobs, file, entry["sha256"], pieces, self._mend)
+            elif file_sha256(file) != entry["sha256"]:
+                raise BundleError("its contents do not match the manifest (sha256)", where=file, fix=self._mend)
+        self.notes: list[str] = []  # what the user should know of how it was read
+        self.weights = self._weights()
         self.family: Family = families.find(self.manifest["model"]["type"])
         self.config: dict[str, Any] = self.manifest["model"]["config"]
         self.shape: Shape = self.family.shape(self.config)
         self.tower: Tower | None = self.family.tower(self.config)
+
+    def _weights(self) -> WeightFile:
+        file = behind_links(self.path / WEIGHTS)  # ONNX Runtime takes no link for a weight file
+        if not (found := self.manifest.get("packed")):
+            return WeightFile(file, self._checks[WEIGHTS])
+        entries = {name: Entry.of(values) for name, values in found.items()}
+        packed = partial(Packed, behind_links(self.path / PACKED), found, self._checks[PACKED])
+        return Weights(file, self._checks[WEIGHTS], entries, packed, self.notes.append)
+
+    @property
+    def embedding(self) -> np.ndarray | Table:
+        """The token embedding [V,D]: `[ids]` gives rows."""
+        return (self.packed.table if self.packed else None) or self.weights[self.family.embedding]
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -109,12 +128,20 @@ class Bundle:
     def wait_read_verified(self) -> None:
         """Return once all that was read so far matches its hash. Raises BundleError. Call before showing an answer.
 
-        Where low-bit weights are read, the float32 weights in whose place they stand are left alone: hashing them would take
-        longer than a first token. Whoever reads one of them waits for `wait_verified`.
+        A tensor that nobody expected to be read (checks.py) was compared when it was.
         """
-        self._checking.join()
-        if self._failure:
-            raise self._failure
+        self._jobs.wait()
+
+    def _read_by_any_answer(self, file: str, checks: FileChecks) -> Iterable[str] | None:
+        """Tensors of a large file that are expected from the start; None: all of it."""
+        entries = self.manifest.get("packed") or {}
+        if file == PACKED:
+            return (n for n in checks.tensors if not n.startswith(TOWER))
+        if file == WEIGHTS and entries and checks.tensors:
+            tables = {name for entry in entries.values() if entry.get("table") for name in entry["weights"]}
+            packed = {name for entry in entries.values() for name in entry["weights"]}
+            return checks.tensors - packed | {self.family.embedding} & checks.tensors - tables
+        return None
 
     @property
     def elsewhere(self) -> str:
@@ -131,15 +158,9 @@ class Bundle:
 
     def wait_verified(self) -> None:
         """Return once every file was read and matches its hash. Raises BundleError."""
-        self.wait_read_verified()
-        with self._comparing:
-            if not self._whole:
-                self._verify(self.path / WEIGHTS, self.manifest["files"][WEIGHTS]["sha256"])
-                self._whole = True
-
-    def _before(self, name: str) -> None:
-        if name not in self._pieces and not self._whole:
-            self.wait_verified()
+        for checks in self._checks.values():
+            checks.expect()
+        self._jobs.wait()
 
     def graph(self, name: str) -> Path:
         """The file of one graph. Raises BundleError where it has none of that name."""
@@ -165,7 +186,7 @@ class Bundle:
     def packed(self) -> Packed | None:
         """Its low-bit weights; None where the recipe stores none."""
         found = self.manifest.get("packed")
-        return Packed(behind_links(self.path / PACKED), found) if found else None
+        return Packed(behind_links(self.path / PACKED), found, self._checks[PACKED]) if found else None
 
     @cached_property
     def thresholds(self) -> Thresholds | None:
@@ -178,7 +199,7 @@ class Bundle:
     def predictor(self) -> WeightFile:
         """The copies by which decode chooses neurons; fitted now, into a temporary file, if the bundle holds none."""
         if PREDICTOR in self.manifest["files"]:
-            return WeightFile(self.path / PREDICTOR)
+            return WeightFile(self.path / PREDICTOR, self._checks[PREDICTOR])
         disk.require(disk.Need(Path(tempfile.gettempdir()), int(copy_bytes(self.shape)), "TMPDIR"))
         self._fitted = tempfile.TemporaryDirectory(prefix=disk.TEMPORARY)  # as long as the bundle is open
         file = Path(self._fitted.name) / PREDICTOR
@@ -205,23 +226,6 @@ class Bundle:
             what = f"its {name} is behind a symbolic link to {place}, which is not inside it"
             raise BundleError(what, where=self.path, fix=f"copy it with the links followed: cp -rL {self.path} COPY")
         return file
-
-    def _verify(self, file: Path, expected: str) -> None:
-        if file_sha256(file) != expected:
-            raise BundleError("its contents do not match the manifest (sha256)", where=file, fix=self._mend)
-
-    def _verify_weights(self) -> None:
-        try:
-            for name in filter(_is_large, self.manifest["files"]):
-                if name != WEIGHTS or not self._pieces:
-                    self._verify(self.path / name, self.manifest["files"][name]["sha256"])
-            names = self._pieces.keys() - {HEADER}
-            if self._pieces and piece_hashes(self.path / WEIGHTS, names) != self._pieces:
-                raise BundleError(
-                    "its contents do not match the manifest (sha256)", where=self.path / WEIGHTS, fix=self._mend
-                )
-        except Exception as e:  # whatever stopped it, the weights are not verified
-            self._failure = e if isinstance(e, BundleError) else BundleError(str(e), where=self.path / WEIGHTS)
 
 
 def _is_large(name: str) -> bool:
@@ -253,13 +257,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Seal and write the manifest of a bundle that is being assembled; lists every file with size and hash."""
+    """Seal and write the manifest of a bundle that is being assembled; lists every file with size and hash.
+
+    Large files of tensors have a hash for each tensor besides (checks.py).
+    """
     known = manifest.pop("known_sha256", {})
     files = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = file.relative_to(folder).as_posix()
         files[name] = {"bytes": file.stat().st_size, "sha256": known.get(name) or file_sha256(file)}
-    manifest = {"format": FORMAT, **manifest, "files": files}
+    pieces = {name: piece_hashes(folder / name) for name in (WEIGHTS, PACKED, PREDICTOR) if name in files}
+    manifest = {"format": FORMAT, **manifest, "files": files, "pieces": pieces}
     text = json.dumps({**manifest, "seal": _seal(manifest)}, indent=1, sort_keys=True, default=str)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 

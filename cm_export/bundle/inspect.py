@@ -7,7 +7,9 @@ from ..base.core_index import neuron_count
 from ..families import Shape
 from ..recipe.recipe import Recipe, from_dict
 from .bundle import Bundle
+from .packed import FILE as PACKED
 from .predictor import predictor_share
+from .unpacked import Weights
 from .weights import FILE as WEIGHTS
 
 
@@ -24,9 +26,10 @@ def describe(path: Path) -> dict[str, Any]:
         "model": f"{source['source']}, {source['type']}" + (f", {source['revision']}" if source["revision"] else ""),
         "adapter": source.get("adapter"),  # None in a bundle of an earlier version, as is the next
         "codes": m.get("codes"),
+        "reads": _reads(bundle.shape),
         "recipe": {k: v for k, v in m["recipe"].items() if v is not None},
         "graphs": graphs,
-        "weights": {"file": WEIGHTS, "bytes": m["files"][WEIGHTS]["bytes"], "tensors": len(bundle.weights.tensors)},
+        "weights": _weights(bundle),
         "engines": _engines(m),
         "gates": m["gates"],
         "drift": m.get("drift"),  # None in a bundle of an earlier version
@@ -36,6 +39,29 @@ def describe(path: Path) -> dict[str, Any]:
         "links": m["links"],
         "versions": m["versions"],
     }
+
+
+def _reads(shape: Shape) -> str:
+    """What a question may be about."""
+    if not shape.sees:
+        return "text only"
+    return "text, pictures and clips" if shape.clip_token >= 0 else "text and pictures, no clips"
+
+
+def _weights(bundle: Bundle) -> dict[str, Any]:
+    """The weight file, and matrices that are stored in few bits; `float32`: whether the weight file has those as well."""
+    files, file = bundle.manifest["files"], bundle.weights
+    made = file.made_of_codes if isinstance(file, Weights) else set()
+    found = {"file": WEIGHTS, "bytes": files[WEIGHTS]["bytes"], "tensors": len(file.tensors.keys() - made)}
+    if bundle.packed is None:
+        return found
+    packed = {
+        "file": PACKED,
+        "bytes": files[PACKED]["bytes"],
+        "matrices": len(bundle.packed.entry_of),
+        "float32": not made,
+    }
+    return {**found, "packed": packed}
 
 
 def _engines(manifest: dict[str, Any]) -> dict[str, Any] | None:

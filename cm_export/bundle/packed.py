@@ -8,15 +8,19 @@ An entry holds every weight that reads the same x (gate and up; q, k and v) side
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..base.errors import BundleError
-from ..quant.rows import PANEL, PackedRows
-from .weights import WeightFile
+from ..quant.rows import PANEL, PackedRows, numbers_of
+from .weights import Checks, WeightFile
 
 FILE = "packed.safetensors"
 PARTS = ("codes", "scale", "zero")
+TOWER = "vision."  # how the names of the tower's entries begin
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Entry:
     turned: bool = True  # whether the weight file holds them as [outputs, inputs]
     site: int | None = None  # of bundle/thresholds.py
     kept: bool = False  # whether its codes are the checkpoint's own
+    table: bool = False  # whether token embeddings are rows of its one weight, as of a head that is the embedding, too
 
     @property
     def rows(self) -> int:
@@ -42,6 +47,15 @@ class Entry:
     def widths(self) -> tuple[int, ...]:
         """Outputs of each weight, with those that fill its last panel where each begins one of its own."""
         return tuple(-(-n // PANEL) * PANEL for n in self.outputs) if self.padded else self.outputs
+
+    def begin(self, weight: str) -> int:
+        """The first output of one of its weights."""
+        return sum(self.widths[: self.weights.index(weight)])
+
+    def shape(self, weight: str) -> tuple[int, int]:
+        """Of one of its weights, in the weight file."""
+        outputs = self.outputs[self.weights.index(weight)]
+        return (outputs, self.inputs) if self.turned else (self.inputs, outputs)
 
     @property
     def columns(self) -> int:
@@ -67,9 +81,9 @@ class Entry:
 class Packed:
     """The file with what its entries are; `entry_of[weight]` names the entry that holds a weight."""
 
-    def __init__(self, path: Path, entries: Mapping[str, Mapping[str, Any]]):
-        """Raises BundleError for a file without one of the entries' tensors."""
-        self.file = WeightFile(path)
+    def __init__(self, path: Path, entries: Mapping[str, Mapping[str, Any]], checks: Checks | None = None):
+        """`checks`: see WeightFile. Raises BundleError for a file without one of the entries' tensors."""
+        self.file = WeightFile(path, checks)
         self.entries = {name: Entry.of(values) for name, values in entries.items()}
         self.entry_of = {weight: name for name, entry in self.entries.items() for weight in entry.weights}
         for name in self.entries:
@@ -82,8 +96,30 @@ class Packed:
         """Whether the FFNs of the decoder are among the entries."""
         return "layers.0.ffn_in" in self.entries
 
+    @property
+    def table_entry(self) -> str | None:
+        """The entry that token embeddings are read from, if any."""
+        return next((name for name, entry in self.entries.items() if entry.table), None)
+
+    @cached_property
+    def table(self) -> "Table | None":
+        """The token embedding, where it is among the entries."""
+        return Table(self.rows(self.table_entry), self.entries[self.table_entry]) if self.table_entry else None
+
     def rows(self, name: str) -> PackedRows:
         """The stored matrix of an entry."""
         entry = self.entries[name]
         codes, scale, zero = (self.file[f"{name}.{part}"] for part in PARTS)
         return PackedRows(codes, scale, zero, entry.bits, entry.group, entry.rows, entry.columns)
+
+
+class Table:
+    """A token embedding [V,D] that is read a row at a time where it lies, V the outputs of its matrix."""
+
+    def __init__(self, rows: PackedRows, entry: Entry):
+        """`entry`: one whose one weight the table is."""
+        self._rows, self.shape = rows, (entry.outputs[0], entry.inputs)
+
+    def __getitem__(self, ids: np.ndarray) -> np.ndarray:
+        """float32 [N,D] of ids [N]."""
+        return numbers_of(self._rows, ids)[:, : self.shape[1]]

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -55,8 +55,8 @@ class Planned:
     read: Callable[[], Iterable[np.ndarray]]
 
 
-def write(path: Path, tensors: list[Planned]) -> str:
-    """Write the file tensor by tensor and return its sha256. The caller renames it into place."""
+def layout(tensors: list[Planned]) -> tuple[bytes, dict[str, Tensor]]:
+    """What comes before the tensors of a file, and where each of them lies behind it."""
     header: dict[str, Any] = {}
     at = 0
     for t in tensors:
@@ -66,6 +66,18 @@ def write(path: Path, tensors: list[Planned]) -> str:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _PAGE)
     head = len(text).to_bytes(8, "little") + text
+    begins = [len(head) + header[t.name]["data_offsets"][0] for t in tensors]
+    ends = [*begins[1:], len(head) + at]
+    places = zip(tensors, begins, ends, strict=True)
+    return head, {t.name: Tensor(t.dtype, t.shape, begin, end - begin) for t, begin, end in places}
+
+
+def write(path: Path, tensors: list[Planned], lasting: bool = True) -> str:
+    """Write the file tensor by tensor and return its sha256. The caller renames it into place.
+
+    `lasting`: False for a file that no crash of the machine has to spare.
+    """
+    head, places = layout(tensors)
     digest = hashlib.sha256(head)
     with open(path, "wb") as f:
         f.write(head)
@@ -77,11 +89,11 @@ def write(path: Path, tensors: list[Planned]) -> str:
                 f.write(content)
                 digest.update(content)
                 wrote += piece.nbytes
-            start, end = header[t.name]["data_offsets"]
-            if wrote != end - start:
-                raise BundleError(f"{t.name}: planned {end - start} bytes, got {wrote}", where=path)
+            if wrote != places[t.name].length:
+                raise BundleError(f"{t.name}: planned {places[t.name].length} bytes, got {wrote}", where=path)
         f.flush()
-        os.fsync(f.fileno())
+        if lasting:
+            os.fsync(f.fileno())
     return digest.hexdigest()
 
 
@@ -110,28 +122,51 @@ def index(path: Path) -> dict[str, Tensor]:
         raise BundleError(f"unreadable weight file ({e})", where=path, fix="build the bundle again") from e
 
 
-def piece_hashes(path: Path, names: Iterable[str]) -> dict[str, str]:
-    """sha256 of these tensors of a weight file, and under HEADER of what comes before all of them."""
+def places(path: Path) -> dict[str, tuple[int, int]]:
+    """Start and length in bytes of every tensor of a weight file, and under HEADER of what comes before all of them.
+
+    Raises BundleError.
+    """
     tensors = index(path)
     with open(path, "rb", buffering=0) as file:
-        length = 8 + int.from_bytes(file.read(8), "little")
-        places = {HEADER: (0, length)} | {n: (tensors[n].offset, tensors[n].length) for n in names}
-        return {name: file_part_sha256(file, *place) for name, place in places.items()}
+        header = 8 + int.from_bytes(file.read(8), "little")
+    return {HEADER: (0, header)} | {name: (t.offset, t.length) for name, t in tensors.items()}
+
+
+def piece_hashes(path: Path) -> dict[str, str]:
+    """sha256 of each of these places."""
+    with open(path, "rb", buffering=0) as file:
+        return {name: file_part_sha256(file, *place) for name, place in places(path).items()}
+
+
+class Checks(Protocol):
+    """What compares tensors with their hashes (checks.py)."""
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Begin with these, which will be read."""
+
+    def before(self, name: str) -> None:
+        """Return once this one may be read. Raises BundleError."""
 
 
 class WeightFile:
     """A mapped weight file; `[name]` gives a read-only view without reading the bytes."""
 
-    def __init__(self, path: Path, before: Callable[[str], None] | None = None):
-        """`before`: called with the name of every tensor that somebody is about to read."""
-        self.path, self.tensors, self._before = Path(path), index(Path(path)), before
+    def __init__(self, path: Path, checks: Checks | None = None):
+        """`checks`: what compares tensors with their hashes before they are read; None where that was done."""
+        self.path, self.tensors, self._checks = Path(path), index(Path(path)), checks
         self._map = np.memmap(self.path, np.uint8, "r")
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if self._before:
-            self._before(name)
+        if self._checks:
+            self._checks.before(name)
         t = self.tensors[name]
         return self._map[t.offset : t.offset + t.length].view(t.dtype).reshape(t.shape)
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Have the hashes of these compared while something else is done; no answer is shown before they were."""
+        if self._checks:
+            self._checks.expect([name for name in names if name in self.tensors])
 
     def release(self) -> None:
         """Take the pages read so far out of this process; they come back from the page cache when read again."""

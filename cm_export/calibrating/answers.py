@@ -43,13 +43,15 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """Prompts of a JSON Lines file: {"prompt": text, "image": path or list of paths, relative to the file}.
 
-    Raises InputError that names the line.
+    Lines of `eval --data` are read as well, of which answers are left out. Raises InputError that names the line.
     """
     out = []
     for number, line in json_lines.numbered(path):
         try:
             entry = json.loads(line)
-            images = entry.get("image") or []
+            if found := next((key for key in ("video", "videos") if entry.get(key)), None):
+                raise ValueError(f"has {found!r}: clips are not read here, leave the line out")
+            images = entry.get("image") or entry.get("images") or []
             images = [images] if isinstance(images, str) else images
             text = entry.get("prompt", entry.get("question"))
             if not isinstance(text, str) or not all(isinstance(i, str) for i in images):

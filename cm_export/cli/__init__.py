@@ -21,21 +21,26 @@ from .console import debug_option
 VERBS = "cm_export.cli.verbs"
 
 
+def verb_names() -> list[str]:
+    """What can be typed after `cm-export`: the file `check_family.py` is the verb `check-family`."""
+    return [name.replace("_", "-") for name in names_in(VERBS)]
+
+
 class Verbs(click.Group):
     """Files of verbs/ as subcommands; the file `run.py` exposes `command` and becomes `cm-export run`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return names_in(VERBS)
+        return verb_names()
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        return load(VERBS, name, "verb").command if name in names_in(VERBS) else None
+        return load(VERBS, name.replace("-", "_"), "verb").command if name in verb_names() else None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         verb = args[0]
-        if verb not in names_in(VERBS) and not verb.startswith("-"):
-            raise click.UsageError(f"unknown verb {verb!r}; {nearest(verb, names_in(VERBS))}", ctx)
+        if verb not in verb_names() and not verb.startswith("-"):
+            raise click.UsageError(f"unknown verb {verb!r}; {nearest(verb, verb_names())}", ctx)
         return super().resolve_command(ctx, args)
 
 

@@ -38,7 +38,11 @@ def print_bundle(bundle: Mapping[str, Any]) -> None:
     console.print(Text(f"{bundle['path']}  ({_value(bundle['model'])})", style="bold"))
     if bundle.get("adapter"):
         console.print(_adapter(bundle["adapter"]), markup=False, soft_wrap=True)
-    facts = [*_flat(bundle["recipe"]), *((f"pruned {key}", value) for key, value in bundle["pruned"].items())]
+    facts = [
+        ("reads", bundle["reads"]),
+        *_flat(bundle["recipe"]),
+        *((f"pruned {key}", value) for key, value in bundle["pruned"].items()),
+    ]
     console.print(_table(("recipe", "value"), facts))
     rows = [
         (g["name"], g["nodes"], size(g["bytes"]), _names(g["inputs"]), _names(g["outputs"]), _ops(g["ops"]))
@@ -47,6 +51,10 @@ def print_bundle(bundle: Mapping[str, Any]) -> None:
     console.print(_table(("graph", "nodes", "size", "inputs", "outputs", "operators"), rows, right=(1, 2)))
     weights = bundle["weights"]
     console.print(f"weights  {weights['file']}: {weights['tensors']} tensors, {size(weights['bytes'])}", markup=False)
+    if packed := weights.get("packed"):
+        kept = "with" if packed["float32"] else "without"
+        what = f"{packed['matrices']} matrices in few bits, {size(packed['bytes'])}, {kept} their float32 numbers"
+        console.print(f"         {packed['file']}: {what}", markup=False)
     for row in bundle.get("codes") or ():
         console.print(row["said"], markup=False, soft_wrap=True)
     if bundle["engines"]:

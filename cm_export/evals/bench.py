@@ -102,6 +102,7 @@ def measure(
             "dense and sparse alternate in one process",
             _about_bytes(read, bandwidth),
             *runner.backend.notes,
+            *bundle.notes,
         ],
     }
 

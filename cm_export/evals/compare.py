@@ -152,6 +152,7 @@ def compare(
                 "KL and top-1 along the dense model's own answers"
                 + (", of logits before any penalty" if runner.rule().repetition_penalty != 1 else ""),
                 *_ran_on(runner, [r["policies"] for r in results], rows),
+                *bundle.notes,
                 *comparison.exam.notes,
             ],
             "picture_notes": comparison.exam.notes,

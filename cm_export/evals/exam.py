@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..families import Pictures
+from ..host.clips import Clip
 from ..host.decode import Spent, decode, forced, recorded
-from ..host.images import Opened
 from ..host.picture_notes import counted
 from ..host.runner import Budget, Prefilled, Runner
-from .task import Question, Task
+from .task import Footage, Question, Task
 from .weights_read import Steps, WeightsRead
 
 
@@ -63,27 +63,28 @@ class Exam:
     def __init__(self, runner: Runner, task: Task, progress: Callable[..., None]):
         self.runner, self.task, self.progress = runner, task, progress
         digest, notes = hashlib.sha256(), {}
-        self._seen: dict[tuple[str, int], Pictures] = {}  # by name and by how many pictures the question has
-        counts: dict[str, set[int]] = {}
+        # By picture or clip, and by how many of them the question has.
+        self._seen: dict[tuple[str | Footage, int], Pictures] = {}
+        counts: dict[str | Footage, set[int]] = {}
         for q in task.questions:
-            for name in q.pictures:
-                counts.setdefault(name, set()).add(len(q.pictures))
-        names = sorted(counts)
-        for i, name in enumerate(names):
+            for one in q.shown:
+                counts.setdefault(one, set()).add(len(q.shown))
+        found = sorted(counts, key=lambda one: (isinstance(one, Footage), str(one)))
+        for i, one in enumerate(found):
             if i % 50 == 0:
-                progress("look at the pictures", i, len(names))
-            picture = task.open_picture(name)
-            digest.update(repr(picture.size).encode() + picture.tobytes())
-            shown = Opened(picture, name, tuple(task.notes.get(name, ())))
-            for of in sorted(counts[name]):
-                self._seen[name, of] = runner.see([shown], of)
-            notes[name] = runner.notes_on(shown)
-        self.notes = counted(notes, len(names))
+                progress("look at the pictures", i, len(found))
+            shown = task.opened(one, runner)
+            for image in shown.frames.images if isinstance(shown, Clip) else (shown.image,):
+                digest.update(repr(image.size).encode() + image.tobytes())
+            for of in sorted(counts[one]):
+                self._seen[one, of] = runner.see([shown], of)
+            notes[shown.name] = runner.notes_on(shown)
+        self.notes = counted(notes, len(found))
         self.fingerprint = digest.hexdigest()
 
     def prefill(self, runner: Runner, question: Question, budget: Budget) -> Prefilled:
         """A question's prompt after prefill."""
-        pictures = Pictures.joined([self._seen[p, len(question.pictures)] for p in question.pictures])
+        pictures = Pictures.joined([self._seen[one, len(question.shown)] for one in question.shown])
         request = runner.ask(question.text, pictures, control_tokens=self.task.control_tokens)
         return runner.prefill(request, budget)
 

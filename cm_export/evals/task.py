@@ -5,6 +5,8 @@ task file           KINDS = {"word": 4, ...}           kind of question -> longe
                     open_picture(name) -> PIL picture
 """
 
+from __future__ import annotations
+
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,20 +14,42 @@ from typing import Any
 
 from ..base import by_name
 from ..base.errors import InputError
+from ..host.clips import Clip
+from ..host.images import Opened
 from ..host.picture_notes import Note
+from ..host.runner import Runner
 
 # Models that come with the program, and the task that each was trained for.
 OWN_TASKS = {"demo": "easy-vqa", "scenes": "scenes", "scenes-llava": "scenes"}
 
 
+@dataclass(frozen=True, order=True)
+class Footage:
+    """A clip that a question is about: its file, and how many of its frames are read; neither: as the checkpoint says."""
+
+    path: str
+    rate: float | None = None  # a second
+    count: int | None = None
+
+    def opened(self, runner: Runner) -> Clip:
+        """The clip as this model reads it. Raises InputError, also where it takes none."""
+        return runner.clip(self.path, rate=self.rate, count=self.count)
+
+
 @dataclass(frozen=True)
 class Question:
-    """One question about pictures (names that the task can open) and the answers that count as right."""
+    """One question about pictures (names that the task can open), clips after them, and the answers that count as right."""
 
     kind: str
     pictures: tuple[str, ...]
     text: str
     answers: tuple[str, ...]
+    clips: tuple[Footage, ...] = ()
+
+    @property
+    def shown(self) -> tuple[str | Footage, ...]:
+        """What it is about, in the order of the prompt."""
+        return (*self.pictures, *self.clips)
 
 
 @dataclass(frozen=True)
@@ -41,6 +65,12 @@ class Task:
     control_tokens: bool = False  # whether those in a question are tokens, not text
     notes: Mapping[str, Sequence[Note]] = field(default_factory=dict)  # what to know about pictures, by their names
 
+    def opened(self, shown: str | Footage, runner: Runner) -> Opened:
+        """A picture or a clip of a question, for `runner.see`. Raises InputError."""
+        if isinstance(shown, Footage):
+            return shown.opened(runner)
+        return Opened(self.open_picture(shown), shown, tuple(self.notes.get(shown, ())))
+
 
 def kinds_of(name: str) -> tuple[str, ...]:
     """The kinds of question of the task of that name. Raises InputError."""
@@ -54,7 +84,7 @@ def check_distinct(questions: Sequence[Question], where: str) -> None:
     """
     seen: dict[tuple[Any, ...], int] = {}
     for number, question in enumerate(questions, 1):
-        first = seen.setdefault((question.pictures, question.text), number)
+        first = seen.setdefault((question.shown, question.text), number)
         if first != number:
             what = f"question {number} repeats question {first}: {question.text[:60]!r}"
             fix = 'leave one of them out; several right answers go into one: "answers": [..]'

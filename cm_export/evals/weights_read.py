@@ -5,7 +5,7 @@
     packed products     counted by the native library while they run
     other products      bits of their weights x the share that decode reads: neurons of a set, with the copies that choose
                         them, or the channels above thresholds, as many as there were when these were measured
-    embedding           one row [D] of float32
+    embedding           one row [D], as it is stored
 
 One function for bench, eval, tune and report. Cache and pictures are counted apart: they grow with the prompt.
 """
@@ -25,6 +25,7 @@ from ..host.core_set import CoreSet
 from ..host.runner import Prefilled, Runner
 from ..plugins.cpu import library as native
 from ..quant.precision import PRECISIONS
+from ..quant.rows import PANEL
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,12 @@ def of_dense(runner: Runner) -> WeightsRead:
 
 def _read(runner: Runner, products: float, exact: bool) -> WeightsRead:
     """What the products read, and a row of the embedding."""
-    shape = runner.bundle.shape
-    return WeightsRead(products + 4 * shape.hidden, counted_weights(shape), exact)
+    shape, packed = runner.bundle.shape, runner.bundle.packed
+    row = 4.0 * shape.hidden
+    if packed is not None and runner.backend.name == DEFAULT and (name := packed.table_entry):
+        entry = packed.entries[name]
+        row = _entry_bytes(packed, name, 1.0) / (entry.panels * PANEL)
+    return WeightsRead(products + row, counted_weights(shape), exact)
 
 
 def counted_weights(shape: Shape) -> int:

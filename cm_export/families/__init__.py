@@ -33,6 +33,7 @@ STATIC_ROPE = ("default", "linear", "yarn", "llama3")
 MOVING_ROPE = ("dynamic", "longrope")
 
 UNKNOWN_FPS = 24.0
+ADDING = "docs/families.md shows how to add it"
 IMAGE = "\N{OBJECT REPLACEMENT CHARACTER}"  # an image token in Layout.text; the tokenizer knows what it is called
 
 Config = Mapping[str, Any]  # transformers' normalised configuration as plain values, or a part of it
@@ -197,6 +198,7 @@ class Tower(ABC):
     prefixes: tuple[str, ...]  # how the checkpoint names begin of the weights that the vision graph reads
     min_side: int  # pixels: the smallest width or height of a picture
     max_ratio: float = math.inf  # of a picture's long side to its short one
+    may_touch: bool = True  # whether transformers tells two pictures apart without a word between them
 
     @abstractmethod
     def module(self, model: Any) -> torch.nn.Module:
@@ -241,6 +243,10 @@ class Tower(ABC):
         """Which of `total` frames are read; rate: so many a second, count: so many. Raises InputError."""
         raise InputError("this model takes no clips", fix="give pictures")
 
+    def clip_tokens(self, frames: int, size: tuple[int, int], rule: Any) -> int:
+        """Image tokens of a clip of so many chosen frames (width, height). Raises InputError."""
+        raise InputError("this model takes no clips", fix="give pictures")
+
     def clip(self, frames: Frames, rule: Any) -> Picture:
         """Frames as the tower reads them. Raises InputError."""
         raise InputError("this model takes no clips", fix="give pictures")
@@ -252,6 +258,10 @@ class Tower(ABC):
     @abstractmethod
     def probes(self, rng: np.random.Generator) -> list[Picture]:
         """Two smooth made-up pictures, of unequal size where sizes may differ: what every build is proved on."""
+
+    def sample(self, rng: np.random.Generator) -> list[Picture]:
+        """One made-up picture or several of few image tokens, of any layout: what `cm-export check-family` asks about."""
+        return self.probes(rng)
 
     @abstractmethod
     def sized(self, tokens: int, rng: np.random.Generator) -> list[Picture]:
@@ -306,6 +316,13 @@ class Family:
     def tower(self, config: Config) -> Tower | None:
         """The vision tower; None of a model that takes no pictures."""
         return None
+
+    def sample(self, seed: int) -> dict[str, Any]:
+        """A valid configuration of a tiny model as config.json has it, whatever may differ drawn at random from `seed`.
+
+        What `cm-export check-family` proves the family on. Raises InputError where a family says none.
+        """
+        raise InputError("its file has no sample(seed), a tiny configuration drawn at random", fix=ADDING)
 
     def positions(self, picture: np.ndarray, pictures: Pictures) -> tuple[np.ndarray, int]:
         """Positions [A,S] int64 of one prompt without padding, and the position of the first answer token.

@@ -12,6 +12,7 @@ Source: Idefics3 (arXiv 2408.12637); tiles as in transformers' Idefics3ImageProc
 from __future__ import annotations
 
 import math
+import random
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,7 @@ class Idefics3(Family):
     """Plain rotary positions; the decoder is a text model of its own type."""
 
     model_class = "Idefics3ForConditionalGeneration"
+    model_type: ClassVar[str] = "idefics3"
     layer = "model.text_model.layers.{layer}."
     embedding = "model.text_model.embed_tokens.weight"
 
@@ -58,6 +60,24 @@ class Idefics3(Family):
     def tower(self, config: Config) -> TileTower:
         """The vision tower of a checkpoint."""
         return Idefics3Tower(config)
+
+    def sample(self, seed: int) -> dict[str, Any]:
+        """Any plain decoder; also tiles of which a patch does not use all pixels, as in SmolVLM2-2.2B."""
+        r, text = random.Random(seed), sampled_text(("llama", "llama", "qwen2"), seed)
+        patch, merge, side, heads = r.choice([2, 3, 4]), r.choice([1, 2, 3]), r.choice([1, 2, 3]), r.choice([1, 2, 4])
+        vision = {
+            "hidden_size": heads * r.choice([8, 16]), "intermediate_size": r.choice([20, 33]),
+            "num_hidden_layers": r.choice([1, 2]), "num_attention_heads": heads, "num_channels": 3,
+            "image_size": patch * merge * side + r.choice([0, patch - 1]), "patch_size": patch,
+            "hidden_act": r.choice(["gelu_pytorch_tanh", "gelu", "relu"]),
+        }  # fmt: skip
+        found = {"model_type": self.model_type, "text_config": text, "vision_config": vision, "scale_factor": merge}
+        return found | {"image_token_id": 5, "tie_word_embeddings": text["tie_word_embeddings"], "pad_token_id": 0}
+
+
+def sampled_text(kinds: Sequence[str], seed: int) -> dict[str, Any]:
+    """A tiny decoder of one of these model types."""
+    return find(random.Random(seed).choice(kinds)).sample(seed)
 
 
 def text_model(config: Config) -> Family:
@@ -250,6 +270,11 @@ class TileTower(Tower):
         pixels = (smooth + 0.3 * rng.standard_normal(smooth.shape)).astype(np.float32)
         return [Picture(part, layout) for part, layout in zip(np.split(pixels, [1]), layouts, strict=True)]
 
+    def sample(self, rng: np.random.Generator) -> list[Picture]:
+        """One picture or two, of up to 2 x 3 tiles."""
+        grids = [(int(rng.integers(1, 3)), int(rng.integers(1, 4))) for _ in range(rng.integers(1, 3))]
+        return [self._random(*grid, rng) for grid in grids]
+
     def sized(self, tokens: int, rng: np.random.Generator) -> list[Picture]:
         """One picture. Raises InputError unless these are the tokens of whole tiles."""
         each = self.side**2
@@ -257,8 +282,12 @@ class TileTower(Tower):
         if tokens % each or tiles == 2:  # one tile, or several and the thumbnail
             fix = f"give {each}, or a multiple of it from {3 * each} on"
             raise InputError(f"no picture has {tokens} image tokens", where="--image-tokens", fix=fix)
-        pixels = rng.standard_normal((tiles, 3, self.size, self.size)).astype(np.float32)
-        return [Picture(pixels, self.layout(1, max(1, tiles - 1)))]
+        return [self._random(1, max(1, tiles - 1), rng)]
+
+    def _random(self, rows: int, columns: int, rng: np.random.Generator) -> Picture:
+        layout = self.layout(rows, columns)
+        pixels = rng.standard_normal((layout.tokens // self.side**2, 3, self.size, self.size)).astype(np.float32)
+        return Picture(pixels, layout)
 
     def memory(self, picture: Picture) -> int:
         """Scores of every head, the residual stream with its branches, and the FFN: all tiles of the picture at once."""

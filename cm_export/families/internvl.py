@@ -9,6 +9,7 @@ Source: InternVL 1.5 (arXiv 2404.16821), section 3.2 (dynamic resolution); tiles
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from ..base.colours import RULE_FILE, Colours
 from ..base.errors import InputError
 from ..base.settings import FIX, flag, number
 from . import IMAGE, Config, Family, Shape
-from .idefics3 import TileTower, check_text, check_tile, text_shape, tiles_of
+from .idefics3 import TileTower, check_text, check_tile, sampled_text, text_shape, tiles_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -64,6 +65,22 @@ class InternVL(Family):
     def tower(self, config: Config) -> TileTower:
         """The vision tower of a checkpoint."""
         return InternVLTower(config)
+
+    def sample(self, seed: int) -> dict[str, Any]:
+        """Any plain decoder; norms, biases and which layer's features are taken drawn at random."""
+        r, text = random.Random(seed), sampled_text(("qwen2", "qwen2", "qwen3", "llama"), seed)
+        patch, merge, side, heads = r.choice([2, 3, 4]), r.choice([1, 2, 2]), r.choice([1, 2, 3]), r.choice([1, 2, 4])
+        vision = {
+            "hidden_size": heads * r.choice([8, 16]), "intermediate_size": r.choice([20, 33]),
+            "num_hidden_layers": r.choice([2, 3]), "num_attention_heads": heads, "attention_bias": r.random() < 0.5,
+            "use_qk_norm": r.random() < 0.5, "norm_type": r.choice(["layer_norm", "rms_norm"]),
+            "use_mean_pooling": r.random() < 0.5, "use_absolute_position_embeddings": r.random() < 0.8,
+            "image_size": [patch * merge * side] * 2, "patch_size": [patch] * 2, "hidden_act": r.choice(["gelu", "relu"]),
+        }  # fmt: skip
+        found = {"model_type": "internvl", "text_config": text, "vision_config": vision, "image_token_id": 5}
+        found |= {"downsample_ratio": 1 / merge, "vision_feature_layer": r.choice([-1, -1, -2, 1])}
+        found |= {"projector_hidden_act": r.choice(["gelu", "relu"]), "image_seq_length": side**2}
+        return found | {"tie_word_embeddings": text["tie_word_embeddings"]}
 
 
 @dataclass(frozen=True)

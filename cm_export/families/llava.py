@@ -9,6 +9,7 @@ Source: LLaVA-1.5 (arXiv 2310.03744), section 3.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from . import (
     Tower,
     check_image_token,
     embeds,
+    find,
 )
 from .idefics3 import ATTENTION, TILES, register_attention, text_model
 from .qwen2_vl import MAX_RATIO
@@ -66,6 +68,24 @@ class Llava(Family):
     def tower(self, config: Config) -> Tower:
         """The vision tower of a checkpoint."""
         return SquareTower(config)
+
+    def sample(self, seed: int) -> dict[str, Any]:
+        """CLIP or SigLIP, features of one layer or several, any plain decoder."""
+        r, kind = random.Random(seed), (CLIP, SIGLIP)[seed % 2]
+        layers = r.choice([2, 3])
+        chosen = r.choice([-1, -2, [-1], [0, -2], [-2, 1, -1]])
+        heads, patch, side = r.choice([1, 2]), r.choice([2, 4]), r.choice([2, 3])
+        vision = {
+            "model_type": kind, "hidden_size": heads * r.choice([8, 16]), "intermediate_size": r.choice([20, 33]),
+            "num_hidden_layers": layers, "num_attention_heads": heads, "image_size": patch * side + r.choice([0, 1]),
+            "patch_size": patch, "hidden_act": r.choice(["quick_gelu", "gelu_pytorch_tanh"]),
+            **({"projection_dim": 16} if kind == CLIP else {"vision_use_head": False}),
+        }  # fmt: skip
+        text = find(("llama", "qwen2", "qwen3")[seed % 3]).sample(seed)
+        found = {"model_type": "llava", "text_config": text, "vision_config": vision, "image_token_index": 5}
+        found |= {"vision_feature_layer": chosen, "vision_feature_select_strategy": r.choice(["default", "full"])}
+        found |= {"multimodal_projector_bias": r.random() < 0.7, "projector_hidden_act": r.choice(["gelu", "silu"])}
+        return found
 
 
 def _check_vision(vision: Config) -> None:
@@ -157,6 +177,16 @@ class SquaresTower(Tower):
     def feeds(self, pictures: Sequence[Picture]) -> Arrays:
         """Inputs of the vision graph for these pictures together."""
         return {"pixel_values": np.concatenate([p.pixels for p in pictures])}
+
+    def sample(self, rng: np.random.Generator) -> list[Picture]:
+        """Up to three pictures of any sizes, also strips."""
+        from PIL import Image
+
+        sizes = [(5, 5), (30, 20), (9, 31), (60, 60), (70, 8), (200, 3), (3, 200)]
+        chosen = [sizes[i] for i in rng.integers(0, len(sizes), rng.integers(1, 4))]
+        images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for w, h in chosen]
+        rule = self.rule_for(self.rule({}), len(images))
+        return [self.picture(image, rule) for image in images]
 
     def memory(self, picture: Picture) -> int:
         """Scores of every head; the residual stream, queries, keys, values and the FFN of every tile."""

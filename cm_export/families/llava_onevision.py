@@ -15,6 +15,7 @@ Source: LLaVA-OneVision (arXiv 2408.03326), section 3; LLaVA-NeXT's anyres.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from ..base.errors import InputError
 from ..base.settings import FIX, flag
 from . import Arrays, Config, Layout, Picture, Port, Range
 from .idefics3 import TILES
-from .llava import Llava, SquaresTower, covering, padded, square_size
+from .llava import CLIP, Llava, SquaresTower, covering, padded, square_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -64,6 +65,16 @@ class LlavaOnevision(Llava):
     def tower(self, config: Config) -> OnevisionTower:
         """The vision tower of a checkpoint."""
         return OnevisionTower(config)
+
+    def sample(self, seed: int) -> dict[str, Any]:
+        """Any set of grids, from one tile a picture to nine before interpolation."""
+        r, config = random.Random(seed), super().sample(seed)
+        size, clip = config["vision_config"]["image_size"], config["vision_config"]["model_type"] == CLIP
+        grids = [[size * h, size * w] for h in (1, 2, 3) for w in (1, 2, 3)]
+        found = {"model_type": "llava_onevision", "video_token_index": 6}
+        found |= {"image_grid_pinpoints": sorted(r.sample(grids, r.choice([4, 6, 9])))}
+        found |= {"vision_aspect_ratio": f"anyres_max_{r.choice([1, 2, 9])}"}
+        return config | found | {"vision_feature_select_strategy": "default" if clip else "full"}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ Source: Qwen2.5-VL (arXiv 2502.13923), section 2.1.1.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,21 @@ class Qwen25VL(Qwen2VL):
         if not all(type(block) is int for block in blocks):
             what = f"vision_config.fullatt_block_indexes = {blocks!r} are not whole numbers"
             raise InputError(what, where="config.json")
+
+    def sample(self, seed: int) -> dict[str, Any]:
+        """Qwen2-VL's decoder; windows that are no divisor of pictures, and one block or several without."""
+        r, base = random.Random(seed), super().sample(seed)
+        patch, merge, heads = r.choice([2, 4]), r.choice([1, 2, 2, 3]), r.choice([1, 2, 4])
+        depth = r.choice([2, 3])
+        vision = {
+            "depth": depth, "hidden_size": heads * r.choice([8, 16]), "intermediate_size": r.choice([20, 33]),
+            "hidden_act": r.choice(["silu", "gelu"]), "num_heads": heads, "patch_size": patch, "spatial_merge_size": merge,
+            "temporal_patch_size": r.choice([1, 2]), "in_channels": 3,
+            "window_size": patch * merge * r.choice([2, 3]) + r.choice([0, 1]),
+            "fullatt_block_indexes": sorted(r.sample(range(depth), r.choice([1, depth - 1]))),
+            "out_hidden_size": base["text_config"]["hidden_size"],
+        }  # fmt: skip
+        return base | {"model_type": "qwen2_5_vl", "vision_config": vision}
 
     def tower(self, config: Config) -> Qwen25VLTower:
         """The vision tower of a checkpoint."""

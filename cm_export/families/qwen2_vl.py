@@ -8,6 +8,7 @@ Source: Qwen2-VL (arXiv 2409.12191), section 2.1: dynamic resolution and M-RoPE.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -76,6 +77,34 @@ class Qwen2VL(Family):
         """The vision tower of a checkpoint."""
         return Qwen2VLTower(config["vision_config"])
 
+    def sample(self, seed: int) -> dict[str, Any]:
+        """A tiny model: heads, widths, sections of M-RoPE, activation, tying and sizes of the tower drawn at random."""
+        r = random.Random(seed)
+        kv, group, head_dim = r.choice([1, 2, 3]), r.choice([1, 2, 3, 7]), r.choice([8, 12, 16])
+        hidden, half = kv * group * head_dim, head_dim // 2
+        a = r.randint(1, half - 2)
+        b = r.randint(1, half - a - 1)
+        rope = {"rope_type": "default", "rope_theta": r.choice([50.0, 1e4, 1e6]), "mrope_section": [a, b, half - a - b]}
+        if r.random() < 0.3:
+            rope |= {"rope_type": "linear", "factor": 2.0}
+        tied = r.random() < 0.5
+        heads = r.choice([1, 2, 4])
+        text = {
+            "vocab_size": r.choice([61, 96, 131]), "hidden_size": hidden, "intermediate_size": r.choice([33, 64, 97, 160]),
+            "num_hidden_layers": r.randint(2, 3), "num_attention_heads": kv * group, "num_key_value_heads": kv,
+            "hidden_act": r.choice(["silu", "silu", "gelu", "gelu_pytorch_tanh", "relu", "quick_gelu"]),
+            "rms_norm_eps": r.choice([1e-5, 1e-6]), "max_position_embeddings": 2048, "tie_word_embeddings": tied,
+            "rope_parameters": rope, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0,
+        }  # fmt: skip
+        vision = {
+            "depth": r.randint(1, 2), "embed_dim": heads * r.choice([8, 16]), "hidden_size": hidden, "num_heads": heads,
+            "mlp_ratio": r.choice([2, 4]), "patch_size": r.choice([2, 4, 6]), "spatial_merge_size": r.choice([1, 2, 3]),
+            "temporal_patch_size": r.choice([1, 2]), "in_channels": 3,
+        }  # fmt: skip
+        tokens = {"vision_start_token_id": 3, "vision_end_token_id": 4, "image_token_id": 5, "video_token_id": 6}
+        found = {"model_type": "qwen2_vl", "text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
+        return found | tokens
+
     def positions(self, picture: np.ndarray, pictures: Pictures) -> tuple[np.ndarray, int]:
         """M-RoPE positions [3,S] int64 of one prompt without padding, and the position of the first answer token.
 
@@ -135,6 +164,7 @@ class Qwen2VLTower(Tower):
     attention = ATTENTION  # what its blocks call
     min_side = 1  # a small picture is enlarged
     max_ratio = MAX_RATIO
+    may_touch = False  # positions go by runs of image tokens
 
     def __init__(self, vision: Config):
         self.patch, self.merge, self.temporal = (
@@ -277,6 +307,13 @@ class Qwen2VLTower(Tower):
         """Height and width of each frame in pixels. Raises InputError for a clip that is too long and thin."""
         return target_size(height, width, rule.frames)
 
+    def clip_tokens(self, frames: int, size: tuple[int, int], rule: ClipRule) -> int:
+        """Image tokens of a clip of so many chosen frames (width, height). Raises InputError."""
+        h, w = self.clip_size(frames, size[1], size[0], rule)
+        cell: int = self.patch * self.merge
+        pairs: int = -(-frames // self.temporal)
+        return pairs * (h // cell) * (w // cell)
+
     def clip_layout(self, frames: Frames, grid: tuple[int, int, int]) -> Layout:
         """How a clip lies in the prompt: a frame of the grid, made of `temporal` frames, a position after the other."""
         return Layout(grid, pace=1)
@@ -299,12 +336,25 @@ class Qwen2VLTower(Tower):
         parts = np.split(pixels, np.cumsum(sizes)[:-1])
         return [self._picture(part, g) for part, g in zip(parts, grid, strict=True)]
 
+    def sample(self, rng: np.random.Generator) -> list[Picture]:
+        """Up to three pictures of any sizes, or a clip for the last one."""
+        grids = [(int(rng.integers(1, 5)), int(rng.integers(1, 6))) for _ in range(rng.integers(1, 4))]
+        found = [self._random((1, *grid), rng) for grid in grids]
+        if rng.random() < 0.4:
+            t = int(rng.integers(1, 4))
+            frames = Frames([], range(t * self.temporal), 4 * self.temporal, float(rng.choice([0.5, 2, 24])))
+            clip = self._random((t, *grids[-1]), rng)
+            found[-1] = Picture(clip.pixels, self.clip_layout(frames, clip.grid))
+        return found
+
     def sized(self, tokens: int, rng: np.random.Generator) -> list[Picture]:
         """One picture, as square as the number allows."""
         rows = max(d for d in range(1, int(tokens**0.5) + 1) if tokens % d == 0)
-        grid = (1, rows, tokens // rows)
-        pixels = rng.standard_normal((tokens * self.merge**2, self.patch_dim)).astype(np.float32)
-        return [Picture(pixels, Layout(grid))]
+        return [self._random((1, rows, tokens // rows), rng)]
+
+    def _random(self, grid: tuple[int, int, int], rng: np.random.Generator) -> Picture:
+        pixels = rng.standard_normal((math.prod(grid) * self.merge**2, self.patch_dim)).astype(np.float32)
+        return Picture(pixels, Layout(grid))
 
     def memory(self, picture: Picture) -> int:
         """Scores of every head and the mask: attention runs among all patches of the picture."""

@@ -12,6 +12,7 @@ Source: Qwen3-VL (arXiv 2511.21631), section 2; DeepStack (arXiv 2406.04334).
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -71,6 +72,26 @@ class Qwen3VL(Qwen2VL):
         if not all(type(block) is int and block in range(vision["depth"]) for block in blocks):
             what = f"vision_config.deepstack_visual_indexes = {blocks!r} are not blocks of its {vision['depth']}"
             raise InputError(what, where="config.json")
+
+    def sample(self, seed: int) -> dict[str, Any]:
+        """Heads of any size, features for one layer or two, a table of positions of any side."""
+        r, base = random.Random(seed), super().sample(seed)
+        half, features = r.choice([4, 6, 8]), r.choice([1, 2])
+        third = r.choice([half // 3, half // 4])
+        rope = {"rope_type": "default", "rope_theta": 0.0, "mrope_section": [half - 2 * third, third, third]}
+        layers, biased = features + r.choice([1, 2]), r.random() < 0.3
+        rope |= {"rope_theta": r.choice([50.0, 1e4, 5e6]), "mrope_interleaved": True}
+        text = {"head_dim": 2 * half, "num_hidden_layers": layers, "attention_bias": biased, "rope_parameters": rope}
+        heads, depth = r.choice([1, 2, 4]), features + 1
+        vision = {
+            "depth": depth, "hidden_size": heads * r.choice([8, 16]), "intermediate_size": r.choice([20, 33]),
+            "hidden_act": "gelu_pytorch_tanh", "num_heads": heads, "patch_size": r.choice([2, 4]),
+            "spatial_merge_size": r.choice([1, 2, 2, 3]), "temporal_patch_size": r.choice([1, 2]), "in_channels": 3,
+            "num_position_embeddings": r.choice([9, 16, 49]),
+            "deepstack_visual_indexes": sorted(r.sample(range(depth), features)),
+            "out_hidden_size": base["text_config"]["hidden_size"],
+        }  # fmt: skip
+        return base | {"model_type": "qwen3_vl", "text_config": base["text_config"] | text, "vision_config": vision}
 
     def tower(self, config: Config) -> Qwen3VLTower:
         """The vision tower of a checkpoint."""

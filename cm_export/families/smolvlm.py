@@ -10,6 +10,7 @@ class SmolVLM(Idefics3):
     """Idefics3 in everything but transformers' class."""
 
     model_class = "SmolVLMForConditionalGeneration"
+    model_type = "smolvlm"
 
 
 FAMILY = SmolVLM()

@@ -45,6 +45,11 @@ class Opened:
     name: str
     notes: tuple[Note, ...] = ()
 
+    @property
+    def pixels(self) -> int:
+        """How many are in memory."""
+        return self.image.width * self.image.height
+
 
 def open_image(path: str | Path) -> Image.Image:
     """The picture at `path` as `opened` reads it, without its remarks."""

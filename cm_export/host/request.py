@@ -7,14 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 
 from ..base.core_index import image_token_count
 from ..base.errors import InputError
-from ..bundle.weights import WeightFile
 from ..families import Arrays, Family, Pictures, Shape
 from ..recipe.recipe import Recipe
+
+
+class Table(Protocol):
+    """A token embedding [V,D]: an array, or low-bit weights that are read a row at a time."""
+
+    def __getitem__(self, ids: np.ndarray) -> np.ndarray:
+        """Rows [N,D] of ids [N]."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +32,12 @@ class Request:
     position_ids: np.ndarray  # [A,1,S] int64
     next_position: int  # of the first answer token
     inputs_embeds: np.ndarray  # [1,S,D]
-    embedding: np.ndarray  # [V,D], the mapped token embedding
+    embedding: Table  # [V,D]
     rows: Arrays = field(default_factory=dict)  # the tower's further outputs [1,S,..], zero at text tokens
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [S]; a repetition penalty counts them
 
     @classmethod
-    def of(
-        cls, input_ids: np.ndarray, pictures: Pictures, family: Family, shape: Shape, weights: WeightFile
-    ) -> Request:
+    def of(cls, input_ids: np.ndarray, pictures: Pictures, family: Family, shape: Shape, embedding: Table) -> Request:
         """Raises InputError if ids are outside the vocabulary or image tokens and pictures do not match."""
         ids = np.asarray(input_ids, np.int64)
         if not ids.size or ids.min() < 0 or ids.max() >= shape.vocab:
@@ -45,7 +50,6 @@ class Request:
         # By count and not by where runs end: two pictures may stand side by side.
         picture = np.full(len(ids), -1, np.int64)
         picture[is_image] = np.repeat(np.arange(len(counts)), counts)
-        embedding = weights[family.embedding]
         embeds, rows = embedding[ids].astype(np.float32), {}
         for i, (name, found) in enumerate(pictures.outputs.items()):
             if i == 0:

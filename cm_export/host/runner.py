@@ -205,10 +205,19 @@ class Runner:
         """
         rule = self.clip_rule
 
-        def choose(total: int, known: float | None) -> list[int]:
-            return self.tower.frames_of(total, known, rule, rate, None if count is None else int(count))
+        def choose(total: int, known: float | None, size: tuple[int, int]) -> list[int]:
+            places = self.tower.frames_of(total, known, rule, rate, None if count is None else int(count))
+            self._check_clip(len(places), size)  # before so many frames are decoded
+            return places
 
         return clips.taken(source, fps, rate, count, choose)
+
+    def _check_clip(self, frames: int, size: tuple[int, int], where: str | None = None) -> None:
+        """Raises InputError where so many frames of this size (width, height) are more than the model can hold."""
+        limit, tokens = self.bundle.shape.max_positions, self.tower.clip_tokens(frames, size, self.clip_rule)
+        if limit is not None and tokens >= limit:
+            fix = "read fewer frames with --fps or --frames, or give a smaller clip"
+            raise InputError(f"{frames} frames become {tokens} tokens, the model holds {limit}", where=where, fix=fix)
 
     def see(self, images: Sequence[Any], of: int | None = None) -> Pictures:
         """Pictures (as `images.given` takes them) through the vision graph; `of`: of how many in the prompt (None: these).
@@ -221,8 +230,8 @@ class Runner:
             shown = given(image, f"picture {number}")
             check_size(shown.image, self.tower.min_side, self.tower.max_ratio, shown.name)
             if isinstance(shown, Clip):
+                self._check_clip(len(shown.frames.images), shown.image.size, shown.name)
                 picture = self.tower.clip(shown.frames, self.clip_rule)
-                self.check_length(picture.tokens)  # before so many frames are seen
             else:
                 picture = self.tower.picture(shown.image, self.tower.rule_for(self.picture_rule, of))
             found = []
@@ -272,7 +281,7 @@ class Runner:
         self.check_length(len(ids))
         if self.bundle.tower and not pictures.layouts:
             pictures = self.bundle.tower.no_pictures()
-        return Request.of(ids, pictures, self.bundle.family, self.bundle.shape, self.bundle.weights)
+        return Request.of(ids, pictures, self.bundle.family, self.bundle.shape, self.bundle.embedding)
 
     def ask(self, text: str, pictures: Pictures, system: str | None = None, control_tokens: bool = False) -> Request:
         """The prompt of one question about pictures that were seen. Raises InputError."""

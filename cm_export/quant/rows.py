@@ -12,7 +12,7 @@ interleaves the bytes, then the words, of four inputs in lanes of 128 bits gets 
 A half is a nibble with 4 bits (h = 0: the low one) and 64 bytes with 8.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -80,6 +80,41 @@ def numbers(packed: PackedRows) -> np.ndarray:
     if packed.bits == 32:
         return packed.codes[:, : packed.outputs]
     codes, scale, zero = unpack(packed)
+    return _numbers(codes, scale, zero, packed)
+
+
+def numbers_between(packed: PackedRows, inputs: tuple[int, int], outputs: tuple[int, int]) -> np.ndarray:
+    """float32 numbers(packed)[first:end of inputs, first:end of outputs], without a look at the others. bits: 4 or 8."""
+    (row, last_row), (column, last_column) = inputs, outputs
+    panel, group = column // PANEL * PANEL, row // packed.group
+    width, groups = -(-(last_column - panel) // PANEL) * PANEL, slice(group, -(-last_row // packed.group))
+    columns = slice(panel, panel + width)
+    part = replace(
+        packed,
+        codes=packed.codes[group * packed.group : last_row, panel * packed.bits // 8 : columns.stop * packed.bits // 8],
+        scale=packed.scale[groups, columns],
+        zero=packed.zero[groups, columns] if packed.zero.size else packed.zero,
+        inputs=last_row - group * packed.group,
+        outputs=last_column - panel,
+    )
+    return numbers(part)[row - group * packed.group :, column - panel :]
+
+
+def numbers_of(packed: PackedRows, outputs: np.ndarray) -> np.ndarray:
+    """float32 [len(outputs),K]: numbers(packed)[:, outputs], turned; nothing is read of the others. bits: 4 or 8."""
+    panel, within = np.divmod(outputs, PANEL)
+    half, within = np.divmod(within, PANEL // 2)
+    places = (4 * (within % 16 // 4) + within // 16) * 4 + within % 4
+    if packed.bits == 8:
+        codes = packed.codes[:, panel * PANEL + half * (PANEL // 2) + places]
+    else:
+        codes = packed.codes[:, panel * (PANEL // 2) + places] >> (4 * half).astype(np.uint8) & 15
+    zero = packed.zero[:, outputs] if packed.zero.size else None
+    return np.ascontiguousarray(_numbers(codes[: packed.inputs], packed.scale[:, outputs], zero, packed).T)
+
+
+def _numbers(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, packed: PackedRows) -> np.ndarray:
+    """float32 [K,N] of codes [K,N] in order."""
     middle = np.float32(1 << (packed.bits - 1)) if zero is None else _per_input(zero, packed).astype(np.float32)
     return (codes.astype(np.float32) - middle) * _per_input(scale, packed).astype(np.float32)
 

@@ -1,6 +1,6 @@
 """The table [weights] of a recipe: in how many bits ONNX Runtime reads each kind of weight; one stored copy serves every graph.
 
-    precision = "int4"  ->  ffn, q, k, o 4 bits      v, head, vision 8 bits (docs/precision.md)
+    precision = "int4"  ->  ffn, q, k, o 4 bits      v, head, embedding, vision 8 bits (docs/precision.md)
     ffn = "int8"        ->  that kind alone is another
 
 A TensorRT engine has its own precision ([engine]); its graphs are made from the float32 weights in either case.
@@ -14,9 +14,9 @@ from .option import check_fields, option
 PRECISIONS = ("fp32", "int8", "int4")
 AUTO = "auto"
 BITS = {AUTO: 32, "fp32": 32, "int8": 8, "int4": 4}  # auto: nobody has decided yet, see Recipe.for_model
-KINDS = ("ffn", "attention", "value", "head", "vision")
+KINDS = ("ffn", "attention", "value", "head", "embedding", "vision")
 _AS_PRECISION = ("", *PRECISIONS)
-_SENSITIVE = ("value", "head", "vision")  # kinds that stay at 8 bits where 4 are asked for all
+_SENSITIVE = ("value", "head", "embedding", "vision")  # kinds that stay at 8 bits where 4 are asked for all
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,16 @@ class StoredWeights:
     precision: str = option(
         AUTO,
         "--weights",
-        "Bits of the weights on ONNX Runtime; int4 keeps v, head and vision at 8; auto: int8 of a model that is not tiny",
+        "Bits of the weights on ONNX Runtime; int4 keeps v, head, embedding, vision at 8; auto: int8 of a model that is not tiny",
         choices=(AUTO, *PRECISIONS),
     )
     ffn: str = option("", "", "Bits of the FFNs' weights", choices=_AS_PRECISION)
     attention: str = option("", "", "Bits of the weights of attention's products, q, k and o", choices=_AS_PRECISION)
     value: str = option("", "", "Bits of the values' product, v", choices=_AS_PRECISION)
     head: str = option("", "", "Bits of the LM head", choices=_AS_PRECISION)
+    embedding: str = option(
+        "", "", "Bits of the token embedding; one that is the LM head, too, has its bits or fp32", choices=_AS_PRECISION
+    )
     vision: str = option("", "", "Bits of the products of the vision tower", choices=_AS_PRECISION)
     group: int = option(32, "--weight-group", "Weights along the inputs that share a scale", choices=(32, 64, 128))
     zeros: bool = option(True, "", "Whether a group has a zero point besides its scale, at 4 bits")
@@ -41,6 +44,11 @@ class StoredWeights:
         "--weight-codes",
         "Codes that the checkpoint holds: kept, rounded anew, or auto: kept wherever this loses nothing",
         choices=(AUTO, "kept", "anew"),
+    )
+    float32: bool = option(
+        False,
+        "--keep-float32/--no-keep-float32",
+        "Whether the bundle keeps the float32 numbers of weights that it stores in few bits",
     )
     least_agreement: float = option(
         0.0,

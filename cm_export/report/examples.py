@@ -73,7 +73,7 @@ def ask(
     asked = pick(task.questions, count * ASKED_PER_SHOWN)
     for number, q in enumerate(asked):
         progress("ask the examples", number, len(asked))
-        pictures = [task.open_picture(p) for p in q.pictures]
+        pictures = [task.opened(one, runner) for one in q.shown]
         both = []
         for who, dense in ((runner, True), (chosen, False)):
             answer = who.generate(q.text, images=pictures, max_new_tokens=task.limits[q.kind], dense=dense)
@@ -99,7 +99,7 @@ def _example(q: Question, pictures: list[Any], both: list[tuple[Answer, Said]]) 
         q.answers,
         both[0][1],
         both[1][1],
-        [_png(picture, grid) for picture, grid in zip(pictures, kept, strict=True)],
+        [_png(picture.image, grid) for picture, grid in zip(pictures, kept, strict=True)],
         (stats["image_tokens_kept"], stats["image_tokens"]),
     )
 
@@ -117,5 +117,5 @@ def requests_of(runner: Runner, task: Task, count: int) -> list[Request]:
     """Prompts of `count` questions, for the analysis of the layers."""
     out = []
     for q in pick(task.questions, count):
-        out.append(runner.ask(q.text, runner.see([task.open_picture(p) for p in q.pictures])))
+        out.append(runner.ask(q.text, runner.see([task.opened(one, runner) for one in q.shown])))
     return out

@@ -154,6 +154,7 @@ class Service:
             guards = False
         can = {
             "pictures": shape.sees,
+            "clips": shape.clip_token >= 0,
             "guard": guards,
             "tokens": recipe.tokens.policy if shape.sees else "dense",
             "neurons": recipe.neurons.policy,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import time
+from collections.abc import Container, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
@@ -42,6 +43,7 @@ class Server:
     model: str | None = None
     api_key: str | None = None
     seconds: float = 600.0  # without a byte
+    wait: float = 0.0  # seconds for a server that is starting to take connections
 
     def ask(self, question: Question) -> Generator[str, None, dict[str, Any]]:
         """Pieces of the answer; what the generator returns are its figures, {} where the server gives none.
@@ -53,13 +55,28 @@ class Server:
         return self._of_openai(question)
 
     def _is_triton(self) -> bool:
+        self._await()
         with self._answer("GET", "/v1/models", fine=(200, 404, 401, 400)) as answer:
             return answer.status in (404, 400)
+
+    def _await(self) -> None:
+        """Return when it takes connections, or when it has had `wait` seconds for that."""
+        end = time.monotonic() + self.wait
+        while time.monotonic() < end:
+            try:
+                with self._answer("GET", "/v1/models", fine=range(600)):
+                    return
+            except InputError:
+                raise
+            except CmExportError:
+                time.sleep(0.1)
 
     def _of_openai(self, question: Question) -> Generator[str, None, dict[str, Any]]:
         system = [] if question.system is None else [{"role": "system", "content": question.system}]
         text = [{"type": "text", "text": question.prompt}]
-        shown = [{"type": "image_url", "image_url": {"url": _uri(data)}} for data in question.pictures]
+        shown = [
+            {"type": "image_url", "image_url": {"url": _uri(data, n)}} for n, data in enumerate(question.pictures, 1)
+        ]
         message = {"role": "user", "content": [*shown, *text]}
         body = {"model": self.model or self._first_model(), "messages": [*system, message], "stream": True}
         figures: dict[str, Any] = {}
@@ -95,7 +112,7 @@ class Server:
 
     @contextmanager
     def _answer(
-        self, method: str, path: str, body: Any = None, fine: tuple[int, ...] = (200,)
+        self, method: str, path: str, body: Any = None, fine: Container[int] = (200,)
     ) -> Iterator[HTTPResponse]:
         """The response to one request, of which the rest is still to come."""
         try:
@@ -119,7 +136,8 @@ class Server:
             yield answer
         except (OSError, HTTPException) as e:
             what = getattr(e, "strerror", None) or str(e) or type(e).__name__
-            raise CmExportError(f"cannot be asked ({what})", where=self.url, fix="see that its server runs") from e
+            fix = "see that its server runs, or wait for one that is starting: --wait SECONDS"
+            raise CmExportError(f"cannot be asked ({what})", where=self.url, fix=fix) from e
         finally:
             connection.close()
 
@@ -143,7 +161,9 @@ def _events(answer: HTTPResponse) -> Iterator[dict[str, Any] | None]:
 
 
 def _refusal(answer: HTTPResponse, url: str) -> CmExportError:
-    said = _said(_value(answer.read(_LONGEST)))
+    said = _said(
+        _value(answer.read(_LONGEST).strip().removeprefix(b"data:"))
+    )  # Triton refuses a stream in an event of it
     if answer.status < 500 and answer.status != 429:
         return InputError(f"refused ({answer.status}): {said}", where=url)
     return CmExportError(f"failed ({answer.status}): {said}", where=url, fix="ask again later, and see its log")
@@ -164,11 +184,12 @@ def _value(data: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _uri(data: bytes) -> str:
+def _uri(data: bytes, number: int) -> str:
     """A picture as a URI that holds it. Raises InputError for what is none."""
     try:
         with Image.open(BytesIO(data)) as image:
             kind = Image.MIME.get(image.format or "", "image/png")
     except UnidentifiedImageError as e:
-        raise InputError("is not a picture that can be read", where="--image", fix="give a PNG, JPEG or WebP") from e
+        what, where = "is not a picture that can be read", f"--image, picture {number}"
+        raise InputError(what, where=where, fix="give a PNG, JPEG or WebP") from e
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

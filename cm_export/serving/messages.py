@@ -2,6 +2,9 @@
 
 [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}]
 -> [{"type": "image", "image": Opened}, {"type": "text", "text": "What is this?"}]
+
+A clip comes as its frames, {"type": "video_url", "video_url": {"url": "data:video/jpeg;base64,FRAME,FRAME,...", "fps": 2}}; a
+file such as clip.mp4 is refused, since its dozens of formats and codecs would be as many parsers for data of strangers.
 """
 
 from __future__ import annotations
@@ -14,13 +17,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..base.errors import InputError
+from ..base.settings import is_number
+from ..host.clips import Clip, given_clip
 from ..host.images import Opened
 from .pictures import Pixels, decoded
 from .plain import kind, short, text
 
 _DATA = re.compile(r"data:(image/[\w.+-]{1,40})?((?:;[\w.+-]{1,40}=[\w.+-]{1,40})*);base64,", re.ASCII | re.IGNORECASE)
+_FILM = re.compile(r"data:(video/[\w.+-]{1,40})((?:;[\w.+-]{1,40}=[\w.+-]{1,40})*);base64,", re.ASCII | re.IGNORECASE)
+_FRAMES = (
+    'give its frames as JPEG, joined by commas, and their speed: {"url": "data:video/jpeg;base64,...,...", "fps": 2}'
+)
 _URL = 'give the picture itself: {"url": "data:image/png;base64,..."}'
-_PART = 'give {"type": "text", "text": ...} or {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
+_PART = (
+    'give {"type": "text", "text": ...} or {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}} '
+    '(of a clip {"type": "video_url", "video_url": {"url": "data:video/jpeg;base64,FRAME,FRAME"}})'
+)
+_FASTEST = 1000  # frames a second
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _OF_MESSAGES = ("role", "content")
 # What a client sends back with an answer, null or empty.
@@ -34,7 +47,8 @@ class Bounds:
     tokens: int = 1024  # of an answer; of one that asks for no number, too
     text: int = 200_000  # characters of all messages
     messages: int = 512
-    pictures: int = 8
+    pictures: int = 8  # and clips
+    frames: int = 128  # of a clip
     picture_bytes: int = 20 * 2**20  # of one, encoded
     pixels: int = 50_000_000  # of all pictures together
 
@@ -83,10 +97,11 @@ def _message(message: object, where: str, bounds: Bounds, room: Pixels) -> dict[
         place, type_ = f"{where}.content[{n}]", part.get("type") if isinstance(part, Mapping) else None
         if type_ == "text" and set(part) == {"type", "text"}:
             texts.append(text(part["text"], place, bounds.text))
-        elif type_ == "image_url" and set(part) == {"type", "image_url"}:
+        elif type_ in ("image_url", "video_url") and set(part) == {"type", type_}:
             if len(shown) >= bounds.pictures:
                 raise InputError(f"more than {bounds.pictures} pictures", where=where, fix="leave some out")
-            shown.append(decoded_within(_bytes(part["image_url"], place, bounds), place, bounds, room))
+            read = _picture if type_ == "image_url" else _clip
+            shown.append(read(part[type_], place, bounds, room))
         else:
             raise InputError(f"is no part that can be read (type {short(type_)})", where=place, fix=_PART)
     # Our prompts have pictures before the text of their message, wherever a client puts them (OpenAI's examples: behind it).
@@ -94,7 +109,7 @@ def _message(message: object, where: str, bounds: Bounds, room: Pixels) -> dict[
     return {"role": _ROLES[role], "content": [*blocks, {"type": "text", "text": "".join(texts)}]}
 
 
-def _bytes(value: object, where: str, bounds: Bounds) -> bytes:
+def _picture(value: object, where: str, bounds: Bounds, room: Pixels) -> Opened:
     """The picture of a data URI. Raises InputError for every other URL."""
     url = value.get("url") if isinstance(value, Mapping) and set(value) <= {"url", "detail"} else None
     if not isinstance(value, Mapping) or not isinstance(url, str):
@@ -104,10 +119,38 @@ def _bytes(value: object, where: str, bounds: Bounds) -> bytes:
     begin = _DATA.match(url)
     if begin is None:
         raise InputError(f"URLs and paths are not opened ({short(url[:40])})", where=where, fix=_URL)
-    if len(url) - begin.end() > 4 * (bounds.picture_bytes + 3) // 3:
+    return decoded_within(_bytes(url[begin.end() :], where, bounds), where, bounds, room)
+
+
+def _clip(value: object, where: str, bounds: Bounds, room: Pixels) -> Clip:
+    """The frames of a data URI. Raises InputError for every other URL, and for the file of a clip."""
+    url = value.get("url") if isinstance(value, Mapping) and set(value) <= {"url", "fps"} else None
+    if not isinstance(value, Mapping) or not isinstance(url, str):
+        raise InputError("is no video_url that can be read", where=where, fix=_FRAMES)
+    fps, begin = value.get("fps"), _FILM.match(url)
+    if fps is not None and (not is_number(fps) or not 0 < fps <= _FASTEST):
+        raise InputError(
+            f"fps {short(fps)} is no number above 0 and up to {_FASTEST}", where=where, fix="give frames a second"
+        )
+    if begin is None:
+        raise InputError(f"URLs and paths are not opened ({short(url[:40])})", where=where, fix=_FRAMES)
+    if begin[1].lower() != "video/jpeg":
+        raise InputError(f"files of clips are not opened ({short(begin[1])})", where=where, fix=_FRAMES)
+    if (count := url.count(",", begin.end()) + 1) > bounds.frames:
+        what = f"has {count} frames, at most {bounds.frames} are taken"
+        raise InputError(what, where=where, fix="send fewer, and their fps")
+    names = [f"{where}: frame {i}" for i in range(count)]
+    files = zip(names, url[begin.end() :].split(","), strict=True)
+    frames = [decoded_within(_bytes(data, name, bounds), name, bounds, room) for name, data in files]
+    return given_clip(frames, fps, None, where)
+
+
+def _bytes(data: str, where: str, bounds: Bounds) -> bytes:
+    """A file of base64. Raises InputError."""
+    if len(data) > 4 * (bounds.picture_bytes + 3) // 3:
         raise _too_large(where, bounds)
     try:
-        return base64.b64decode(url[begin.end() :].encode("ascii"), validate=True)
+        return base64.b64decode(data.encode("ascii"), validate=True)
     except (binascii.Error, UnicodeEncodeError) as e:
         raise InputError("its data is no base64", where=where, fix="encode the picture's file as base64") from e
 

@@ -71,7 +71,7 @@ class Reply(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand the request in, and write what comes."""
-        pictures = sum(3 * p.image.width * p.image.height for p in self._wanted.asked.images)
+        pictures = sum(3 * picture.pixels for picture in self._wanted.asked.images)
         loop, helpers, ticket = asyncio.get_running_loop(), list[asyncio.Task[None]](), None
 
         def hear(event: Event) -> None:  # in the scheduler's threads

@@ -91,6 +91,8 @@ _SHOWN = 200  # characters of a client's name in an error
 _OURS = ("text_input", "images", "system", "client")  # the others go to wire.py under their own names
 _BASE64 = re.compile(rb"[A-Za-z0-9+/\s]*={0,2}\s*")
 _DATA = re.compile(rb"data:image/[\w.+-]{1,40};base64,", re.IGNORECASE)
+_CLIPS = ("video", "videos", "clip", "clips", "video_url")
+_CLIP = "send the frames of a clip in messages, as a part video_url (docs/serve.md)"
 _MESSAGES_BYTES = 64 * 2**20
 _CLIENT = 200  # characters
 
@@ -112,7 +114,8 @@ def tensors(request: Any, utils: Any) -> Given:
     names, values = [known.name for known in INPUTS], dict[str, Any]()
     for name in json.loads(request.parameters() or "{}"):  # over HTTP, fields that are no inputs arrive as these
         if not (name in _OF_TRITON or name.startswith("triton_")):
-            raise InputError(f"unknown input {name[:_SHOWN]!r}", where="request", fix=nearest(name[:_SHOWN], names))
+            fix = _CLIP if name.lower() in _CLIPS else nearest(name[:_SHOWN], names)
+            raise InputError(f"unknown input {name[:_SHOWN]!r}", where="request", fix=fix)
     for known in INPUTS:
         tensor = utils.get_input_tensor_by_name(request, known.name)
         if tensor is None:
@@ -193,6 +196,7 @@ def _file(data: bytes, where: str, most: int) -> bytes:
             raise InputError("its data is no base64", where=where, fix="encode the picture's file as base64")
         if re.match(rb"[A-Za-z][A-Za-z0-9+.-]*:|/|\.", data):
             fix = "send the bytes of the picture's file, or base64 of them"
+            fix = _CLIP if data[:11].lower() == b"data:video/" else fix
             raise InputError("URLs and paths are not opened", where=where, fix=fix)
         return data
     try:

@@ -83,9 +83,7 @@ def _wanted(request: object, bounds: Bounds, pictures: Sequence[bytes]) -> Wante
             raise InputError(
                 f"unknown field {short(name)}", where="body", fix=nearest(str(name)[:SHOWN], [*OPENAI, *OURS])
             )
-        if name in NEUTRAL and not any(
-            value == v and isinstance(value, bool) == isinstance(v, bool) for v in NEUTRAL[name]
-        ):
+        if name in NEUTRAL and not any(_same(value, neutral) for neutral in NEUTRAL[name]):
             raise InputError(f"{short(value)} is not supported", where=name, fix="leave it out")
     room = Pixels(bounds.pixels)
     said = messages(given.get("messages"), bounds, room)

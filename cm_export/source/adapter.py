@@ -10,7 +10,7 @@ Source: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353); the nam
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..base.errors import InputError
 from ..base.hashes import file_sha256
 from ..base.json_file import read_object
+from ..base.settings import is_number
 from ..recipe.aliases import ALIASES
 from .parameters import Parameters
 from .safetensors_check import FLOATS, tensor_types
@@ -159,12 +160,33 @@ def _check_settings(config: Mapping[str, Any], where: Path) -> None:
         fix = "save it with path_initial_model_for_weight_conversion (peft), or " + _MERGED
         raise InputError(what, where=where, fix=fix)
     for name in ("r", "lora_alpha"):
-        value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or math.isinf(value):
-            raise InputError(f"{name} {value!r} is not a number above 0", where=where, fix="correct it")
+        value: Any = config.get(name)
+        least = 0 if name == "r" else -math.inf
+        if not is_number(value) or value <= least or value == 0:
+            bound = "above 0" if name == "r" else "other than 0, with which the adapter changes nothing"
+            raise InputError(f"{name} {value!r} is not a number {bound}", where=where, fix="correct it")
     for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(name) or {}, dict):
+        values = config.get(name) or {}
+        if not isinstance(values, dict):
             raise InputError(f"{name} is not an object", where=where, fix="correct it")
+        for key, value in values.items():  # an alpha of 0 switches a module off, of no rank there is nothing
+            if not is_number(value) or (name == "rank_pattern" and value <= 0):
+                bound = " above 0" if name == "rank_pattern" else ""
+                raise InputError(f"{name}: {key} = {value!r} is not a number{bound}", where=where, fix="correct it")
+    _check_names(config, where)
+
+
+def _check_names(config: Mapping[str, Any], where: Path) -> None:
+    """Raises InputError for settings about which modules are adapted that PEFT could not read."""
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = config.get(name)
+        if not isinstance(value, str | None) and not (
+            isinstance(value, list) and all(isinstance(v, str) for v in value)
+        ):
+            raise InputError(f"{name} = {value!r} is no pattern and no list of names", where=where, fix="correct it")
+    layers = config.get("layers_to_transform")
+    if layers is not None and not all(type(n) is int for n in (layers if isinstance(layers, list) else [layers])):
+        raise InputError(f"layers_to_transform = {layers!r} are no numbers of layers", where=where, fix="correct it")
 
 
 def fit(adapter: Adapter, model: Parameters) -> Merge:
@@ -225,17 +247,37 @@ def _parameter(adapter: Adapter, model: Parameters, module: str, part: str) -> s
 
 
 def _check_target(adapter: Adapter, module: str, parameter: str) -> None:
-    """PEFT reads only what target_modules names."""
-    targets, own = adapter.config.get("target_modules"), (module, parameter.rpartition(".")[0])
-    if isinstance(targets, str):
-        named = targets == "all-linear" or any(_full(targets, name) for name in own)
-    else:
-        named = any(name == t or name.endswith(f".{t}") for name in own for t in targets or ())
+    """PEFT reads only what target_modules names, less what exclude_modules names, in layers of layers_to_transform."""
+    config, own = adapter.config, (module, parameter.rpartition(".")[0])
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    named = targets == "all-linear" or _names(targets, own)
+    fix = "peft would not read them: name the module there, or take the tensors out"
     if not named:
-        fix = "peft would not read them: name the module there, or take the tensors out"
-        raise InputError(
-            f"target_modules does not name {module}, of which there are tensors", where=adapter.path, fix=fix
-        )
+        what = f"target_modules does not name {module}, of which there are tensors"
+        raise InputError(what, where=adapter.path, fix=fix)
+    if _names(excluded, own):
+        raise InputError(f"exclude_modules names {module}, of which there are tensors", where=adapter.path, fix=fix)
+    if not isinstance(targets, str) and not any(_in_layers(config, name) for name in own):
+        what = f"layers_to_transform leaves out {module}, of which there are tensors"
+        raise InputError(what, where=adapter.path, fix=fix)
+
+
+def _names(patterns: str | Sequence[str] | None, own: Iterable[str]) -> bool:
+    """Whether a pattern fits one of these names whole, or one of them is in a list, or ends in an entry of it."""
+    if isinstance(patterns, str):
+        return any(_full(patterns, name) for name in own)
+    return any(name == t or name.endswith(f".{t}") for name in own for t in patterns or ())
+
+
+def _in_layers(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a module lies in one of the layers that are adapted; the first number in its name is that of its layer."""
+    layers, within = config.get("layers_to_transform"), config.get("layers_pattern") or r"[^.]*"
+    if layers is None or layers == []:
+        return True
+    for pattern in [within] if isinstance(within, str) else within:
+        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
+            return int(found[1]) in (layers if isinstance(layers, list) else [layers])
+    return False
 
 
 def _full(pattern: str, name: str) -> bool:

@@ -29,8 +29,7 @@ def probe(shape: Shape, tower: Tower | None, config: Config, seed: int = 0) -> P
     """Smooth pictures between random words; no word is a token that stands for something else."""
     rng = np.random.default_rng(seed)
     pictures = tower.probes(rng) if tower else []
-    reserved = {v for k, v in config.items() if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)}
-    words = np.setdiff1d(np.arange(shape.vocab), [*reserved, *shape.seen_tokens])
+    words = words_of(shape, config)
 
     def text(n: int) -> list[int]:
         return rng.choice(words, n).tolist()
@@ -41,6 +40,12 @@ def probe(shape: Shape, tower: Tower | None, config: Config, seed: int = 0) -> P
     ids += text(TEXT_TOKENS - sum(i != shape.image_token for i in ids))
     found = np.array(ids, np.int64)
     return Probe(tuple(pictures), found, found == shape.image_token)
+
+
+def words_of(shape: Shape, config: Config) -> np.ndarray:
+    """Ids of the vocabulary that stand for nothing else."""
+    reserved = {v for k, v in config.items() if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)}
+    return np.setdiff1d(np.arange(shape.vocab), [*reserved, *shape.seen_tokens])
 
 
 def reference(model: Any, asked: Probe, tower: Tower | None) -> Arrays:

@@ -27,6 +27,7 @@ from . import directory, packings
 from .packings import Matrix, Parts
 
 KEY = "quantization_config"
+_BESIDE = ("bias", "k_scale", "v_scale", "q_scale")  # what a module in few bits may hold that is none of its parts
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,13 @@ class Quantised:
 
     def matrix(self, module: str) -> Matrix:
         """One of them; its codes are read when they are asked for. Raises InputError for tensors that do not fit."""
-        return self._packing.matrix(Parts(module, self.modules[module]), self.settings)
+        try:
+            found = self._packing.matrix(Parts(module, self.modules[module]), self.settings)
+        except (ValueError, IndexError, KeyError, TypeError, ArithmeticError) as e:  # of shapes that nobody foresaw
+            what = f"tensors of {module} that do not fit together ({type(e).__name__}: {e})"
+            raise InputError(what, where=self.path, fix=packings.ORIGINAL) from e
+        assert isinstance(found, Matrix)
+        return found
 
     @contextlib.contextmanager
     def in_float32(self, folder: Path, has: Callable[[str], bool], progress: Callable[..., None]) -> Iterator[Path]:
@@ -118,7 +125,8 @@ def find(path: Path) -> Quantised | None:
     others = {name: file for name, file in where.items() if name not in taken}
     types = {name: kind for file in {*others.values()} for name, kind in directory.tensor_types(file).items()}
     for name in others:
-        if directory.in_few_bits(name, types[name]):
+        module, _, last = name.rpartition(".")
+        if directory.in_few_bits(name, types[name]) or (module in modules and last not in _BESIDE):
             what = f"{name} is {types[name]}, and nothing here says what its numbers mean"
             raise InputError(what, where=path, fix=f"download the checkpoint again; or {packings.ORIGINAL}")
     return Quantised(path, settings["quant_method"], settings, modules, others, packing)

@@ -5,10 +5,11 @@ takes half a gigabyte, and every weight keeps the name it has in the checkpoint.
 """
 
 import contextlib
+import gc
 import io
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +133,7 @@ def trace(spec: GraphSpec) -> onnx.ModelProto:
     body = spec.module.eval().requires_grad_(False)
     prefix = "model."  # of the attribute in which every wrapper holds transformers' model
     used = {n: p for n, p in body.named_parameters() if spec.reads(n.removeprefix(prefix))}
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _seldom_collected():
         program = torch.onnx.export(
             _WeightsAsInputs(body),
             (),
@@ -187,6 +188,17 @@ def _strip(proto: onnx.ModelProto) -> None:
             del item.metadata_props[:]
             item.doc_string = ""
     proto.graph.name, proto.producer_name, proto.producer_version = "cm_export", "cm_export", ""
+
+
+@contextlib.contextmanager
+def _seldom_collected() -> Iterator[None]:
+    """The exporter makes objects by the million, and the collector would look through all that was imported again and again."""
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 20)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Which weights of a model are stored in few bits, under which names, and what reads them together.
 
 decode_dense: gate, up -> layers.0.ffn_in      down -> layers.0.ffn_out      q, k -> layers.0.attention_in      v, o, head
+              the token embedding, unless it is the head           -> embedding
 vision:       every MatMul and Gemm with a weight -> vision.<its name>
 """
 
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import onnx
 
 from ..bundle.names import core_row_names
-from ..bundle.packed import Entry
+from ..bundle.packed import TOWER, Entry
 from ..bundle.thresholds import ATTENTION_IN, ATTENTION_OUT, FFN_IN, FFN_OUT, SIDES
 from ..bundle.weights import WeightFile
 from ..families import Family, Shape
@@ -30,14 +31,16 @@ def entries(
     kept: weight -> (bits, group) of codes that the checkpoint holds; an entry keeps them where all of its weights have such.
     """
 
-    def entry(kind: str, weights: list[str], turned: bool = True, site: int | None = None) -> Entry:
+    def entry(
+        kind: str, weights: list[str], turned: bool = True, site: int | None = None, table: bool = False
+    ) -> Entry:
         shapes = [file.tensors[name].shape for name in weights]
         inputs, outputs = shapes[0][turned], tuple(s[not turned] for s in shapes)
         codes = {kept.get(name) for name in weights}
         own = codes.pop() if len(codes) == 1 else None
         # What a checkpoint in few bits left as floats was left so for a reason.
         bits, group = own or (max(8, stored.of(kind)) if kept else stored.of(kind), stored.group)
-        return Entry(tuple(weights), bits, group, inputs, outputs, kind == "ffn", turned, site, own is not None)
+        return Entry(tuple(weights), bits, group, inputs, outputs, kind == "ffn", turned, site, own is not None, table)
 
     found: dict[str, Entry] = {}
     if stored.of("ffn") < 32:
@@ -53,10 +56,13 @@ def entries(
             side = ATTENTION_OUT if part == "attention_out" else ATTENTION_IN
             if stored.of(kind) < 32:
                 found[f"layers.{own.layer}.{part}"] = entry(kind, names, site=at + side)
+    head, tables = head_product(edit).weight.name, stored.of("embedding") < 32
     if stored.of("head") < 32:
-        found["head"] = entry("head", [head_product(edit).weight.name], site=SIDES * shape.layers)
+        found["head"] = entry("head", [head], site=SIDES * shape.layers, table=tables and head == family.embedding)
+    if tables and head != family.embedding:
+        found["embedding"] = entry("embedding", [family.embedding], table=True)
     if stored.of("vision") < 32 and vision is not None:
-        found |= {f"vision.{name}": entry("vision", [name]) for name in _weights_of_products(vision)}
+        found |= {f"{TOWER}{name}": entry("vision", [name]) for name in _weights_of_products(vision)}
     return found
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..base import environment
 from ..base.errors import CmExportError, GateFailed
-from ..base.hashes import key_of
+from ..base.hashes import file_sha256, key_of
 from ..bundle.bundle import MANIFEST, Bundle
 from ..evals.task import Task
 from ..host.backend import DEFAULT
@@ -105,7 +105,13 @@ def questions_key(task: Task) -> str:
     for name in {p for q in task.questions for p in q.pictures}:
         picture = task.open_picture(name)
         seen[name] = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
-    questions = [asdict(q) | {"pictures": [seen[p] for p in q.pictures]} for q in task.questions]
+    questions = []
+    for q in task.questions:
+        values = asdict(q) | {"pictures": [seen[p] for p in q.pictures]}
+        if not values.pop("clips"):  # so the key of questions without clips is what it was before there were any
+            questions.append(values)
+            continue
+        questions.append(values | {"clips": [(file_sha256(Path(c.path)), c.rate, c.count) for c in q.clips]})
     return key_of(questions=questions, limits=task.limits, rule=task.rule)
 
 

@@ -23,6 +23,15 @@ CASES = {
         "r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": [*TARGETS, "embed_tokens"],
         "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 1}, "alpha_pattern": {"down_proj": 3},
     },
+    "layers": {  # a pattern for the modules, and lengths that rsLoRA scales
+        "r": 2, "lora_alpha": 7, "use_dora": True, "use_rslora": True, "bias": "lora_only", "modules_to_save": ["norm"],
+        "target_modules": r".*layers\.\d+\.(self_attn\.[qk]_proj|mlp\.down_proj)", "alpha_pattern": {"k_proj": 0},
+        "exclude_modules": r".*\.0\.self_attn\.q_proj",
+    },
+    "one_layer": {
+        "r": 3, "lora_alpha": -2, "target_modules": ["q_proj", "k_proj", "v_proj"], "layers_to_transform": [1], "lora_bias": True,
+        "exclude_modules": ["layers.1.self_attn.k_proj"],
+    },
 }  # fmt: skip
 
 

@@ -7,6 +7,8 @@ Source: ViP-LLaVA (arXiv 2312.00784), section 3.
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 
 from cm_export.families import (
@@ -19,6 +21,7 @@ from cm_export.families import (
     check_image_token,
     decoder_shape,
     embeds,
+    find,
 )
 
 IMAGES = "images"
@@ -40,6 +43,23 @@ class VipLlava(Family):
 
     def tower(self, config):
         return ClipTower(config)
+
+    def sample(self, seed):
+        r, text = random.Random(seed), find("llama").sample(seed)
+        heads, patch, side = r.choice([1, 2]), r.choice([2, 4]), r.choice([2, 3, 4])
+        vision = {
+            "model_type": "clip_vision_model",
+            "hidden_size": heads * r.choice([8, 16]),
+            "intermediate_size": 32,
+            "num_hidden_layers": r.choice([2, 3]),
+            "num_attention_heads": heads,
+            "image_size": patch * side,
+            "patch_size": patch,
+            "projection_dim": 16,
+        }
+        found = {"model_type": "vipllava", "text_config": text, "vision_config": vision, "image_token_index": 5}
+        found |= {"vision_feature_layer": r.choice([-1, -2]), "tie_word_embeddings": text["tie_word_embeddings"]}
+        return found
 
 
 class ClipTower(Tower):

@@ -22,7 +22,7 @@ import onnxruntime as ort
 from ...base import environment
 from ...base.errors import BundleError
 from ...bundle.names import core_row_names
-from ...bundle.packed import Packed
+from ...bundle.packed import TOWER, Packed
 from ...bundle.thresholds import SIDES
 from ...bundle.weights import WeightFile
 from ...families import Arrays, Family, Shape
@@ -97,6 +97,11 @@ def _view(tensor: onnx.TensorProto) -> str:
     return _named(tensor.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
 
 
+def _external(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """Initializers whose bytes lie in a file."""
+    return [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+
+
 @dataclass(frozen=True)
 class LowBits:
     """What a backend needs to multiply packed weights; see pack.Packing for `every_neuron`."""
@@ -138,6 +143,7 @@ class Backend:
         self._sessions: dict[Key, ort.InferenceSession] = {}
         self._views: dict[str, Held] = {}  # sessions read these buffers as long as they live
         self._inputs: dict[Key, dict[str, str]] = {}  # weights that a session takes as inputs -> in _views
+        self._made: Arrays = {}  # of low-bit weights, in the order of ONNX Runtime's own products
         # A session runs for several threads at once. Making one does not: a view that another session reads would be
         # replaced, and its memory freed.
         self._making = threading.RLock()
@@ -201,12 +207,21 @@ class Backend:
                 del self._sessions[key]
         self.weights.release()
 
-    def _load(self, graph: Path | onnx.ModelProto, key: Key) -> ort.InferenceSession:
-        where = graph if isinstance(graph, Path) else "a graph made in memory"
+    def reads(self, name: str) -> set[str]:
+        """Weights of the weight file that the session of graph `name` reads, and the rows that are gathered for it."""
+        model, arrays = self._prepared(self._graph(name), self._key(name, True, False, False), ort.SessionOptions())
+        read = {t.name for t in _external(model)} - arrays.keys()
+        gathers = any(i.name.startswith("ffn.") or i.name == "core_bias" for i in model.graph.input)
+        rows = (self._row_names or []) if gathers else []
+        return {n for n in read if n in self.weights}.union(*rows)
+
+    def _prepared(
+        self, graph: Path | onnx.ModelProto, key: Key, options: ort.SessionOptions
+    ) -> tuple[onnx.ModelProto, Arrays]:
+        """The graph as its session takes it, and the arrays that its packed products read."""
         model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph
         if key[0] == WHOLE:
             attend_to_all(model)
-        options = ort.SessionOptions()
         model, arrays = self._packed(model, key[0], options)
         if key[3]:
             write_in_place(model)
@@ -217,10 +232,16 @@ class Backend:
         model = lower(model, rows_as_inputs=key[1], few_rows=key[2], place=self.place)
         if self._heads and key[1]:
             group_attention(model, self._heads)
+        return model, arrays
+
+    def _load(self, graph: Path | onnx.ModelProto, key: Key) -> ort.InferenceSession:
+        where = graph if isinstance(graph, Path) else "a graph made in memory"
+        options = ort.SessionOptions()
+        model, arrays = self._prepared(graph, key, options)
         # Left to itself, ONNX Runtime takes every core of the machine, also in a container that allows two.
         options.intra_op_num_threads = self.threads or environment.default_threads()
         options.log_severity_level = 3
-        external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        external = _external(model)
         known = (*arrays, *self.weights.tensors, *(self.predictor.tensors if self.predictor else ()))
         missing = [t.name for t in external if t.name not in known]
         if missing:
@@ -229,7 +250,8 @@ class Backend:
             if _view(tensor) not in self._views:
                 self._views[_view(tensor)] = self.place.hold(self._array(tensor, arrays))
         # Low-bit copies are 100 times slower unless packed; what must not be packed becomes an input instead.
-        prepacks = (bool(arrays) and self.native is None) or any(t.name not in self.weights for t in external)
+        copies = any(t.name not in self.weights and t.name not in arrays for t in external)
+        prepacks = copies or (bool(arrays) and self.native is None)
         if self.place.apart or prepacks:
             self._bind(key, model, [t for t in external if self.place.apart or t.name in self.weights])
         else:
@@ -258,7 +280,9 @@ class Backend:
             return model, {}
         if name in ("prefill_dense", "decode_dense") and of.packed.has_ffns:
             model = gather_ffns(model, of.family, of.shape)
-        packing = Packing(model, of.packed, self.native is not None, of.every_neuron)
+        if name in ("vision", WHOLE):
+            of.packed.file.expect(n for n in of.packed.file.tensors if n.startswith(TOWER))
+        packing = Packing(model, of.packed, self.native is not None, of.every_neuron, self._made)
         model = packing.run()
         if self.native is not None and packing.arrays:
             options.register_custom_ops_library(str(self.native))
@@ -290,6 +314,11 @@ class Backend:
         ends = feeds[self._borders] if self._borders else ()
         graph = WHOLE if len(ends) == 2 else "vision"
         return {name: value.numpy() for name, value in self.outputs(graph, feeds, {}).items()}
+
+    @property
+    def has_whole(self) -> bool:
+        """Whether a picture that is one segment has a session of its own."""
+        return self._borders is not None
 
     @cached_property
     def _borders(self) -> str | None:

@@ -15,7 +15,7 @@ import onnx
 
 from ...base.onnx_text import DOMAIN
 from ...bundle.packed import PARTS, Packed
-from ...families import Family, Shape
+from ...families import Arrays, Family, Shape
 from ...plugins.core_ffn.body import ACTIVATIONS
 from ...plugins.threshold import above
 from ...quant.rows import unpack
@@ -37,11 +37,17 @@ def gather_ffns(model: onnx.ModelProto, family: Family, shape: Shape) -> onnx.Mo
 
 
 class Packing:
-    """One graph under the knife. `every_neuron`: whether rows that core_neurons lists are all of them."""
+    """One graph under the knife. `every_neuron`: whether rows that core_neurons lists are all of them.
 
-    def __init__(self, model: onnx.ModelProto, packed: Packed, native: bool, every_neuron: bool):
+    `made`: arrays that were made for another graph of the same file.
+    """
+
+    def __init__(
+        self, model: onnx.ModelProto, packed: Packed, native: bool, every_neuron: bool, made: Arrays | None = None
+    ):
         self.model, self.packed, self.native, self.every_neuron = model, packed, native, every_neuron
-        self.arrays: dict[str, np.ndarray] = {}  # what the session gets as initializers, besides views of the file
+        self.made = {} if made is None else made
+        self.arrays: Arrays = {}  # what the session gets as initializers, besides views of the file
         graph = model.graph
         self._turned = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose"}
         self._read = {name for node in graph.node for name in names_read(node)} | {o.name for o in graph.output}
@@ -171,7 +177,10 @@ class Packing:
             if self.native:
                 found = {f"{name}.{part}": self.packed.file[f"{name}.{part}"] for part in PARTS}
             else:
-                found = {f"{name}.nbits.{part}": array for part, array in _for_nbits(self.packed, name).items()}
+                own = [f"{name}.nbits.{part}" for part in PARTS]
+                if own[0] not in self.made:
+                    self.made |= dict(zip(own, _for_nbits(self.packed, name).values(), strict=True))
+                found = {part: self.made[part] for part in own}
             self.arrays |= found
             yield from (_external(tensor, array) for tensor, array in found.items())
 

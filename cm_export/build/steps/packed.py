@@ -1,5 +1,6 @@
 """Stage `packed`, where the recipe stores weights in few bits: weights and what products read -> packed.safetensors."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def _run(folder: Path, job: "Job", stages: "Stages") -> dict[str, Any]:
-    file, stored = WeightFile(stages.file("weights", weights.FILE)), job.recipe.weights
+    file, stored = WeightFile(stages.file("weights", weights.FILE)), _stored(job)
     names = ("decode_dense", "vision") if job.tower else ("decode_dense",)
     graphs = [onnx.load(stages.file("graphs", f"{name}.onnx"), load_external_data=False) for name in names]
     codes = job.codes.kept if job.codes else {}
@@ -103,8 +104,13 @@ def _planned(name: str, entry: Entry, zeros: bool, make: Any) -> list[Planned]:
     return [Planned(f"{name}.{part}", dtype, shape, partial(read, part)) for part, (shape, dtype) in shapes.items()]
 
 
+def _stored(job: "Job") -> StoredWeights:
+    """As the recipe says; beside engines, which have weights of their own, token embeddings stay float32."""
+    return replace(job.recipe.weights, embedding="fp32") if job.aim else job.recipe.weights
+
+
 def _inputs(job: "Job") -> dict[str, Any]:
-    return job.recipe.weights.storing() | {"kept": sorted(job.codes.kept) if job.codes else []}
+    return _stored(job).storing() | {"kept": sorted(job.codes.kept) if job.codes else []}
 
 
 STAGE = Stage(

@@ -30,7 +30,11 @@ from ..recipe_options import recipe_option
 )
 @bundle_argument
 @click.option("--prompt-tokens", type=Count(1), default=32, show_default=True, help="Text tokens.")
-@click.option("--image-tokens", type=Count(0), help="Image tokens.  [default: 256; 0 if the model takes no pictures]")
+@click.option(
+    "--image-tokens",
+    type=Count(0),
+    help="Image tokens, of pictures or clips alike.  [default: 256; 0 if the model takes no pictures]",
+)
 @click.option("--new-tokens", type=Count(1), default=32, show_default=True, help="Tokens decoded.")
 @click.option("--repeats", type=Count(1), default=5, show_default=True, help="Timed runs of each kind.")
 @recipe_option("--neuron-share")

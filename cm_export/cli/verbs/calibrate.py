@@ -66,7 +66,7 @@ def command(
             from ...recipe.recipe import Recipe
 
             bundle = Path(temporary) / "dense.plan"
-            recipe = Recipe().replace(neurons__policy="dense", tokens__policy="dense")
+            recipe = Recipe().replace(neurons__policy="dense", tokens__policy="dense", weights__float32=True)
             build(model=model, out=bundle, recipe=recipe, progress=step, threads=threads)
         assert bundle is not None  # given, or built above
         engine = load(bundle, threads, step, backend="onnxruntime")
@@ -100,5 +100,6 @@ def command(
             f"{out}: {ran['generated_tokens']} generated tokens of {ran['prompts']} prompts ({ran['data']})",
             "KL to dense in nats per token when only that layer is sparse (glass)",
             *ran.get("notes", ()),
+            *engine.bundle.notes,
         ]
         print_rows({"rows": summary["rows"], "notes": notes}, title="sensitivity of the layers")

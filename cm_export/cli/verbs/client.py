@@ -46,11 +46,13 @@ _FIELDS = ("max_tokens", "token_share", "neuron_share", "temperature", "top_p", 
 @click.option(
     "--deadline", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Longest time of the answer."
 )
+@click.option("--wait", type=click.FloatRange(0), default=0, metavar="SECONDS",
+              help="How long to wait for a server that is starting.")  # fmt: skip
 @json_option
 @quiet_option
 def command(
     url: str, paths: tuple[str, ...], prompt: str, system: str | None, model: str | None, api_key: str | None, dense: bool,
-    guard: bool, stop: tuple[str, ...], as_json: bool, quiet: bool, **fields: Any,
+    guard: bool, stop: tuple[str, ...], wait: float, as_json: bool, quiet: bool, **fields: Any,
 ) -> None:  # fmt: skip
     """Ask a server about pictures; the answer streams to stdout, one summary line goes to stderr."""
     if not prompt.strip():
@@ -64,7 +66,7 @@ def command(
     given |= {"guard": _guard()} if guard else {}
     question = Question(prompt, [_picture(path) for path in paths], system, given)
     started, first, text = time.perf_counter(), None, ""
-    pieces = Server(url, model, api_key).ask(question)
+    pieces = Server(url, model, api_key, wait=wait).ask(question)
     while True:
         try:
             piece = next(pieces)

@@ -54,6 +54,8 @@ def command(
         print(f"{summary['path']}  {summary['bytes'] / 1e6:.1f} MB for {device.title}, JetPack {release.name}")
         if why := summary["cannot_ask"]:
             print(f"note: the device will build, prove and measure the engines, but not ask them: {why}")
+        for note in summary["notes"]:
+            print(f"note: {note}")
 
 
 def memory_table(memory: dict[str, Any]) -> str:

@@ -95,6 +95,7 @@ def pack(path: Path, out: Path, order: Order, progress: Step = lambda *_: None) 
         },
         "memory": prediction.to_dict(),
         "cannot_ask": manifest["cannot_ask"],
+        "notes": bundle.notes,
     }
 
 

@@ -67,7 +67,7 @@ def make(bundle: Any, source: Source, target: Target, folder: Path) -> Iterator[
         seen.append(Pictures({n: v.astype(np.float32) for n, v in found.items()}, (picture.layout,)))
         if i == 0:
             yield "vision", Probe("vision", graphs.only("vision", feeds), found, {"patches": len(picture.pixels)})
-    request = Request.of(given.ids, Pictures.joined(seen), family, shape, weights)
+    request = Request.of(given.ids, Pictures.joined(seen), family, shape, weights[family.embedding])
 
     def prefill(share: float | None) -> tuple[Arrays, Arrays]:
         budget = sparse_feeds(request, recipe, share)

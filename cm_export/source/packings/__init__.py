@@ -58,7 +58,25 @@ class Parts(Mapping[str, np.ndarray]):
         value = self[part]
         if value.dtype != np.float32:
             raise InputError(f"{part} is {self.dtype(part)}, not float", where=self.module, fix=ORIGINAL)
+        if not np.isfinite(value).all():
+            raise InputError(f"{part} holds NaN or infinity", where=self.module, fix="the checkpoint is damaged")
         return value
+
+    def check_words(self, *parts: str) -> None:
+        """Raises InputError for parts that are no matrices of 32-bit words."""
+        for part in parts:
+            if part not in self._files:
+                self[part]  # raises
+            if self.dtype(part) not in ("I32", "U32") or len(self.shape(part)) != 2:
+                what = f"{part} is {self.dtype(part)} {list(self.shape(part))}, no matrix of 32-bit words"
+                raise InputError(what, where=self.module, fix=ORIGINAL)
+
+    def indices(self, part: str) -> np.ndarray:
+        """int64: whole numbers. Raises InputError for others."""
+        value = self[part]
+        if value.dtype.kind not in "iu":
+            raise InputError(f"{part} is {self.dtype(part)}, not whole numbers", where=self.module, fix=ORIGINAL)
+        return value.astype(np.int64)
 
     def shape(self, part: str) -> tuple[int, ...]:
         """Its shape, without reading it."""
@@ -155,6 +173,18 @@ def unread(settings: Mapping[str, Any], what: str, where: Path) -> InputError:
     return InputError(said, where=where, fix=ORIGINAL)
 
 
+def block_of(settings: Mapping[str, Any], name: str, block: Any, where: Path) -> list[int] | None:
+    """[rows, columns] of the blocks that share a scale; older releases wrote "128x128". Raises InputError for others."""
+    if block is None:
+        return None
+    given = block.split("x") if isinstance(block, str) else block
+    given = [int(n) if isinstance(n, str) and n.isdecimal() else n for n in given] if isinstance(given, list) else []
+    found = [n for n in given if type(n) is int and n > 0]
+    if len(found) != 2 or len(given) != 2:
+        raise unread(settings, f"{name} {block!r}", where)
+    return found
+
+
 def notes(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """What a checkpoint asks of activations, which is not followed here."""
     groups = settings.get("config_groups")
@@ -173,8 +203,9 @@ def notes(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 def eight_bit_floats(parts: Parts, scale: np.ndarray, block: Any) -> Matrix:
     """weight fp8 [N,K] times a scale: one number, one by output [N,1], or one for each block of `block` [rows, columns]."""
-    if not parts.dtype("weight").startswith("F8_"):
-        what = f"weight is {parts.dtype('weight')} and has a scale: numbers that are still to be rounded, or another format"
+    if not parts.dtype("weight").startswith("F8_") or len(parts.shape("weight")) != 2:
+        found = f"weight is {parts.dtype('weight')} {list(parts.shape('weight'))} and has a scale"
+        what = f"{found}: numbers that are still to be rounded, or another format"
         raise InputError(what, where=parts.module, fix=ORIGINAL)
     outputs, inputs = parts.shape("weight")
     if scale.size == 1:

@@ -33,9 +33,10 @@ def check(settings: Mapping[str, Any], where: Path) -> None:
 
 def matrix(parts: Parts, settings: Mapping[str, Any]) -> Matrix:
     """The matrix of a module."""
+    parts.check_words("qweight", "qzeros")
     scale, (inputs, words) = parts.scale("scales"), parts.shape("qweight")
     zero, outputs = _in_order(nibbles(parts["qzeros"], 4, axis=1)), 8 * words
-    if scale.shape != zero.shape or scale.shape[1] != outputs or inputs % len(scale):
+    if scale.shape != zero.shape or scale.shape[1] != outputs or not len(scale) or inputs % len(scale):
         shapes = f"qzeros [.., {zero.shape[1] // 8}], scales {list(scale.shape)}, qweight {[inputs, words]}"
         raise InputError(f"tensors that are no AWQ matrix: {shapes}", where=parts.module)
     groups = np.arange(inputs) // (inputs // len(scale))

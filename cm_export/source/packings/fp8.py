@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import Matrix, Parts, eight_bit_floats, unread
+from . import Matrix, Parts, block_of, eight_bit_floats
 
 MARKS = ("weight_scale_inv", "weight_scale")
 PARTS = ("weight", "weight_scale_inv", "weight_scale", "input_scale", "activation_scale")
@@ -20,14 +20,11 @@ _BLOCK = [128, 128]  # what transformers takes where the configuration does not 
 
 def check(settings: Mapping[str, Any], where: Path) -> None:
     """Raises InputError for blocks that are no pair of lengths."""
-    block = settings.get("weight_block_size")
-    if block is not None and not (
-        isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
-    ):
-        raise unread(settings, f"weight_block_size {block!r}", where)
+    block_of(settings, "weight_block_size", settings.get("weight_block_size"), where)
 
 
 def matrix(parts: Parts, settings: Mapping[str, Any]) -> Matrix:
     """The matrix of a module."""
     scale = parts.scale("weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale")
-    return eight_bit_floats(parts, scale, settings.get("weight_block_size", _BLOCK))
+    block = block_of(settings, "weight_block_size", settings.get("weight_block_size", _BLOCK), Path("config.json"))
+    return eight_bit_floats(parts, scale, block)

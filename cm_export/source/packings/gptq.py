@@ -28,7 +28,7 @@ def check(settings: Mapping[str, Any], where: Path) -> None:
     form = _format(settings)
     if form not in _FORMATS or settings.get("is_marlin_format"):
         raise unread(settings, f"checkpoint_format {'marlin' if settings.get('is_marlin_format') else form!r}", where)
-    if settings.get("bits") not in _ONES:
+    if settings.get("bits") not in (*_ONES,):
         raise unread(settings, f"{settings.get('bits')!r} bits", where)
     if settings.get("pack_dtype", "int32") not in ("int32", "torch.int32", None):
         raise unread(settings, f"pack_dtype {settings['pack_dtype']!r}", where)
@@ -39,6 +39,7 @@ def check(settings: Mapping[str, Any], where: Path) -> None:
 
 def matrix(parts: Parts, settings: Mapping[str, Any]) -> Matrix:
     """The matrix of a module. Its bits are those of its tensors: GPTQModel's `dynamic` may give modules other ones."""
+    parts.check_words("qweight", "qzeros")
     scale, zeros = parts.scale("scales"), np.ascontiguousarray(parts["qzeros"]).view(np.uint32)
     rows, outputs = parts.shape("qweight")
     bits = 32 * zeros.shape[1] // max(outputs, 1)
@@ -48,8 +49,8 @@ def matrix(parts: Parts, settings: Mapping[str, Any]) -> Matrix:
     if _format(settings) == "gptq":
         zeros = zeros + np.uint32(_ONES[bits])
     inputs = rows * 32 // bits
-    groups = parts["g_idx"].astype(np.int64) if "g_idx" in parts else _in_order(parts, inputs, len(scale), settings)
-    if groups.shape != (inputs,) or groups.min() < 0 or groups.max() >= len(scale):
+    groups = parts.indices("g_idx") if "g_idx" in parts else _in_order(parts, inputs, len(scale), settings)
+    if groups.shape != (inputs,) or not inputs or groups.min() < 0 or groups.max() >= len(scale):
         raise InputError(f"g_idx does not name a group of {len(scale)} for each of {inputs} inputs", where=parts.module)
     zero = nibbles(zeros, bits, axis=1)
     return Matrix(inputs, outputs, bits, lambda: nibbles(parts["qweight"], bits, axis=0), scale, zero, groups)
