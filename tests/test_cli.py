@@ -449,12 +449,14 @@ def test_bench_hands_over_its_options_and_prints_the_rows(stub, bundle, capsys):
 
 PORTS = [{"name": f"past.{n}.key", "dtype": "float", "shape": ["batch", 2, "past", 64]} for n in range(8)]
 GRAPH = {"name": "decode", "bytes": 1_234_567, "nodes": 99, "ops": {"local::CoreFFN": 8, "Add": 50}}
+PACKED = {"file": "packed.safetensors", "bytes": 9_100_000, "matrices": 41, "float32": False}
 DESCRIBED = {
     "path": "x.plan",
     "model": "demo",
+    "reads": "text and pictures, no clips",
     "recipe": {"seed": 0, "neurons": {"policy": "griffin"}},
     "graphs": [GRAPH | {"inputs": PORTS, "outputs": [{"name": "logits", "dtype": "float", "shape": ["batch", 96]}]}],
-    "weights": {"file": "weights.safetensors", "bytes": 36_000_000, "tensors": 120},
+    "weights": {"file": "weights.safetensors", "bytes": 36_000_000, "tensors": 120, "packed": PACKED},
     "engines": {
         "backend": "tensorrt",
         "version": "10.13.3",
@@ -478,8 +480,18 @@ def test_inspect_renders_everything_that_describe_returns(stub, bundle, capsys):
     stub("bundle.inspect", describe=lambda path: DESCRIBED)
     assert main(["inspect", str(bundle)]) == 0
     out = capsys.readouterr().out
-    for word in ("griffin", "past.*.key x8", "8 local::CoreFFN, 50 Add", "1.2 MB", "36.0 MB", "passed", "1.2e-06"):
+    for word in (
+        "griffin",
+        "text and pictures, no clips",
+        "past.*.key x8",
+        "8 local::CoreFFN, 50 Add",
+        "1.2 MB",
+        "36.0 MB",
+        "passed",
+        "1.2e-06",
+    ):
         assert word in out, word
+    assert "41 matrices in few bits, 9.1 MB, without their float32 numbers" in out
     for word in ("[logits]", "replace_ffn", "after layer 2", "1.23"):
         assert word in out, word
     for word in ("tensorrt 10.13.3 for sm_87, int4, 4096 rows", "28 CoreFFN", "321", "not opened here", "7.7 MB"):
