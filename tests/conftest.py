@@ -1,7 +1,9 @@
 """Fixtures that are dear: one export per random configuration, one demo bundle built by the real command."""
 
+import contextlib
 import functools
 import gc
+import io
 import os
 import shutil
 import subprocess
@@ -146,10 +148,18 @@ def bare_checkpoint() -> Path:
     return shared.once("bare_checkpoint", make) / "model"
 
 
-def built(out: Path, *options: object, **how) -> Path:
-    """The bundle that the real command builds there."""
-    done = cm_export("build", "--out", out, "--quiet", *options, **how)
-    assert done.returncode == 0, done.stderr
+def built(out: Path, *options: object, env: dict[str, str] | None = None) -> Path:
+    """The bundle that `cm-export build` makes there: in this process, which has imported torch, or in one with this `env`."""
+    words = ["build", "--out", str(out), "--quiet", *map(str, options)]
+    if env:
+        done = cm_export(*words, env=env)
+        assert done.returncode == 0, done.stderr
+        return out
+    from cm_export.cli import main
+
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = main(words)
+    assert code == 0, said.getvalue()
     return out
 
 

@@ -218,7 +218,7 @@ print(peak_memory_bytes())
 def test_a_published_configuration_builds_and_tiles_take_the_memory_that_is_predicted(name, tmp_path):
     """Random weights, two layers of decoder and tower, a small vocabulary."""
     model, plan = random_checkpoint(published(name, small=True), tmp_path / "model"), tmp_path / "x.plan"
-    built(plan, "--model", model, "--neurons", "griffin", "--prune-layer", "1", timeout=1200)
+    built(plan, "--model", model, "--neurons", "griffin", "--prune-layer", "1")
     done = cm_export("bench", plan, "--vision", "--new-tokens", "2", "--repeats", "1", "--json")
     assert done.returncode == 0, done.stderr
     peaks = []
