@@ -11,6 +11,7 @@ import numpy as np
 
 from ..base import dims
 from ..base.errors import GateFailed, InputError
+from ..evals.bench import likely
 from ..families import Port, Tower
 from ..plugins.core_ffn.op import ACTIVATIONS
 from .proof import Found
@@ -80,7 +81,7 @@ def _tower(of: Subject, tower: Tower) -> Iterator[str]:
         yield f"the first of outputs must have the axes ({dims.IMAGE_TOKENS!r}, {of.shape.hidden})"
     rng = np.random.default_rng(0)
     made = {"probes": tower.probes(rng), "sample": tower.sample(rng)}
-    tokens = made["probes"][0].tokens
+    tokens = likely(tower, made["probes"][0].tokens)  # pictures of the probe may have other numbers than one alone
     made |= {f"sized({tokens})": tower.sized(tokens, rng)}
     for name, pictures in made.items():
         if not pictures or not all(p.tokens for p in pictures):
