@@ -173,7 +173,7 @@ def tower(**changed):
 
 WRONG = {
     "a weight of another name": ({"gate": "mlp.gate.weight"}, "layers.0.mlp.gate.weight, it has"),
-    "a weight of another size": ({"up": "mlp.down_proj.weight"}, "by Family.shape"),
+    "a weight of another size": ({"attention_out": "mlp.up_proj.weight"}, "by Family.shape"),
     "a prefix of no weight": (tower(prefixes=("visual.",)), "no weight begins with 'visual.' (prefixes)"),
     "an input that is not fed": (tower(inputs=()), "inputs and feeds differ in cu_seqlens, pixel_values, position_ids"),
     "another type": (tower(inputs=(families.Port("pixel_values", np.int64, ("p", 1)),)), "inputs and feeds differ"),

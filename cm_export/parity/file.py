@@ -3,6 +3,7 @@
 Each check gives sentences about what is wrong; none: it holds.
 """
 
+import contextlib
 import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from ..base import dims
 from ..base.errors import GateFailed, InputError
-from ..families import Port, Tower
+from ..families import Picture, Port, Tower
 from ..plugins.core_ffn.op import ACTIVATIONS
 from .proof import Found
 from .subject import Subject
@@ -80,8 +81,8 @@ def _tower(of: Subject, tower: Tower) -> Iterator[str]:
         yield f"the first of outputs must have the axes ({dims.IMAGE_TOKENS!r}, {of.shape.hidden})"
     rng = np.random.default_rng(0)
     made = {"probes": tower.probes(rng), "sample": tower.sample(rng)}
-    tokens = made["probes"][0].tokens
-    made |= {f"sized({tokens})": tower.sized(tokens, rng)}
+    tokens, some = _sized(tower, max(p.tokens for p in made["probes"]), rng)
+    made |= {f"sized({tokens})": some}
     for name, pictures in made.items():
         if not pictures or not all(p.tokens for p in pictures):
             yield f"{name} makes a picture without image tokens"
@@ -99,6 +100,14 @@ def _tower(of: Subject, tower: Tower) -> Iterator[str]:
     )
     bytes_of = {"memory": tower.memory(made["probes"][0]), "engine_memory": tower.engine_memory(PATCHES, fused=False)}
     yield from (f"{name} is {value} bytes" for name, value in bytes_of.items() if not value > 0)
+
+
+def _sized(tower: Tower, most: int, rng: np.random.Generator) -> tuple[int, list[Picture]]:
+    """The largest number of image tokens up to `most` that pictures of `sized` have, and these pictures; 0 and none."""
+    for tokens in range(most, 0, -1):
+        with contextlib.suppress(InputError):
+            return tokens, tower.sized(tokens, rng)
+    return 0, []
 
 
 def _fed(ports: tuple[Port, ...], feeds: Mapping[str, Any]) -> Iterator[str]:
