@@ -106,9 +106,11 @@ def test_products_are_those_of_the_stored_numbers(low, native, monkeypatch):
     assert not np.array_equal(ours, theirs)
     plain = Runner(low, 1)
     monkeypatch.setattr(plain.backend, "_low_bits", None)
-    assert (
-        np.abs(logits(plain, asked_of(plain)) - theirs).max() > 1e-5 * np.abs(theirs).max()
-    )  # rounding does something
+    off = np.abs(logits(plain, asked_of(plain)) - theirs).max()
+    if is_slim(low):
+        assert off == 0, "what stands in for float32 weights are the numbers of the codes"
+    else:
+        assert off > 1e-5 * np.abs(theirs).max(), "rounding does something"
 
 
 @pytest.mark.parametrize("graph", ["decode_dense", "decode"])
@@ -260,8 +262,9 @@ def test_float32_numbers_that_are_not_kept_are_those_of_the_codes(low):
 
 
 def test_a_token_is_embedded_by_the_numbers_of_the_head(low):
+    expected, low = Rounded(low), Bundle(low.path)
     ids = np.array([0, 5, 5, low.shape.vocab - 1])
-    rows_of_head = Rounded(low)._own[low.family.embedding][ids]
+    rows_of_head = expected._own[low.family.embedding][ids]
     np.testing.assert_array_equal(low.embedding[ids], rows_of_head)
     asked = Runner(low, 1).ask("what is it ?", Runner(low, 1).see([]))
     np.testing.assert_array_equal(asked.inputs_embeds[0], low.embedding[asked.ids])
@@ -301,9 +304,9 @@ def test_an_answer_waits_for_what_it_reads_and_not_for_float32_weights_that_it_d
 def test_no_answer_is_shown_before_the_low_bit_weights_that_it_reads_were_verified(low, part, tmp_path):
     """Of a part, or of the header that says where the parts lie."""
     place = low.packed.file.tensors[part].offset if part else 60
-    bundle = Bundle(damaged(low, tmp_path / "x.plan", FILE, place))
+    folder = damaged(low, tmp_path / "x.plan", FILE, place)
     with pytest.raises(BundleError, match=r"packed.safetensors.*(do not match|unreadable)"):
-        list(LoadedBundle(bundle, 1).stream("what is it ?"))
+        list(LoadedBundle(Bundle(folder), 1).stream("what is it ?"))
 
 
 def test_a_damaged_tower_is_met_by_the_first_picture_and_by_no_question_about_text(low, tmp_path):

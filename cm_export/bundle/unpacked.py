@@ -26,10 +26,10 @@ _FLOAT32 = np.dtype("<f4")
 
 
 def planned(entries: Mapping[str, Entry], packed: Callable[[], Packed]) -> list[Planned]:
-    """The file's tensors, in the order of the entries; `packed` is called when one is read."""
+    """The file's tensors, in the order of the entries' names; `packed` is called when one is read."""
     return [
         Planned(weight, _FLOAT32, entry.shape(weight), partial(_pieces, packed, name, weight))
-        for name, entry in entries.items()
+        for name, entry in sorted(entries.items())
         for weight in entry.weights
     ]
 
