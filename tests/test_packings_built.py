@@ -187,6 +187,7 @@ def check(name, form, folder, monkeypatch, adapt=None):
     return found
 
 
+@pytest.mark.wide
 def test_every_way_to_store_a_matrix_at_once_with_a_tower_and_a_head_in_few_bits(tmp_path, monkeypatch):
     found = check("llava", MIXED, tmp_path, monkeypatch)
     notes = "\n".join(found["notes"])
