@@ -34,6 +34,7 @@ from cm_export.bundle.bundle import Bundle
 from cm_export.host.runner import Budget, Runner
 from cm_export.recipe.recipe import Recipe
 from cm_export.source.checkpoint import resolve
+from cm_export.source.parameters import parameters
 
 STEPS = 6
 QUESTION = "what shape is red ?"
@@ -186,6 +187,7 @@ def check(name, form, folder, monkeypatch, adapt=None):
     return found
 
 
+@pytest.mark.wide
 def test_every_way_to_store_a_matrix_at_once_with_a_tower_and_a_head_in_few_bits(tmp_path, monkeypatch):
     found = check("llava", MIXED, tmp_path, monkeypatch)
     notes = "\n".join(found["notes"])
@@ -249,3 +251,21 @@ def test_an_adapter_on_a_checkpoint_in_few_bits_says_which_codes_give_way(tmp_pa
     assert len(job.codes.kept) == 6 and {*job.merge.changes} == {f"{n}.weight" for n in names}
     with pytest.raises(InputError, match=r"cannot be kept, e\.g\. .*q_proj.*an adapter is merged"):
         prepare(resolve(str(path), None, folder), Recipe().replace(weights__codes="kept"), 1, lambda *_, **__: None)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (
+            "language_model.model.layers.0.self_attn.q_proj",
+            "model.language_model.layers.0.self_attn.q_proj",
+        ),  # AutoAWQ's
+        ("model.language_model.layers.0.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj"),
+        ("language_model.lm_head", "lm_head"),
+        ("vision_tower.vision_model.encoder.layers.0.mlp.fc1", "model.vision_tower.encoder.layers.0.mlp.fc1"),
+        ("multi_modal_projector.linear_1", "model.multi_modal_projector.linear_1"),
+    ],
+)
+def test_names_of_llavas_modules_are_understood_whichever_release_wrote_them(theirs, ours):
+    model = test_llava_families.bundle_of("llava")[0]
+    assert parameters(model, families.find("llava")).find(f"{theirs}.weight") == f"{ours}.weight"

@@ -31,11 +31,6 @@ OF = {
 ASKED = 12
 
 
-@pytest.fixture(params=[name if name == "llava" else pytest.param(name, marks=pytest.mark.wide) for name in OF])
-def name(request):
-    return request.param
-
-
 def questions(folder, model):
     """A file of questions whose right answers are the dense model's own, so that there is something to keep."""
     rng, lines = np.random.default_rng(3), []
@@ -61,6 +56,8 @@ def done(capsys, *words, fine=(0,)):
     return said.out
 
 
+@pytest.mark.wide
+@pytest.mark.parametrize("name", OF)
 def test_a_bundle_goes_through_every_verb(name, tmp_path, capsys):
     _, plan = OF[name](name)
     with load(plan, threads=1) as model:
