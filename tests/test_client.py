@@ -107,11 +107,10 @@ def test_a_server_that_is_starting_is_waited_for(capsys):
         made.append(ThreadingHTTPServer(("127.0.0.1", port), Triton))
         made[0].serve_forever()
 
-    timer = threading.Timer(0.5, late)
-    timer.start()
     asked = ["client", "--url", f"http://127.0.0.1:{port}", "--prompt", "what?", "--wait"]
     assert main([*asked, "0.1"]) == 1
     assert "wait for one that is starting" in capsys.readouterr().err
+    threading.Timer(0.5, late).start()
     assert main([*asked, "20"]) == 0 and capsys.readouterr().out == "A circle\n"
     made[0].shutdown()
     made[0].server_close()

@@ -545,7 +545,8 @@ def test_a_float_is_the_decimal_number_that_was_meant():
     assert (given.values["temperature"], given.values["token_share"]) == (0.7, 0.1)
 
 
-def test_what_was_counted_reaches_the_server_once_under_its_labels():
+def test_what_was_counted_reaches_the_server_once_under_its_labels(monkeypatch):
+    monkeypatch.setattr(fake_triton.MetricFamily, "all", {})
     sink = TritonSink(fake_triton, {"model": "vlm", "version": "1"})
     for outcome, seconds in (("answered", 0.5), ("cancelled", 2.0), ("answered", 3.0)):
         sink.add("cm_export_requests_total", 1, outcome)
@@ -560,10 +561,11 @@ def test_what_was_counted_reaches_the_server_once_under_its_labels():
     assert families["cm_export_request_seconds"].metrics[0].seen == [0.5, 2.0, 3.0]
 
 
-def test_unloading_answers_those_who_are_there(deployed):
+def test_unloading_answers_those_who_are_there(deployed, monkeypatch):
+    monkeypatch.setattr(fake_triton.MetricFamily, "all", {})  # those of the other model stay
     model, sent = opened(deployed[0]), [Sent() for _ in range(3)]
     for count, one in enumerate(sent, 1):
-        model.execute([Request(one, text_input=b"hello", max_tokens=99, min_tokens=99)])
+        model.execute([Request(one, text_input=b"hello", max_tokens=300, min_tokens=300)])
         until(lambda count=count: model.scheduler.load().running + model.scheduler.load().queued == count)
     model.close()
     assert [(len(one.responses), one.error) for one in sent] == [(1, None)] * 3
