@@ -34,7 +34,6 @@ from cm_export.bundle.bundle import Bundle
 from cm_export.host.runner import Budget, Runner
 from cm_export.recipe.recipe import Recipe
 from cm_export.source.checkpoint import resolve
-from cm_export.source.parameters import parameters
 
 STEPS = 6
 QUESTION = "what shape is red ?"
@@ -251,21 +250,3 @@ def test_an_adapter_on_a_checkpoint_in_few_bits_says_which_codes_give_way(tmp_pa
     assert len(job.codes.kept) == 6 and {*job.merge.changes} == {f"{n}.weight" for n in names}
     with pytest.raises(InputError, match=r"cannot be kept, e\.g\. .*q_proj.*an adapter is merged"):
         prepare(resolve(str(path), None, folder), Recipe().replace(weights__codes="kept"), 1, lambda *_, **__: None)
-
-
-@pytest.mark.parametrize(
-    ("theirs", "ours"),
-    [
-        (
-            "language_model.model.layers.0.self_attn.q_proj",
-            "model.language_model.layers.0.self_attn.q_proj",
-        ),  # AutoAWQ's
-        ("model.language_model.layers.0.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj"),
-        ("language_model.lm_head", "lm_head"),
-        ("vision_tower.vision_model.encoder.layers.0.mlp.fc1", "model.vision_tower.encoder.layers.0.mlp.fc1"),
-        ("multi_modal_projector.linear_1", "model.multi_modal_projector.linear_1"),
-    ],
-)
-def test_names_of_llavas_modules_are_understood_whichever_release_wrote_them(theirs, ours):
-    model = test_llava_families.bundle_of("llava")[0]
-    assert parameters(model, families.find("llava")).find(f"{theirs}.weight") == f"{ours}.weight"

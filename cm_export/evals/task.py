@@ -49,7 +49,8 @@ class Question:
     @property
     def shown(self) -> tuple[str | Footage, ...]:
         """What it is about, in the order of the prompt."""
-        return (*self.pictures, *self.clips)
+        found: list[str | Footage] = [*self.pictures, *self.clips]
+        return tuple(found)
 
 
 @dataclass(frozen=True)
