@@ -43,7 +43,12 @@ class Weights(WeightFile):
     """A bundle's weight file, and what its low-bit weights stand for in the place of those that it has not."""
 
     def __init__(
-        self, path: Path, checks: Checks, entries: Mapping[str, Entry], packed: Callable[[], Packed], say: Callable
+        self,
+        path: Path,
+        checks: Checks,
+        entries: Mapping[str, Entry],
+        packed: Callable[[], Packed],
+        say: Callable[[str], None],
     ):
         """`packed`: the open file of the entries; `say`: gets a sentence for the user once numbers had to be made."""
         super().__init__(path, checks)
