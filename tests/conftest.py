@@ -252,7 +252,7 @@ def low_bits(demo_bundle: Path, precision: str) -> Path:
 
     def make(folder: Path) -> None:
         take_stages(demo_bundle, folder / "low.plan")
-        beside = ["--keep-float32"] if precision == "int8" else []
+        beside = ["--keep-floats"] if precision == "int8" else []
         built(folder / "low.plan", "--model", "demo", "--neurons", "dense", "--weights", precision, *beside)
 
     return shared.once(f"low_{precision}", make) / "low.plan"

@@ -256,7 +256,7 @@ def test_float32_numbers_that_are_not_kept_are_those_of_the_codes(low):
     for name, numbers in expected._own.items():
         assert name in bundle.weights and bundle.weights.tensors[name].shape == numbers.shape
         np.testing.assert_array_equal(bundle.weights[name], numbers)
-    assert len(bundle.notes) == 1 and "--keep-float32" in bundle.notes[0]
+    assert len(bundle.notes) == 1 and "--keep-floats" in bundle.notes[0]
     norm = next(name for name in bundle.weights.tensors if "norm" in name and name not in expected._own)
     assert not np.array_equal(bundle.weights[norm], np.zeros_like(bundle.weights[norm]))
 

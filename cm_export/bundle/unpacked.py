@@ -3,7 +3,7 @@
 packed.safetensors -> float32.safetensors, in a temporary directory, when the first of them is read
 
 For these weights the graphs of the bundle point into that file, which it has not: no runtime takes other bytes for them.
-`build --keep-float32` keeps the checkpoint's own numbers instead, all in weights.safetensors.
+`build --keep-floats` keeps the checkpoint's own numbers instead, all in weights.safetensors.
 """
 
 import tempfile
@@ -88,7 +88,7 @@ class Weights(WeightFile):
                 self._made = WeightFile(file)
                 self._say(
                     "float32 numbers were made of the low-bit weights, which are all that this bundle holds; "
-                    "build it with --keep-float32 to have the checkpoint's own"
+                    "build it with --keep-floats to have the checkpoint's own"
                 )
             return self._made
 

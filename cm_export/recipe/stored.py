@@ -47,7 +47,7 @@ class StoredWeights:
     )
     float32: bool = option(
         False,
-        "--keep-float32/--no-keep-float32",
+        "--keep-floats/--no-keep-floats",
         "Whether the bundle keeps the float32 numbers of weights that it stores in few bits",
     )
     least_agreement: float = option(
