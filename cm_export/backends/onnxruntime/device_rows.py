@@ -28,10 +28,10 @@ class DeviceRows:
     def gather(self, cores: Sequence[CoreSet]) -> dict[str, ort.OrtValue]:
         """The rows of these requests together, by input name; behind those of a request that has fewer, zeros."""
         counts = np.stack([core.counts for core in cores])
-        out = {}
+        out: dict[str, ort.OrtValue] = {}
         for layer, names in enumerate(self._names):
             weights = [self._weight(name).value for name in names]
-            rows = weights
+            rows: Sequence[ort.OrtValue] = weights
             if (counts[:, layer] < cores[0].ffn).any():
                 ids = np.full((len(cores), int(counts[:, layer].max())), -1, np.int32)
                 for row, core in zip(ids, cores, strict=True):

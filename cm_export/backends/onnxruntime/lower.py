@@ -70,8 +70,8 @@ def lower(
             weights = [f"ffn.{layer}.{part}" for part in ROWS]
             kind = onnx.helper.np_dtype_to_tensor_dtype(place.products)
             # A device gives whole weights [F,D] as they are, for which it would need a copy of another rank.
-            shape = None if place.apart else shape
-            graph.input.extend(onnx.helper.make_tensor_value_info(w, kind, shape) for w in weights)
+            given = None if place.apart else shape
+            graph.input.extend(onnx.helper.make_tensor_value_info(w, kind, given) for w in weights)
         nodes.append(
             onnx.helper.make_node("CoreRows", [node.input[0], *weights], list(node.output), node.name, domain=DOMAIN)
         )
