@@ -201,7 +201,8 @@ def test_a_mutation_is_seen_by_the_gate_of_its_row(mutation, planted):
 
 def test_an_export_without_a_mutation_passes_every_gate(planted):
     assert planted.run() == (
-        "vision positions prefill decode full budget, prefill core rows functions full budget, decode turn"
+        "vision vision, one picture positions prefill decode full budget, prefill core rows functions "
+        "full budget, decode turn"
     )
     assert bundles.Bundle(whole_bundle(planted)).wait_verified() is None
 
