@@ -2,9 +2,11 @@
 
     python benchmarks/lossless.py scenes-int4.plan smollm2-int4.plan --out benchmarks/lossless.json --docs docs/guard.md
 
-Questions of the task scenes for its model, made-up prompts for one without pictures. Every prompt is answered by `--dense` and
+Questions of the task scenes for its model, made-up prompts for one without pictures; for the latter also prompts that ask for a
+text to be copied, a row of their own: there drafts can be looked up. Every prompt is answered by `--dense` and
 with the guard, now the one first, now the other; only decode is timed. `identical`: answers that are equal, token for token.
-gain = dense seconds / guarded seconds, of all prompts together and by prompt (median, quartiles).
+gain = dense seconds / guarded seconds, of all prompts together and by prompt (median, quartiles). Beside it what host/drafting.py
+knew at the end: cost of a sparse step and of checks (in dense steps), acceptance, and the gain that follows from them.
 
 A run may be cut in pieces: after --seconds it writes what it has, and the same command goes on from there (drafts begin anew).
 """
@@ -22,6 +24,7 @@ from _page import between, write_report
 from cm_export.base import environment
 from cm_export.evals.tasks import scenes
 from cm_export.families import Pictures
+from cm_export.host.drafting import best_length
 from cm_export.host.guard import EVERY, Report, guarded
 from cm_export.host.loaded import load
 from cm_export.host.request import Request
@@ -44,12 +47,26 @@ TOPICS = (
     "the moon", "bread", "bicycles", "rain", "libraries", "honey bees", "mountains", "the piano", "maps", "salt",
     "trains", "chess", "the ocean", "paper", "gardens", "clocks", "wool", "lighthouses", "tea", "rivers",
 )  # fmt: skip
+COPIED = (
+    "Repeat the following text word for word: {}",
+    "Copy this paragraph exactly as it is.\n\n{}",
+    "Correct the spelling of this text, and change nothing else:\n\n{}",
+    "Here is a note. {} Write the note again without any change.",
+)
+NOTES = (
+    "The library near {0} opens at nine on weekdays. Visitors who bring a map of {0} may borrow two books for a week.",
+    "Our club meets on Tuesday to talk about {0}. Bring a pencil, a notebook and one question about {0} for the group.",
+)
+ORDINARY, COPYING = "ordinary", "copying"
 
 
-def requests(runner: Runner, count: int) -> list[tuple[str, Any]]:
+def requests(runner: Runner, count: int, kind: str = ORDINARY) -> list[tuple[str, Any]]:
     """(name, how to make the request) of every prompt."""
     if runner.bundle.tower is None:
         texts = [asked.format(topic) for topic, asked in itertools.product(TOPICS, ASKED)]
+        if kind == COPYING:
+            made_up = (asked.format(note.format(topic)) for topic in TOPICS for note in NOTES for asked in COPIED)
+            texts = list(made_up)
         return [(text, lambda text=text: runner.ask(text, Pictures())) for text in texts[:count]]
     each = -(-count // len(scenes.KINDS))
     asked = itertools.chain(*zip(*(scenes.questions(kind)[:each] for kind in scenes.KINDS), strict=True))
@@ -77,10 +94,23 @@ def checked(runner: Runner, request: Request, limit: int) -> tuple[list[int], fl
     return ids, time.perf_counter() - started, report.to_dict()
 
 
-def measure(path: Path, args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def known(runner: Runner) -> dict[str, Any]:
+    """What drafts cost and how many are right, as the guard has measured it, and the best gain that follows."""
+    habits = runner.habits
+    cost = habits.costs.sparse(habits.share, lambda: float("nan"))
+    checks = {str(rows): habits.costs.check(rows) for rows in (2, 5, 9, 17)}
+    length, gain = best_length(EVERY, habits.accepted.rate, cost, habits.costs.check)
+    return {"share": habits.share, "sparse_step": cost, "checks": checks, "accepted": habits.accepted.rate} | {
+        "best_length": length,
+        "gain": gain,
+    }
+
+
+def measure(
+    runner: Runner, path: Path, args: argparse.Namespace, rows: list[dict[str, Any]], kind: str
+) -> dict[str, Any]:
     """Adds a row for every prompt that has none yet, as long as there is time."""
-    runner = load(path, args.threads, lambda *a: None)
-    asked, done = requests(runner, args.prompts), {row["prompt"] for row in rows}
+    asked, done = requests(runner, args.prompts, kind), {row["prompt"] for row in rows}
     started = time.perf_counter()
     for number, (name, make) in enumerate(asked):
         if name in done:
@@ -106,7 +136,7 @@ def measure(path: Path, args: argparse.Namespace, rows: list[dict[str, Any]]) ->
             break
     recipe = runner.recipe
     about = {"bundle": path.name, "weights": recipe.weights.precision, "neurons": recipe.neurons.policy}
-    return about | {"of": len(asked), "rows": rows}
+    return about | {"prompts": kind, "of": len(asked), "known": known(runner), "rows": rows}
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -133,16 +163,18 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def table(cases: list[dict[str, Any]]) -> str:
     """Of all bundles."""
     lines = [
-        "| bundle | prompts | identical | tokens | dense, tokens/s | guard | gain | by prompt | sparse, kept | looked up, kept |",
-        "|" + "---|" * 10,
+        "| bundle, prompts | n | identical | tokens | dense, tokens/s | guard | gain | by prompt | sparse, kept "
+        "| looked up, kept | predicted |",
+        "|" + "---|" * 11,
     ]
     for case in cases:
-        s = summary(case["rows"])
+        s, of, name = summary(case["rows"]), case["known"], f"{case['bundle']}, {case['prompts']}"
         low, middle, high = s["gain_quartiles"]
         kept = [f"{k:.0f} of {n:.0f}" + (f" ({k / n:.2f})" if n else "") for k, n in (s["sparse"], s["looked_up"])]
         lines.append(
-            f"| {case['bundle']} | {s['prompts']} | {s['identical']} | {s['tokens']:.0f} | {s['dense_per_s']:.0f} "
-            f"| {s['guarded_per_s']:.0f} | {s['gain']:.2f} | {middle:.2f} [{low:.2f}, {high:.2f}] | {kept[0]} | {kept[1]} |"
+            f"| {name} | {s['prompts']} | {s['identical']} | {s['tokens']:.0f} | {s['dense_per_s']:.0f} "
+            f"| {s['guarded_per_s']:.0f} | {s['gain']:.2f} | {middle:.2f} [{low:.2f}, {high:.2f}] | {kept[0]} | {kept[1]} "
+            f"| c {of['sparse_step']:.2f}, v(5) {of['checks']['5']:.2f}, a {of['accepted']:.2f}: {of['gain']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -157,11 +189,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="rows that are there are kept")
     parser.add_argument("--docs", type=Path, help="a page whose table is written anew")
     args = parser.parse_args()
-    known = json.loads(args.out.read_text()) if args.out.exists() else {"cases": []}
-    cases = {case["bundle"]: case for case in known["cases"]}
+    before = json.loads(args.out.read_text()) if args.out.exists() else {"cases": []}
+    cases = {(case["bundle"], case["prompts"]): case for case in before["cases"]}
     for path in args.bundles:
-        cases[path.name] = measure(path, args, cases.get(path.name, {"rows": []})["rows"])
-        cases[path.name]["summary"] = summary(cases[path.name]["rows"])
+        runner = load(path, args.threads, lambda *a: None)
+        for kind in (ORDINARY,) if runner.bundle.tower else (ORDINARY, COPYING):
+            case = (path.name, kind)
+            cases[case] = measure(runner, path, args, cases.get(case, {"rows": []})["rows"], kind)
+            cases[case]["summary"] = summary(cases[case]["rows"])
     report = {
         "command": "python benchmarks/lossless.py " + " ".join(p.name for p in args.bundles),
         "environment": environment.describe(args.threads, {}),

@@ -4,7 +4,8 @@
     tokens of a round  (1 - a^(g+1)) / (1 - a)           gain over dense decoding = tokens / (g c + v(g+1))
 
 Speculative decoding: arXiv 2211.17192, section 3.1. Tokens that were looked up (repeats.py) cost nothing; sparse ones cost what
-was measured, at shares that follow what is right. Where no length gains anything there is no draft, and seldom a trial.
+was measured, at shares that follow what is right. Where no length gains anything there is no draft but a trial now and then, each
+after a pause twice as long as the one before: one bad measurement, or a bad start, ends nothing for good.
 """
 
 from collections.abc import Callable
@@ -14,13 +15,13 @@ LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 CHECK = 1.15  # a dense pass over up to 17 tokens, in passes over one, if memory alone decided
 _ROW = 0.1  # what each further row costs before that was measured
 _MEMORY = 32  # tokens after which an older observation counts a third
-_SEEN, _ENOUGH = (
-    9,
-    3,
-)  # measurements that count, of which the first of a process are slow; steps before anything is planned
+_SEEN, _ENOUGH = 9, 3  # measurements that count; steps before anything is planned
 _STALE = 64  # passes over several tokens after which a step alone is measured again
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of weights, at which a policy of thresholds drafts
-_TRIAL, _PAUSE, _LONGEST_PAUSE = 4, 24, 1024  # tokens of a trial; dense steps before the next one, at first and at most
+_TRIAL = 4  # tokens of a trial
+_PAUSE, _LONGEST_PAUSE = 24, 1024  # dense steps before sparse drafts are tried again, at first and at most
+_AGAIN = 256  # after a pause as long as that even drafts are tried that could not pay by what was measured
+_LOOKS, _MOST_LOOKS = 4, 128  # the same for what was looked up: how often it is found in vain before it is tried again
 
 
 @dataclass
@@ -39,9 +40,27 @@ class Acceptance:
         self.rate = (self.rate * old + right) / (old + seen)
         self.weight = old + seen
 
-    def forget(self) -> None:
-        """Nothing was tried: believe what was seen a little less."""
-        self.rate += 0.02 * (0.5 - self.rate)
+
+@dataclass
+class Pause:
+    """When to try again what does not pay: after `first` times that it did not, then after twice as many, at most `longest`."""
+
+    first: int
+    longest: int
+    length: int = 0
+    left: int = 0
+
+    def over(self) -> bool:
+        """It does not pay once more. True where a trial is due: before the first pause, and after each."""
+        if self.left:
+            self.left -= 1
+            return False
+        self.length = self.left = min(max(self.first, 2 * self.length), self.longest)
+        return True
+
+    def end(self) -> None:
+        """It pays, or is worth another trial at once; the next pause is as short as the first."""
+        self.length = self.left = 0
 
 
 def gain(length: int, rate: float, cost: float, check: float = CHECK) -> float:
@@ -60,7 +79,7 @@ def best_length(
 
 @dataclass
 class _Lately:
-    """The lower quartile of the last measurements: those that were disturbed, or came first, do not move it."""
+    """The lower quartile of the last measurements: those that were disturbed do not move it."""
 
     seen: tuple[float, ...] = ()
 
@@ -74,35 +93,47 @@ class _Lately:
 
 @dataclass
 class Costs:
-    """What reads cost here, in dense steps over one token; kept in seconds, so that one better measurement mends all."""
+    """What reads cost here, in dense steps over one token; kept in seconds, so that one better measurement mends all.
+
+    The first read of a kind (a number of rows; a sparse step) is slow and counts nothing: the runtime plans its memory then.
+    """
 
     _step: _Lately = field(default_factory=_Lately)
     _passes: dict[int, tuple[int, _Lately]] = field(default_factory=dict)  # bits of a number of rows -> (rows, seconds)
     _sparse: dict[float, _Lately] = field(default_factory=dict)  # share -> seconds
     _since: int = 0  # passes over several tokens since the last step alone
     _each: dict[int, float] = field(default_factory=dict)  # bits of a number of rows -> cost of each row but the first
+    _met: set[int] = field(default_factory=set)  # numbers of rows that were read before; 0: a sparse step
 
     @property
     def known(self) -> bool:
         """Whether steps were measured, and not too long ago: what was read since makes them longer."""
         return len(self._step.seen) >= _ENOUGH and self._since < _STALE
 
+    def _is_first(self, kind: int) -> bool:
+        is_first = kind not in self._met
+        self._met.add(kind)
+        return is_first
+
     def read(self, rows: int, seconds: float) -> None:
         """A dense pass over so many tokens took so long."""
+        if not rows or self._is_first(rows):
+            return
         self._each = {}
         if rows == 1:
             self._step.add(seconds)
             self._since = 0
-        elif rows:
-            self._since += 1
-            before, lately = self._passes.get(rows.bit_length(), (rows, _Lately()))
-            # As if it had been over as many rows as the others of about that number.
-            lately.add(seconds * (1 + _ROW * (before - 1)) / (1 + _ROW * (rows - 1)))
-            self._passes[rows.bit_length()] = before, lately
+            return
+        self._since += 1
+        before, lately = self._passes.get(rows.bit_length(), (rows, _Lately()))
+        # As if it had been over as many rows as the others of about that number.
+        lately.add(seconds * (1 + _ROW * (before - 1)) / (1 + _ROW * (rows - 1)))
+        self._passes[rows.bit_length()] = before, lately
 
     def drafted(self, share: float, seconds: float) -> None:
         """So did a sparse step at this share."""
-        self._sparse.setdefault(share, _Lately()).add(seconds)
+        if not self._is_first(0):
+            self._sparse.setdefault(share, _Lately()).add(seconds)
 
     def check(self, rows: int) -> float:
         """Of a dense pass over so many tokens; each further row as with the nearest number of rows that was measured."""
@@ -120,6 +151,10 @@ class Costs:
         near = min(self._sparse, key=lambda known: abs(known - share), default=None)
         return read() if near is None or not self._step.seen else self._sparse[near].value / self._step.value
 
+    def is_measured(self, share: float) -> bool:
+        """Whether sparse steps at this share were."""
+        return share in self._sparse
+
 
 @dataclass
 class Habits:
@@ -128,38 +163,58 @@ class Habits:
     costs: Costs = field(default_factory=Costs)
     accepted: Acceptance = field(default_factory=lambda: Acceptance(0.95, 4))  # of sparse tokens
     level: int = SHARES.index(0.5)
-    _looked_up: dict[int, Acceptance] = field(default_factory=dict)  # by how many tokens were the same
-    _waited: int = 0
-    _pause: int = 0  # dense steps before sparse drafts are tried again
+    _looked_up: dict[int, tuple[Acceptance, Pause]] = field(default_factory=dict)  # by how many tokens were the same
+    _pause: Pause = field(default_factory=lambda: Pause(_PAUSE, _LONGEST_PAUSE))  # of sparse drafts
+    _expected: float = 0.0  # gain of the last sparse draft that was thought of
 
     @property
     def share(self) -> float:
         """At which a policy of thresholds drafts now."""
         return SHARES[self.level]
 
-    def looked_up(self, same: int) -> Acceptance:
-        """Of tokens that followed `same` others before."""
-        return self._looked_up.setdefault(same, Acceptance(0.5, 4))
-
     def sparse_length(self, most: int, read: Callable[[], float]) -> tuple[int, float]:
         """(sparse tokens of the next draft or 0, gain expected of it). `read`: share of the weights that a sparse step reads."""
         if not self.costs.known or most < 1:
             return 0, 0.0
+        if (
+            self._pause.left and not self._pause.over()
+        ):  # nothing is reckoned in a pause: a step may take half a millisecond
+            return 0, self._expected
         cost = self.costs.sparse(self.share, read)
-        length, expected = best_length(most, self.accepted.rate, cost, self.costs.check)
-        if expected > 1:
-            return length, expected
-        self._waited += 1
-        if self._waited <= self._pause:
-            return 0, expected
-        # Not even drafts that are always right would pay: nothing to try.
-        self._waited, self._pause = 0, min(max(_PAUSE, 2 * self._pause), _LONGEST_PAUSE)
+        length, self._expected = best_length(most, self.accepted.rate, cost, self.costs.check)
+        if self._expected > 1:
+            self._pause.end()
+            return length, self._expected
+        if not self._pause.over():
+            return 0, self._expected
         length, hoped = best_length(min(most, _TRIAL), 1.0, cost, self.costs.check)
-        return (length, expected) if hoped > 1 else (0, expected)
+        # Not even drafts that are always right would pay: by what was measured, which may be wrong by now.
+        return (length if hoped > 1 or self._pause.length > _AGAIN else 0), self._expected
 
     def learn(self, right: int, drafted: int) -> None:
         """Of `drafted` sparse tokens the first `right` were kept: sparser next time, or two steps denser."""
         self.accepted.add(right, drafted)
         self.level = min(len(SHARES) - 1, self.level + 1) if right == drafted else max(0, self.level - 2)
+        if right == drafted and not self.costs.is_measured(self.share):
+            self._pause.end()  # sparser may be cheaper
+
+    def found_length(self, same: int, most: int, other: float) -> int:
+        """Of a draft that followed `same` tokens before; 0 for none. `other`: gain of the sparse draft that could be made."""
+        accepted, pause = self._found(same)
+        length, gains = best_length(most, accepted.rate, 0.0, self.costs.check)
+        if gains > 1:
+            pause.end()
+            return length if gains > other else 0
+        return min(most, _TRIAL) if pause.over() else 0
+
+    def learn_found(self, same: int, right: int, drafted: int) -> None:
+        """Of `drafted` tokens that were looked up after `same` others the first `right` were kept."""
+        accepted, pause = self._found(same)
+        accepted.add(right, drafted)
         if right == drafted:
-            self._pause = min(self._pause, _PAUSE)
+            pause.end()
+
+    def _found(self, same: int) -> tuple[Acceptance, Pause]:
+        if same not in self._looked_up:
+            self._looked_up[same] = Acceptance(0.5, 4), Pause(_LOOKS, _MOST_LOOKS)
+        return self._looked_up[same]

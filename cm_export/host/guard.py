@@ -28,7 +28,7 @@ from ..base.errors import InputError
 from ..recipe.recipe import Recipe
 from .core_set import CoreSet
 from .decode import Reader, Row
-from .drafting import Habits, best_length
+from .drafting import Habits
 from .repeats import Repeats
 from .runner import Prefilled, Runner
 from .sampling import Chooser
@@ -212,7 +212,7 @@ def guarded(
         if known:
             report.looked_up += len(known.tokens)
             report.looked_up_kept += right - 1
-            runner.habits.looked_up(known.same).add(right - 1, len(known.tokens))
+            runner.habits.learn_found(known.same, right - 1, len(known.tokens))
             continue
         draft.learn(right - 1, len(drafted) - 1)
         whole = right == len(drafted)
@@ -237,13 +237,9 @@ def _known(text: Repeats, most: int, other: float, stop: frozenset[int], habits:
     same, found = text.own(most)
     if not found:
         return None
-    accepted = habits.looked_up(same)
     end = next((i + 1 for i, token in enumerate(found) if token in stop), len(found))
-    length, gains = best_length(end, accepted.rate, 0.0, habits.costs.check)
-    if gains > max(1.0, other):
-        return _Known(same, found[:length])
-    accepted.forget()
-    return None
+    length = habits.found_length(same, end, other)
+    return _Known(same, found[:length]) if length else None
 
 
 def _drafted(
