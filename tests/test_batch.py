@@ -37,6 +37,7 @@ def runner_of(x, recipe):
     """A runner over graphs that were not written into a bundle."""
     runner = object.__new__(Runner)
     parts = {n: getattr(x, n) for n in ("shape", "family", "tower", "weights")}
+    parts["embedding"] = x.weights[x.family.embedding]
     runner.bundle = SimpleNamespace(**parts, calibration=None, recipe=recipe, path=x.path)
     runner.recipe, runner.backend = recipe, x.backend(recipe)
     return runner

@@ -28,6 +28,7 @@ def runner_of(x, recipe):
     """The portable graphs of a random checkpoint that has no tokenizer."""
     graphs = x.graphs(recipe)
     parts = {n: getattr(x, n) for n in ("weights", "family", "shape", "tower", "config", "path")}
+    parts["embedding"] = x.weights[x.family.embedding]
     bundle = SimpleNamespace(
         **parts, manifest={}, calibration=None, packed=None, recipe=recipe, processor=lambda name: None
     )
