@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="a page whose table is written anew")
     args = parser.parse_args()
     before = json.loads(args.out.read_text()) if args.out.exists() else {"cases": []}
-    cases = {(case["bundle"], case["prompts"]): case for case in before["cases"]}
+    cases = {(case["bundle"], case["prompts"]): case for case in before["cases"] if "prompts" in case}
     for path in args.bundles:
         runner = load(path, args.threads, lambda *a: None)
         for kind in (ORDINARY,) if runner.bundle.tower else (ORDINARY, COPYING):

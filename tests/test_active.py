@@ -215,41 +215,6 @@ def test_drafts_become_sparser_while_they_are_right_and_stop_where_they_do_not_p
     assert bad.gain < 1 and bad.dense_steps > 30 and bad.share > 0.6
 
 
-@pytest.fixture
-def clock(runner, monkeypatch):
-    """Time that only reads take: a step 1, a sparse one .4, a pass over n tokens 1 + .05 n; the first of each kind 12 more."""
-    now, met, read = [0.0], set(), Reader.read
-
-    class Clock:
-        perf_counter = staticmethod(lambda: now[0])
-
-    def timed(self, rows, tokens):
-        kind = rows[0].graph == "decode", len(tokens[0])
-        now[0] += (0.4 if kind[0] else 1 + 0.05 * (kind[1] - 1)) + 12 * (kind not in met)
-        met.add(kind)
-        return read(self, rows, tokens)
-
-    monkeypatch.setattr(guard, "time", Clock)
-    monkeypatch.setattr(Reader, "read", timed)
-    monkeypatch.setattr(runner, "habits", Habits())
-    return now
-
-
-@pytest.mark.parametrize("looks_up", [False, True])
-def test_slow_first_passes_of_a_process_do_not_end_drafts(runner, asked, clock, monkeypatch, looks_up):
-    """Drafts that pay are made although first passes took ten times as long. Without an end, answers repeat themselves."""
-    if not looks_up:
-        monkeypatch.setattr(guard, "_known", lambda *a: None)
-    stop, limit = (frozenset(), 40) if looks_up else (runner.chat.stop_ids, 20)
-    for _ in range(6):
-        prefilled, report = runner.prefill(asked[0], Budget()), guard.Report(8)
-        started, choose = clock[0], Chooser(PLAIN, asked[0].ids, stop)
-        found = list(guard.guarded(runner, prefilled, limit, choose, report))
-        spent = clock[0] - started
-        assert found == list(runner.tokens(runner.prefill(asked[0], Budget(dense=True)), limit, stop))
-    assert report.kept and bool(report.looked_up) == looks_up and spent < len(found)
-
-
 def test_what_was_written_before_is_drafted_for_nothing(runner, asked, cheap):
     """An answer that goes on without an end repeats itself."""
     request, report = asked[0], guard.Report(8)
