@@ -222,7 +222,8 @@ def parse(line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
     for end in ("|", ">", ">>", "2>", "&&", "&", ";"):
         words = words[: words.index(end)] if end in words else words
-    if words == ["--version"] or words[-1:] == ["--help"]:
+    asks_for_help = words[-1:] == ["--help"]
+    if words == ["--version"] or asks_for_help:
         words = [w for w in words if w not in ("--version", "--help")]
     if not words:
         return
@@ -232,7 +233,7 @@ def parse(line: str) -> None:
     values, left, _ = verb.make_parser(inner).parse_args(list(rest))
     assert not left, f"{line}: {left} is not taken"
     for param in verb.params:
-        if (value := values.get(param.name)) is not None and param.name != "bundle":
+        if (value := values.get(param.name)) is not None and param.name != "bundle" and not asks_for_help:
             param.type_cast_value(inner, value)
 
 
