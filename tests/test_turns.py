@@ -37,9 +37,9 @@ seeds = pytest.mark.parametrize("seed", [1, 2, 3])
 def runner_of(x, recipe):
     """The real runner over a random checkpoint's graphs."""
     graphs = x.graphs(recipe)
-    bundle = SimpleNamespace(
-        weights=x.weights, family=x.family, shape=x.shape, config=x.config, calibration=None, packed=None
-    )
+    parts = {n: getattr(x, n) for n in ("weights", "family", "shape", "config")}
+    parts["embedding"] = x.weights[x.family.embedding]
+    bundle = SimpleNamespace(**parts, calibration=None, packed=None)
     return Runner(bundle, 1, recipe, lambda name: copy(graphs[name]))
 
 

@@ -53,12 +53,15 @@ def open(
 
     `device`: cpu (None is the same), cuda, cuda:1 or auto. Raises InputError for one that cannot be used here.
     """
-    place, notes = place_for(device, np.float32 if _in_float32(bundle) else np.float16)
-    chooses = (recipe or bundle.recipe).neurons.in_decode
+    recipe = recipe or bundle.recipe
+    # For checks, and for low bits, whose products are asked for in float32, a device computes in it, too.
+    exact = bundle.packed is not None or recipe.engine.precision == "fp32"
+    place, notes = place_for(device, np.float32 if exact else np.float16)
+    chooses = recipe.neurons.in_decode
     names = core_row_names(bundle.family, bundle.shape.layers)
     low_bits = None
     if bundle.packed is not None:
-        every_neuron = (recipe or bundle.recipe).neurons.policy == "dense"
+        every_neuron = recipe.neurons.policy == "dense"
         low_bits = LowBits(bundle.packed, bundle.family, bundle.shape, every_neuron)
     predictor = bundle.predictor if chooses else None
     made = Backend(
@@ -66,11 +69,6 @@ def open(
     )
     made.notes += notes
     return made
-
-
-def _in_float32(bundle: Any) -> bool:
-    """Whether a device computes in float32: for checks, and for low bits, whose products are asked for in it."""
-    return bundle.packed is not None or bundle.recipe.engine.precision == "fp32"
 
 
 def _disabled() -> list[str]:
