@@ -280,7 +280,6 @@ def test_a_card_that_nobody_builds_for_is_refused_before_any_work(tmp_path, caps
         (("--architecture", "sm_87"), "unknown architecture 'sm_87'; did you mean"),
         (("--architecture", "sm_86", "--capacity", "96", "--max-prompt", "96"), "engine.capacity = 96"),
         (("--architecture", "sm_86", "--precision", "int8"), "int8 rows need the plugin"),
-        (("--architecture", "sm_86", "--neurons", "predicted"), "has no TensorRT form yet"),
         ((), "no GPU here"),
     ):
         code = main(["build", "--recipe", "demo", "--out", str(out), "--backend", "tensorrt-rtx", *options])

@@ -173,9 +173,11 @@ def _core_masked(activation: str) -> onnx.FunctionProto:
         {ACTIVATIONS[activation]}
         z = Mul (activated, up_out)
         z_shape = Shape (z)
-        none = ConstantOfShape (z_shape)
+        none_f32 = ConstantOfShape (z_shape)
+        none = CastLike (none_f32, z)
         ids_shape = Shape (ids)
-        one = Constant <value_float = 1.0> ()
+        one_f32 = Constant <value_float = 1.0> ()
+        one = CastLike (one_f32, z)
         ones = Expand (one, ids_shape)
         mask = ScatterElements <axis = -1> (none, ids, ones)
         listed = Mul (z, mask)

@@ -49,7 +49,10 @@ def turn(model: onnx.ModelProto) -> Parts:
     stored = {t.name: t for t in graph.initializer if t.data_location == TensorProto.EXTERNAL}
     makers = {n.output[0]: n for n in graph.node if n.op_type == "Transpose"}
     new = {}
-    for node in [n for n in graph.node if n.op_type == "CoreLinear"]:
+    linear = [n for n in graph.node if n.op_type == "CoreLinear"]
+    if not linear:
+        return parts
+    for node in linear:
         turned = makers.get(node.input[1])
         if turned is not None:
             node.input[1] = turned.input[0]
@@ -63,7 +66,7 @@ def turn(model: onnx.ModelProto) -> Parts:
         for attribute in node.attribute:
             if attribute.name == "by_inputs":
                 attribute.i = 1
-    read = {i for n in graph.node for i in n.input}
+    read = {i for n in graph.node for i in n.input} | {o.name for o in graph.output}
     kept = [t for t in graph.initializer if t.name in read]
     nodes = [n for n in graph.node if not (n.op_type == "Transpose" and n.output[0] not in read)]
     del graph.initializer[:], graph.node[:]

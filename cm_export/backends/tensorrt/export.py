@@ -197,7 +197,7 @@ def describe(
         "outputs": outputs,
         "profile": {v["name"]: _profile(v, ranges) for v in inputs},
         **({"profiles": [{v["name"]: _profile(v, ranges | k) for v in inputs} for k in kinds]} if kinds else {}),
-        "plugins": {op: sum(n.op_type == op for n in own) for op in PLUGINS if own},
+        "plugins": {op: count for op in PLUGINS if (count := sum(n.op_type == op for n in own))},
         "plugin_nodes": [n.name for n in own],
         "index_inputs": [v["name"] for v in inputs if v["name"].startswith(INDEX_INPUTS)],
     }
