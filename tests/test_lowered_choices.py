@@ -28,6 +28,10 @@ TOKENS = [5, 6, 7, 8]
 
 @pytest.fixture(scope="module")
 def model(exported):
+    return packable(exported)
+
+
+def packable(exported):
     """A random model whose hidden size packs, and the file of its low-bit copies."""
     x = next(m for seed in range(12) if (m := exported(seed)).shape.hidden % 16 == 0)
     file = x.folder / predictor.FILE

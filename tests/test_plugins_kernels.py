@@ -29,7 +29,7 @@ def test_every_call_equals_the_function_of_its_op(library, op):
     """Also that a second run, with all blocks and threads in reverse, gives the same bytes, and that no byte behind
     an output or the workspace is written."""
     outcomes = [run(library, call, Cpu()) for call in calls() if call.op is op]
-    assert len(outcomes) > (60 if op is LINEAR else 70)
+    assert len(outcomes) > (50 if op is LINEAR else 70)
     assert [f"{o.call}: {o.problem}" for o in outcomes if o.problem] == []
 
 
@@ -53,6 +53,7 @@ def test_the_calls_take_every_path_of_the_kernels():
 )
 def test_an_index_out_of_range_is_an_error_where_indices_are_checked(library, call, capfd):
     name = list(call.feeds)[-1]
+    assert call.expected  # while its ids are right
     for wrong in (-1, 10_000) if call.op is ATTENTION else (10_000,):  # of neurons, what is below 0 lists nothing
         call.feeds[name].flat[-1] = wrong
         assert "enqueue returned" in run(library, call, Cpu()).problem
