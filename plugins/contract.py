@@ -59,6 +59,7 @@ class Op:
     body: Callable[..., onnx.FunctionProto]
     oracle: Callable[[Arrays, Mapping[str, Any]], Arrays]
     cases: tuple[Case, ...]
+    decides: tuple[str, ...] = ()  # inputs that are float32 whatever the others are
 
 
 def node_attributes(op: Op, layer: int, **own: Any) -> dict[str, Any]:

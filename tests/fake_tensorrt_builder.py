@@ -191,13 +191,13 @@ class Builder(Api):
         return self._lib._make("IOptimizationProfile")
 
     def build_serialized_network(self, network: Any, config: Any) -> HostMemory | None:
-        model, profile = network._model, (config._profiles or [{}])[0]
+        model, profiles = network._model, config._profiles or [{}]
         if not network._typed:
             self._logger.log(Severity.ERROR, "half types in a network that is not strongly typed")
             return None
         for value in model.graph.input:
             shape = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
-            if any(isinstance(n, str) for n in shape) and value.name not in profile:
+            if any(isinstance(n, str) for n in shape) and any(value.name not in profile for profile in profiles):
                 self._logger.log(Severity.ERROR, f"Network has dynamic input {value.name} without a profile")
                 return None
         monitor = config.__dict__["progress_monitor"]
@@ -206,7 +206,7 @@ class Builder(Api):
             monitor.step_complete("Build", 0)
             monitor.phase_finish("Build")
         lib = self._lib
-        header = {"version": lib._version, "rtx": lib._rtx, "profile": profile, "plugins": sorted(network._plugins)}
+        header = {"version": lib._version, "rtx": lib._rtx, "profiles": profiles, "plugins": sorted(network._plugins)}
         head = json.dumps(header).encode()
         return HostMemory(b"plan" + len(head).to_bytes(4, "little") + head + model.SerializeToString())
 
@@ -214,11 +214,14 @@ class Builder(Api):
 def _body(node: onnx.NodeProto) -> onnx.FunctionProto:
     """What the plugin of a node computes."""
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    folder = {"CoreFFN": "core_ffn", "CoreAttention": "core_attention"}[node.op_type]
+    folder = {"CoreFFN": "core_ffn", "CoreAttention": "core_attention", "CoreLinear": "core_linear"}[node.op_type]
     op = importlib.import_module(f"cm_export.plugins.{folder}.op")
     if node.op_type == "CoreFFN":
         bits = attributes.get("bits", 0) if len(node.input) > 5 else 0  # words and scales in place of weights
-        return op.function("request", attributes["activation"].decode(), bits=bits)
+        form = "token" if node.input[-1].startswith("chosen.") else "request"
+        return op.function(form, attributes["activation"].decode(), bits=bits)
+    if node.op_type == "CoreLinear":
+        return op.function(by_inputs=bool(attributes["by_inputs"]), bits=attributes["bits"])
     return op.function(index=len(node.input) == 5)
 
 

@@ -46,7 +46,7 @@ class IPluginRegistry(Api):
             raise TypeError("load_library(): incompatible function arguments")
         if not Path(plugin_path).is_file():
             return None
-        self._lib._plugins |= {"CoreFFN", "CoreAttention"}
+        self._lib._plugins |= {"CoreFFN", "CoreAttention", "CoreLinear"}
         return object()
 
 
@@ -115,7 +115,7 @@ class ICudaEngine(Api):
         return self._io[name].shape
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list:
-        return [tuple(s) for s in self._header["profile"][name]]  # KeyError: not a dynamic input
+        return [tuple(s) for s in self._header["profiles"][profile_index][name]]  # KeyError: not a dynamic input
 
     def is_shape_inference_io(self, name: str) -> bool:
         return name in self._sizes
@@ -139,7 +139,15 @@ class IExecutionContext(Api):
         self._addresses: dict[str, int] = {}
         self._shapes = {n: s for n in engine._inputs if -1 not in (s := ICudaEngine.get_tensor_shape(engine, n))}
         self._out: dict[tuple, dict[str, tuple[int, ...]]] = {}
-        self._scratch = 0
+        self._scratch = self._profile = 0
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        if not isinstance(stream_handle, int):
+            raise TypeError("set_optimization_profile_async(): incompatible function arguments")
+        if profile_index >= len(self._engine._header["profiles"]):
+            return self._say(f"setOptimizationProfileAsync: profile {profile_index} is not there")
+        self._profile = profile_index
+        return True
 
     def _say(self, text: str) -> bool:
         self._engine._logger.log(Severity.ERROR, f"IExecutionContext: Error Code 3: {text}")
@@ -153,7 +161,7 @@ class IExecutionContext(Api):
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         fixed = ICudaEngine.get_tensor_shape(self._engine, name)
-        least, _, most = self._engine._header["profile"].get(name, [fixed] * 3)
+        least, _, most = self._engine._header["profiles"][self._profile].get(name, [fixed] * 3)
         if len(shape) != len(fixed) or not all(a <= s <= b for a, s, b in zip(least, shape, most, strict=True)):
             return self._say(f"setInputShape: {name} {shape} is outside {least} to {most}")
         self._shapes[name] = tuple(shape)

@@ -27,7 +27,7 @@ from cm_export.plugins.core_ffn import op as ffn
 from cm_export.plugins.core_linear.op import OP, Case
 from cm_export.plugins.cpu import library
 from cm_export.policies.neurons.active import keeps
-from cm_export.recipe.recipe import Recipe, from_dict
+from cm_export.recipe.recipe import from_dict
 
 
 def session(case):
@@ -303,14 +303,6 @@ def test_the_manifest_says_where_thresholds_come_from(active, runner, asked):
 def test_what_thresholds_cannot_be_combined_with_is_refused(neurons, words):
     with pytest.raises(InputError, match=words):
         from_dict({"neurons": {"policy": "active", **neurons}, "calibration": "x.safetensors"})
-
-
-def test_an_engine_of_thresholds_is_refused_before_any_work(monkeypatch):
-    from cm_export.backends.tensorrt.targets import target
-    from cm_export.build import engines
-
-    with pytest.raises(InputError, match=r"neurons.policy = 'active', for which there is no engine yet"):
-        engines.check_recipe(Recipe().replace(neurons__policy="active"), target("10.13"))
 
 
 def test_thresholds_that_differ_change_what_is_chosen(runner, asked, monkeypatch):

@@ -33,9 +33,9 @@ from cm_export.surgery import pipeline
 APART, HALF = Place("cpu", apart=True), Place("cpu", apart=True, products=np.dtype(np.float16))
 IMAGE = sorted((aliases.DEMO.parent / "images").glob("*.png"))[0]
 ASKED = (
-    ("describe : what shape is in the image?", None),
+    ("describe : what shape is in the image?", 4),
     ("is there a circle?", None),
-    ("describe the image.", 4),
+    ("describe the image.", None),
 )
 CUT = Recipe().replace(tokens__prune_layer=1)
 
@@ -151,7 +151,9 @@ def test_what_decode_decides_itself_it_decides_on_a_device_too(exported, policy)
         backend, asked = deciding(x, recipe, place), request(x, 1)
         found, cache = backend.prefill(prefill_feeds(asked), "prefill_dense")
         said[place] = teacher_forced(backend, Row(asked, core, cache, found["logits"][0]), [5, 6, 7, 8])
-    agrees("export", said[APART], said[Place()])
+    # The CPU's chooser rounds x to 8 bits, the device's does not, so of the later tokens they may name other neurons.
+    same = slice(2) if policy == "predicted" else slice(None)
+    agrees("export", said[APART][same], said[Place()][same])
     # A neuron or channel at the border falls out or in where the last layer's x was rounded otherwise.
     assert np.abs(said[HALF] - said[APART]).max() < 0.1 * np.abs(said[APART]).max()
 
@@ -162,7 +164,7 @@ def test_later_questions_and_the_guard_work_on_a_device(whole_bundle, monkeypatc
         model = load(whole_bundle, threads=1, device="cuda" if place.apart else None)
         talk = model.conversation([open_image(IMAGE)])
         turns = [talk.ask(text, max_new_tokens=9, guard=guard) for text, guard in ASKED]
-        return [turn.token_ids for turn in turns], [turn.stats["guard"]["checks"] for turn in turns[2:]]
+        return [turn.token_ids for turn in turns], [turn.stats["guard"]["checks"] for turn in turns[:1]]
 
     ours, theirs = answered(APART), answered(Place())
     assert ours[0] == theirs[0] and len(ours[0][0]) > 3

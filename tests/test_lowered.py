@@ -8,7 +8,6 @@ import pytest
 from random_models import copy
 
 from cm_export.backends.onnxruntime import halve as halving
-from cm_export.backends.tensorrt import lower as lowering
 from cm_export.backends.tensorrt import written_out
 from cm_export.backends.tensorrt.export import Source, axis_ranges, describe, lowered, write_graphs
 from cm_export.backends.tensorrt.targets import TARGETS, target
@@ -239,13 +238,6 @@ def test_a_weight_beyond_16_bit_is_refused_and_bf16_takes_it(exported, tmp_path)
     with pytest.raises(InputError, match=r"does not fit into 16 bit.*bf16"):
         write_graphs(loud, tmp_path, target("10.3"))
     write_graphs(dataclasses.replace(loud, recipe=SMALL.replace(engine__precision="bf16")), tmp_path, target("10.3"))
-
-
-def test_a_set_for_every_token_is_refused_in_words():
-    node = onnx.helper.make_node("PredictNeurons", [], ["x"], domain="cm_export")
-    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], []))
-    with pytest.raises(InputError, match=r"predicted.*griffin"):
-        lowering.lower(model, "decode", target("10.3"), {}, 96, 64)
 
 
 def test_the_page_of_versions_is_the_table_that_the_lowering_reads():

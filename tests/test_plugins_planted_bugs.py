@@ -30,7 +30,7 @@ FFN = {  # what is wrong: (file, right, wrong)
     "stride of a row": (ROWS, "+ row * m.columns) + chunk)", "+ row * (m.columns - kColumns)) + chunk)"),
     "stride of a packed row": (ROWS, "+ row * chunks + chunk)", "+ row * (chunks - 1) + chunk)"),
     "last columns of x": (KERNELS, "chunks = static_cast<int>(ceil_div(columns, kColumns));", "chunks = columns / kColumns;"),
-    "last columns of y": (KERNELS, "if (column < columns && r", "if (column + 1 < columns && r"),
+    "last columns of y": (KERNELS, "if (column < out.columns && r", "if (column + 1 < out.columns && r"),
     "ids taken as ascending": (KERNELS, LISTED, ASCENDING),
     "ids not read": (KERNELS, LISTED, "return place;"),
     "list of the first request": (KERNELS, LISTED, "return ids == nullptr ? place : ids[place];"),
@@ -54,6 +54,21 @@ FFN = {  # what is wrong: (file, right, wrong)
     "order of int8": (ROWS, "(word >> (8 * i))", "(word >> (8 * (1 - i)))"),
     "workspace of fewer rows": ("core_ffn/run.cuh", "const int64_t size = s.rows() * s.columns;",
                                 "const int64_t size = (s.rows() * s.columns + 1) / 2;"),
+    "z of what lists nothing": (KERNELS, "from_float<T>(0.0f);\n        return;", "from_float<T>(1.0f);\n        return;"),
+}  # fmt: skip
+LINEAR_KERNEL = "core_linear/kernels.h"
+LINEAR = {
+    "threshold of the first request": (LINEAR_KERNEL, "a.thresholds[tile.group]", "a.thresholds[0]"),
+    "norms not read": (LINEAR_KERNEL, "fabsf(value) * norm < threshold", "fabsf(value) < threshold"),
+    "only positive numbers weigh": (LINEAR_KERNEL, "fabsf(value) * norm", "value * norm"),
+    "low where another row of x is not": (LINEAR_KERNEL, "x[r] = lane < count && !is_low ?", "x[r] = lane < count ?"),
+    "the first row of x decides": (LINEAR_KERNEL, "needed || (lane < count && !is_low)",
+                                   "needed || (r == 0 && lane < count && !is_low)"),
+    "x of the wrong lane": (LINEAR_KERNEL, "lanes[i] < 0 ? 0 : lanes[i]);", "lanes[i] < 0 ? 0 : lanes[i] ^ 1);"),
+    "a row of the weights too far": (LINEAR_KERNEL, "fetch(start + lanes[i], chunk)", "fetch(start, chunk)"),
+    "rows read ahead are forgotten": (LINEAR_KERNEL, "raw[i] = next[i];", "raw[i] = typename W::Raw{};"),
+    "last of the inputs": (LINEAR_KERNEL, "begin + per_warp < last ? begin + per_warp : last);",
+                           "begin + per_warp < last ? begin + per_warp : last - 1);"),
 }  # fmt: skip
 ATTEND = "core_attention/kernels.h"
 ATTENTION = {
@@ -82,11 +97,17 @@ ATTENTION = {
     "no barrier before the sums": (ATTEND, "sums[warp] = l;\n    }\n    __syncthreads();", "sums[warp] = l;\n    }"),
     "no wait for the parts": (ATTEND, "    wait_for_previous();\n", ""),
 }  # fmt: skip
-PLANTED = [(op, file, what, bug) for op, bugs in zip(OPS, (FFN, ATTENTION), strict=True) for what, bug in bugs.items()
-           for file in [{"CoreFFN": "core_ffn", "CoreAttention": "core_attention"}[op.name]]]  # fmt: skip
+HOMES = {"CoreFFN": "core_ffn", "CoreAttention": "core_attention", "CoreLinear": "core_linear"}
+SEEN_ELSEWHERE = set([*LINEAR][4:])  # as the same mistakes in CoreFFN; they cost a compiler call each
+PLANTED = [
+    pytest.param(op, HOMES[op.name], what, bug, id=f"{op.name}-{what}",
+                 marks=[pytest.mark.wide] if op.name == "CoreLinear" and what in SEEN_ELSEWHERE else [])
+    for op, bugs in zip(OPS, (FFN, ATTENTION, LINEAR), strict=True)
+    for what, bug in bugs.items()
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("op, home, what, bug", PLANTED, ids=[f"{p[0].name}-{p[2]}" for p in PLANTED])
+@pytest.mark.parametrize("op, home, what, bug", PLANTED)
 def test_a_planted_bug_is_seen(op, home, what, bug):
     file, right, wrong = bug
     name = f"{home} {what}".replace(" ", "_").replace(",", "")

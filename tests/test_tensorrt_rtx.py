@@ -15,7 +15,7 @@ import pytest
 from conftest import ONE_THREAD, cm_export, take_stages
 from random_models import END, IMAGE, START, VIDEO, Exported, copy, random_checkpoint
 
-from cm_export.backends.tensorrt.export import Source
+from cm_export.backends.tensorrt.export import Source, write_graphs
 from cm_export.backends.tensorrt.targets import target
 from cm_export.base.errors import CmExportError, InputError
 from cm_export.build import build as builds
@@ -174,6 +174,39 @@ def test_decode_for_several_requests_builds_and_prefill_stays_for_one(demo_bundl
     assert (tmp_path / "decode.plan").stat().st_size == told["decode"]["bytes"]
 
 
+@pytest.fixture(scope="module")
+def chooser(exported):
+    from test_lowered_choices import packable
+
+    return packable(exported)
+
+
+@pytest.mark.parametrize("policy", ["active", "predicted"])
+def test_decode_that_decides_itself_what_it_reads_builds(chooser, tmp_path, policy):
+    """And passes the checks of its contract: every input reaches an output, names, types, shapes."""
+    from test_lowered_choices import source_of
+
+    source = source_of(chooser, policy, "fp16")
+    told = write_graphs(source, tmp_path, target("rtx-1.7"), ["decode"])["graphs"]["decode"]
+    assert any(name.startswith(("core_thresholds", "core_slots")) for name in told["profile"])
+    job = _job(tmp_path, onnx.load(tmp_path / "decode.onnx", load_external_data=False), told)
+    assert engines.run_builder(job, lambda *_: None)["bytes"] > 10_000
+
+
+@pytest.mark.parametrize("kv", ["in_place", "copy"])
+def test_dense_decode_of_several_tokens_builds_with_its_profiles(chooser, tmp_path, kv):
+    """Also in the form of older versions, whose cache is copied: RTX stands in for their parser."""
+    from test_lowered_choices import source_of
+
+    what, source = replace(target("rtx-1.7"), kv=kv), source_of(chooser, "active", "fp16")
+    graphs = {"decode_dense": chooser[0].dense["decode"]}
+    source = replace(source, graph=lambda n: copy(graphs[n]), graphs=tuple(graphs))
+    told = write_graphs(source, tmp_path, what)["graphs"]["decode_dense"]
+    assert [p["inputs_embeds"][2][1] for p in told["profiles"]] == [1, 17]
+    job = _job(tmp_path, onnx.load(tmp_path / "decode_dense.onnx", load_external_data=False), told)
+    assert engines.run_builder(job, lambda *_: None)["bytes"] > 10_000
+
+
 # ------------------------------------------------------------------------------------------ what must not pass
 def _job(tmp_path, model, expected):
     onnx.save(model, tmp_path / "x.onnx")
@@ -280,7 +313,6 @@ def test_a_card_that_nobody_builds_for_is_refused_before_any_work(tmp_path, caps
         (("--architecture", "sm_87"), "unknown architecture 'sm_87'; did you mean"),
         (("--architecture", "sm_86", "--capacity", "96", "--max-prompt", "96"), "engine.capacity = 96"),
         (("--architecture", "sm_86", "--precision", "int8"), "int8 rows need the plugin"),
-        (("--architecture", "sm_86", "--neurons", "predicted"), "has no TensorRT form yet"),
         ((), "no GPU here"),
     ):
         code = main(["build", "--recipe", "demo", "--out", str(out), "--backend", "tensorrt-rtx", *options])

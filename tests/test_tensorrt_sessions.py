@@ -32,7 +32,7 @@ from cm_export.host.core_rows import CoreRows
 from cm_export.host.decode import teacher_forced
 from cm_export.host.images import open_image
 from cm_export.host.loaded import LoadedBundle, load
-from cm_export.host.runner import Budget, Runner
+from cm_export.host.runner import Budget
 from cm_export.recipe import aliases
 
 IMAGES = sorted((aliases.DEMO.parent / "images").glob("*.png"))
@@ -252,8 +252,8 @@ def _changed(name, change):
     real = decoding.Decoder._changing
 
     def plant(patch):
-        def changing(self, tokens, cache):
-            out = real(self, tokens, cache)
+        def changing(self, *args):
+            out = real(self, *args)
             return out | {name: change(out[name])}
 
         patch.setattr(decoding.Decoder, "_changing", changing)
@@ -352,19 +352,39 @@ def test_without_a_gpu_cudas_own_words_are_told(sit):
         at.cuda._fail.clear()
 
 
-def test_what_reads_several_tokens_at_once_is_refused(sit):
-    engine = engines_of(sit("10.3.0", "index"))
-    with pytest.raises(InputError, match=r"the guard needs several tokens read at once.*--backend onnxruntime"):
+def test_what_needs_an_engine_that_was_not_built_is_refused(sit):
+    engine = engines_of(sit("10.3.0", "index", engine__dense=False, engine__turns=False))
+    with pytest.raises(InputError, match=r"the guard needs an engine of decode_dense.*--backend onnxruntime"):
         ask(engine, guard=4)
-    with pytest.raises(InputError, match="a second question needs several tokens"):
+    with pytest.raises(InputError, match="a second question needs an engine of turn"):
         engine.conversation([])
 
 
-def test_a_policy_that_chooses_for_every_token_is_refused(sit):
-    at = sit("10.3.0")
-    recipe = Bundle(at.bundle).recipe.replace(neurons__policy="predicted")
-    with pytest.raises(InputError, match="'predicted' chooses anew for every token"):
-        Runner(Bundle(at.bundle), 1, recipe)
+@pytest.mark.parametrize("version", SOME)
+def test_the_guard_and_later_questions_answer_as_on_onnx_runtime(sit, version):
+    at = sit(version, "index", engine__precision="fp32")
+    ours, theirs = engines_of(at), on_cpu(at)
+    found, expected = (ask(model, guard=4) for model in (ours, theirs))
+    assert found.token_ids == expected.token_ids == ask(ours, dense=True).token_ids
+    assert found.stats["guard"]["checks"] > 0, "several tokens were read at once"
+    turns = [[], []]
+    for model, said in zip((ours, theirs), turns, strict=True):
+        talk = model.conversation([open_image(IMAGES[0])])
+        said += [talk.ask(text, max_new_tokens=9).token_ids for text in (QUESTION, "is there a circle?", "describe")]
+    assert turns[0] == turns[1]
+
+
+@pytest.mark.parametrize("version", SOME)
+def test_tokens_read_together_have_the_logits_of_tokens_read_one_by_one(sit, version):
+    model = engines_of(sit(version, "index", engine__precision="fp32"))
+    tokens = list(range(5, 5 + 40))  # more than an engine takes at once
+    prefilled = prefilled_of(model, dense=True)
+    one, several = prefilled.row(), prefilled.row()
+    for token in tokens:
+        model.read([one], [[token]])
+    model.read([several], [tokens])
+    assert several.logits.shape[0] == len(tokens)
+    agrees("long answer", several.last, one.last)
 
 
 def test_a_prompt_beyond_the_profile_is_refused_and_the_limit_named(sit):

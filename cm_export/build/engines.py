@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.tensorrt.export import Source, write_graphs
-from ..backends.tensorrt.lower import no_predictor
 from ..backends.tensorrt.quantize import int8_needs_the_plugin
 from ..backends.tensorrt.targets import Target, target
 from ..base import disk
@@ -75,12 +74,6 @@ def aim(recipe: Recipe) -> Aim:
 
 def check_recipe(recipe: Recipe, what: Target) -> None:
     """Raises InputError for what no engine of this version does; the lowering would find it after all other work."""
-    if recipe.neurons.in_decode:
-        no_predictor(f"recipe: neurons.policy = {recipe.neurons.policy!r}")
-    if recipe.neurons.by_threshold:
-        fix = "build with --backend onnxruntime, or with another neuron policy"
-        what_not = f"neurons.policy = {recipe.neurons.policy!r}, for which there is no engine yet"
-        raise InputError(what_not, where="recipe", fix=fix)
     if recipe.engine.precision == "int8" and not what.plugins:
         int8_needs_the_plugin()
     if recipe.engine.plugins and not what.plugins:
@@ -140,6 +133,7 @@ def build_engines(
         "capacity": aim.engine.capacity,
         "kv": aim.target.kv,
         "precision": aim.engine.precision,
+        "block": proved["block"],
         "graphs": proved["graphs"],
         "gates": proved["gates"],
         "sha256": known,
@@ -154,12 +148,12 @@ def _now(place: Path, name: str, work: Callable[[Path], dict[str, Any]]) -> tupl
 def _lower(
     source: Source, family: Family, probe: Probe, aim: Aim, progress: Step, threads: int, folder: Path
 ) -> dict[str, Any]:
-    """Write the lowered graphs and prove them: {"graphs": what each is, "gates": [...]}."""
+    """Write the lowered graphs and prove them: {"graphs": what each is, "block", "gates": [...]}."""
     progress(f"lower the graphs for {aim.backend} {aim.version}")
     written = write_graphs(source, folder, aim.target)
     progress("prove the lowered graphs")
     gates = gates_lowered.run_gates(source, aim.target, family, source.tower, probe, folder, threads)
-    return {"graphs": written["graphs"], "gates": [asdict(g) for g in gates]}
+    return {"graphs": written["graphs"], "block": written["block"], "gates": [asdict(g) for g in gates]}
 
 
 def _build(name: str, graph: dict[str, Any], lowered: Path, aim: Aim, progress: Step, folder: Path) -> dict[str, Any]:

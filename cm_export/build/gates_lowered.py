@@ -18,12 +18,13 @@ import numpy as np
 import psutil
 
 from ..backends.onnxruntime.backend import Backend, Rows
-from ..backends.tensorrt.export import Source, lowered, lowered_with_parts, weight_file
+from ..backends.tensorrt.export import Source, listed_block, lowered, lowered_with_parts, weight_file
 from ..backends.tensorrt.rehearsal import LoweredGraphs, every_neuron_listed, listed, run, static_rows, step_feeds
 from ..backends.tensorrt.targets import Target
 from ..base.core_index import neuron_count, select_core_neurons
 from ..base.errors import GateFailed
 from ..bundle.names import core_row_names
+from ..bundle.thresholds import SIDES
 from ..bundle.weights import WeightFile
 from ..families import Family, Pictures, Tower
 from ..host.core_rows import CoreRows
@@ -107,7 +108,7 @@ class _Portable:
     def __init__(self, source: Source, family: Family, threads: int):
         self.source = source
         names = core_row_names(family, source.shape.layers)
-        self.backend = Backend(source.graph, source.weights, threads, row_names=names, heads=source.shape.heads)
+        self.backend = Backend(source.graph, source.weights, threads, source.predictor, names, heads=source.shape.heads)
 
     def run(self, name: str, feeds: Feeds) -> Feeds:
         return run(self.backend.session(name), feeds)
@@ -124,8 +125,10 @@ class _Exact:
     chosen: np.ndarray | None = None
 
     def __init__(self, source: Source, target: Target, family: Family, threads: int):
-        self.source, self.row_names = source, core_row_names(family, source.shape.layers)
-        self.backend = Backend(lambda name: lowered(source, name, target, "fp32"), source.weights, threads)
+        self.source, self.target, self.row_names = source, target, core_row_names(family, source.shape.layers)
+        self.backend = Backend(
+            lambda name: lowered(source, name, target, "fp32"), source.weights, threads, source.predictor
+        )
 
     def run(self, name: str, feeds: Feeds) -> Feeds:
         return run(self.backend.session(name, rows_as_inputs=False), feeds)
@@ -138,7 +141,10 @@ class _Exact:
         gathered = CoreRows(self.source.weights, self.row_names).gather([CoreSet.whole(shape)])
         constant = {n: v.astype(half) for n, v in gathered.rows.items()}
         constant["core_bias"] = np.zeros((shape.layers, 1, shape.hidden), np.float32)
-        constant |= listed(every_neuron_listed(shape.layers, shape.ffn), [shape.ffn] * shape.layers)
+        ids = shape.ffn // listed_block(self.source.recipe, self.target)
+        constant |= listed(every_neuron_listed(shape.layers, ids), [ids] * shape.layers)
+        constant |= {f"core_slots.{i}": np.zeros(ids, np.int32) for i in range(shape.layers)}
+        constant["core_thresholds"] = np.zeros((1, SIDES * shape.layers + 1), np.float32)
         for i, word in enumerate(words):
             past = self.run("decode", step_feeds(request, int(word), i, capacity) | constant | _past(past))
             logits.append(past.pop("logits"))
@@ -149,7 +155,7 @@ class _Half(_Exact):
     """The lowered graphs as the builder gets them, over the 16-bit weights."""
 
     def __init__(self, source: Source, target: Target, family: Family, folder: Path, threads: int):
-        self.source, self.row_names = source, core_row_names(family, source.shape.layers)
+        self.source, self.target, self.row_names = source, target, core_row_names(family, source.shape.layers)
         self._graphs = LoweredGraphs(source, target, folder, threads)
 
     def run(self, name: str, feeds: Feeds) -> Feeds:
@@ -174,7 +180,8 @@ def _packing(source: Source, target: Target, folder: Path, bits: int) -> Gate:
         _, parts = lowered_with_parts(source, graph, target)
         for name, part in parts.items():
             if part.kind == "codes":
-                error = relative_error(source.weights[part.weight], file[name], file[part.scale], part.scheme)
+                weight = source.weights[part.weight]
+                error = relative_error(weight.T if part.turned else weight, file[name], file[part.scale], part.scheme)
                 worst = max(worst, (part.weight, error), key=lambda pair: pair[1])
         source.weights.release()
     if not 0 <= worst[1] <= PACK_LIMIT[bits]:

@@ -54,7 +54,7 @@ class Decoder(Protocol):
     def read(self, tokens: Tokens, cache: Cache) -> tuple[np.ndarray, Cache]:
         """Logits [B,N,V] float32 after each new token, and the cache with their rows.
 
-        Raises InputError where the runtime has no room, or reads one token at a time.
+        Raises InputError where the runtime has no room.
         """
 
 
@@ -67,7 +67,9 @@ class Backend(Protocol):
     notes: list[str]  # what the user should know about how this bundle runs here
     hardware: dict[str, str]  # besides the processor: what a figure measured here depends on
     most: int  # requests that one decoder can serve
-    reads_several: bool  # whether its decoders read several tokens at once, as the guard and later questions need
+
+    def has(self, graph: str) -> bool:
+        """Whether it can run a graph that the bundle has: engines are built for some of them."""
 
     def ready(self, graph: str, few_rows: bool = False) -> None:
         """Make the session of `graph` now, so that what is timed later does not. Raises BundleError."""

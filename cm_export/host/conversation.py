@@ -162,8 +162,8 @@ class Conversation:
         """The answer to a question that was checked. Raises InputError where the bundle cannot do what is asked."""
         self.runner.check_open()
         if limits.guard:
-            self.runner.check_reads_several("the guard")
             check_bundle(self.runner.recipe)
+            self.runner.check_has("decode_dense", "the guard")
         self._limit(limits)
         return Stream(self._pieces(prompt, limits))
 

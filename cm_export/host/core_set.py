@@ -89,6 +89,19 @@ class CoreSet:
         return out
 
 
+def padded(lists: Sequence[Sequence[np.ndarray]], block: int) -> np.ndarray:
+    """[L,B,K] int32 of lists of neurons, by layer and request: -1, which lists nothing, behind those that are shorter.
+
+    `block`: of so many neighbours, which are listed together, one id stands for all: the first, divided.
+    """
+    most = max(len(ids) for layer in lists for ids in layer) // block
+    out = np.full((len(lists), len(lists[0]), most), -1, np.int32)
+    for layer, of_layer in enumerate(lists):
+        for row, ids in enumerate(of_layer):
+            out[layer, row, : len(ids) // block] = ids[::block] // block
+    return out
+
+
 def choose(
     outputs: Arrays,
     neurons: Neurons,

@@ -40,8 +40,8 @@ class LoadedBundle(Runner):
         self.check_open()
         how = system, dense, neuron_share, token_share, seed, control_tokens, sampling
         asked = asking.before_questions(images, *how)
-        self.check_reads_several("a second question")
         check_converses(self.recipe, dense)
+        self.check_has("decode_dense" if dense else "turn", "a second question")
         return self.talk(asked)
 
     def generate(

@@ -127,6 +127,7 @@ class Prefilled:
             "question": np.array([question or len(ids)], np.int64),
         }
         feeds |= sparse_feeds(request, recipe, self.budget.token_share, self.budget.seed)
+        feeds |= kept_slots(request, feeds)
         found, cache = runner.backend.turn(feeds, self.cache)
         if recipe.tokens.policy != "dense" and recipe.tokens.later == "same":  # the first choice, and all text since
             found["kept_tokens"] = np.concatenate([self.kept_tokens, new], 1)
@@ -292,11 +293,11 @@ class Runner:
         if self.is_closed:
             raise InputError("was closed", where=self.bundle.path, fix="load it again")
 
-    def check_reads_several(self, what: str) -> None:
-        """Raises InputError where the backend cannot do `what`, for which several tokens are read at once."""
-        if not self.backend.reads_several:
-            text = f"{what} needs several tokens read at once, its engines read one"
-            raise InputError(text, where=f"backend {self.backend.name}", fix=self.bundle.elsewhere)
+    def check_has(self, graph: str, what: str) -> None:
+        """Raises InputError where the backend cannot do `what`, for which it would have to run `graph`."""
+        if not self.backend.has(graph):
+            text, fix = f"{what} needs an engine of {graph}, which was not built", self.bundle.elsewhere
+            raise InputError(text, where=f"backend {self.backend.name}", fix=fix)
 
     def check_length(self, tokens: int) -> None:
         """Raises InputError when a prompt leaves no room for an answer in what the model can hold."""

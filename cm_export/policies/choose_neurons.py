@@ -8,12 +8,15 @@ Its torch meaning is `choose` in neurons/predicted.py.
 from ..plugins.core_ffn.body import ACTIVATIONS
 
 
-def choose_text(activation: str, ascending: bool = True) -> str:
-    """ONNX text: gate_out and up_out [B,N,F], x, norm, count -> core_neurons. Unsorted ids are enough for a mask."""
-    if ascending:
-        order = "ids, order = TopK <axis = -1, largest = 0, sorted = 1> (best_ids, wanted)"
+def choose_text(activation: str, order: str = "ascending") -> str:
+    """ONNX text: gate_out and up_out [B,N,F], x, norm, count -> core_neurons.
+
+    `order` of the ids: "ascending", "best" first, or "any", which is enough for a mask.
+    """
+    if order == "ascending":
+        put_in_order = "ids, order = TopK <axis = -1, largest = 0, sorted = 1> (best_ids, wanted)"
     else:
-        order = "ids = Identity (best_ids)"
+        put_in_order = "ids = Identity (best_ids)"
     return f"""
         {ACTIVATIONS[activation]}
         zp = Mul (activated, up_out)
@@ -27,8 +30,8 @@ def choose_text(activation: str, ascending: bool = True) -> str:
         blocks = Reshape (weighed, blocks_shape)
         scores = ReduceSum <keepdims = 0> (blocks, last)
         wanted = Div (count, block_1)
-        best, best_ids = TopK <axis = -1, largest = 1, sorted = {int(ascending)}> (scores, wanted)
-        {order}
+        best, best_ids = TopK <axis = -1, largest = 1, sorted = {int(order != "any")}> (scores, wanted)
+        {put_in_order}
         ids_1 = Unsqueeze (ids, last)
         firsts = Mul (ids_1, block_1)
         zero = Constant <value_int = 0> ()

@@ -44,6 +44,11 @@ class EngineSettings:
     architecture: str = option(
         "", "--architecture", "Cards that are not in this machine, such as sm_86,sm_89; for tensorrt-rtx"
     )
+    turns: bool = option(
+        True,
+        "--turn-engine/--no-turn-engine",
+        "An engine for later questions as well, where the bundle can answer them; it has weights of its own",
+    )
     dense: bool = option(
         True,
         "--dense-engines/--no-dense-engines",

@@ -149,7 +149,7 @@ class Service:
         recipe, shape = self.model.recipe, self.model.bundle.shape
         try:
             check_bundle(recipe)
-            guards = self.model.backend.reads_several
+            guards = self.model.backend.has("decode_dense")
         except InputError:
             guards = False
         can = {

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.tensorrt.decode import core_inputs, listed_rows
+from ..backends.tensorrt.decode import core_inputs, listed_rows, pieces
 from ..base import environment
 from ..base.errors import BundleError, CmExportError, InputError
 from ..bundle.bundle import Bundle
 from ..bundle.names import core_row_names
-from ..bundle.thresholds import SIDES
 from ..families import Arrays
 from ..host.backend import Cache, Feeds, Tokens
 from ..host.core_rows import CoreRows
@@ -130,7 +129,7 @@ class Backend:
         self.hardware: dict[str, str] = {}
         self._bundle, self._recipe, engines = bundle, bundle.recipe, engines_of(bundle, backend)
         self.capacity: int | None = engines["capacity"] if engines else None
-        self.reads_several = engines is None
+        self.block = int(engines.get("block", 1)) if engines else 1  # neighbours that an id of core_neurons stands for
         graphs = engines["graphs"] if engines else bundle.manifest["graphs"]
         self._models = {name: _Model(name, described, utils) for name, described in graphs.items()}
 
@@ -147,6 +146,10 @@ class Backend:
         """Gathers rows where the graph takes them."""
         names = core_row_names(self._bundle.family, self._bundle.shape.layers)
         return CoreRows(self.weights, names, self.threads)
+
+    def has(self, graph: str) -> bool:
+        """Whether the server has a model of it."""
+        return graph in self._models
 
     def ready(self, graph: str, few_rows: bool = False) -> None:
         """The server has loaded it, or says so at the first call."""
@@ -167,10 +170,10 @@ class Backend:
         return self._kept(model.run(feeds))
 
     def turn(self, feeds: Feeds, cache: Cache) -> tuple[Arrays, Held]:
-        """Read new tokens over a whole cache; outputs as of `prefill`. Raises InputError for engines."""
-        if self.capacity is not None:
-            raise InputError("a later question is read by no engine yet", where="execution: bls", fix=ELSEWHERE)
-        return self._kept(self.model("turn").run({**feeds, **own(cache).values}))
+        """Read new tokens over a whole cache; outputs as of `prefill`. Raises InputError without room."""
+        model, held = self.model("turn"), own(cache)
+        self._check_rows(model, held.length + feeds["inputs_embeds"].shape[1] + 1)
+        return self._kept(model.run({**feeds, **{n: v[:, :, : held.length] for n, v in held.values.items()}}))
 
     def _kept(self, found: Arrays) -> tuple[Arrays, Held]:
         """Outputs for the host, with floats of 16 bits as float32, and the keys and values among them."""
@@ -184,10 +187,7 @@ class Backend:
         return host, Held({n: np.pad(v, padding) for n, v in present.items()}, length, static=True)
 
     def decoder(self, graph: str, cores: Sequence[CoreSet], few_rows: bool = False) -> Decoder:
-        """A decoder for one request. Raises InputError where several tokens were to be read at once and cannot be."""
-        if few_rows and not self.reads_several:
-            what = "the guard reads several tokens at once, an engine reads one"
-            raise InputError(what, where="execution: bls", fix=ELSEWHERE)
+        """A decoder for one request."""
         return Decoder(self, self.model(graph), cores)
 
     def together(self, core: CoreSet) -> Hashable:
@@ -219,13 +219,17 @@ class Decoder:
     def __init__(self, backend: Backend, model: _Model, cores: Sequence[CoreSet]):
         self._backend, self._model = backend, model
         self._given = core_inputs(backend, model, cores)
-        if model.has("core_thresholds"):
-            none = np.zeros(SIDES * len(cores[0].counts) + 1, np.float32)  # nothing weighs less
-            self._given["core_thresholds"] = np.stack([none if c.thresholds is None else c.thresholds for c in cores])
 
     def read(self, tokens: Tokens, cache: Cache) -> tuple[np.ndarray, Held]:
-        """Logits [1,N,V], and the cache with their rows. Raises InputError for several tokens of an engine."""
-        held, model, new = own(cache), self._model, tokens.embeds.shape[1]
+        """Logits [1,N,V], and the cache with their rows. An engine's default profile reads one token at a time."""
+        held, logits = own(cache), []
+        for some in pieces(tokens, 1 if held.static else tokens.embeds.shape[1]):
+            found, held = self._read(some, held)
+            logits.append(found)
+        return np.concatenate(logits, 1), held
+
+    def _read(self, tokens: Tokens, held: Held) -> tuple[np.ndarray, Held]:
+        model, new = self._model, tokens.embeds.shape[1]
         feeds = {"inputs_embeds": tokens.embeds, "position_ids": tokens.positions, **self._given, **held.values}
         feeds |= self._rows(tokens, held, new)
         found = model.run(feeds)
@@ -238,8 +242,6 @@ class Decoder:
         if capacity is None:
             out = {"attention_mask": mask[None]}
             return out if tokens.listed is None else out | {"core_tokens": tokens.listed[0][None]}
-        if new != 1:
-            raise InputError(f"{new} tokens at once", where=f"model {self._model.graph} reads one at a time")
         self._backend.check_next(self._model, held.length)
         whole = np.zeros((1, capacity), np.int64)
         whole[0, : len(mask)] = mask

@@ -17,7 +17,7 @@ from ..bundle.predictor import row_norms
 from ..bundle.thresholds import ATTENTION_IN, ATTENTION_OUT, FFN_IN, FFN_OUT, SIDES
 from ..bundle.weights import WeightFile
 from ..families import Family
-from ..plugins.core_linear.op import OP
+from ..plugins.core_linear.op import AS_STORED, OP
 from .edit import Edit
 from .find_sites import FFN
 from .products import Product, head_product, layer_products
@@ -60,7 +60,8 @@ def keep_active(edit: Edit, family: Family, layers: int, activation: str, file: 
         for product in products:
             x, y = product.x, product.node.outputs[0]
             product.node.outputs.clear()
-            edit.core_node(OP, {}, f"linear.{product.weight.name}", layer, [x, product.weight, own, threshold], [y])
+            given = [x, product.weight, own, threshold]
+            edit.core_node(OP, {}, f"linear.{product.weight.name}", layer, given, [y], **AS_STORED)
 
     attentions, head = layer_products(edit, family, layers), head_product(edit)
     ffns = replace_ffn(edit, family, layers, activation, indexed=False, active=limits)

@@ -2,8 +2,8 @@
 
     core_neurons [..,K] -> neurons [..,K*block] -> rows of the three weights (words -> numbers if bits) -> z -> y
 
-The rows are gathered before they are unpacked: what nobody lists is never read. In the form "active" nothing is listed:
-channels of x, and then of z, that are below a threshold count as zero (plugins/threshold.py).
+The rows are gathered before they are unpacked: what nobody lists is never read. An id below 0 lists nothing. In the form
+"active" there are no lists: channels of x, and then of z, below a threshold count as zero (plugins/threshold.py).
 """
 
 import onnx
@@ -45,6 +45,17 @@ BITS = (0, 4, 8)
 
 _PRODUCT = "z = Mul (activated, up_out)"
 
+
+def _listed(padding: str) -> str:
+    """z, zero where an id lists nothing; `padding`: what makes is_padding_z [B,1,N] or [B,S,N]."""
+    return f"""
+        z_all = Mul (activated, up_out)
+        {padding}
+        nothing_f32 = Constant <value_float = 0.0> ()
+        nothing = CastLike (nothing_f32, z_all)
+        z = Where (is_padding_z, nothing, z_all)"""
+
+
 FORMS = {  # index form: (how gate_out and up_out are made from the rows, how z and y are made from activated and up_out)
     "none": (
         """
@@ -60,7 +71,8 @@ FORMS = {  # index form: (how gate_out and up_out are made from the rows, how z 
         up_BDN = Transpose <perm = [0, 2, 1]> (up_rows)
         gate_out = MatMul (x, gate_BDN)
         up_out = MatMul (x, up_BDN)""",
-        f"{_PRODUCT}  y = MatMul (z, down_rows)",
+        f"""{_listed("second = Constant <value_ints = [1]> ()  is_padding_z = Unsqueeze (is_padding, second)")}
+        y = MatMul (z, down_rows)""",
     ),
     "token": (
         """
@@ -69,8 +81,7 @@ FORMS = {  # index form: (how gate_out and up_out are made from the rows, how z 
         up_BSN1 = MatMul (up_rows, x_BSD1)
         gate_out = Squeeze (gate_BSN1, last)
         up_out = Squeeze (up_BSN1, last)""",
-        f"""
-        {_PRODUCT}
+        f"""{_listed("is_padding_z = Identity (is_padding)")}
         token_axis = Constant <value_ints = [2]> ()
         z_BS1N = Unsqueeze (z, token_axis)
         y_BS1D = MatMul (z_BS1N, down_rows)
@@ -90,7 +101,8 @@ FORMS = {  # index form: (how gate_out and up_out are made from the rows, how z 
     ),
 }
 
-# core_neurons lists blocks of neighbours: id i stands for the neurons i*block .. i*block+block-1.
+# core_neurons lists blocks of neighbours: id i stands for the neurons i*block .. i*block+block-1. All those of an id below
+# 0 are below 0 themselves: they are padding, and read row 0 in vain.
 _NEURONS = """
         zero = Constant <value_int = 0> ()
         one = Constant <value_int = 1> ()
@@ -101,7 +113,9 @@ _NEURONS = """
         within = Range (zero, block, one)
         neighbours = Add (firsts_1, within)
         neurons_shape = Constant <value_ints = {shape}> ()
-        neurons = Reshape (neighbours, neurons_shape)"""
+        neurons_or_padding = Reshape (neighbours, neurons_shape)
+        is_padding = Less (neurons_or_padding, zero)
+        neurons = Max (neurons_or_padding, zero)"""
 
 # How many dimensions stand before D in the rows of each form: [F,D], [B,N,D], [B,S,N,D].
 _LEADING = {"none": 1, "active": 1, "request": 2, "token": 3}
@@ -131,12 +145,12 @@ def function(index: str, activation: str, bits: int = 0) -> onnx.FunctionProto:
         raise SurgeryError(f"weights of {bits} bits", where="CoreFFN", fix=f"known: {', '.join(map(str, BITS))}")
     project, combine = FORMS[index]
     listed = index in LISTED
-    rows = [_rows(weight.split("_")[1], weight, listed, _LEADING[index], bits) for weight in WEIGHTS]
+    rows = [rows_of(weight.split("_")[1], weight, listed, bits) for weight in WEIGHTS]
     return parse(
         f"""CoreFFN {declared("activation", "block", "bits", "group")} ({", ".join(inputs(index, bits))}) => (y, z) {{
         last = Constant <value_ints = [-1]> ()
         {_NEURONS.format(shape=[0] * (_LEADING[index] - 1) + [-1]) if listed else ""}
-        {_unpacking(bits, _LEADING[index]) if bits else ""}
+        {unpacking(bits, _LEADING[index]) if bits else ""}
         {" ".join(rows)}
         {project}
         {ACTIVATIONS[activation]}
@@ -145,8 +159,11 @@ def function(index: str, activation: str, bits: int = 0) -> onnx.FunctionProto:
     )
 
 
-def _rows(part: str, weight: str, listed: bool, leading: int, bits: int) -> str:
-    """ONNX text that writes {part}_rows, the numbers of the listed rows (or of all) of one weight."""
+def rows_of(part: str, weight: str, listed: bool, bits: int) -> str:
+    """ONNX text that writes {part}_rows, the numbers of the listed rows (or of all) of one weight.
+
+    With `bits`, its scales are {part}_scale, and `unpacking` comes before.
+    """
     if not bits:
         how = f"Gather <axis = 0> ({weight}, neurons)" if listed else f"Identity ({weight})"
         return f"{part}_rows = {how}\n"
@@ -171,8 +188,11 @@ def _rows(part: str, weight: str, listed: bool, leading: int, bits: int) -> str:
         """
 
 
-def _unpacking(bits: int, leading: int) -> str:
-    """Constants of the unpacking. (u xor s) - s with s = 2^(bits-1) reads the low bits as two's complement."""
+def unpacking(bits: int, leading: int) -> str:
+    """Constants of the unpacking; reads `last` and the attribute `group`.
+
+    (u xor s) - s with s = 2^(bits-1) reads the low bits as two's complement.
+    """
     sign = 1 << (bits - 1)
     return f"""
         shifts_i = Constant <value_ints = {[*range(0, 32, bits)]}> ()

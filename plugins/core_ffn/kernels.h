@@ -23,13 +23,13 @@ struct Lists {
     int32_t places;   // F / block: ids are below it
 
     // In two steps, so that ids can be under way while other work is done: what is at neuron n of the list, and
-    // which row of the weights that means.
+    // which row of the weights that means. An id below 0 lists nothing.
     __device__ int32_t id(int64_t group, int32_t n) const {
         const int32_t place = block == 1 ? n : n / block;
         return ids == nullptr ? place : ids[group * listed + place];
     }
     __device__ int64_t row(int32_t id, int32_t n) const {
-        require(id >= 0 && id < places, "a core neuron is not a row of the weights");
+        require(id < places, "a core neuron is not a row of the weights");
         const int32_t real = within(id, places);
         return block == 1 ? real : static_cast<int64_t>(real) * block + n % block;
     }
@@ -73,7 +73,12 @@ __global__ void CM_THREADS(kGateUpWarps* kWarp) gate_up(GateUp<W> a) {
     const int32_t n = static_cast<int32_t>(blockIdx.x / a.row_tiles) * kGateUpWarps + threadIdx.x / kWarp;
     if (n >= a.lists.neurons) return;
     const RowTile tile = RowTile::at(blockIdx.x % a.row_tiles, a.rows_per_group, kRows);
-    const int64_t neuron = a.lists.row(a.lists.id(tile.group, n), n);
+    const int32_t id = a.lists.id(tile.group, n);
+    if (id < 0) {
+        if (lane < tile.count) a.z[tile.row(lane) * a.lists.neurons + n] = from_float<T>(0.0f);
+        return;
+    }
+    const int64_t neuron = a.lists.row(id, n);
     const int32_t columns = a.gate.m.columns;
     const int chunks = static_cast<int>(ceil_div(columns, kColumns));
 
@@ -125,6 +130,46 @@ __global__ void CM_THREADS(kGateUpWarps* kWarp) gate_up(GateUp<W> a) {
     }
 }
 
+// Where the sums of a block go: one tile of columns of one part of a sum.
+template <class T>
+struct Sums {
+    T* y;          // [rows, columns]
+    float* parts;  // [splits, rows, columns], if there is more than one split
+    int64_t rows;
+    int32_t columns;
+    int32_t splits, split;
+    int64_t column_tile;
+};
+
+// The warps' sums, added in the order of the warps.
+template <class W, int kRows>
+__device__ void add_warps(const float (&sum)[kRows][W::kColumns], const RowTile& tile,
+                          const Sums<typename W::Number>& out) {
+    constexpr int kColumns = W::kColumns;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    float* shared = reinterpret_cast<float*>(shared_memory());  // [warps][kColumns][lanes]
+    CM_UNROLL  // or `sum` would move from registers to memory
+    for (int r = 0; r < kRows; ++r) {
+        CM_UNROLL
+        for (int c = 0; c < kColumns; ++c) shared[(warp * kColumns + c) * kWarp + lane] = sum[r][c];
+        __syncthreads();
+        for (int i = threadIdx.x; i < kColumns * kWarp; i += kDownWarps * kWarp) {
+            float total = 0.0f;
+            CM_UNROLL
+            for (int w = 0; w < kDownWarps; ++w) total += shared[w * kColumns * kWarp + i];
+            const int64_t column = (out.column_tile * kWarp + i % kWarp) * static_cast<int64_t>(kColumns) + i / kWarp;
+            if (column < out.columns && r < tile.count) {
+                if (out.splits == 1) {
+                    out.y[tile.row(r) * out.columns + column] = from_float<typename W::Number>(total);
+                } else {
+                    out.parts[(out.split * out.rows + tile.row(r)) * out.columns + column] = total;
+                }
+            }
+        }
+        __syncthreads();
+    }
+}
+
 template <class W>
 struct Down {
     const typename W::Number* z;  // [rows, N]
@@ -166,13 +211,14 @@ __global__ void CM_THREADS(kDownWarps* kWarp) down(Down<W> a) {
         // Lane i finds out which row neuron start + i is, and what its z are; the warp then asks it.
         const int32_t count = static_cast<int32_t>(end - start < kWarp ? end - start : kWarp);
         const int32_t mine = static_cast<int32_t>(start) + (lane < count ? lane : count - 1);
-        const int32_t my_row = static_cast<int32_t>(a.lists.row(a.lists.id(tile.group, mine), mine));
+        const int32_t my_id = a.lists.id(tile.group, mine);
+        const int32_t my_row = my_id < 0 ? -1 : static_cast<int32_t>(a.lists.row(my_id, mine));
         typename W::Raw raw[kNeurons] = {};  // zeros where nothing is read
         const auto read_rows = [&](int first, typename W::Raw* out) {
             CM_UNROLL
             for (int i = 0; i < kNeurons; ++i) {
                 const int32_t row = __shfl_sync(kAllLanes, my_row, (first + i) % kWarp);
-                if (active && first + i < count) out[i] = a.down.fetch(row, chunk);
+                if (active && first + i < count && row >= 0) out[i] = a.down.fetch(row, chunk);
             }
         };
         read_rows(0, raw);
@@ -202,29 +248,7 @@ __global__ void CM_THREADS(kDownWarps* kWarp) down(Down<W> a) {
     }
     if (begin >= end) wait_for_previous();  // or this kernel could end before the one that it follows
 
-    // The warps' sums, added in the order of the warps.
-    float* shared = reinterpret_cast<float*>(shared_memory());  // [warps][kColumns][lanes]
-    CM_UNROLL  // or `sum` would move from registers to memory
-    for (int r = 0; r < kRows; ++r) {
-        CM_UNROLL
-        for (int c = 0; c < kColumns; ++c) shared[(warp * kColumns + c) * kWarp + lane] = sum[r][c];
-        __syncthreads();
-        for (int i = threadIdx.x; i < kColumns * kWarp; i += kDownWarps * kWarp) {
-            float total = 0.0f;
-            CM_UNROLL
-            for (int w = 0; w < kDownWarps; ++w) total += shared[w * kColumns * kWarp + i];
-            const int64_t column =
-                ((place % a.column_tiles) * kWarp + i % kWarp) * static_cast<int64_t>(kColumns) + i / kWarp;
-            if (column < columns && r < tile.count) {
-                if (a.splits == 1) {
-                    a.y[tile.row(r) * columns + column] = from_float<T>(total);
-                } else {
-                    a.parts[(split * a.rows + tile.row(r)) * columns + column] = total;
-                }
-            }
-        }
-        __syncthreads();
-    }
+    add_warps<W, kRows>(sum, tile, {a.y, a.parts, a.rows, columns, a.splits, split, place % a.column_tiles});
 }
 
 constexpr int kAddColumns = kWarp, kAddGroups = 8;

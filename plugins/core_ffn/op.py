@@ -8,7 +8,7 @@
 All weights are neuron-major, so a neuron is one contiguous row of each. Without core_neurons every neuron counts, N = F
 (prefill: z feeds the policies). core_neurons is [B,K] or [B,S,K] and lists blocks: id i stands for the neurons
 i*block .. i*block+block-1, in this order in z, N = K*block. Ids are distinct within a row, 0..F/block-1, in any order:
-one given twice is summed twice.
+one given twice is summed twice. An id below 0 lists nothing, its z are 0: so requests with lists of unequal length share a call.
 
 bits = 0: weights in x's type. bits = 8 or 4: weights are int32 words [F,D*bits/32] (pack.py) and three more inputs come
 after them, gate_scale, up_scale, down_scale [F,D/group] in x's type; a weight is its integer times its group's scale.
@@ -93,10 +93,10 @@ def oracle(feeds: Arrays, attributes: Mapping[str, Any]) -> Arrays:
     if "core_neurons" not in feeds:
         return {"y": np.einsum("bsf,fd->bsd", dense, w_down_t), "z": dense}
     ids = feeds["core_neurons"]
-    mask, z = np.zeros_like(dense), np.empty((*dense.shape[:2], ids.shape[-1] * block))
+    mask, z = np.zeros_like(dense), np.zeros((*dense.shape[:2], ids.shape[-1] * block))
     for b, s in np.ndindex(dense.shape[:2]):
         for k, i in enumerate(ids[b] if ids.ndim == 2 else ids[b, s]):
-            for j in range(block):
+            for j in range(block if i >= 0 else 0):
                 mask[b, s, i * block + j], z[b, s, k * block + j] = 1, dense[b, s, i * block + j]
     return {"y": np.einsum("bsf,fd->bsd", dense * mask, w_down_t), "z": z}
 
@@ -106,7 +106,7 @@ def oracle(feeds: Arrays, attributes: Mapping[str, Any]) -> Arrays:
 class Case:
     """Sizes and form. Weights are scaled so that z and y are of order 1; core_neurons differ per request and token.
 
-    K counts ids: with a block, blocks. F is a multiple of the block.
+    K counts ids: with a block, blocks. F is a multiple of the block. `padded`: of K, ids that list nothing, in every other list.
     """
 
     index: str
@@ -122,6 +122,7 @@ class Case:
     block: int = 1
     bits: int = 0
     group: int = 0
+    padded: int = 0
 
     @property
     def form(self) -> dict[str, Any]:
@@ -152,7 +153,9 @@ class Case:
         if self.index in LISTED:
             rows, blocks = (self.B, self.S) if self.index == "token" else (self.B,), self.F // self.block
             ids = rng.permuted(np.broadcast_to(np.arange(blocks), (*rows, blocks)), axis=-1)[..., : self.K]
-            out["core_neurons"] = (np.sort(ids, axis=-1) if self.ascending else ids).astype(np.int32)
+            ids = np.sort(ids, axis=-1) if self.ascending else ids
+            ids.reshape(-1, self.K)[::2, self.K - self.padded :] = -1
+            out["core_neurons"] = ids.astype(np.int32)
         return out
 
     def _limits(self, feeds: Arrays, rng: np.random.Generator) -> Arrays:
@@ -182,11 +185,14 @@ _PACKED = (  # a row and its groups fit the kernels' loads; they do not; many gr
     {"S": 3, "D": 24, "F": 21, "K": 8, "group": 12, "ascending": False},
     {"B": 2, "D": 96, "F": 48, "K": 5, "block": 8, "group": 16, "ascending": False},
     {"S": 2, "D": 64, "F": 64, "K": 1, "block": 32, "group": 64, "dtype": "float16"},
+    {"B": 3, "D": 64, "F": 96, "K": 40, "group": 32, "padded": 17},
 )
 _BLOCKS = (
     {"B": 2, "S": 2, "F": 64, "K": 3, "block": 8, "ascending": False},
     {"B": 3, "D": 19, "F": 96, "K": 2, "block": 32},
     {"S": 2, "F": 30, "K": 10, "block": 3, "ascending": False},
+    {"B": 3, "S": 2, "D": 24, "F": 64, "K": 5, "block": 8, "padded": 2},
+    {"B": 3, "S": 2, "F": 70, "K": 37, "padded": 36},
     {"B": 2, "D": 24, "F": 64, "K": 5, "block": 8, "dtype": "float16"},
 )
 OP = Op(

@@ -14,9 +14,10 @@ import onnxruntime as ort
 from ..contract import Arrays, Op, model
 from ..core_attention import op as attention
 from ..core_ffn import op as ffn
+from ..core_linear import op as linear
 from .library import Tensor, numpy_type
 
-OPS: tuple[Op, ...] = (ffn.OP, attention.OP)
+OPS: tuple[Op, ...] = (ffn.OP, attention.OP, linear.OP)
 FLOATS = ("float32", "float16", "bfloat16")
 
 
@@ -49,6 +50,15 @@ _FFN = (
     ffn.Case("request", D=200, F=256, K=6, block=32, bits=8, group=100),
     ffn.Case("request", B=2, S=2, D=133, F=300, K=280, ascending=False),
 )
+_LINEAR = (
+    linear.Case(by_inputs=True, D=520, N=400),
+    linear.Case(by_inputs=True, B=2, S=3, D=264, N=200, kept=0.2),
+    linear.Case(by_inputs=True, S=16, D=160, N=128, kept=0.7),
+    linear.Case(by_inputs=True, B=3, S=40, D=200, N=64),
+    linear.Case(by_inputs=True, D=120, N=1056, bits=4, group=32, kept=0.3),
+    linear.Case(by_inputs=True, S=6, D=130, N=544, bits=8, group=16),
+    linear.Case(by_inputs=True, B=2, S=2, D=300, N=133, kept=0.1),
+)
 _ATTENTION = (
     attention.Case(True, H=7, Hk=1, P=300, M=200, d=128, ascending=False),
     attention.Case(True, B=2, H=12, Hk=2, S=3, P=150, M=100, d=64, ascending=False),
@@ -78,8 +88,9 @@ class Call:
         """The inputs in the node's order, numbers rounded to the call's type."""
         made, kind = self.case.feeds(), numpy_type(self.dtype)
         names = self.op.body(**self.case.form).input
+        as_made = {n for n in names if made[n].dtype.kind == "i" or n in self.op.decides}
         with np.errstate(over="ignore"):  # the lowest float32 becomes -inf, which hides a row as well
-            return {n: made[n] if made[n].dtype.kind == "i" else made[n].astype(kind) for n in names}
+            return {n: made[n] if n in as_made else made[n].astype(kind) for n in names}
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -107,12 +118,18 @@ def _session(name: str, serialized: bytes) -> ort.InferenceSession:
     return ort.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
 
 
+def has_kernel(case: Any) -> bool:
+    """Engines have thresholds in CoreLinear alone, on weights that are held by inputs; other forms are for ONNX runtimes."""
+    return case.form.get("index") != "active" and case.form.get("by_inputs", True)
+
+
 def calls() -> Iterator[Call]:
     """Every call that a library is checked with."""
-    for op, larger in ((ffn.OP, _FFN), (attention.OP, _ATTENTION)):
-        for case in (*(c for c in op.cases if c.form.get("index") != "active"), *larger):  # no kernel has that form yet
+    every = ((ffn.OP, _FFN), (attention.OP, _ATTENTION), (linear.OP, _LINEAR))
+    for op, larger in every:
+        for case in (*filter(has_kernel, op.cases), *larger):
             for dtype in FLOATS if case.dtype == "float32" else (case.dtype,):
                 yield Call(op, case, dtype)
-    for op, larger in ((ffn.OP, _FFN), (attention.OP, _ATTENTION)):
+    for op, larger in every:
         yield from (Call(op, case, "float16", shifted=True) for case in larger[:2])
     yield Call(ffn.OP, next(c for c in _FFN if c.bits), "float16", shifted=True)

@@ -65,8 +65,10 @@ def _attributes(library: Library, op: Op, call: Call) -> Iterator[Problem]:
         yield Problem(op.name, f"fields {creator.fields} instead of {expected}")
     bad: list[dict[str, Any]] = [{n: v for n, v in given.items() if n != name} for name in given]
     bad += [given | {name: 1.5 if isinstance(value, int) else 3} for name, value in given.items()]
+    packed = {"bits": 4, "group": 32}
+    if op.name == "CoreLinear":
+        bad += [given | {"by_inputs": 0}, given | packed | {"bits": 3}, given | packed | {"group": 0}]
     if op.name == "CoreFFN":
-        packed = {"bits": 4, "group": 32}
         bad += [given | {"activation": "silo"}, given | {"activation": ""}, given | {"block": 0}, given | {"block": -8}]
         bad += [given | packed | {"bits": 3}, given | packed | {"group": 0}, given | {"bits": 0, "group": 32}]
     for attributes in bad:

@@ -8,6 +8,7 @@
 //   shared_memory()      dynamic shared memory, the only kind that the kernels use: the emulator then knows its size
 //   load(p)              one load of 16 bytes that no kernel writes while they are read
 //   stream_load(p)       one load of 8 or 16 bytes that are read once: past the first-level cache
+//   lanes_where(mine)    a bit for every lane of the warp that says so, first_lane(bits) the lowest of them
 //   require(ok, text)    an invariant of the arguments: stops the kernel in debug builds and in the emulator
 //
 // Kernels use threadIdx.x, blockIdx.x, __syncthreads(), __shfl_sync() and __shfl_xor_sync() as CUDA defines them, all
@@ -69,6 +70,13 @@ Vector stream_load(const Vector* p) {
 }
 
 inline uint4 load(const uint4* p) { return stream_load(p); }
+
+inline uint32_t lanes_where(bool mine) {
+    uint32_t bits = static_cast<uint32_t>(mine) << (threadIdx.x % kWarp);
+    for (int apart = kWarp / 2; apart > 0; apart /= 2) bits |= __shfl_xor_sync(kAllLanes, bits, apart);
+    return bits;
+}
+inline int first_lane(uint32_t bits) { return __builtin_ctz(bits); }
 
 inline int multiprocessors() { return 16; }
 
@@ -142,6 +150,9 @@ __device__ inline uint2 stream_load(const uint2* p) {
     asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
     return v;
 }
+
+__device__ inline uint32_t lanes_where(bool mine) { return __ballot_sync(kAllLanes, mine); }
+__device__ inline int first_lane(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 
 __device__ inline void require(bool ok, const char* what) {
 #ifndef NDEBUG

@@ -85,6 +85,7 @@ bool OpPlugin::supportsFormatCombination(int32_t place, DynamicPluginTensorDesc 
     const PluginTensorDesc& tensor = tensors[place].desc;
     if (tensor.format != TensorFormat::kLINEAR) return false;
     if (place < inputs && is_int32(place, inputs)) return tensor.type == DataType::kINT32;
+    if (place < inputs && is_float32(place, inputs)) return tensor.type == DataType::kFLOAT;
     if (place > 0) return tensor.type == tensors[0].desc.type;
     return tensor.type == DataType::kFLOAT || tensor.type == DataType::kHALF || tensor.type == DataType::kBF16;
 }

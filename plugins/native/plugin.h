@@ -80,8 +80,9 @@ class OpPlugin : public nvinfer1::IPluginV3,
     // Whether `in` are the shapes of a call; says why not. Some dimensions may be -1.
     virtual bool check(const Shapes& in) const = 0;
     virtual bool inputs_fit(int32_t inputs) const = 0;
-    // Whether input `place` is int32; all others have the type of input 0.
+    // Whether input `place` is int32, or float32 whatever the others are; all others have the type of input 0.
     virtual bool is_int32(int32_t place, int32_t inputs) const = 0;
+    virtual bool is_float32(int32_t, int32_t) const { return false; }
     virtual int64_t workspace(const Shapes& most) const = 0;
     // The fields from which createPlugin makes this plugin again; what they point to lives as long as the plugin.
     virtual std::vector<nvinfer1::PluginField> fields() const = 0;

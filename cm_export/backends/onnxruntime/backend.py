@@ -28,8 +28,9 @@ from ...bundle.weights import WeightFile
 from ...families import Arrays, Family, Shape
 from ...host.backend import Cache, Feeds, Graphs, Tokens
 from ...host.core_rows import CoreRows
-from ...host.core_set import CoreSet
+from ...host.core_set import CoreSet, padded
 from ...plugins.cpu import library as native
+from ...quant.error import codes_of
 from ...quant.packing import blocks
 from ...recipe.recipe import Recipe
 from .cache import HERE, Memory, Rows, own
@@ -38,7 +39,7 @@ from .grouped import group_attention
 from .in_place import write_in_place
 from .lower import lower
 from .pack import Packing, gather_ffns
-from .place import Held, Place, place_for
+from .place import KERNELS, Held, Place, place_for, with_kernels
 from .whole_picture import attend_to_all, borders
 
 _PRODUCTS = {"head", "layers.0.attention_in", "layers.0.ffn_in"}  # entries of a bundle that has packed them all
@@ -57,6 +58,7 @@ def open(
     # For checks, and for low bits, whose products are asked for in float32, a device computes in it, too.
     exact = bundle.packed is not None or recipe.engine.precision == "fp32"
     place, notes = place_for(device, np.float32 if exact else np.float16)
+    place, more = with_kernels(place, Path(recipe.engine.plugins or KERNELS))
     chooses = recipe.neurons.in_decode
     names = core_row_names(bundle.family, bundle.shape.layers)
     low_bits = None
@@ -67,7 +69,7 @@ def open(
     made = Backend(
         graph or bundle.graph, bundle.weights, threads, predictor, names, low_bits, bundle.shape.heads, place
     )
-    made.notes += notes
+    made.notes += notes + more
     return made
 
 
@@ -113,7 +115,7 @@ class LowBits:
 class Backend:
     """Sessions over the graphs of one bundle (or of a build under way), made when first asked for."""
 
-    name, reads_several, most = "onnxruntime", True, sys.maxsize
+    name, most = "onnxruntime", sys.maxsize
 
     def __init__(
         self,
@@ -167,6 +169,10 @@ class Backend:
             if view not in self._views:
                 self._views[view] = self.place.hold(_in_type(self.weights[name], self.place.products, name))
             return self._views[view]
+
+    def has(self, graph: str) -> bool:
+        """Every graph of a bundle runs here."""
+        return True
 
     def ready(self, graph: str, few_rows: bool = False) -> None:
         """Make the session of `graph` now. Raises BundleError."""
@@ -304,6 +310,8 @@ class Backend:
             return _in_type(self.weights[tensor.name], kind, tensor.name)
         assert self.predictor is not None  # a tensor in neither file was refused before
         stored = self.predictor[tensor.name]
+        if tensor.data_type == onnx.TensorProto.INT8:
+            return codes_of(stored, 4)
         is_packed = tensor.data_type == onnx.TensorProto.UINT8
         return blocks(stored, 4, 2 * tensor.dims[-1]) if is_packed else stored
 
@@ -397,6 +405,9 @@ class Decoder:
             else:
                 gathered = backend.rows.gather(cores)
                 out |= gathered.rows
+        if "core_neurons" in self._inputs:
+            layers = range(len(cores[0].counts))
+            out["core_neurons"] = padded([[core.of_layer(layer) for core in cores] for layer in layers], block=1)
         if "core_thresholds" in self._inputs:
             none = np.zeros(SIDES * len(cores[0].counts) + 1, np.float32)  # nothing weighs less
             out["core_thresholds"] = np.stack([none if c.thresholds is None else c.thresholds for c in cores])

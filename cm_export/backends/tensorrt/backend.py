@@ -22,10 +22,10 @@ from ...host.backend import Cache, Feeds, Graphs
 from ...host.core_rows import CoreRows
 from ...host.core_set import CoreSet
 from ...recipe.recipe import Recipe
-from .cache import CacheMemory, StaticCache
+from .cache import CacheMemory, StaticCache, own
 from .cuda import Buffers, Cuda, Pinned, Pool, one_at_a_time, open_cuda
 from .decode import Decoder
-from .session import Library, Session, read
+from .session import Held, Library, Session, read
 
 NAME, MODULE = "tensorrt", "tensorrt"
 
@@ -57,9 +57,6 @@ def open_as(
         raise InputError(f"engines run on the first GPU, not on {device}", where="--device", fix=fix)
     if graph:
         raise CmExportError("an engine cannot be replaced by a graph", where=f"backend {name}", fix=elsewhere)
-    if recipe.neurons.in_decode:
-        what = f"neurons.policy = {recipe.neurons.policy!r} chooses anew for every token, which no engine does yet"
-        raise InputError(what, where=f"backend {name}", fix=f"build with another policy, or {elsewhere}")
     if bundle.recipe.engine.strip_weights:
         what = "its engines hold no weights and must be refitted before they run"
         raise InputError(what, where=bundle.path, fix=f"build without engine.strip_weights, or {elsewhere}")
@@ -84,8 +81,6 @@ class Backend:
     Their engines share a stream, scratch memory and buffers, so each call is one thread's alone, down to its last copy.
     """
 
-    reads_several = False
-
     def __init__(self, name: str, bundle: Bundle, recipe: Recipe, threads: int, trt: Any, cuda: Cuda):
         self.name, self.weights, self.threads = name, bundle.weights, environment.usable(threads)
         self.notes = environment.threads_note(threads)
@@ -97,7 +92,7 @@ class Backend:
             self._load_plugins(self._engines["plugins"])
         self._buffers = Buffers(cuda)
         self._pinned: dict[str, Pinned] = {}
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[str, dict[int, Session]] = {}  # by graph and profile
         self._scratch_size = 0
         self.memory, self.for_answers = CacheMemory(cuda, self._engines), Pool(cuda)
         self.hardware = {"gpu": cuda.gpu.name, "architecture": cuda.gpu.architecture, name: trt.__version__}
@@ -140,14 +135,38 @@ class Backend:
         """Every layer's down rows [F,D], of which a fill makes its bias; a device's bundle has no others."""
         return [self.weights[name] for *_, name in core_row_names(self._bundle.family, self._bundle.shape.layers)]
 
+    def has(self, graph: str) -> bool:
+        """Whether there is an engine of it."""
+        return graph in self._engines["graphs"]
+
     def ready(self, graph: str, few_rows: bool = False) -> None:
         """Load the engine of `graph` now. Raises BundleError."""
         self.session(graph)
 
+    def profile_for(self, graph: str, batch: int, new: int) -> int | None:
+        """The profile of a decode engine for so many requests and new tokens of each; None: it reads fewer at once."""
+        described = self._described(graph)
+        for i, shapes in enumerate(described.get("profiles", [described["profile"]])):
+            least, _, most = shapes["inputs_embeds"]
+            if least[0] <= batch <= most[0] and least[1] <= new <= most[1]:
+                return i
+        return None
+
+    def largest(self, graph: str, name: str) -> tuple[int, ...]:
+        """The greatest shape of an input in any profile."""
+        return tuple(self._described(graph)["profile"][name][2])
+
+    def _described(self, graph: str) -> Any:
+        """Raises BundleError where the bundle has no engine of `graph`."""
+        if graph not in self._engines["graphs"]:
+            self.session(graph)
+        return self._engines["graphs"][graph]
+
     @one_at_a_time
-    def session(self, graph: str) -> Session:
+    def session(self, graph: str, profile: int = 0) -> Session:
         """The session of an engine. Raises BundleError where the bundle has none for `graph`."""
-        if graph not in self._sessions:
+        made = self._sessions.get(graph, {})
+        if profile not in made:
             file = self._bundle.path / "engines" / f"{graph}.plan"
             if f"engines/{file.name}" not in self._bundle.manifest["files"]:
                 dense = "dense answers and controls need it: " if graph.endswith("_dense") else ""
@@ -156,13 +175,16 @@ class Backend:
                 raise BundleError(f"has no {self.name} engine of {graph}", where=self._bundle.path, fix=fix)
             self._bundle.wait_verified()  # a plan is code that runs
             streams = self._bundle.recipe.engine.weight_streaming
-            self._sessions[graph] = Session(self._library, file, self._buffers, streams)
+            engine = next((other.engine for other in made.values()), None)
+            made[profile] = Session(self._library, file, self._buffers, streams, profile, engine)
+            self._sessions[graph] = made
             self._share_scratch()
-        return self._sessions[graph]
+        return made[profile]
 
     def _share_scratch(self) -> None:
         """Engines run one after the other, so the memory of the one that needs most serves them all."""
-        sessions, need = self._sessions.values(), max(s.scratch_size for s in self._sessions.values())
+        sessions = [s for of_graph in self._sessions.values() for s in of_graph.values()]
+        need = max(s.scratch_size for s in sessions)
         if need > self._scratch_size:
             for session in sessions:
                 session.use_scratch(None)  # so that it is freed before the larger one is asked for
@@ -176,7 +198,8 @@ class Backend:
         """Free the engines of these graphs and their buffers; a decoder that is still held keeps its own."""
         for graph in graphs:
             if graph in self._sessions:
-                self._sessions.pop(graph).forget()
+                for session in self._sessions.pop(graph).values():
+                    session.forget()
                 self._buffers.drop(f"{graph}/")
                 for name in [n for n in self._pinned if n.startswith(f"{graph}/")]:
                     del self._pinned[name]
@@ -193,27 +216,37 @@ class Backend:
         cut = session.has("kept_slots") and self._recipe.tokens.cache == "cut"
         stays = len(feeds["kept_slots"]) if cut else feeds["inputs_embeds"].shape[1]
         self.check_rows(None, stays + 1)
-        found = session.run(feeds)
+        return self._kept(session.run(feeds))
+
+    @one_at_a_time
+    def turn(self, feeds: Feeds, cache: Cache) -> tuple[Arrays, StaticCache]:
+        """Read new tokens over a whole cache of one request; outputs as of `prefill`. Raises InputError without room."""
+        session = self.session("turn")
+        self.check_rows(None, own(cache).lengths[0] + feeds["inputs_embeds"].shape[1] + 1)
+        return self._kept(session.run(feeds, own(cache).alone(self._buffers, "turn")))
+
+    def _kept(self, found: dict[str, Held]) -> tuple[Arrays, StaticCache]:
+        """Outputs for the host, and the keys and values among them in a cache that decode engines read."""
         cache = StaticCache.filled(self.memory, {n: v for n, v in found.items() if n.startswith("present.")})
         return read(self._cuda, {n: v for n, v in found.items() if not n.startswith("present.")}), cache
 
-    def turn(self, feeds: Feeds, cache: Cache) -> tuple[Arrays, StaticCache]:
-        """Raises InputError."""
-        raise InputError(
-            "a later question is read by no engine yet", where=f"backend {self.name}", fix=self._bundle.elsewhere
-        )
-
     @one_at_a_time
     def decoder(self, graph: str, cores: Sequence[CoreSet], few_rows: bool = False) -> Decoder:
-        """A decoder for these requests. Raises InputError with `few_rows`, which the guard asks for."""
-        if few_rows:
-            what = "the guard reads several tokens at once, an engine reads one"
-            raise InputError(what, where=f"backend {self.name}", fix=self._bundle.elsewhere)
-        return Decoder(self, self.session(graph), cores)
+        """A decoder for these requests. Raises BundleError where the bundle has no such engine."""
+        return Decoder(self, graph, cores)
+
+    @property
+    def block(self) -> int:
+        """Neighbours that an id of core_neurons stands for."""
+        return int(self._engines.get("block", 1))
 
     def together(self, core: CoreSet) -> Hashable:
-        """A list of neurons has one length for all requests of a step."""
-        return tuple(core.counts.tolist())
+        """Lists of unequal length are filled up, but for those that the graph makes: it makes one number for all requests.
+
+        Plugin libraries from before the manifest had `block` read no lists that are filled up.
+        """
+        alike = "block" in self._engines and not core.chosen_in_decode
+        return () if alike or core.thresholds is not None else tuple(core.counts.tolist())
 
     @one_at_a_time
     def regroup(self, rows: Sequence[tuple[Cache, int]]) -> StaticCache:

@@ -102,16 +102,17 @@ def _config(trt: Any, builder: Any, network: Any, job: dict[str, Any], say: Say)
                 raise InputError(
                     f"this version builds nothing for {name}", where="engine.architecture", fix="name another"
                 )
-    profile = builder.create_optimization_profile()
-    for i in range(network.num_inputs):
-        tensor = network.get_input(i)
-        least, likely, most = (tuple(shape) for shape in job["expected"]["profile"][tensor.name])
-        if tensor.is_shape_tensor:
-            raise CmExportError(f"{tensor.name} became a shape tensor", where=job["onnx"])
-        if -1 in tuple(tensor.shape):
-            profile.set_shape(tensor.name, least, likely, most)
-    if config.add_optimization_profile(profile) < 0:
-        raise CmExportError("the profile does not fit the network", where=job["onnx"])
+    for shapes in job["expected"].get("profiles", [job["expected"]["profile"]]):
+        profile = builder.create_optimization_profile()
+        for i in range(network.num_inputs):
+            tensor = network.get_input(i)
+            least, likely, most = (tuple(shape) for shape in shapes[tensor.name])
+            if tensor.is_shape_tensor:
+                raise CmExportError(f"{tensor.name} became a shape tensor", where=job["onnx"])
+            if -1 in tuple(tensor.shape):
+                profile.set_shape(tensor.name, least, likely, most)
+        if config.add_optimization_profile(profile) < 0:
+            raise CmExportError("the profile does not fit the network", where=job["onnx"])
     return config
 
 
@@ -147,8 +148,8 @@ def _inspect(trt: Any, logger: Any, plan: bytes, job: dict[str, Any]) -> int:
 
 
 def _only_a_length(warning: str, expected: dict[str, Any]) -> bool:
-    """kept_slots is read for its length alone; the builder says so of nothing else that we ask for."""
-    names = [v["name"] for v in expected["inputs"] if v["name"].startswith("kept_slots")]
+    """Slots are read for their length alone; the builder says so of nothing else that we ask for."""
+    names = [v["name"] for v in expected["inputs"] if v["name"].startswith(("kept_slots", "core_slots"))]
     return any(f" {name} " in warning for name in names)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from ...base.errors import CmExportError
 from ...host.backend import Cache
-from .cuda import Cuda, Loan, Pool, laid_out
+from .cuda import Buffers, Cuda, Loan, Pool, laid_out
 from .session import Held
 
 _DTYPES = {"float": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -131,9 +131,19 @@ class StaticCache:
         ours = {self.first + i: n for i, n in enumerate(self.lengths)}
         return any(ours.get(other.first + i, 0) > n for i, n in enumerate(other.lengths))
 
-    def stepped(self) -> StaticCache:
-        """After a step, which has written one more row of every request."""
-        return replace(self, lengths=tuple(n + 1 for n in self.lengths), current=self._following)
+    def stepped(self, new: int) -> StaticCache:
+        """After a step, which has written so many more rows of every request."""
+        return replace(self, lengths=tuple(n + new for n in self.lengths), current=self._following)
+
+    def alone(self, memory: Buffers, name: str) -> dict[str, Held]:
+        """The rows of one request as [1,Hk,P,d] without room behind them, copied into buffers of that name."""
+        (rows,), cuda, out = self.lengths, self.memory.cuda, {}
+        for past, (heads, capacity, width) in self.memory.shapes.items():
+            dtype, size = self.memory.dtypes[past], self.memory.dtypes[past].itemsize * width
+            there = memory.get(f"{name}/{past}", heads * rows * size)
+            cuda.copy_rows(there.address, size * rows, self.address(past), size * capacity, size * rows, heads)
+            out[past] = Held(there.address, (1, heads, rows, width), dtype, lambda: True)
+        return out
 
     def truncated(self, lengths: Sequence[int]) -> StaticCache:
         """The same without the rows after the first `lengths` of each request."""

@@ -2,16 +2,17 @@
 
     slots      how many tokens stay is the length of an input        TensorRT knows no shape that comes out of data
     voters     every row is judged, weight 0 where it has no vote    NonZero has such a shape
-    cache      past [B,Hk,C,d], one new row written at write_index   static: one CUDA graph for a whole answer
+    cache      past [B,Hk,C,d], new rows written at write_index      static: one CUDA graph for a whole answer
     ops        CoreFFN, CoreAttention: plugin, or written out        out: FFN rows are inputs, gathered once per request
     halves     products, FFN, attention and cache in 16 bit          norms, rotary, residual and policies in float32
     natives    RMSNormalization, Attention: kept or written out      as the version's row in targets.py says
 
-Decode reads one token a step. What is unlike the portable graph besides the type: policies count in float32, not float64.
+Decode reads one token a step, dense decode one or several. What is unlike the portable graph besides the type: policies
+count in float32, not float64.
 """
 
 from collections.abc import Container
-from typing import NoReturn
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -19,7 +20,7 @@ import onnx_graphsurgeon as gs
 from onnx import inliner
 
 from ...base import dims
-from ...base.errors import InputError, SurgeryError
+from ...base.errors import SurgeryError
 from ...base.onnx_text import DOMAIN, OPSET
 from ...host.core_rows import ROWS
 from ...plugins.core_attention import op as core_attention
@@ -27,12 +28,22 @@ from ...plugins.core_ffn import op as core_ffn
 from ...surgery.edit import Edit
 from ..onnxruntime import halve as halving
 from ..onnxruntime.lower import names_read
+from . import active, predicted
 from . import written_out as written
 from .targets import Target
 
 DECODES = ("decode", "decode_dense")
-PLUGINS = ("CoreFFN", "CoreAttention")
+PLUGINS = ("CoreFFN", "CoreAttention", "CoreLinear")
 SLOTS = "kept_slots"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows of the cache, tokens of the longest prompt, and neighbours that an id of core_neurons stands for."""
+
+    capacity: int
+    longest: int
+    block: int = 1
 
 
 def lower(
@@ -40,26 +51,22 @@ def lower(
     name: str,
     target: Target,
     weights: Container[str],
-    capacity: int,
-    longest: int,
+    sizes: Sizes,
     products: np.dtype = np.dtype(np.float16),  # noqa: B008 (a constant)
 ) -> onnx.ModelProto:
     """The graph `name` of a bundle for `target`; functions of plugin ops stay in, so that ONNX Runtime can run it.
 
     `weights`: names of the initializers that are weights; those in 16 bit are declared so and must be written so.
-    `capacity`: rows of the cache; `longest`: tokens of a prompt. `products`: type of what is large. Raises
-    InputError for a graph that TensorRT cannot run, SurgeryError.
+    `products`: type of what is large. Raises InputError for a graph that TensorRT cannot run, SurgeryError.
     """
-    if any(n.op_type == "PredictNeurons" for n in model.graph.node):
-        no_predictor(name)
     for function in model.functions:
         _judge_every_row(function)
-        _bound_loops(function, longest)
+        _bound_loops(function, sizes.longest)
     edit = Edit(model, "trt")
     _known_slots(edit)
     if name in DECODES:
-        _static_cache(edit, target, capacity)
-    own = _own_ops(edit, target) if name == "decode" else ()
+        _static_cache(edit, target, sizes.capacity, several=name == "decode_dense")
+    own = _own_ops(edit, target, sizes.block) if name == "decode" else ()
     if not own:
         _write_out_attention(edit)
     _replace(edit, "RotaryEmbedding", "", written.ROTATE)  # parsers know it from 10.15 on
@@ -80,12 +87,6 @@ def lower(
     del lowered.graph.value_info[:]
     lowered.graph.name = name
     return lowered
-
-
-def no_predictor(where: str) -> NoReturn:
-    """Raises InputError."""
-    fix = "build with another neuron policy, such as griffin"
-    raise InputError("a set of neurons for every token (predicted) has no TensorRT form yet", where=where, fix=fix)
 
 
 def for_parser(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:
@@ -154,9 +155,13 @@ def _reaches(start: gs.Node, end: gs.Node) -> bool:
     return False
 
 
-def _static_cache(edit: Edit, target: Target, capacity: int) -> None:
-    """Concat(past, new) -> a row of a cache of `capacity` rows; the mask says which rows count, so causality is in it."""
-    update = written.CACHE_IN_PLACE if target.kv == "in_place" else written.CACHE_COPY
+def _static_cache(edit: Edit, target: Target, capacity: int, several: bool) -> None:
+    """Concat(past, new) -> rows of a cache of `capacity` rows. The mask says which rows count, the new ones included.
+
+    `several`: tokens at once, of which each sees those before it.
+    """
+    copy = written.CACHE_COPY_SEVERAL if several else written.CACHE_COPY
+    update = written.CACHE_IN_PLACE if target.kv == "in_place" else copy
     where = edit.add_input("write_index", np.int64, [dims.BATCH])
     outputs = [t for t in edit.graph.outputs if t.name.startswith("present.")]
     for present in outputs:
@@ -171,17 +176,23 @@ def _static_cache(edit: Edit, target: Target, capacity: int) -> None:
         edit.graph.nodes.append(gs.Node(update.name, present.name, {}, [past, new, where], [present], domain=DOMAIN))
     given = edit.input("attention_mask")
     given.shape = [dims.BATCH, capacity]
-    seen = edit.op("Unsqueeze", edit.op("Cast", given, to=onnx.TensorProto.BOOL), edit.constant([1, 2], np.int64))
+    counts = edit.op("Cast", given, to=onnx.TensorProto.BOOL)
+    if several:
+        rows = edit.constant(np.arange(capacity), np.int64)
+        counts = edit.call(written.SEEN, counts, where, rows, edit.input("inputs_embeds"))[0]
+        seen = edit.op("Unsqueeze", counts, edit.constant([1], np.int64))
+    else:
+        seen = edit.op("Unsqueeze", counts, edit.constant([1, 2], np.int64))
+        edit.input("inputs_embeds").shape[1] = 1
+        edit.input("position_ids").shape[2] = 1
+        next(t for t in edit.graph.outputs if t.name == "logits").shape[1] = 1
     mask = edit.op("Where", seen, edit.constant(0, np.float32), edit.constant(halving.LOWEST, np.float32))
     for node in edit.graph.nodes:
         if node.op in ("Attention", "CoreAttention"):
             node.inputs[3] = mask
-    edit.input("inputs_embeds").shape[1] = 1
-    edit.input("position_ids").shape[2] = 1
-    next(t for t in edit.graph.outputs if t.name == "logits").shape[1] = 1
 
 
-def _own_ops(edit: Edit, target: Target) -> tuple[str, ...]:
+def _own_ops(edit: Edit, target: Target, block: int) -> tuple[str, ...]:
     """Decode's CoreFFN and CoreAttention as this target has them; returns the ops that stay."""
     index = next((t for t in edit.graph.inputs if t.name == "core_neurons"), None)
     counted = edit.has_input("core_counts")
@@ -191,8 +202,20 @@ def _own_ops(edit: Edit, target: Target) -> tuple[str, ...]:
     if any(n.attrs["activation"] != activation for n in nodes):
         fix = "build the bundle again: one function stands for all of them"
         raise SurgeryError("CoreFFN nodes of several activations", where="decode", fix=fix)
+    if edit.has_input(active.THRESHOLDS):
+        if target.plugins:
+            active.products(edit, activation)
+            _read_listed_rows(edit)
+        return ("CoreLinear", "CoreAttention") if target.plugins else ()
+    if any(n.op == "PredictNeurons" for n in edit.graph.nodes):
+        predicted.choose(edit, activation)
+        _drop_inputs(edit, {"core_counts"})
+        if target.plugins:
+            _read_listed_rows(edit)
+        return ("CoreFFN", "CoreAttention") if target.plugins else ()
     for node in nodes:
         layer = node.attrs["layer"]
+        node.attrs["block"] = block
         count = f"{dims.CORE_NEURONS}.{layer}" if counted else dims.CORE_NEURONS
         if not target.plugins:
             rows = [edit.add_input(f"ffn.{layer}.{part}", np.float32, [batch, count, hidden]) for part in ROWS]
@@ -208,7 +231,7 @@ def _own_ops(edit: Edit, target: Target) -> tuple[str, ...]:
     if target.plugins:
         _read_listed_rows(edit)
         edit.functions["CoreFFN"] = core_ffn.function("request", activation)
-    return PLUGINS if target.plugins else ()
+    return ("CoreFFN", "CoreAttention") if target.plugins else ()
 
 
 def _read_listed_rows(edit: Edit) -> None:

@@ -91,15 +91,31 @@ class Library:
 
 
 class Session:
-    """An engine with its execution context; all sessions of a bundle share one stream and one scratch memory."""
+    """An engine with an execution context for one of its profiles.
 
-    def __init__(self, library: Library, file: Path, buffers: Buffers, streams_weights: bool = False):
-        """`streams_weights`: the engine was built to leave weights in host memory, as many as do not fit."""
-        trt, self.graph = library.trt, file.stem
+    All sessions of a bundle share one stream and one scratch memory.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        file: Path,
+        buffers: Buffers,
+        streams_weights: bool = False,
+        profile: int = 0,
+        engine: Any = None,
+    ):
+        """`streams_weights`: the engine was built to leave weights in host memory, as many as do not fit.
+
+        `engine`: of another session of the same file, whose weights are there already.
+        """
+        trt, self.graph, self._profile = library.trt, file.stem, profile
         self.library, self.cuda, self._file, self.buffers = library, library.cuda, file, buffers
-        self._engine = engine = library.engine(file)
-        if streams_weights:
-            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
+        if engine is None:
+            engine = library.engine(file)
+            if streams_weights:
+                engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
+        self.engine = engine
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.dtypes = {n: self._dtype(engine.get_tensor_dtype(n)) for n in names}
         self.inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
@@ -110,6 +126,8 @@ class Session:
         self._context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._context is None:
             raise library.failed("no execution context can be made", file, f"free GPU memory, or {library.elsewhere}")
+        if profile and not self._context.set_optimization_profile_async(profile, self.cuda.stream):
+            raise library.failed(f"has no profile {profile}", file, library.rebuild)
         self._scratch: Buffer | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
@@ -133,12 +151,12 @@ class Session:
         fixed = self.static_shape(name)
         if all(n >= 0 for n in fixed):
             return fixed, fixed
-        least, _, most = self._engine.get_tensor_profile_shape(name, 0)
+        least, _, most = self.engine.get_tensor_profile_shape(name, self._profile)
         return tuple(least), tuple(most)
 
     def static_shape(self, name: str) -> tuple[int, ...]:
         """The shape that the engine was built with, -1 where a size may change."""
-        return tuple(self._engine.get_tensor_shape(name))
+        return tuple(self.engine.get_tensor_shape(name))
 
     def use_scratch(self, buffer: Buffer | None) -> None:
         """The memory for what happens inside the engine, held as long as it is used; None: let it go."""
@@ -198,13 +216,21 @@ class Session:
             raise self.library.failed(f"no shape for {', '.join(missing)}", f"{self.graph} engine")
         self._inferred = True
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Held]:
-        """Every output for these inputs (and what else is in `feeds`). Raises InputError, BundleError."""
-        absent = [n for n in self.inputs if n not in feeds]
+    def run(self, feeds: Mapping[str, np.ndarray], there: Mapping[str, Held] | None = None) -> dict[str, Held]:
+        """Every output for these inputs (and what else is in `feeds`). Raises InputError, BundleError.
+
+        `there`: inputs that are on the device already.
+        """
+        there = there or {}
+        absent = [n for n in self.inputs if n not in feeds and n not in there]
         if absent:
             raise BundleError(f"nothing is known for its input {absent[0]}", where=self._file, fix=self.library.rebuild)
         for name in self.inputs:
-            self.give(name, feeds[name])
+            if name in there:
+                self.shape(name, there[name].shape)
+                self.bind(name, there[name].address)
+            else:
+                self.give(name, feeds[name])
         self.infer()
         self.stamp += 1
         out, stamp = {}, self.stamp

@@ -4,7 +4,8 @@ Norm       x * rsqrt(mean(x^2) + epsilon) * w          RMSNormalization, in floa
 Attend     softmax(scale q k^T + mask) v               Attention; k and v repeated for their query heads
 AttendToAll  the same without a mask                   Attention among all rows of a tile
 Rotate     halves of a head turned by cos and sin      RotaryEmbedding; x [B,H,S,d], cos and sin [B,S,d/2]
-CacheRow   present = past, with one new row            a copy (older), or in place (TensorScatter, the KV update)
+CacheRow   present = past, with new rows               a copy (older), or in place (TensorScatter, the KV update)
+Seen       which rows each of several tokens sees      those that count, up to its own
 CoreRows   CoreFFN over rows that were gathered        where there is no plugin
 """
 
@@ -87,6 +88,52 @@ CACHE_COPY = function("""
         at_B111 = Unsqueeze (at, around)
         is_here = Equal (row_C1, at_B111)
         present = Where (is_here, new, past)
+    }""")
+
+CACHE_COPY_SEVERAL = function("""
+    CacheRow (past, new, at) => (present) {
+        zero = Constant <value_int = 0> ()
+        one = Constant <value_int = 1> ()
+        ends = Constant <value_ints = [1, 3]> ()
+        last = Constant <value_ints = [-1]> ()
+        rows = Shape <start = 2, end = 3> (past)
+        capacity = Squeeze (rows)
+        row = Range (zero, capacity, one)
+        at_B1 = Unsqueeze (at, last)
+        offset_BC = Sub (row, at_B1)
+        count = Shape <start = 2, end = 3> (new)
+        is_new_1 = Less (offset_BC, count)
+        is_new_0 = GreaterOrEqual (offset_BC, zero)
+        is_new = And (is_new_0, is_new_1)
+        is_new_B1C1 = Unsqueeze (is_new, ends)
+        most = Sub (count, one)
+        bounded = Min (offset_BC, most)
+        place_BC = Max (bounded, zero)
+        place_B1C1 = Unsqueeze (place_BC, ends)
+        one_1 = Constant <value_ints = [1]> ()
+        heads = Shape <start = 1, end = 2> (past)
+        per_head = Concat <axis = 0> (one_1, heads, one_1, one_1)
+        place_BHC1 = Expand (place_B1C1, per_head)
+        moved = GatherND <batch_dims = 2> (new, place_BHC1)
+        present = Where (is_new_B1C1, moved, past)
+    }""")
+
+SEEN = function("""
+    Seen (counts, at, rows, embeds) => (seen) {
+        zero = Constant <value_int = 0> ()
+        one = Constant <value_int = 1> ()
+        first = Constant <value_ints = [1]> ()
+        last = Constant <value_ints = [-1]> ()
+        new_1 = Shape <start = 1, end = 2> (embeds)
+        new = Squeeze (new_1)
+        offset = Range (zero, new, one)
+        at_B1 = Unsqueeze (at, last)
+        own_BN = Add (at_B1, offset)
+        own_BN1 = Unsqueeze (own_BN, last)
+        is_later = Greater (rows, own_BN1)
+        is_before = Not (is_later)
+        counts_B1C = Unsqueeze (counts, first)
+        seen = And (counts_B1C, is_before)
     }""")
 
 CACHE_IN_PLACE = onnx.parser.parse_function(

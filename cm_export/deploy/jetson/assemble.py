@@ -23,6 +23,7 @@ from ...base.hashes import file_sha256
 from ...bundle import directory, weights
 from ...bundle.bundle import DEVICE, write_manifest
 from ...bundle.calibration import FILE as CALIBRATION
+from ...bundle.thresholds import FILE as THRESHOLDS
 
 BUNDLE, LIBRARY = "bundle", "libcm_plugins.so"
 _PIECE = 1 << 24  # bytes
@@ -49,14 +50,15 @@ def assemble(archive: Path, built_with: str) -> Path:
             _take(library, folder / "engines" / LIBRARY)
         for file in sorted((archive / "processor").glob("*")):
             _take(file, folder / "processor" / file.name)
-        if (archive / CALIBRATION).is_file():
-            _take(archive / CALIBRATION, folder / CALIBRATION)
+        for measured in (CALIBRATION, THRESHOLDS):
+            if (archive / measured).is_file():
+                _take(archive / measured, folder / measured)
         engines = {
             "backend": "tensorrt",
             "version": version,
             "architecture": f"sm_{told['target']['sm']}",
             "plugins": {"name": LIBRARY, "sha256": file_sha256(library)} if library else None,
-            **{key: told[key] for key in ("capacity", "kv", "precision", "graphs")},
+            **{key: told[key] for key in ("capacity", "kv", "precision", "block", "graphs")},
         }
         device = {
             "target": told["target"]["name"],

@@ -20,6 +20,7 @@ from ...bundle import weights
 from ...bundle.bundle import Bundle
 from ...bundle.calibration import FILE as CALIBRATION
 from ...bundle.names import core_row_names
+from ...bundle.thresholds import FILE as THRESHOLDS
 from ...families import GROUP
 from .devices import JetPack
 
@@ -63,7 +64,7 @@ def modules() -> dict[str, Path]:
 def packages(bundle: Bundle, jetpack: JetPack) -> dict[str, str]:
     """Of PACKAGES what this bundle takes, and NVIDIA's bindings of the CUDA that this JetPack has."""
     major, read = int(jetpack.cuda.split(".")[0]), PACKAGES.items()
-    calibrated = CALIBRATION in bundle.manifest["files"]
+    calibrated = {CALIBRATION, THRESHOLDS} & set(bundle.manifest["files"])
     needed = {module: what for module, what in read if calibrated or module != "safetensors"}
     return needed | {"cuda.bindings": f"cuda-bindings>={max(12.8, major):g},<{major + 1}"}
 

@@ -106,7 +106,9 @@ def estimated_weights(bundle: Any, graphs: Iterable[str], precision: str) -> Wei
                 "ffn": graph == "decode" and name in ffn,
                 "layers": name.startswith(layers),
             }[kind.packs]
-            if len(tensor.dims) < 2:
+            if tensor.data_type == onnx.TensorProto.INT4:  # what `predicted` chooses by
+                total += size / 2
+            elif len(tensor.dims) < 2 or name.startswith("predictor."):
                 total += 4 * size
             else:
                 total += size * (packed_size if packed else kind.products.itemsize)

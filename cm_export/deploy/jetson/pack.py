@@ -27,6 +27,7 @@ from ...base.install import pip_install
 from ...build.engines import check_recipe
 from ...bundle.bundle import Bundle
 from ...bundle.calibration import FILE as CALIBRATION
+from ...bundle.thresholds import FILE as THRESHOLDS
 from ...recipe import text as recipe_text
 from ...recipe.engine import EngineSettings
 from . import archive, carried, memory, probes, trtexec
@@ -146,6 +147,7 @@ def _manifest(
 ) -> dict[str, Any]:
     level, words = source.recipe.engine.optimization_level, []
     for graph in written["graphs"].values():
+        graph.pop("profiles", None)  # the device builds one, which serves every call
         graph["build"] = trtexec.build_words(graph, target, level)
         words += graph["build"]
     m = bundle.manifest
@@ -161,6 +163,7 @@ def _manifest(
         "max_prompt": source.recipe.engine.max_prompt,
         "max_patches": source.recipe.engine.max_patches,
         "kv": written["kv"],
+        "block": written["block"],
         "typed_flag": target.typed_flag,
         "optimization_level": level,
         "weights": written["weights"],
@@ -189,7 +192,7 @@ def _small_files(bundle: Bundle, source: Source, folder: Path) -> None:
     plugins, scripts = plugins_folder(), Path(str(files("cm_export.deploy.jetson"))) / "device"
     copies = {p: folder / "plugins" / p.relative_to(plugins) for p in plugin_sources(plugins)}
     for name in bundle.manifest["files"]:
-        if name.startswith("processor/") or name == CALIBRATION:
+        if name.startswith("processor/") or name in (CALIBRATION, THRESHOLDS):
             copies[bundle.path / name] = folder / name
     called = ("build_on_device.sh", "ask.py")  # by the user
     for script in sorted(p for p in scripts.iterdir() if p.suffix in (".py", ".sh")):

@@ -19,16 +19,17 @@ from typing import Any
 import numpy as np
 import psutil
 
-from ...backends.tensorrt.export import Source
+from ...backends.tensorrt.export import Source, listed_block
 from ...backends.tensorrt.rehearsal import LoweredGraphs, listed, static_rows, step_feeds
 from ...backends.tensorrt.targets import Target
 from ...base.errors import CmExportError
 from ...base.units import size
 from ...build.gates_lowered import HALF_LIMIT
 from ...bundle.names import core_row_names
+from ...bundle.thresholds import SIDES
 from ...families import Pictures, Shape
 from ...host.core_rows import CoreRows
-from ...host.core_set import CoreSet, choose
+from ...host.core_set import CoreSet, choose, padded
 from ...host.request import Request, kept_slots, prefill_feeds, sparse_feeds
 from ...source.probe import probe as synthetic
 from .trtexec import shapes
@@ -80,14 +81,18 @@ def make(bundle: Any, source: Source, target: Target, folder: Path) -> Iterator[
     if "kept_tokens" in everything:
         feeds, chosen = prefill(None)
         yield "prefill-core", Probe("prefill", feeds, {"kept_tokens": chosen["kept_tokens"]}, about)
-    core = choose(everything, recipe.neurons, shape, bundle.calibration)
+    thresholds = bundle.thresholds if recipe.neurons.by_threshold else None
+    core, block = (
+        choose(everything, recipe.neurons, shape, bundle.calibration, None, thresholds),
+        listed_block(recipe, target),
+    )
     word = int(given.ids[0])
     for name, full in (("decode-core", False), ("decode-full", True)):
         if full and core.is_whole:
             return
         feeds = graphs.only("decode", _decode_feeds(request, recipe, shape, everything, word))
         down = CoreRows(weights, core_row_names(family, shape.layers)).down
-        feeds |= graphs.only("decode", _neurons(CoreSet.whole(shape) if full else core, down))
+        feeds |= graphs.only("decode", _neurons(CoreSet.whole(shape) if full else core, down, block))
         read = feeds["core_tokens"].shape[1] if "core_tokens" in feeds else recipe.engine.capacity
         about = {"neurons": shape.ffn if full else int(core.counts.max()), "of": shape.ffn, "cache_rows": read}
         yield name, Probe("decode", feeds, graphs.run("decode", feeds), about, bench=True)
@@ -143,11 +148,15 @@ def _decode_feeds(request: Request, recipe: Any, shape: Shape, prefill: Arrays, 
     return feeds
 
 
-def _neurons(core: CoreSet, down: list[np.ndarray]) -> Arrays:
-    """core_neurons (for every layer, or each its own), and what stands in for the others."""
-    if core.neurons is None:
-        raise CmExportError("decode chooses its neurons itself, which no engine does yet", where="pack")
-    return listed(core.neurons, core.counts.tolist()) | {"core_bias": core.bias(down)[:, None]}
+def _neurons(core: CoreSet, down: list[np.ndarray], block: int) -> Arrays:
+    """core_neurons (for every layer, or each its own) or thresholds, and what stands in for the others."""
+    layers = range(len(core.counts))
+    ids = padded([[core.of_layer(layer)] for layer in layers], block)
+    none = np.zeros(SIDES * len(core.counts) + 1, np.float32)  # nothing weighs less
+    thresholds = none if core.thresholds is None else core.thresholds
+    slots = {f"core_slots.{i}": np.zeros(n // block, np.int32) for i, n in enumerate(core.counts.tolist())}
+    out = slots | listed(ids, (core.counts // block).tolist()) | {"core_thresholds": thresholds[None]}
+    return out | {"core_bias": core.bias(down)[:, None]}
 
 
 def _check_memory(folder: Path) -> None:
