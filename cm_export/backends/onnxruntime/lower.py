@@ -209,7 +209,7 @@ def _multiply_low_bits(model: onnx.ModelProto, activation: str) -> None:
 def widen_low_bits(model: onnx.ModelProto) -> None:
     """INT4 that a graph dequantises by itself becomes INT8: no value of ONNX Runtime's Python interface is INT4."""
     for tensor in model.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.INT4:
+        if tensor.data_type == onnx.TensorProto.INT4 and tensor.data_location == onnx.TensorProto.EXTERNAL:
             tensor.data_type = onnx.TensorProto.INT8
 
 
