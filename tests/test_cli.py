@@ -342,7 +342,7 @@ def engine(stub):
             text="a circle", token_ids=[7, 8], stats=STATS, kept=[kept for _ in images], notes=["a remark"]
         )
 
-    def load(bundle, *, threads, progress, backend):
+    def load(bundle, *, threads, progress, backend, device):
         progress("load the graphs")
         return SimpleNamespace(generate=generate, tower=SimpleNamespace(min_side=28, max_ratio=200))
 

@@ -28,7 +28,7 @@ from ...bundle.weights import WeightFile
 from ...families import Arrays, Family, Shape
 from ...host.backend import Cache, Feeds, Graphs, Tokens
 from ...host.core_rows import CoreRows
-from ...host.core_set import CoreSet, padded
+from ...host.core_set import CoreSet
 from ...plugins.cpu import library as native
 from ...quant.error import codes_of
 from ...quant.packing import blocks
@@ -39,7 +39,7 @@ from .grouped import group_attention
 from .in_place import write_in_place
 from .lower import lower
 from .pack import Packing, gather_ffns
-from .place import KERNELS, Held, Place, place_for, with_kernels
+from .place import Held, Place, place_for
 from .whole_picture import attend_to_all, borders
 
 _PRODUCTS = {"head", "layers.0.attention_in", "layers.0.ffn_in"}  # entries of a bundle that has packed them all
@@ -58,7 +58,6 @@ def open(
     # For checks, and for low bits, whose products are asked for in float32, a device computes in it, too.
     exact = bundle.packed is not None or recipe.engine.precision == "fp32"
     place, notes = place_for(device, np.float32 if exact else np.float16)
-    place, more = with_kernels(place, Path(recipe.engine.plugins or KERNELS))
     chooses = recipe.neurons.in_decode
     names = core_row_names(bundle.family, bundle.shape.layers)
     low_bits = None
@@ -69,7 +68,7 @@ def open(
     made = Backend(
         graph or bundle.graph, bundle.weights, threads, predictor, names, low_bits, bundle.shape.heads, place
     )
-    made.notes += notes + more
+    made.notes += notes
     return made
 
 
@@ -405,9 +404,6 @@ class Decoder:
             else:
                 gathered = backend.rows.gather(cores)
                 out |= gathered.rows
-        if "core_neurons" in self._inputs:
-            layers = range(len(cores[0].counts))
-            out["core_neurons"] = padded([[core.of_layer(layer) for core in cores] for layer in layers], block=1)
         if "core_thresholds" in self._inputs:
             none = np.zeros(SIDES * len(cores[0].counts) + 1, np.float32)  # nothing weighs less
             out["core_thresholds"] = np.stack([none if c.thresholds is None else c.thresholds for c in cores])

@@ -6,7 +6,6 @@
                                                      three inputs [B,K,D] that the host gathers once per request
     CoreFFN(x, Wg, Wu, Wd_t, PredictNeurons(...)) -> CoreMasked(x, Wg, Wu, Wd_t, ids), ids by MatMulNBits on the int4 bytes
     CoreFFN, CoreLinear with thresholds           -> the same, their products as above
-    CoreFFN with lists, where kernels are         -> CoreFFN_float16 of libcm_plugins.so, which reads listed rows only
 
 Gathering inside every step is slower than dense (a gather of 40 % costs more than the products it saves). So a set that
 is new for every token buys no time here: every row is read, those that are not listed are multiplied by zero.
@@ -17,7 +16,6 @@ time; as left factor the weights are read where they lie, and 16 rows cost what 
 
 from typing import Any
 
-import numpy as np
 import onnx
 
 from ...base.errors import SurgeryError
@@ -29,8 +27,7 @@ from ...policies.choose_neurons import choose_text
 from .place import Place
 
 _MICROSOFT = "com.microsoft"
-KERNELS = "com.cm_export.plugins"
-ACTIVE_INPUTS, LISTED_INPUTS = len(inputs("active", 0)), len(inputs("request", 0))
+ACTIVE_INPUTS = len(inputs("active", 0))
 
 
 def lower(
@@ -55,9 +52,6 @@ def lower(
             continue
         if node.op_type == "CoreLinear":
             nodes.append(onnx.helper.make_node("ActiveLinear", node.input, node.output, node.name, domain=DOMAIN))
-            continue
-        if place.kernels and node.op_type == "CoreFFN" and len(node.input) == LISTED_INPUTS:
-            nodes.append(_kernel(node, place, graph))
             continue
         if chosen & set(node.input):
             activation = attribute(node, "activation")
@@ -96,27 +90,7 @@ def lower(
         _norms_in_one_kernel(nodes)
     _keep(graph, _fuse_transposes(nodes, set(shapes), few_rows))
     model.opset_import.append(onnx.helper.make_opsetid(_MICROSOFT, 1))
-    if place.kernels:
-        model.opset_import.append(onnx.helper.make_opsetid(KERNELS, 1))
     return model
-
-
-def _kernel(node: onnx.NodeProto, place: Place, graph: onnx.GraphProto) -> onnx.NodeProto:
-    """The op of a plugin library: lists that are shorter than others are filled up, so nothing cuts them."""
-    cuts = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Slice" and "core_counts" in _sources(n, graph)}
-    kind = "float16" if place.products == np.float16 else "float"
-    name = node.output[0]
-    outputs = [name, ([*list(node.output)[1:], ""])[0] or f"{name}/z", f"{name}/workspace"]
-    given = [*node.input[:4], cuts.get(node.input[4], node.input[4])]
-    own = {a: attribute(node, a) for a in ("activation", "block", "bits", "group")}
-    return onnx.helper.make_node(f"CoreFFN_{kind}", given, outputs, node.name, domain=KERNELS, **own)
-
-
-def _sources(node: onnx.NodeProto, graph: onnx.GraphProto) -> set[str]:
-    """What the ends of a Slice are gathered from."""
-    makers = {o: n for n in graph.node for o in n.output}
-    ends = makers.get(node.input[2]) if len(node.input) > 2 else None
-    return set(ends.input) if ends is not None else set()
 
 
 def _norms_in_one_kernel(nodes: list[onnx.NodeProto]) -> None:
@@ -209,7 +183,7 @@ def _multiply_low_bits(model: onnx.ModelProto, activation: str) -> None:
 def widen_low_bits(model: onnx.ModelProto) -> None:
     """INT4 that a graph dequantises by itself becomes INT8: no value of ONNX Runtime's Python interface is INT4."""
     for tensor in model.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.INT4:
+        if tensor.data_type == onnx.TensorProto.INT4 and tensor.data_location == onnx.TensorProto.EXTERNAL:
             tensor.data_type = onnx.TensorProto.INT8
 
 

@@ -14,7 +14,7 @@ import ctypes
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ import onnxruntime as ort
 from ...base.errors import BundleError, InputError
 from ...base.onnx_text import IR_VERSION, OPSET
 
-KERNELS = "artifacts/plugins/libcm_plugins.so"  # where `make plugins` puts it
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _PACKAGE = "'onnxruntime-gpu[cuda,cudnn]'"
 _ASKED = re.compile(r"cpu|auto|cuda(:(?P<number>\d+))?")
@@ -55,7 +54,6 @@ class Place:
     number: int = 0
     apart: bool = False
     products: np.dtype = np.dtype(np.float32)  # noqa: RUF009 (a constant)
-    kernels: Path | None = None  # libcm_plugins.so, whose ops read listed rows of weights where they lie
 
     @property
     def name(self) -> str:
@@ -69,8 +67,6 @@ class Place:
         if options is None:
             options = ort.SessionOptions()
             options.log_severity_level, options.intra_op_num_threads = 3, 1
-        if self.kernels:
-            options.register_custom_ops_library(str(self.kernels))
         providers: list[Any] = [CPU]
         if self.device == "cuda":
             providers = [(CUDA, {"device_id": str(self.number), **_OPTIONS}), CPU]
@@ -144,18 +140,6 @@ def _copy_graph(dtype: np.dtype) -> onnx.ModelProto:
 
 
 # ------------------------------------------------------------------------------------------------- which one
-def with_kernels(place: Place, library: Path | None) -> tuple[Place, list[str]]:
-    """The place with our ops, if the library is there and ONNX Runtime takes it; and what the user should know."""
-    if not place.apart or library is None or not library.is_file():
-        return place, []
-    able = replace(place, kernels=library)
-    try:
-        able.session(_copy_graph(np.dtype(np.float32)))
-    except Exception as e:  # built for another machine, or by another compiler: without them everything still runs
-        return place, [f"{library} is not used ({' '.join(str(e).split())[:200]})"]
-    return able, []
-
-
 def place_for(asked: str | None, products: Any = np.float16) -> tuple[Place, list[str]]:
     """The place that --device asks for (None: this process's memory), and what the user should know about it.
 
