@@ -180,6 +180,7 @@ def _packing(source: Source, target: Target, folder: Path, bits: int) -> Gate:
         _, parts = lowered_with_parts(source, graph, target)
         for name, part in parts.items():
             if part.kind == "codes":
+                assert part.scheme is not None  # whose codes they are
                 weight = source.weights[part.weight]
                 error = relative_error(weight.T if part.turned else weight, file[name], file[part.scale], part.scheme)
                 worst = max(worst, (part.weight, error), key=lambda pair: pair[1])

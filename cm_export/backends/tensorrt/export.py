@@ -226,15 +226,15 @@ def _write_weights(
     source: Source, file: Path, models: Iterable[onnx.ModelProto], parts: Parts
 ) -> dict[str, weight_files.Tensor]:
     planned: dict[str, Planned] = {}
-    stored, copies = source.weights, source.predictor or ()
+    stored, copies = source.weights, source.predictor
     fits: dict[tuple[str, Scheme, bool], dict[str, Callable[[], np.ndarray]]] = {}
     for tensor in (t for model in models for t in _external(model)):
         if _key(tensor) in planned:
             continue
         part = parts.get(tensor.name)
         if part is None:
-            assert tensor.name in stored or source.predictor is not None
-            planned[_key(tensor)] = _planned(source.predictor if tensor.name in copies else stored, tensor)
+            held = copies if copies is not None and tensor.name in copies else stored
+            planned[_key(tensor)] = _planned(held, tensor)
             continue
         if part.scheme is None:
             planned[_key(tensor)] = _made(stored, _key(tensor), part, partial(_turned, stored, part))
