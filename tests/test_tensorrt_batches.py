@@ -333,7 +333,10 @@ def test_requests_that_are_given_up_halfway_leave_nothing(sit, version):
         given_up(model)
         gc.collect()
         assert held(at) <= bytes_held
-    assert alone(model)[0] == expected and held(at) <= bytes_held
+    assert alone(model)[0] == expected
+    given_up(model)  # what was read last is kept for the next: only the same work leaves the same memory
+    gc.collect()
+    assert held(at) <= bytes_held
 
 
 # ---------------------------------------------------------------------------------------------------- planted faults
