@@ -187,7 +187,11 @@ def test_a_fill_and_a_whole_cache_answer_on_the_device_as_on_the_graphs(built, f
 
 CANNOT = {
     "dense": (["--dense"], "has no tensorrt engine of prefill_dense", "ask the bundle that was packed"),
-    "a later question": (["--prompt", "and now?"], "drops the cache of cut tokens", "build it with --token-cache index"),
+    "a later question": (
+        ["--prompt", "and now?"],
+        "drops the cache of cut tokens",
+        "build it with --token-cache index",
+    ),
     "the guard": (["--guard"], "drops the cache of cut tokens", "build it with --token-cache index"),
     "another backend": (["--backend", "onnxruntime"], "known: tensorrt"),
     "no such option": (["--tokenshare", "0.2"], "--tokenshare"),
