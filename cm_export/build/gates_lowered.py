@@ -24,7 +24,6 @@ from ..backends.tensorrt.targets import Target
 from ..base.core_index import neuron_count, select_core_neurons
 from ..base.errors import GateFailed
 from ..bundle.names import core_row_names
-from ..bundle.thresholds import SIDES
 from ..bundle.weights import WeightFile
 from ..families import Family, Pictures, Tower
 from ..host.core_rows import CoreRows
@@ -144,7 +143,7 @@ class _Exact:
         ids = shape.ffn // listed_block(self.source.recipe, self.target)
         constant |= listed(every_neuron_listed(shape.layers, ids), [ids] * shape.layers)
         constant |= {f"core_slots.{i}": np.zeros(ids, np.int32) for i in range(shape.layers)}
-        constant["core_thresholds"] = np.zeros((1, SIDES * shape.layers + 1), np.float32)
+        constant["core_thresholds"] = CoreSet.whole(shape).least[None]
         for i, word in enumerate(words):
             past = self.run("decode", step_feeds(request, int(word), i, capacity) | constant | _past(past))
             logits.append(past.pop("logits"))

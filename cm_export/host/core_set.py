@@ -77,6 +77,11 @@ class CoreSet:
         count = int(self.counts[layer])
         return np.arange(count, dtype=np.int32) if self.neurons is None else self.neurons[layer, 0, :count]
 
+    @property
+    def least(self) -> np.ndarray:
+        """[4L+1] float32: its thresholds; without them zeros, since nothing weighs less."""
+        return np.zeros(SIDES * len(self.counts) + 1, np.float32) if self.thresholds is None else self.thresholds
+
     def bias(self, down: Sequence[np.ndarray]) -> np.ndarray:
         """[L,D] float32 from every layer's down rows [F,D]; zero without means, and in a layer that keeps all."""
         out = np.zeros((len(down), down[0].shape[-1]), np.float32)

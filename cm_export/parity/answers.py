@@ -18,7 +18,7 @@ from ..families import Arrays, Picture
 from ..host.decode import Row, decode, greedy, recorded
 from ..host.runner import Budget, Prefilled, Runner
 from ..recipe.recipe import Recipe
-from .proof import Found, compare
+from .proof import Found, Pairs, compare
 from .subject import Prompt, Stock, Subject
 
 STEPS = 8
@@ -72,7 +72,7 @@ def text_only(of: Subject) -> Found:
 
 def _answered(of: Subject, prompts: list[Prompt]) -> Found:
     runner, same = of.runner(DENSE), {}
-    pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    pairs: Pairs = {}
     for number, prompt in enumerate(prompts):
         ours = runner.prefill(of.request(runner, prompt), Budget(dense=True))
         theirs, rows = of.stock(prompt, STEPS), cache_of(ours)
@@ -90,9 +90,7 @@ def written(runner: Runner, prefilled: Prefilled, steps: int = STEPS) -> tuple[l
     return [token for _, token in decode(runner.backend, [row])], np.stack(logits)
 
 
-def paired(
-    what: str, rows: Arrays, logits: np.ndarray, theirs: Stock, kept: np.ndarray | None = None
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def paired(what: str, rows: Arrays, logits: np.ndarray, theirs: Stock, kept: np.ndarray | None = None) -> Pairs:
     """Logits of every step, and the `rows` that the prefill left in the cache; `kept`: which of the prompt's they are."""
     pairs = {f"logits of {what}, token {i}": (a, b) for i, (a, b) in enumerate(zip(logits, theirs.logits, strict=True))}
     for name, value in rows.items():
@@ -138,7 +136,7 @@ def batch(of: Subject) -> Found:
 def later(of: Subject) -> Found:
     """Besides, the answer that is written then, which must be that of transformers to the whole conversation."""
     rng, same = np.random.default_rng(7), {}
-    pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    pairs: Pairs = {}
     runner = of.runner(recipe_of(of, tokens__cache="index", tokens__policy=LISTED))
     first = of.prompt(of.sees.sample(rng) if of.tower else [], rng)
     said = of.prompt([], rng, 7).ids.tolist()

@@ -19,7 +19,7 @@ from ..base.errors import GateFailed, InputError
 from ..host.runner import Budget
 from ..recipe import facts
 from .answers import LISTED, STEPS, cache_of, paired, recipe_of, written
-from .proof import Found, compare
+from .proof import Found, Pairs, compare
 from .subject import Prompt, Stock, Subject
 
 SHARE = 0.4  # of the image tokens, which stay
@@ -28,7 +28,7 @@ SHARE = 0.4  # of the image tokens, which stay
 def full_budget(of: Subject) -> Found:
     """One recipe that cuts, and one that lists rows."""
     rng, same = np.random.default_rng(6), {}
-    pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    pairs: Pairs = {}
     budget = Budget(neuron_share=1.0, token_share=1.0 if of.shape.sees else None)
     shown = [of.sees.sample(rng), of.sees.probes(rng), []] if of.tower else [[], []]
     for cache in ("cut", "index") if of.shape.sees else ("cut",):
@@ -50,7 +50,7 @@ class _Cut:
     """One cut prefill and what stock transformers says to the same tokens."""
 
     what: str
-    pairs: dict[str, tuple[np.ndarray, np.ndarray]]
+    pairs: Pairs
     ids: tuple[list[int], list[int]]
 
 

@@ -19,7 +19,7 @@ from .subject import Subject
 PROVED, FAILED, MISSING, NOT_REACHED, NOT_ASKED = "proved", "FAILED", "MISSING", "not reached", "-"
 # float32 through two or three layers, summed in another order, differs by 2e-6; a wrong mask or position by above 1e-2.
 LIMIT = 1e-5
-Pairs = Mapping[str, tuple[np.ndarray, np.ndarray]]
+Pairs = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)

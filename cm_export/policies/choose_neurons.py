@@ -5,7 +5,24 @@
 Its torch meaning is `choose` in neurons/predicted.py.
 """
 
+import onnx
+
+from ..base.onnx_text import function
 from ..plugins.core_ffn.body import ACTIVATIONS
+
+
+def chooser(name: str, activation: str, order: str = "ascending") -> onnx.FunctionProto:
+    """`choose_text` after low-bit copies of gate and up [F,D] int4, scales [F,D/group] float32; count [1] int64."""
+    return function(f"""
+    {name} <group, block> (x, gate, gate_scale, up, up_scale, norm, count) => (core_neurons) {{
+        gate_FD = DequantizeLinear <axis = 1, block_size: int = @group> (gate, gate_scale)
+        up_FD = DequantizeLinear <axis = 1, block_size: int = @group> (up, up_scale)
+        gate_DF = Transpose <perm = [1, 0]> (gate_FD)
+        up_DF = Transpose <perm = [1, 0]> (up_FD)
+        gate_out = MatMul (x, gate_DF)
+        up_out = MatMul (x, up_DF)
+        {choose_text(activation, order)}
+    }}""")
 
 
 def choose_text(activation: str, order: str = "ascending") -> str:

@@ -23,7 +23,6 @@ from ...base import environment
 from ...base.errors import BundleError
 from ...bundle.names import core_row_names
 from ...bundle.packed import TOWER, Packed
-from ...bundle.thresholds import SIDES
 from ...bundle.weights import WeightFile
 from ...families import Arrays, Family, Shape
 from ...host.backend import Cache, Feeds, Graphs, Tokens
@@ -150,16 +149,17 @@ class Backend:
     @cached_property
     def rows(self) -> CoreRows:
         """What gathers the rows of this bundle, its memory kept between requests."""
-        if self._row_names is None:
-            raise BundleError("nothing says which weights are rows of neurons", where=self.weights.path)
-        return CoreRows(self.weights, self._row_names, self.threads)
+        return CoreRows(self.weights, self._rows_of_neurons(), self.threads)
 
     @cached_property
     def device_rows(self) -> DeviceRows:
         """The same on a device."""
+        return DeviceRows(self.place, self._rows_of_neurons(), self._on_device)
+
+    def _rows_of_neurons(self) -> list[tuple[str, str, str]]:
         if self._row_names is None:
             raise BundleError("nothing says which weights are rows of neurons", where=self.weights.path)
-        return DeviceRows(self.place, self._row_names, self._on_device)
+        return self._row_names
 
     def _on_device(self, name: str) -> Held:
         """A weight there, in the type of products; the same copy that sessions read."""
@@ -212,20 +212,18 @@ class Backend:
 
     def reads(self, name: str) -> set[str]:
         """Weights of the weight file that the session of graph `name` reads, and the rows that are gathered for it."""
-        model, arrays = self._prepared(self._graph(name), self._key(name, True, False, False), ort.SessionOptions())
+        model, arrays = self._prepared(self._graph(name), self._key(name, True, False, False))
         read = {t.name for t in _external(model)} - arrays.keys()
         gathers = any(i.name.startswith("ffn.") or i.name == "core_bias" for i in model.graph.input)
         rows = (self._row_names or []) if gathers else []
         return {n for n in read if n in self.weights}.union(*rows)
 
-    def _prepared(
-        self, graph: Path | onnx.ModelProto, key: Key, options: ort.SessionOptions
-    ) -> tuple[onnx.ModelProto, Arrays]:
+    def _prepared(self, graph: Path | onnx.ModelProto, key: Key) -> tuple[onnx.ModelProto, Arrays]:
         """The graph as its session takes it, and the arrays that its packed products read."""
         model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph
         if key[0] == WHOLE:
             attend_to_all(model)
-        model, arrays = self._packed(model, key[0], options)
+        model, arrays = self._packed(model, key[0])
         if key[3]:
             write_in_place(model)
         if self.place.products != np.float32:
@@ -239,8 +237,10 @@ class Backend:
 
     def _load(self, graph: Path | onnx.ModelProto, key: Key) -> ort.InferenceSession:
         where = graph if isinstance(graph, Path) else "a graph made in memory"
+        model, arrays = self._prepared(graph, key)
         options = ort.SessionOptions()
-        model, arrays = self._prepared(graph, key, options)
+        if self.native is not None and arrays:
+            options.register_custom_ops_library(str(self.native))
         # Left to itself, ONNX Runtime takes every core of the machine, also in a container that allows two.
         options.intra_op_num_threads = self.threads or environment.default_threads()
         options.log_severity_level = 3
@@ -276,7 +276,7 @@ class Backend:
         except Exception as e:
             raise BundleError(f"ONNX Runtime refuses the graph ({e})", where=where) from e
 
-    def _packed(self, model: onnx.ModelProto, name: str, options: ort.SessionOptions) -> tuple[onnx.ModelProto, Arrays]:
+    def _packed(self, model: onnx.ModelProto, name: str) -> tuple[onnx.ModelProto, Arrays]:
         """The graph with packed products, and the arrays that they read."""
         of = self._low_bits
         if of is None:
@@ -286,10 +286,7 @@ class Backend:
         if name in ("vision", WHOLE):
             of.packed.file.expect(n for n in of.packed.file.tensors if n.startswith(TOWER))
         packing = Packing(model, of.packed, self.native is not None, of.every_neuron, self._made)
-        model = packing.run()
-        if self.native is not None and packing.arrays:
-            options.register_custom_ops_library(str(self.native))
-        return model, packing.arrays
+        return packing.run(), packing.arrays
 
     def _bind(self, key: Key, model: onnx.ModelProto, external: list[onnx.TensorProto]) -> None:
         """Make inputs of these initializers."""
@@ -405,8 +402,7 @@ class Decoder:
                 gathered = backend.rows.gather(cores)
                 out |= gathered.rows
         if "core_thresholds" in self._inputs:
-            none = np.zeros(SIDES * len(cores[0].counts) + 1, np.float32)  # nothing weighs less
-            out["core_thresholds"] = np.stack([none if c.thresholds is None else c.thresholds for c in cores])
+            out["core_thresholds"] = np.stack([core.least for core in cores])
         if "core_counts" in self._inputs:
             out["core_counts"] = cores[0].counts
         if "core_bias" in self._inputs:

@@ -15,7 +15,7 @@ import onnxruntime as ort
 
 from ...base.onnx_text import IR_VERSION, OPSET
 from ...host.core_rows import ROWS
-from ...host.core_set import CoreSet
+from ...host.core_set import CoreSet, padded
 from .place import Held, Place
 
 
@@ -33,11 +33,7 @@ class DeviceRows:
             weights = [self._weight(name).value for name in names]
             rows: Sequence[ort.OrtValue] = weights
             if (counts[:, layer] < cores[0].ffn).any():
-                ids = np.full((len(cores), int(counts[:, layer].max())), -1, np.int32)
-                for row, core in zip(ids, cores, strict=True):
-                    listed = core.of_layer(layer)
-                    row[: len(listed)] = listed
-                rows = self._gathered(weights, ids)
+                rows = self._gathered(weights, padded([[core.of_layer(layer) for core in cores]], 1)[0])
             out |= {f"ffn.{layer}.{part}": value for part, value in zip(ROWS, rows, strict=True)}
         return out
 

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from ...base.errors import CmExportError
-from ...bundle.thresholds import SIDES
 from ...families import Arrays
 from ...host.backend import Cache, Tokens
 from ...host.core_set import CoreSet, padded
@@ -203,6 +202,5 @@ def core_inputs(backend: Any, session: Takes, cores: Sequence[CoreSet]) -> Array
     if session.has("core_bias"):
         out["core_bias"] = np.stack([core.bias(backend.down) for core in cores], 1)
     if session.has("core_thresholds"):
-        none = np.zeros(SIDES * len(cores[0].counts) + 1, np.float32)  # nothing weighs less
-        out["core_thresholds"] = np.stack([none if c.thresholds is None else c.thresholds for c in cores])
+        out["core_thresholds"] = np.stack([core.least for core in cores])
     return out

@@ -8,8 +8,7 @@ TopK takes up to TOP of them, so wider lists need blocks of neighbours (neurons.
 
 import numpy as np
 
-from ...base.onnx_text import function
-from ...policies.choose_neurons import choose_text
+from ...policies.choose_neurons import chooser
 from ...surgery.edit import Edit
 from .quantize import CHOSEN
 
@@ -19,15 +18,7 @@ TOP = 3840  # TensorRT's largest k
 
 def choose(edit: Edit, activation: str) -> None:
     """Every chooser counts by the length of an input of its own."""
-    body = function(f"""ChooseNeurons <group, block> (x, gate, gate_scale, up, up_scale, norm, count) => (core_neurons) {{
-        gate_FD = DequantizeLinear <axis = 1, block_size: int = @group> (gate, gate_scale)
-        up_FD = DequantizeLinear <axis = 1, block_size: int = @group> (up, up_scale)
-        gate_DF = Transpose <perm = [1, 0]> (gate_FD)
-        up_DF = Transpose <perm = [1, 0]> (up_FD)
-        gate_out = MatMul (x, gate_DF)
-        up_out = MatMul (x, up_DF)
-        {choose_text(activation, order="best")}
-    }}""")
+    body = chooser("ChooseNeurons", activation, order="best")
     for node in [n for n in edit.graph.nodes if n.op == "PredictNeurons"]:
         reader = node.outputs[0].outputs[0]
         layer, block = reader.attrs["layer"], node.attrs["block"]

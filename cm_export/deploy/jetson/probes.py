@@ -26,7 +26,6 @@ from ...base.errors import CmExportError
 from ...base.units import size
 from ...build.gates_lowered import HALF_LIMIT
 from ...bundle.names import core_row_names
-from ...bundle.thresholds import SIDES
 from ...families import Pictures, Shape
 from ...host.core_rows import CoreRows
 from ...host.core_set import CoreSet, choose, padded
@@ -152,10 +151,8 @@ def _neurons(core: CoreSet, down: list[np.ndarray], block: int) -> Arrays:
     """core_neurons (for every layer, or each its own) or thresholds, and what stands in for the others."""
     layers = range(len(core.counts))
     ids = padded([[core.of_layer(layer)] for layer in layers], block)
-    none = np.zeros(SIDES * len(core.counts) + 1, np.float32)  # nothing weighs less
-    thresholds = none if core.thresholds is None else core.thresholds
     slots = {f"core_slots.{i}": np.zeros(n // block, np.int32) for i, n in enumerate(core.counts.tolist())}
-    out = slots | listed(ids, (core.counts // block).tolist()) | {"core_thresholds": thresholds[None]}
+    out = slots | listed(ids, (core.counts // block).tolist()) | {"core_thresholds": core.least[None]}
     return out | {"core_bias": core.bias(down)[:, None]}
 
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import onnx
 
-from ...base.onnx_text import function
 from .._torch import torch
-from ..choose_neurons import choose_text
+from ..choose_neurons import chooser
 
 WIRES = ()
 ATTRIBUTES = ()
@@ -42,13 +41,4 @@ def choose(zp: torch.Tensor, norm: torch.Tensor, count: int, block: int = 1) -> 
 
 def decode_function(activation: str) -> onnx.FunctionProto:
     """The same as an ONNX function; gate and up [F,D] int4 with scales [F,D/group] float32, count [1] int64."""
-    return function(f"""
-    PredictNeurons <group, block> (x, gate, gate_scale, up, up_scale, norm, count) => (core_neurons) {{
-        gate_FD = DequantizeLinear <axis = 1, block_size: int = @group> (gate, gate_scale)
-        up_FD = DequantizeLinear <axis = 1, block_size: int = @group> (up, up_scale)
-        gate_DF = Transpose <perm = [1, 0]> (gate_FD)
-        up_DF = Transpose <perm = [1, 0]> (up_FD)
-        gate_out = MatMul (x, gate_DF)
-        up_out = MatMul (x, up_DF)
-        {choose_text(activation)}
-    }}""")
+    return chooser("PredictNeurons", activation)
