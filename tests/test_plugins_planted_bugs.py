@@ -67,8 +67,8 @@ LINEAR = {
     "x of the wrong lane": (LINEAR_KERNEL, "lanes[i] < 0 ? 0 : lanes[i]);", "lanes[i] < 0 ? 0 : lanes[i] ^ 1);"),
     "a row of the weights too far": (LINEAR_KERNEL, "fetch(start + lanes[i], chunk)", "fetch(start, chunk)"),
     "rows read ahead are forgotten": (LINEAR_KERNEL, "raw[i] = next[i];", "raw[i] = typename W::Raw{};"),
-    "last of the inputs": (LINEAR_KERNEL, "begin + per_warp < last ? begin + per_warp : last);",
-                           "begin + per_warp < last ? begin + per_warp : last - 1);"),
+    "last of the inputs": (KERNELS, "begin + per_warp < last ? begin + per_warp : last)",
+                           "begin + per_warp < last ? begin + per_warp : last - 1)"),
 }  # fmt: skip
 ATTEND = "core_attention/kernels.h"
 ATTENTION = {

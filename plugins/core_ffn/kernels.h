@@ -170,6 +170,21 @@ __device__ void add_warps(const float (&sum)[kRows][W::kColumns], const RowTile&
     }
 }
 
+// Which terms of a long sum a warp adds: an eighth of those of its split.
+struct Stretch {
+    int64_t begin;
+    int32_t end;
+
+    __device__ static Stretch of_warp(int32_t terms, int32_t splits, int split, int warp) {
+        const int32_t per_split = static_cast<int32_t>(ceil_div(terms, splits));
+        const int32_t per_warp = static_cast<int32_t>(ceil_div(per_split, kDownWarps));
+        const int64_t split_end = static_cast<int64_t>(split + 1) * per_split;
+        const int32_t last = static_cast<int32_t>(split_end < terms ? split_end : terms);
+        const int64_t begin = static_cast<int64_t>(split) * per_split + warp * per_warp;
+        return Stretch{begin, static_cast<int32_t>(begin + per_warp < last ? begin + per_warp : last)};
+    }
+};
+
 template <class W>
 struct Down {
     const typename W::Number* z;  // [rows, N]
@@ -198,13 +213,7 @@ __global__ void CM_THREADS(kDownWarps* kWarp) down(Down<W> a) {
     const int32_t columns = a.down.m.columns, neurons = a.lists.neurons;
     const bool active = chunk * kColumns < columns;
 
-    // The neurons of this warp: an eighth of those of the split.
-    const int32_t per_split = static_cast<int32_t>(ceil_div(neurons, a.splits));
-    const int32_t per_warp = static_cast<int32_t>(ceil_div(per_split, kDownWarps));
-    const int64_t split_end = static_cast<int64_t>(split + 1) * per_split;
-    const int32_t last = static_cast<int32_t>(split_end < neurons ? split_end : neurons);
-    const int64_t begin = static_cast<int64_t>(split) * per_split + warp * per_warp;
-    const int32_t end = static_cast<int32_t>(begin + per_warp < last ? begin + per_warp : last);
+    const auto [begin, end] = Stretch::of_warp(neurons, a.splits, split, warp);
 
     float sum[kRows][kColumns] = {};
     for (int64_t start = begin; start < end; start += kWarp) {

@@ -23,6 +23,20 @@ cudaError_t launch_gate_up(const FfnCall& call, const Lists& lists, const W& gat
     return launch(gate_up<W, kRows>, grid, kGateUpWarps * kWarp, 0, stream, a);
 }
 
+// A kernel whose blocks each make a part of the sums of y [rows, columns], and what adds the parts up.
+template <class W, class Kernel, class Arguments>
+cudaError_t launch_sums(Kernel kernel, const Arguments& a, const FfnSizes& s, cudaStream_t stream) {
+    using T = typename W::Number;
+    const size_t shared = sizeof(float) * kDownWarps * kWarp * W::kColumns;
+    const cudaError_t error =
+        launch_early(kernel, a.row_tiles * a.column_tiles * a.splits, kDownWarps * kWarp, shared, stream, a);
+    if (error != cudaSuccess || a.splits == 1) return error;
+    const int64_t size = s.rows() * s.columns;
+    return launch_early(add_splits<T>, tiles(size, kAddColumns), kAddGroups * kAddColumns,
+                        sizeof(float) * kAddGroups * kAddColumns, stream, static_cast<const float*>(a.parts), a.splits,
+                        size, a.y);
+}
+
 template <class W, int kRows>
 cudaError_t launch_down(const FfnCall& call, const Lists& lists, const W& weights, cudaStream_t stream) {
     using T = typename W::Number;
@@ -31,14 +45,7 @@ cudaError_t launch_down(const FfnCall& call, const Lists& lists, const W& weight
     const int32_t splits = down_splits(s, kRows, call.grid_blocks);
     const Down<W> a{static_cast<const T*>(call.z), weights, lists, row_tiles, column_tiles(s), s.rows(),
                     s.rows_per_group, splits, call.workspace, static_cast<T*>(call.y)};
-    const size_t shared = sizeof(float) * kDownWarps * kWarp * W::kColumns;
-    const cudaError_t error =
-        launch_early(down<W, kRows>, row_tiles * a.column_tiles * splits, kDownWarps * kWarp, shared, stream, a);
-    if (error != cudaSuccess || splits == 1) return error;
-    const int64_t size = s.rows() * s.columns;
-    return launch_early(add_splits<T>, tiles(size, kAddColumns), kAddGroups * kAddColumns,
-                        sizeof(float) * kAddGroups * kAddColumns, stream,
-                  static_cast<const float*>(call.workspace), splits, size, static_cast<T*>(call.y));
+    return launch_sums<W>(down<W, kRows>, a, s, stream);
 }
 
 template <class T, int kBits>

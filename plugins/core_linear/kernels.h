@@ -37,13 +37,7 @@ __global__ void CM_THREADS(kDownWarps* kWarp) read_active(Active<W> a) {
     const int32_t columns = a.weights.m.columns;
     const bool inside = chunk * kColumns < columns;
 
-    // The inputs of this warp: an eighth of those of the split.
-    const int32_t per_split = static_cast<int32_t>(ceil_div(a.inputs, a.splits));
-    const int32_t per_warp = static_cast<int32_t>(ceil_div(per_split, kDownWarps));
-    const int64_t split_end = static_cast<int64_t>(split + 1) * per_split;
-    const int32_t last = static_cast<int32_t>(split_end < a.inputs ? split_end : a.inputs);
-    const int64_t begin = static_cast<int64_t>(split) * per_split + warp * per_warp;
-    const int32_t end = static_cast<int32_t>(begin + per_warp < last ? begin + per_warp : last);
+    const auto [begin, end] = Stretch::of_warp(a.inputs, a.splits, split, warp);
 
     wait_for_previous();  // x says which rows are read
     const float threshold = a.thresholds[tile.group];

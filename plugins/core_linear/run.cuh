@@ -1,6 +1,7 @@
 // The definition of run_linear: from values known at run time to kernels.
 #pragma once
 
+#include "../core_ffn/run.cuh"
 #include "kernels.h"
 #include "run.h"
 
@@ -15,14 +16,7 @@ cudaError_t launch_active(const LinearCall& call, cudaStream_t stream) {
     const W weights{Matrix<T>(call.weights, static_cast<const T*>(call.scales), s.columns, call.group, W::kColumns)};
     const Active<W> a{static_cast<const T*>(call.x), weights, call.norm, call.thresholds, s.neurons, row_tiles,
                       column_tiles(s), s.rows(), s.rows_per_group, splits, call.workspace, static_cast<T*>(call.y)};
-    const size_t shared = sizeof(float) * kDownWarps * kWarp * W::kColumns;
-    const cudaError_t error = launch_early(read_active<W, kRows>, row_tiles * a.column_tiles * splits,
-                                           kDownWarps * kWarp, shared, stream, a);
-    if (error != cudaSuccess || splits == 1) return error;
-    const int64_t size = s.rows() * s.columns;
-    return launch_early(add_splits<T>, tiles(size, kAddColumns), kAddGroups * kAddColumns,
-                        sizeof(float) * kAddGroups * kAddColumns, stream,
-                        static_cast<const float*>(call.workspace), splits, size, static_cast<T*>(call.y));
+    return launch_sums<W>(read_active<W, kRows>, a, s, stream);
 }
 
 template <class T, int kBits>
