@@ -4,6 +4,7 @@ Files are made with PyAV here; the figures of a sound one are in test_clips.py.
 """
 
 import base64
+import contextlib
 import io
 import json
 from fractions import Fraction
@@ -77,6 +78,13 @@ def cut(path, share):
     path.write_bytes(data[: int(share * len(data))])
 
 
+def before_index(path):
+    """The index of an mp4 comes last; its place follows from how the encoder of a machine packs the frames."""
+    write_clip(path, count=40)
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"moov") - 4])
+
+
 def playlist(path):
     """One that names a sound clip beside it."""
     written(path.with_name("other.ts"), range(0, 20 * 100, 100))
@@ -86,7 +94,7 @@ def playlist(path):
 HOSTILE = {  # what is wrong: (name of the file, how it is made, words of the error)
     "nothing in it": ("x.mp4", lambda p: p.write_bytes(b""), "cannot be read"),
     "another kind of file": ("x.mp4", lambda p: p.write_text("no clip at all"), "cannot be read"),
-    "no beginning": ("x.mp4", lambda p: cut(p, 0.6), "cannot be read"),
+    "no index": ("x.mp4", before_index, "cannot be read"),
     "half of it": ("x.avi", lambda p: cut(p, 0.6), "cannot be read"),
     "sound alone": ("x.wav", sound, "has no pictures that move"),
     "frames of two sizes": ("x.mjpeg", lambda p: p.write_bytes(jpeg() + jpeg(3, (32, 48))), "differ in size"),
@@ -103,6 +111,16 @@ def test_a_file_that_cannot_be_read_as_a_clip_is_one_line(case, tmp_path):
         clips.opened_clip(tmp_path / name, every)
     assert word in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
     assert str(caught.value).count(str(tmp_path)) == 1, "the path stands there once"
+
+
+def test_an_mp4_that_ends_anywhere_in_its_index_is_one_line(tmp_path):
+    path = tmp_path / "x.mp4"
+    write_clip(path, count=40)
+    data = path.read_bytes()
+    for end in range(data.index(b"moov"), len(data), 7):
+        path.write_bytes(data[:end])
+        with contextlib.suppress(InputError):  # the last bytes are not missed
+            clips.opened_clip(path, every)
 
 
 def test_addresses_and_frames_of_an_absurd_size_are_refused(tmp_path, monkeypatch):

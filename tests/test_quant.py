@@ -295,8 +295,10 @@ def test_copies_of_the_predictor_are_the_bytes_they_always_were(group):
 def test_weights_of_engines_are_the_bytes_they_always_were(bits, group, axis):
     from cm_export.backends.tensorrt.quantize import readers
 
-    parts = readers({"w": seeded()}, "w", Scheme(bits, group, axis, HALF))
+    parts = readers({"w": seeded()}, "w", Scheme(bits, group, axis, HALF), turned=False)
     assert (sha(parts["codes"]()), sha(parts["scale"]())) == ENGINES[bits, group, axis]
+    again = readers({"w": np.ascontiguousarray(seeded().T)}, "w", Scheme(bits, group, axis, HALF), turned=True)
+    assert (sha(again["codes"]()), sha(again["scale"]())) == ENGINES[bits, group, axis]
 
 
 def test_an_engine_weight_beyond_16_bit_is_refused_by_name():
@@ -306,7 +308,7 @@ def test_an_engine_weight_beyond_16_bit_is_refused_by_name():
     weight[5, 5] = 1e6
     for axis in (0, 1):
         with pytest.raises(InputError, match=r"\bw: .*not fit into"):
-            readers({"w": weight}, "w", Scheme(4, 64, axis, HALF))["scale"]()
+            readers({"w": weight}, "w", Scheme(4, 64, axis, HALF), turned=False)["scale"]()
 
 
 def test_a_precision_says_what_it_packs_and_in_how_many_bits():

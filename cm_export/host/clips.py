@@ -110,6 +110,8 @@ def _facts(container: Any, file: Path) -> tuple[int, float | None, tuple[int, in
     if not moving or moving[0] is not container.streams.video[0]:
         raise InputError("has no pictures that move", where=file, fix=_ANOTHER)
     stream = moving[0]
+    if stream.codec_context is None:  # an index that ends before it names the codec
+        raise InputError("cannot be read (no codec is named for its frames)", where=file, fix=_ANOTHER)
     size = (int(stream.codec_context.width or 0), int(stream.codec_context.height or 0))
     most = Image.MAX_IMAGE_PIXELS or size[0] * size[1]
     if size[0] * size[1] > most:
