@@ -270,7 +270,9 @@ def test_a_closed_pipe_is_quiet(size, bundle):
 
 def test_an_interrupt_is_quiet(bundle):
     code = (
-        "import sys, time, types; from cm_export import cli; stub = types.ModuleType('x');"
+        # a shell that starts the tests in the background lets its children ignore the signal
+        "import signal, sys, time, types; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from cm_export import cli; stub = types.ModuleType('x');"
         "stub.describe = lambda p: (print('ready', flush=True), time.sleep(60));"
         "sys.modules['cm_export.bundle.inspect'] = stub; sys.exit(cli.main(['inspect', sys.argv[1]]))"
     )
