@@ -8,7 +8,7 @@ ASK = run $(DEMO) --image $(PICTURE) --prompt $(QUESTION)
 SPEED = bench $(DEMO) --image-tokens 144 --threads 1
 STAMP := .venv/.installed
 
-.PHONY: demo test test-families test-triton lint clean accuracy bench-quality bench-precision bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal lowest bench-cpu bench-peers bench-active bench-serve bench-serve-2b bench-lossless
+.PHONY: demo test test-wide test-families test-triton lint clean accuracy bench-quality bench-precision bench-neurons bench-policies bench-matching bench-guard plugins bench-kernels gpu-proof gpu-rehearsal lowest bench-cpu bench-peers bench-active bench-serve bench-serve-2b bench-lossless
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("the versions of constraints.txt need Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
@@ -40,9 +40,14 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# What `make test` does for one configuration of a family, for many of them, and every picture rule on 200 pictures (minutes).
+# What `make test` leaves to the night, since it shows one case of each kind: the same tests on further configurations, precisions,
+# TensorRT versions and planted bugs (an hour). `test-families` are those of them that concern families and checkpoints.
+test-wide: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'wide and not triton'
+
+FAMILY_TESTS := tests/test_*famil*.py tests/test_*pictures.py tests/test_configuration.py tests/test_packings*.py tests/test_rounds.py tests/test_clips*.py
 test-families: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m 'wide and not triton'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'wide and not triton' $(FAMILY_TESTS)
 
 # A real Triton server, set up under artifacts/triton without a GPU or containers, loads what `deploy triton` writes (a few minutes).
 # SOAK=1 loads it for two minutes besides, and looks at its memory; SOAK_SECONDS=900 for longer.
