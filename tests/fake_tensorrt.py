@@ -8,6 +8,7 @@ Strict where TensorRT is: op types and plugins by version, profiles, addresses o
 fake_tensorrt_runtime.py; here is what it needs ONNX and ONNX Runtime for.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -43,16 +44,25 @@ class Program:
             kept = [a for a in node.attribute if not a.name.startswith("TRT_")]
             del node.attribute[:]
             node.attribute.extend(kept)
-        options = ort.SessionOptions()
-        options.log_severity_level, options.intra_op_num_threads = 3, 1
-        self._session = ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        self._content = model.SerializeToString()
         makers = {o: n for n in model.graph.node for o in n.output}
         names = [v.name for v in (*self.inputs, *self.outputs)]
         updated = {n: makers[n].input[0] for n in names if n in makers and makers[n].op_type == "TensorScatter"}
         self.aliases = {n: past for n, past in updated.items() if past in {v.name for v in self.inputs}}
 
+    @functools.cached_property
+    def _session(self) -> Any:
+        """Made at the first run: most engines of a build are only looked at."""
+        options = ort.SessionOptions()
+        options.log_severity_level, options.intra_op_num_threads = 3, 1
+        return ort.InferenceSession(self._content, options, ["CPUExecutionProvider"])
+
     def run(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         return self._session.run(names, feeds)
+
+
+# An engine that is opened again is the same graph: it keeps nothing from one run to the next.
+program = functools.lru_cache(maxsize=24)(Program)
 
 
 def _port(value: onnx.ValueInfoProto) -> Port:
@@ -62,4 +72,4 @@ def _port(value: onnx.ValueInfoProto) -> Port:
 
 def library(version: str, cuda: FakeCuda, rtx: bool = False) -> Any:
     """The fake module of that version."""
-    return Library(version, cuda, rtx, Program, (*_BUILD, IBuilderConfig, Builder))
+    return Library(version, cuda, rtx, program, (*_BUILD, IBuilderConfig, Builder))

@@ -70,9 +70,9 @@ class Workshop:
 
 
 def _serve(one: Connection) -> None:
-    from fake_tensorrt import Program
+    from fake_tensorrt import Program, program
 
-    program: Program | None = None
+    loaded: Program | None = None
     while True:
         try:
             what, *args = one.recv()
@@ -80,12 +80,12 @@ def _serve(one: Connection) -> None:
             return
         try:
             if what == "load":
-                program = Program(*args)
-                ports = [[(v.name, v.type, v.axes) for v in values] for values in (program.inputs, program.outputs)]
-                answer: Any = (*ports, program.sizes, program.layers, program.aliases)
+                loaded = program(*args)
+                ports = [[(v.name, v.type, v.axes) for v in values] for values in (loaded.inputs, loaded.outputs)]
+                answer: Any = (*ports, loaded.sizes, loaded.layers, loaded.aliases)
             elif what == "run":
                 names, feeds = args
-                answer = packed(dict(zip(names, program.run(names, unpacked(feeds)), strict=True)))
+                answer = packed(dict(zip(names, loaded.run(names, unpacked(feeds)), strict=True)))
             else:
                 answer = _build(*args)
             one.send((False, answer))
