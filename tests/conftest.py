@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -223,7 +224,7 @@ def whole_bundle(demo_bundle) -> Path:
 
 
 @pytest.fixture(scope="session")
-def on_machine(demo_bundle, whole_bundle, tmp_path_factory):
+def on_machine(demo_bundle, whole_bundle):
     """(version, cache, recipe overrides) -> the demo bundle with engines of a fake TensorRT of that version, built once."""
     from fake_engines import add_engines, machine
 
@@ -232,10 +233,14 @@ def on_machine(demo_bundle, whole_bundle, tmp_path_factory):
     def build(version: str, cache: str = "cut", measured=None, **recipe):
         key = (version, cache, *sorted(recipe.items()))
         if key not in made:
-            with pytest.MonkeyPatch.context() as patch:
-                out = tmp_path_factory.mktemp("engines") / "demo.plan"
-                source = demo_bundle if cache == "cut" else whole_bundle
-                made[key] = add_engines(patch, source, out, machine(version), measured, **recipe)
+            source = demo_bundle if cache == "cut" else whole_bundle
+
+            def make(folder: Path) -> None:
+                with pytest.MonkeyPatch.context() as patch:
+                    add_engines(patch, source, folder / "demo.plan", machine(version), measured, **recipe)
+
+            name = "_".join(str(word) for pair in (("engines", version, cache), *key[2:]) for word in pair)
+            made[key] = replace(machine(version), bundle=shared.once(name, make) / "demo.plan")
         return made[key]
 
     return build

@@ -5,7 +5,7 @@ from weakref import WeakSet
 
 import numpy as np
 import pytest
-from test_tensorrt_sessions import IMAGES, SOME, VERSIONS, engines_of, prefilled_of
+from test_tensorrt_sessions import FP32, IMAGES, MOST, SOME, VERSIONS, engines_of, prefilled_of
 from tolerances import agrees
 
 from cm_export.backends.tensorrt import cache as caching
@@ -16,8 +16,6 @@ from cm_export.deploy.jetson import memory
 from cm_export.host.decode import Batch, decode, greedy, recorded
 from cm_export.host.images import open_image
 
-MOST = 4
-FOUR = {"engine__max_batch": MOST, "engine__precision": "fp32"}
 WORDS = "what shape is in the image?"
 # pictures, words, how many tokens, budget
 ASKED = {
@@ -101,7 +99,7 @@ def same(found, expected):
 )
 def test_requests_that_decode_together_give_what_each_gives_alone(sit, watched, version, cache):
     """Unequal prompts and budgets, one that joins late and one that leaves early; as many in a call as may share one."""
-    model = engines_of(sit(version, cache, **FOUR))
+    model = engines_of(sit(version, cache, **FP32))
     expected = alone(model)
     assert {batch for _, batch in watched} == {1}
     watched.clear()
@@ -119,7 +117,7 @@ def test_in_16_bit_the_tokens_are_the_same_too(sit):
 
 @pytest.mark.parametrize("version", SOME)
 def test_more_requests_than_an_engine_takes_are_split(sit, watched, version):
-    model = engines_of(sit(version, **FOUR))
+    model = engines_of(sit(version, **FP32))
     prefilled = [prefilled_of(model, IMAGES[: i % 3], WORDS if i % 2 else "describe") for i in range(6)]
     expected = []
     for one in prefilled:
@@ -132,13 +130,13 @@ def test_more_requests_than_an_engine_takes_are_split(sit, watched, version):
 
 
 def test_an_engine_built_for_one_request_takes_them_in_turn(sit, watched):
-    model = engines_of(sit("10.16.1.11", engine__precision="fp32"))
+    model = engines_of(sit("10.16.1.11"))
     same(together(model), alone(model))
     assert {batch for _, batch in watched} == {1}
 
 
 def test_profiles_take_max_batch_requests_in_decode_and_one_elsewhere(sit):
-    at = sit("10.16.1.11", **FOUR)
+    at = sit("10.16.1.11", **FP32)
     graphs = engines_of(at).bundle.manifest["engines"]["graphs"]
     for name, graph in graphs.items():
         batches = {
@@ -155,7 +153,7 @@ def test_profiles_take_max_batch_requests_in_decode_and_one_elsewhere(sit):
 @pytest.mark.parametrize("version", SOME)
 def test_two_answers_to_one_prompt_keep_their_own_rows(sit, version):
     """Both begin from the same cache; read in turn and in calls of their own, neither sees the other's tokens."""
-    model = engines_of(sit(version, **FOUR))
+    model = engines_of(sit(version, **FP32))
     prefilled, tokens = prefilled_of(model), ([11, 12, 5, 7], [8, 9, 10, 6])
     expected = []
     for ids in tokens:
@@ -187,7 +185,7 @@ def held(at):
 @pytest.mark.parametrize("size", [1, MOST])
 def test_twenty_requests_take_no_more_memory_than_the_first_two(sit, version, size):
     """One after the other, or in batches of four; prompts and budgets of unequal sizes in turn."""
-    at = sit(version, **FOUR)
+    at = sit(version, **FP32)
     model = engines_of(at)
     names = ("two pictures", "long", "few neurons", "few neurons and tokens")
 
@@ -227,7 +225,7 @@ def test_caches_take_no_more_than_pack_predicts(sit, monkeypatch, version):
 
 
 def test_the_last_to_leave_costs_no_copy_and_one_that_joins_costs_its_group(sit):
-    at = sit("10.16.1.11", **FOUR)
+    at = sit("10.16.1.11", **FP32)
     model = engines_of(at)
     rows = [prefilled_of(model, IMAGES[: i % 3]).row(limit=9) for i in range(4)]
     batch = Batch(model.backend, rows[:3])
@@ -253,7 +251,7 @@ def test_the_last_to_leave_costs_no_copy_and_one_that_joins_costs_its_group(sit)
 # ---------------------------------------------------------------------------------------------------- what ends or goes halfway
 @pytest.mark.parametrize("version", SOME)
 def test_a_row_goes_on_when_everything_else_of_its_request_is_gone(sit, version):
-    model = engines_of(sit(version, **FOUR))
+    model = engines_of(sit(version, **FP32))
     expected = alone(model, ["few neurons"])[0]["few neurons"]
     rows, _ = rows_of(model, ["few neurons"])
     row = rows.pop("few neurons")
@@ -271,7 +269,7 @@ def test_a_row_goes_on_when_everything_else_of_its_request_is_gone(sit, version)
 @pytest.mark.parametrize("version", SOME)
 def test_engines_may_be_dropped_while_a_request_is_answered(sit, version):
     """A decoder keeps its engine, a cache its memory; whoever comes later loads the engine again."""
-    at = sit(version, **FOUR)
+    at = sit(version, **FP32)
     model = engines_of(at)
     names = ["two pictures", "no picture", "long"]
     expected = alone(model, names)[0]
@@ -294,7 +292,7 @@ def test_engines_may_be_dropped_while_a_request_is_answered(sit, version):
 
 @pytest.mark.parametrize("version", SOME)
 def test_a_dropped_engine_keeps_its_scratch_when_a_larger_one_is_loaded(sit, version):
-    at = sit(version, **FOUR)
+    at = sit(version, **FP32)
     expected, model = alone(engines_of(at), ["no picture"])[0]["no picture"], engines_of(at)
     rows, _ = rows_of(model, ["no picture"])
     answer = decode(model.backend, list(rows.values()))
@@ -322,7 +320,7 @@ def given_up(model):
 
 @pytest.mark.parametrize("version", SOME)
 def test_requests_that_are_given_up_halfway_leave_nothing(sit, version):
-    at = sit(version, **FOUR)
+    at = sit(version, **FP32)
     model = engines_of(at)
     expected = alone(model)[0]
     together(model)
@@ -409,12 +407,12 @@ FAULTS = {
 @pytest.mark.parametrize("version", ["10.3.0", pytest.param("10.16.1.11", marks=pytest.mark.wide)])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_rows_that_are_mixed_up_are_noticed(sit, monkeypatch, version, fault):
-    model = engines_of(sit(version, "index", **FOUR))
+    model = engines_of(sit(version, "index", **FP32))
     names = ["two pictures", "no picture", "long"]
     expected = alone(model, names)
     FAULTS[fault](monkeypatch)
     with pytest.raises((AssertionError, BundleError)):  # some are refused by the engine itself
-        same(together(engines_of(sit(version, "index", **FOUR)), names), expected)
+        same(together(engines_of(sit(version, "index", **FP32)), names), expected)
 
 
 @pytest.mark.parametrize("version", SOME)
