@@ -1,5 +1,6 @@
 """The builder's half of fake_tensorrt: parse with the rules of a version, check the profile, write a plan that can run."""
 
+import hashlib
 import importlib
 import io
 import json
@@ -206,9 +207,10 @@ class Builder(Api):
             monitor.step_complete("Build", 0)
             monitor.phase_finish("Build")
         lib = self._lib
+        graph = model.SerializeToString()
         header = {"version": lib._version, "rtx": lib._rtx, "profiles": profiles, "plugins": sorted(network._plugins)}
-        head = json.dumps(header).encode()
-        return HostMemory(b"plan" + len(head).to_bytes(4, "little") + head + model.SerializeToString())
+        head = json.dumps(header | {"sha256": hashlib.sha256(graph).hexdigest()}).encode()
+        return HostMemory(b"plan" + len(head).to_bytes(4, "little") + head + graph)
 
 
 def _body(node: onnx.NodeProto) -> onnx.FunctionProto:
