@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -223,7 +224,7 @@ def whole_bundle(demo_bundle) -> Path:
 
 
 @pytest.fixture(scope="session")
-def on_machine(demo_bundle, whole_bundle, tmp_path_factory):
+def on_machine(demo_bundle, whole_bundle):
     """(version, cache, recipe overrides) -> the demo bundle with engines of a fake TensorRT of that version, built once."""
     from fake_engines import add_engines, machine
 
@@ -232,10 +233,14 @@ def on_machine(demo_bundle, whole_bundle, tmp_path_factory):
     def build(version: str, cache: str = "cut", measured=None, **recipe):
         key = (version, cache, *sorted(recipe.items()))
         if key not in made:
-            with pytest.MonkeyPatch.context() as patch:
-                out = tmp_path_factory.mktemp("engines") / "demo.plan"
-                source = demo_bundle if cache == "cut" else whole_bundle
-                made[key] = add_engines(patch, source, out, machine(version), measured, **recipe)
+            source = demo_bundle if cache == "cut" else whole_bundle
+
+            def make(folder: Path) -> None:
+                with pytest.MonkeyPatch.context() as patch:
+                    add_engines(patch, source, folder / "demo.plan", machine(version), measured, **recipe)
+
+            name = "_".join(str(word) for pair in (("engines", version, cache), *key[2:]) for word in pair)
+            made[key] = replace(machine(version), bundle=shared.once(name, make) / "demo.plan")
         return made[key]
 
     return build
@@ -243,8 +248,23 @@ def on_machine(demo_bundle, whole_bundle, tmp_path_factory):
 
 @pytest.fixture
 def sit(monkeypatch, on_machine):
-    """(version, ...) -> the machine of `on_machine`, whose libraries are now imported."""
+    """(version, ...) -> the machine of `on_machine`, whose libraries are now imported. Files are hashed once as they are."""
+    from cm_export.bundle import checks
+
+    real = checks.file_part_sha256
+
+    def once(file, start: int, length: int) -> str:
+        about = os.fstat(file.fileno())
+        key = (about.st_dev, about.st_ino, about.st_mtime_ns, about.st_size, start, length)
+        if key not in _hashes:
+            _hashes[key] = real(file, start, length)
+        return _hashes[key]
+
+    monkeypatch.setattr(checks, "file_part_sha256", once)
     return lambda *args, **kwargs: on_machine(*args, **kwargs).sit_at(monkeypatch)
+
+
+_hashes: dict[tuple, str] = {}
 
 
 def low_bits(demo_bundle: Path, precision: str) -> Path:

@@ -8,6 +8,7 @@ Strict where TensorRT is: op types and plugins by version, profiles, addresses o
 fake_tensorrt_runtime.py; here is what it needs ONNX and ONNX Runtime for.
 """
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -43,16 +44,33 @@ class Program:
             kept = [a for a in node.attribute if not a.name.startswith("TRT_")]
             del node.attribute[:]
             node.attribute.extend(kept)
-        options = ort.SessionOptions()
-        options.log_severity_level, options.intra_op_num_threads = 3, 1
-        self._session = ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
         makers = {o: n for n in model.graph.node for o in n.output}
         names = [v.name for v in (*self.inputs, *self.outputs)]
         updated = {n: makers[n].input[0] for n in names if n in makers and makers[n].op_type == "TensorScatter"}
         self.aliases = {n: past for n, past in updated.items() if past in {v.name for v in self.inputs}}
+        self._model, self._session, self._making = model, None, threading.Lock()
 
     def run(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """The session is made at the first run: most engines of a build are only looked at."""
+        with self._making:
+            if self._session is None:
+                options = ort.SessionOptions()
+                options.log_severity_level, options.intra_op_num_threads = 3, 1
+                content, self._model = self._model.SerializeToString(), None
+                self._session = ort.InferenceSession(content, options, ["CPUExecutionProvider"])
         return self._session.run(names, feeds)
+
+
+_opened: dict[str, Program] = {}
+
+
+def program(content: bytes | memoryview, sha256: str) -> Program:
+    """That of a plan. One that is opened again is the same: it keeps nothing from one run to the next."""
+    if sha256 not in _opened:
+        while len(_opened) >= 16:
+            _opened.pop(next(iter(_opened)), None)
+        _opened[sha256] = Program(bytes(content))
+    return _opened[sha256]
 
 
 def _port(value: onnx.ValueInfoProto) -> Port:
@@ -62,4 +80,4 @@ def _port(value: onnx.ValueInfoProto) -> Port:
 
 def library(version: str, cuda: FakeCuda, rtx: bool = False) -> Any:
     """The fake module of that version."""
-    return Library(version, cuda, rtx, Program, (*_BUILD, IBuilderConfig, Builder))
+    return Library(version, cuda, rtx, program, (*_BUILD, IBuilderConfig, Builder))

@@ -17,7 +17,9 @@ class Api(Recorded):
     _settable: tuple[str, ...] = ()
 
     def __getattribute__(self, name: str) -> Any:
-        if not name.startswith("_") and (type(self).__name__, name) in object.__getattribute__(self, "_lib")._absent:
+        if name.startswith("_"):
+            return object.__getattribute__(self, name)
+        if (type(self).__name__, name) in object.__getattribute__(self, "_lib")._absent:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r} in this version")
         return super().__getattribute__(name)
 

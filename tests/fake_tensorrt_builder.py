@@ -1,5 +1,6 @@
 """The builder's half of fake_tensorrt: parse with the rules of a version, check the profile, write a plan that can run."""
 
+import hashlib
 import importlib
 import io
 import json
@@ -52,7 +53,7 @@ class ILayer(Api):
 
 class INetworkDefinition(Api):
     def __init__(self, typed: bool):
-        self._typed, self._model, self._plugins = typed, None, set()
+        self._typed, self._model, self._plugins, self._sizes = typed, None, set(), set()
 
     num_inputs = property(lambda self: len(self._model.graph.input))
     num_outputs = property(lambda self: len(self._model.graph.output))
@@ -62,7 +63,7 @@ class INetworkDefinition(Api):
         kind = value.type.tensor_type
         shape = tuple(-1 if d.dim_param else d.dim_value for d in kind.shape.dim)
         dtype = getattr(self._lib._enums["DataType"], DTYPE[kind.elem_type])
-        return self._lib._make("ITensor", value.name, dtype, shape, value.name in shape_inputs(self._model))
+        return self._lib._make("ITensor", value.name, dtype, shape, value.name in self._sizes)
 
     def get_input(self, index: int) -> Any:
         return self._tensor(self._model.graph.input[index])
@@ -121,7 +122,7 @@ class OnnxParser(Api):
                 )
             if node.op_type == "Attention" and (len(node.output) > 1 or any(node.input[4:6])):
                 self._errors.append(f"In node with name: {node.name}: past and present of Attention are not supported")
-        self._network._model = inlined
+        self._network._model, self._network._sizes = inlined, shape_inputs(inlined)
         self._network._plugins = {n.name for n in inlined.graph.node if n.op_type in taken}
         return not self._errors
 
@@ -206,9 +207,10 @@ class Builder(Api):
             monitor.step_complete("Build", 0)
             monitor.phase_finish("Build")
         lib = self._lib
+        graph = model.SerializeToString()
         header = {"version": lib._version, "rtx": lib._rtx, "profiles": profiles, "plugins": sorted(network._plugins)}
-        head = json.dumps(header).encode()
-        return HostMemory(b"plan" + len(head).to_bytes(4, "little") + head + model.SerializeToString())
+        head = json.dumps(header | {"sha256": hashlib.sha256(graph).hexdigest()}).encode()
+        return HostMemory(b"plan" + len(head).to_bytes(4, "little") + head + graph)
 
 
 def _body(node: onnx.NodeProto) -> onnx.FunctionProto:

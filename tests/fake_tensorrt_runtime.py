@@ -59,21 +59,21 @@ class Runtime(Api):
         return self._lib._registry
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> Any:
-        plan, lib = bytes(serialized_engine), self._lib
-        if plan[:4] != b"plan":
+        plan, lib = memoryview(serialized_engine).cast("B"), self._lib
+        if bytes(plan[:4]) != b"plan":
             self._logger.log(
                 Severity.ERROR, "IRuntime::deserializeCudaEngine: Error Code 1: Serialization assertion failed"
             )
             return None
         size = int.from_bytes(plan[4:8], "little")
-        header = json.loads(plan[8 : 8 + size])
+        header = json.loads(bytes(plan[8 : 8 + size]))
         if (header["version"], header["rtx"]) != (lib._version, lib._rtx):
             self._logger.log(Severity.ERROR, "The engine plan file is not compatible with this version of TensorRT")
             return None
         if header["plugins"] and not lib._plugins:
             self._logger.log(Severity.ERROR, "getPluginCreator could not find plugin CoreFFN version: 1")
             return None
-        return lib._make("ICudaEngine", header, lib._program(plan[8 + size :]), self._logger)
+        return lib._make("ICudaEngine", header, lib._program(plan[8 + size :], header["sha256"]), self._logger)
 
 
 class EngineInspector(Api):
@@ -233,7 +233,7 @@ class IExecutionContext(Api):
                     )
 
         def work() -> None:
-            feeds = {n: view(addresses[n], shapes[n], self._dtype(n)).copy() for n in engine._inputs}
+            feeds = {n: view(addresses[n], shapes[n], self._dtype(n)) for n in engine._inputs}
             names = [n for n in engine._io if n not in engine._inputs]
             for name, value in zip(names, engine._program.run(names, feeds), strict=True):
                 assert value.shape == shapes[name], f"{name}: {value.shape} was promised as {shapes[name]}"
@@ -246,9 +246,9 @@ class Library(Recorded):
     """The module `tensorrt` (or `tensorrt_rtx`) of one version."""
 
     def __init__(
-        self, version: str, cuda: FakeCuda, rtx: bool, program: Callable[[bytes], Any], build: tuple[type, ...] = ()
+        self, version: str, cuda: FakeCuda, rtx: bool, program: Callable[[memoryview, str], Any], build: tuple[type, ...] = ()
     ):
-        """`program`: of a plan's graph; `build`: the classes of a builder, where there is one."""
+        """`program`: of a plan's graph and its sha256; `build`: the classes of a builder, where there is one."""
         self._program = program
         self._calls, self._version, self._rtx, self._cuda = set(), version, rtx, cuda
         self._number = tuple(int(n) for n in version.split(".")[:2])

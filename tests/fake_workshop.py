@@ -1,6 +1,6 @@
 """What a fake device asks of the test process, so that its own Python needs no ONNX Runtime: build a plan, run a plan.
 
-    with Workshop() as shop:  ->  shop.address       ("build", version, onnx, words, plan)  ("load", graph)  ("run", id, ...)
+    with Workshop() as shop:  ->  shop.address       ("build", version, onnx, words, plan)  ("load", graph, sha256)  ("run", id, ...)
 
 Arrays travel as (type, shape, bytes): the two Pythons may have different versions of numpy.
 """
@@ -27,11 +27,11 @@ def unpacked(values: dict[str, tuple]) -> dict[str, np.ndarray]:
 class Remote:
     """fake_tensorrt.Program, computed by the workshop at `address`."""
 
-    def __init__(self, address: str, content: bytes):
+    def __init__(self, address: str, content: memoryview, sha256: str):
         from fake_tensorrt_runtime import Port
 
         self._to = Client(address, authkey=KEY)
-        inputs, outputs, self.sizes, self.layers, self.aliases = ask(self._to, "load", content)
+        inputs, outputs, self.sizes, self.layers, self.aliases = ask(self._to, "load", bytes(content), sha256)
         self.inputs, self.outputs = [Port(*v) for v in inputs], [Port(*v) for v in outputs]
 
     def run(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -70,9 +70,9 @@ class Workshop:
 
 
 def _serve(one: Connection) -> None:
-    from fake_tensorrt import Program
+    from fake_tensorrt import Program, program
 
-    program: Program | None = None
+    loaded: Program | None = None
     while True:
         try:
             what, *args = one.recv()
@@ -80,12 +80,12 @@ def _serve(one: Connection) -> None:
             return
         try:
             if what == "load":
-                program = Program(*args)
-                ports = [[(v.name, v.type, v.axes) for v in values] for values in (program.inputs, program.outputs)]
-                answer: Any = (*ports, program.sizes, program.layers, program.aliases)
+                loaded = program(*args)
+                ports = [[(v.name, v.type, v.axes) for v in values] for values in (loaded.inputs, loaded.outputs)]
+                answer: Any = (*ports, loaded.sizes, loaded.layers, loaded.aliases)
             elif what == "run":
                 names, feeds = args
-                answer = packed(dict(zip(names, program.run(names, unpacked(feeds)), strict=True)))
+                answer = packed(dict(zip(names, loaded.run(names, unpacked(feeds)), strict=True)))
             else:
                 answer = _build(*args)
             one.send((False, answer))

@@ -3,6 +3,7 @@
 The bindings are small and install anywhere; the libraries they need are compiled here as stubs, enough to import them.
 """
 
+import functools
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_engines import machine
+from fake_engines import add_engines, machine
 from test_tensorrt_sessions import IMAGES, QUESTION
 
 from cm_export.host.images import open_image
@@ -87,14 +88,25 @@ def problems(folder: Path, module: str, uses: list, libraries: Path | None = Non
     return json.loads(done.stdout)
 
 
-def work(on_machine, monkeypatch, version: str):
-    """Build and run engines in every way that we have: the machine, whose libraries have noted what was asked of them."""
-    once = {"engine__workspace_mb": 64, "engine__dense": False}
-    once |= {"engine__architecture": "sm_86"} if version.startswith("rtx") else {"engine__strip_weights": True}
-    built = on_machine(version, **once)
-    run = on_machine(version, engine__weight_streaming=True, engine__dense=False).sit_at(monkeypatch)
-    assert load(run.bundle, threads=1).generate(QUESTION, [open_image(IMAGES[0])], max_new_tokens=9).token_ids
-    return [built, run]
+@pytest.fixture(scope="module")
+def work(demo_bundle, tmp_path_factory):
+    """version -> machines that have built and run engines in every way that we have; their libraries noted what was asked."""
+
+    @functools.cache
+    def done(version: str) -> list:
+        once = {"engine__workspace_mb": 64}
+        once |= {"engine__architecture": "sm_86"} if version.startswith("rtx") else {"engine__strip_weights": True}
+        with pytest.MonkeyPatch.context() as patch:
+            made = []
+            for recipe in (once, {"engine__weight_streaming": True}):
+                out = tmp_path_factory.mktemp("engines") / "demo.plan"
+                recipe = {"engine__dense": False} | recipe
+                made.append(add_engines(patch, demo_bundle, out, machine(version), **recipe))
+            model = load(made[1].sit_at(patch).bundle, threads=1)
+            assert model.generate(QUESTION, [open_image(IMAGES[0])], max_new_tokens=9).token_ids
+        return made
+
+    return done
 
 
 def uses_of(machines, library: str) -> list:
@@ -103,10 +115,10 @@ def uses_of(machines, library: str) -> list:
 
 
 @pytest.mark.parametrize("name", BINDINGS)
-def test_every_name_we_use_is_in_the_bindings(on_machine, monkeypatch, name):
+def test_every_name_we_use_is_in_the_bindings(work, name):
     distribution, version, module, fake = BINDINGS[name]
     folder = installed(distribution, version)
-    uses = uses_of(work(on_machine, monkeypatch, fake), "trt")
+    uses = uses_of(work(fake), "trt")
     assert len(uses) > 60 and ["IExecutionContext", "execute_async_v3", 1, ()] in uses
     found = problems(folder, module, [*uses, *OVERRIDDEN], stubbed(folder, module))
     assert not found, f"{distribution} {version}: {found}"
@@ -147,9 +159,9 @@ def test_a_wrong_name_in_our_code_would_be_told():
 
 
 @pytest.mark.parametrize("name", CUDA)
-def test_every_cuda_function_we_call_is_in_its_bindings(on_machine, monkeypatch, name):
+def test_every_cuda_function_we_call_is_in_its_bindings(work, name):
     folder = installed(*CUDA[name])
-    machines = work(on_machine, monkeypatch, "10.3.0")
+    machines = work("10.3.0")
     uses, kinds = uses_of(machines, "cuda"), machines[0].cuda
     assert ["", "cudaMemcpy2DAsync", 8, ()] in uses and ["", "cudaGraphInstantiate", 2, ()] in uses
     uses += [["cudaMemcpyKind", n, -1, ()] for n in type(kinds).cudaMemcpyKind.__members__]

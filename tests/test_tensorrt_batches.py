@@ -5,7 +5,7 @@ from weakref import WeakSet
 
 import numpy as np
 import pytest
-from test_tensorrt_sessions import IMAGES, SOME, VERSIONS, engines_of, prefilled_of
+from test_tensorrt_sessions import FP32, IMAGES, MOST, SOME, VERSIONS, engines_of, prefilled_of, wide
 from tolerances import agrees
 
 from cm_export.backends.tensorrt import cache as caching
@@ -16,18 +16,17 @@ from cm_export.deploy.jetson import memory
 from cm_export.host.decode import Batch, decode, greedy, recorded
 from cm_export.host.images import open_image
 
-MOST = 4
-FOUR = {"engine__max_batch": MOST, "engine__precision": "fp32"}
 WORDS = "what shape is in the image?"
 # pictures, words, how many tokens, budget
 ASKED = {
-    "two pictures": (2, WORDS, 14, {}),
-    "no picture": (0, "describe", 9, {}),
-    "long": (0, " ".join([WORDS] * 9), 16, {}),
-    "few neurons": (1, WORDS, 12, {"neuron_share": 0.3}),
-    "few neurons and tokens": (2, "is there a circle?", 7, {"neuron_share": 0.3, "token_share": 0.2}),
-    "dense": (1, "describe", 8, {"dense": True}),
+    "two pictures": (2, WORDS, 9, {}),
+    "no picture": (0, "describe", 6, {}),
+    "long": (0, " ".join([WORDS] * 9), 10, {}),
+    "few neurons": (1, WORDS, 7, {"neuron_share": 0.3}),
+    "few neurons and tokens": (2, "is there a circle?", 5, {"neuron_share": 0.3, "token_share": 0.2}),
+    "dense": (1, "describe", 5, {"dense": True}),
 }
+COPIED = ["10.3.0", *map(wide, SOME[1:])]  # of copied caches there are two sides, so the most memory
 LEAVES, JOINS = "long", "few neurons"
 
 
@@ -47,6 +46,21 @@ def alone(model, names=ASKED):
     for row in rows.values():
         list(decode(model.backend, [row]))
     return {n: row.ids for n, row in rows.items()}, {n: np.stack(found) for n, found in logits.items()}
+
+
+_known: dict = {}
+
+
+def known(at):
+    """`alone`, of a model of its own, once for all tests of these engines."""
+    if at.bundle not in _known:
+        _known[at.bundle] = alone(engines_of(at))
+    return _known[at.bundle]
+
+
+def of(names, found):
+    """Of tokens and logits those of some requests."""
+    return tuple({name: values[name] for name in names} for values in found)
 
 
 def together(model, names=ASKED, lets_go=False):
@@ -95,13 +109,14 @@ def same(found, expected):
 @pytest.mark.parametrize(
     ("version", "cache"),
     [
-        *(pytest.param(v, "cut", marks=[] if v in SOME else [pytest.mark.wide]) for v in VERSIONS),
-        *((version, "index") for version in SOME),
+        *((v, "cut") if v in SOME else wide(v, "cut") for v in VERSIONS),
+        ("10.3.0", "index"),
+        *(wide(version, "index") for version in SOME[1:]),
     ],
 )
 def test_requests_that_decode_together_give_what_each_gives_alone(sit, watched, version, cache):
     """Unequal prompts and budgets, one that joins late and one that leaves early; as many in a call as may share one."""
-    model = engines_of(sit(version, cache, **FOUR))
+    model = engines_of(sit(version, cache, **FP32))
     expected = alone(model)
     assert {batch for _, batch in watched} == {1}
     watched.clear()
@@ -112,14 +127,14 @@ def test_requests_that_decode_together_give_what_each_gives_alone(sit, watched, 
 
 
 def test_in_16_bit_the_tokens_are_the_same_too(sit):
-    model = engines_of(sit("10.16.1.11", engine__max_batch=MOST))
-    expected, found = alone(model)[0], together(model)[0]
+    at = sit("10.3.0", engine__max_batch=MOST)
+    expected, found = known(at)[0], together(engines_of(at))[0]
     assert {n: ids[: len(found[n])] for n, ids in expected.items()} == found
 
 
 @pytest.mark.parametrize("version", SOME)
 def test_more_requests_than_an_engine_takes_are_split(sit, watched, version):
-    model = engines_of(sit(version, **FOUR))
+    model = engines_of(sit(version, **FP32))
     prefilled = [prefilled_of(model, IMAGES[: i % 3], WORDS if i % 2 else "describe") for i in range(6)]
     expected = []
     for one in prefilled:
@@ -132,13 +147,13 @@ def test_more_requests_than_an_engine_takes_are_split(sit, watched, version):
 
 
 def test_an_engine_built_for_one_request_takes_them_in_turn(sit, watched):
-    model = engines_of(sit("10.16.1.11", engine__precision="fp32"))
-    same(together(model), alone(model))
+    at = sit("10.16.1.11")
+    same(together(engines_of(at)), known(at))
     assert {batch for _, batch in watched} == {1}
 
 
 def test_profiles_take_max_batch_requests_in_decode_and_one_elsewhere(sit):
-    at = sit("10.16.1.11", **FOUR)
+    at = sit("10.16.1.11", **FP32)
     graphs = engines_of(at).bundle.manifest["engines"]["graphs"]
     for name, graph in graphs.items():
         batches = {
@@ -155,7 +170,7 @@ def test_profiles_take_max_batch_requests_in_decode_and_one_elsewhere(sit):
 @pytest.mark.parametrize("version", SOME)
 def test_two_answers_to_one_prompt_keep_their_own_rows(sit, version):
     """Both begin from the same cache; read in turn and in calls of their own, neither sees the other's tokens."""
-    model = engines_of(sit(version, **FOUR))
+    model = engines_of(sit(version, **FP32))
     prefilled, tokens = prefilled_of(model), ([11, 12, 5, 7], [8, 9, 10, 6])
     expected = []
     for ids in tokens:
@@ -183,11 +198,13 @@ def held(at):
     return (1 << 32) - at.cuda._left
 
 
-@pytest.mark.parametrize("version", SOME)
-@pytest.mark.parametrize("size", [1, MOST])
+@pytest.mark.parametrize(
+    ("size", "version"),
+    [(1, "10.3.0"), (MOST, "10.16.1.11"), *(wide(MOST, v) for v in ("10.3.0", "rtx-1.7.1")), *(wide(1, v) for v in SOME[1:])],
+)
 def test_twenty_requests_take_no_more_memory_than_the_first_two(sit, version, size):
     """One after the other, or in batches of four; prompts and budgets of unequal sizes in turn."""
-    at = sit(version, **FOUR)
+    at = sit(version, **FP32)
     model = engines_of(at)
     names = ("two pictures", "long", "few neurons", "few neurons and tokens")
 
@@ -205,7 +222,7 @@ def test_twenty_requests_take_no_more_memory_than_the_first_two(sit, version, si
         assert at.cuda._allocated == asked_for, "and none that was freed again"
 
 
-@pytest.mark.parametrize("version", SOME)
+@pytest.mark.parametrize("version", COPIED)
 def test_caches_take_no_more_than_pack_predicts(sit, monkeypatch, version):
     at = sit(version, engine__max_batch=MOST)
     model = engines_of(at)
@@ -227,7 +244,7 @@ def test_caches_take_no_more_than_pack_predicts(sit, monkeypatch, version):
 
 
 def test_the_last_to_leave_costs_no_copy_and_one_that_joins_costs_its_group(sit):
-    at = sit("10.16.1.11", **FOUR)
+    at = sit("10.16.1.11", **FP32)
     model = engines_of(at)
     rows = [prefilled_of(model, IMAGES[: i % 3]).row(limit=9) for i in range(4)]
     batch = Batch(model.backend, rows[:3])
@@ -253,8 +270,8 @@ def test_the_last_to_leave_costs_no_copy_and_one_that_joins_costs_its_group(sit)
 # ---------------------------------------------------------------------------------------------------- what ends or goes halfway
 @pytest.mark.parametrize("version", SOME)
 def test_a_row_goes_on_when_everything_else_of_its_request_is_gone(sit, version):
-    model = engines_of(sit(version, **FOUR))
-    expected = alone(model, ["few neurons"])[0]["few neurons"]
+    at = sit(version, **FP32)
+    model, expected = engines_of(at), known(at)[0]["few neurons"]
     rows, _ = rows_of(model, ["few neurons"])
     row = rows.pop("few neurons")
     batch = Batch(model.backend, [row])
@@ -268,13 +285,13 @@ def test_a_row_goes_on_when_everything_else_of_its_request_is_gone(sit, version)
     assert row.ids == expected
 
 
-@pytest.mark.parametrize("version", SOME)
+@pytest.mark.parametrize("version", COPIED)
 def test_engines_may_be_dropped_while_a_request_is_answered(sit, version):
     """A decoder keeps its engine, a cache its memory; whoever comes later loads the engine again."""
-    at = sit(version, **FOUR)
+    at = sit(version, **FP32)
     model = engines_of(at)
     names = ["two pictures", "no picture", "long"]
-    expected = alone(model, names)[0]
+    expected = of(names, known(at))[0]
     rows, _ = rows_of(model, names)
     batch = Batch(model.backend, list(rows.values())[:2])
     for step in range(20):
@@ -294,8 +311,8 @@ def test_engines_may_be_dropped_while_a_request_is_answered(sit, version):
 
 @pytest.mark.parametrize("version", SOME)
 def test_a_dropped_engine_keeps_its_scratch_when_a_larger_one_is_loaded(sit, version):
-    at = sit(version, **FOUR)
-    expected, model = alone(engines_of(at), ["no picture"])[0]["no picture"], engines_of(at)
+    at = sit(version, **FP32)
+    expected, model = known(at)[0]["no picture"], engines_of(at)
     rows, _ = rows_of(model, ["no picture"])
     answer = decode(model.backend, list(rows.values()))
     found = [token for _, (_, token) in zip(range(3), answer, strict=False)]
@@ -320,9 +337,9 @@ def given_up(model):
     batch.read()
 
 
-@pytest.mark.parametrize("version", SOME)
+@pytest.mark.parametrize("version", COPIED)
 def test_requests_that_are_given_up_halfway_leave_nothing(sit, version):
-    at = sit(version, **FOUR)
+    at = sit(version, **FP32)
     model = engines_of(at)
     expected = alone(model)[0]
     together(model)
@@ -406,15 +423,15 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("version", ["10.3.0", pytest.param("10.16.1.11", marks=pytest.mark.wide)])
+@pytest.mark.parametrize("version", ["10.3.0", wide("10.16.1.11")])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_rows_that_are_mixed_up_are_noticed(sit, monkeypatch, version, fault):
-    model = engines_of(sit(version, "index", **FOUR))
+    at = sit(version, "index", **FP32)
     names = ["two pictures", "no picture", "long"]
-    expected = alone(model, names)
+    expected = of(names, known(at))
     FAULTS[fault](monkeypatch)
     with pytest.raises((AssertionError, BundleError)):  # some are refused by the engine itself
-        same(together(engines_of(sit(version, "index", **FOUR)), names), expected)
+        same(together(engines_of(at), names), expected)
 
 
 @pytest.mark.parametrize("version", SOME)

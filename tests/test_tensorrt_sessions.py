@@ -4,6 +4,7 @@ The library is fake_tensorrt, which computes with ONNX Runtime on the addresses 
 fake_cuda, whose memory is full of nan and whose work runs when somebody waits. So what is proven is everything on our side.
 """
 
+import functools
 import gc
 import json
 import re
@@ -39,6 +40,13 @@ IMAGES = sorted((aliases.DEMO.parent / "images").glob("*.png"))
 QUESTION = "describe : what shape is in the image?"
 VERSIONS = ("10.3.0", "10.14.1", "10.16.1.11", "11.4.0.106", "rtx-1.7.1")
 SOME = ("10.3.0", "10.16.1.11", "rtx-1.7.1")  # copied cache, cache in place, gathered rows
+MOST = 4
+FP32 = {"engine__max_batch": MOST, "engine__precision": "fp32"}  # one set of engines for several files
+
+
+def wide(*values):
+    """What `make test-wide` runs."""
+    return pytest.param(*values, marks=pytest.mark.wide)
 
 
 def engines_of(at) -> LoadedBundle:
@@ -46,7 +54,13 @@ def engines_of(at) -> LoadedBundle:
 
 
 def on_cpu(at) -> LoadedBundle:
-    return load(at.bundle, threads=1, backend="onnxruntime")
+    """What to compare with; loaded once."""
+    return _on_cpu(at.bundle)
+
+
+@functools.lru_cache(maxsize=4)
+def _on_cpu(bundle: Path) -> LoadedBundle:
+    return load(bundle, threads=1, backend="onnxruntime")
 
 
 def ask(engine, images=IMAGES[:1], **budget):
@@ -68,11 +82,12 @@ def logits_of(model, tokens, images=IMAGES[:1], **budget):
 @pytest.mark.parametrize(
     ("version", "cache", "precision"),
     [
-        *(pytest.param(v, "cut", "fp16", marks=[] if v in SOME else [pytest.mark.wide]) for v in VERSIONS),
-        *((version, "index", "fp16") for version in SOME),
+        *((v, "cut", "fp16") if v in SOME else wide(v, "cut", "fp16") for v in VERSIONS),
+        ("10.16.1.11", "index", "fp16"),
+        *(wide(version, "index", "fp16") for version in ("10.3.0", "rtx-1.7.1")),
         ("10.3.0", "cut", "int4"),
         ("10.16.1.11", "cut", "int8"),
-        ("rtx-1.7.1", "cut", "int4"),
+        wide("rtx-1.7.1", "cut", "int4"),
     ],
 )
 def test_engines_of_every_version_answer_as_onnx_runtime_does(sit, version, cache, precision):
@@ -87,14 +102,15 @@ def test_engines_of_every_version_answer_as_onnx_runtime_does(sit, version, cach
     assert ours.backend.name == at.backend and theirs.backend.name == "onnxruntime"
 
 
+WITHOUT_DENSE = {"engine__dense": False}
 RECIPES = {
     "own": {},
-    "fill": {"neurons__fill": "prompt"},
-    "knee": {"tokens__budget": "knee", "tokens__min_share": 0.2, "tokens__max_share": 0.9},
-    "first cut": {"tokens__first": "spread", "tokens__first_share": 0.6, "tokens__share": 0.3},
-    "each picture": {"tokens__quota": "each"},
-    "layers differ": {"neurons__layers": "calibrated", "calibration": "made up"},
-    "no tokens cut": {"tokens__policy": "dense"},
+    "fill": WITHOUT_DENSE | {"neurons__fill": "prompt"},
+    "knee": WITHOUT_DENSE | {"tokens__budget": "knee", "tokens__min_share": 0.2, "tokens__max_share": 0.9},
+    "first cut": WITHOUT_DENSE | {"tokens__first": "spread", "tokens__first_share": 0.6, "tokens__share": 0.3},
+    "each picture": WITHOUT_DENSE | {"tokens__quota": "each"},
+    "layers differ": WITHOUT_DENSE | {"neurons__layers": "calibrated", "calibration": "made up"},
+    "no tokens cut": WITHOUT_DENSE | {"tokens__policy": "dense"},
 }
 
 
@@ -104,17 +120,17 @@ RECIPES = {
         *((version, "own") for version in SOME),
         ("10.3.0", "fill"),
         ("10.16.1.11", "knee"),
-        ("10.3.0", "first cut"),
-        ("10.16.1.11", "each picture"),
+        wide("10.3.0", "first cut"),
+        wide("10.16.1.11", "each picture"),
         ("10.3.0", "layers differ"),
-        pytest.param("rtx-1.7.1", "layers differ", marks=pytest.mark.wide),
+        wide("rtx-1.7.1", "layers differ"),
         ("rtx-1.7.1", "no tokens cut"),
     ],
 )
 def test_in_float32_every_logit_is_onnx_runtimes(sit, demo_bundle, version, name):
     recipe, bundle = RECIPES[name], Bundle(demo_bundle)
     calibration = made_up(sizes_of(bundle)) if "calibration" in recipe else None
-    at = sit(version, "cut", calibration, engine__precision="fp32", **recipe)
+    at = sit(version, "cut", calibration, **FP32, **recipe)
     ours = engines_of(at)
     ours.bundle.__dict__["calibration"] = calibration
     theirs = policies_in_memory(bundle, bundle.recipe.replace(**recipe), calibration)
@@ -135,7 +151,7 @@ def sizes_of(bundle):
 @pytest.mark.parametrize("version", ["10.3.0", "rtx-1.7.1"])
 def test_a_long_answer_passes_the_borders_of_the_list_and_ends_where_the_cache_does(sit, version):
     """The list of rows grows past 128, where its padded length changes; then no row is left."""
-    at = sit(version, "index", engine__precision="fp32")
+    at = sit(version, "index", **FP32)
     tokens = np.random.default_rng(0).integers(5, 30, ROWS).tolist()
     a, p = logits_of(engines_of(at), tokens[:90], neuron_share=0.5)
     b, _ = logits_of(on_cpu(at), tokens[:90], neuron_share=0.5)
@@ -171,7 +187,7 @@ def test_a_second_request_takes_no_new_memory_and_steps_copy_only_what_is_new(si
 def test_decode_replays_a_graph_for_each_side_of_the_cache(sit):
     """Copied: two graphs, whose sides change places. In place: one. Each is recorded at the second run of its kind."""
     for version, graphs in (("10.3.0", 2), ("10.16.1.11", 1)):
-        at = sit(version, engine__precision="fp32")  # bundles of its own, so nothing was recorded before
+        at = sit(version, **FP32)
         at.cuda._log[:] = []
         steps = 9
         logits_of(engines_of(at), list(range(5, 5 + steps)))
@@ -180,7 +196,7 @@ def test_decode_replays_a_graph_for_each_side_of_the_cache(sit):
 
 
 def test_a_model_that_nobody_holds_any_more_leaves_neither_graphs_nor_memory_on_the_device(sit):
-    at = sit("10.3.0", engine__precision="fp32")
+    at = sit("10.3.0", **FP32)
     gc.collect()
     assert at.cuda._graphs == at.cuda._device == {}
     model = engines_of(at)
@@ -206,7 +222,7 @@ def test_without_graphs_the_answer_is_the_same_and_the_user_is_told(sit):
 @pytest.mark.parametrize("version", SOME)
 def test_an_older_request_goes_on_beside_a_newer_one(sit, version):
     """Each has its own rows: step by step in turn they give what each gives alone."""
-    at = sit(version, engine__precision="fp32")
+    at = sit(version, **FP32)
     tokens, model = [11, 12, 5, 7], engines_of(at)
     alone = [logits_of(model, tokens, images)[0] for images in (IMAGES[:1], IMAGES[1:3])]
     old = prefilled_of(model).row()
@@ -286,7 +302,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_noticed(sit, monkeypatch, fault):
     """The tests above can fail: with one of these in our code they would."""
-    at = sit("10.3.0", engine__precision="fp32")
+    at = sit("10.3.0", **FP32)
     tokens = [11, 12, 5, 7]
     expected, _ = logits_of(on_cpu(at), tokens, neuron_share=0.3)
     FAULTS[fault](monkeypatch)
@@ -362,7 +378,7 @@ def test_what_needs_an_engine_that_was_not_built_is_refused(sit):
 
 @pytest.mark.parametrize("version", SOME)
 def test_the_guard_and_later_questions_answer_as_on_onnx_runtime(sit, version):
-    at = sit(version, "index", engine__precision="fp32")
+    at = sit(version, "index", **FP32)
     ours, theirs = engines_of(at), on_cpu(at)
     found, expected = (ask(model, guard=4) for model in (ours, theirs))
     assert found.token_ids == expected.token_ids == ask(ours, dense=True).token_ids
@@ -376,7 +392,7 @@ def test_the_guard_and_later_questions_answer_as_on_onnx_runtime(sit, version):
 
 @pytest.mark.parametrize("version", SOME)
 def test_tokens_read_together_have_the_logits_of_tokens_read_one_by_one(sit, version):
-    model = engines_of(sit(version, "index", engine__precision="fp32"))
+    model = engines_of(sit(version, "index", **FP32))
     tokens = list(range(5, 5 + 40))  # more than an engine takes at once
     prefilled = prefilled_of(model, dense=True)
     one, several = prefilled.row(), prefilled.row()
