@@ -140,7 +140,7 @@ def meaning(s: Sizes, first: list[int], inputs: dict[str, np.ndarray]) -> tuple[
 CASES = [
     Sizes(), Sizes(turned="nothing"), Sizes(d=1, heads=1, kv_heads=1), Sizes(d=64, heads=9, kv_heads=3, past=130, holes=0.3),
     Sizes(N=7, B=2, past=40, pad=11, bias=True), Sizes(N=16, heads=7, kv_heads=1, d=40, turned="whole"),
-    Sizes(d=128, heads=14, kv_heads=2, past=70, rotary=32, B=3, shared=True), Sizes(N=3, B=2, norm=True, bias=True, side=True, d=80),
-    Sizes(N=5, heads=6, kv_heads=6, d=72, turned="whole", norm=True), Sizes(past=0, room=0), Sizes(B=0), Sizes(N=0),
-    Sizes(heads=40, kv_heads=1, d=8, past=20),
+    Sizes(d=128, heads=14, kv_heads=2, past=70, rotary=32, B=3, shared=True), Sizes(past=0, room=0), Sizes(B=0), Sizes(N=0),
+    Sizes(N=3, B=2, norm=True, bias=True, side=True, d=80), Sizes(heads=40, kv_heads=1, d=8, past=20),
+    Sizes(N=5, heads=6, kv_heads=6, d=72, turned="whole", norm=True),
 ]  # fmt: skip

@@ -15,7 +15,6 @@ numbers alone and among others.
 from collections import defaultdict
 from dataclasses import dataclass
 
-import numpy as np
 import onnx
 
 from .grouped import is_plain
@@ -56,6 +55,8 @@ def attend_natively(model: onnx.ModelProto, heads: int) -> None:
     if not any(v.name == SLOTS for v in model.graph.input):
         return
     _Graph(model, heads).run()
+    if not any(o.domain == NATIVE for o in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(NATIVE, 1))
 
 
 class _Graph:
@@ -108,32 +109,21 @@ class _Graph:
             return None
         (q, q_turned), (k, k_turned) = (self._turned(name, width) for name in (node.input[0], key.input[2]))
         found = [
-            self._heads_of(name, count * width)
+            self._heads_of(name, count, width)
             for name, count in ((q, self.heads), (k, kv_heads), (value.input[2], kv_heads))
         ]
-        if q_turned != k_turned or None in found or not self._is_rows(y, width):
+        of = [h for h in found if h is not None]
+        norms = {h.epsilon for h in of if h.norm}
+        if q_turned != k_turned or len(of) < 3 or of[2].norm or len(norms) > 1 or not self._is_rows(y, width):
             return None
-        return self._node(node, key, value, [h for h in found if h is not None], q_turned, (kv_heads, width), y)
-
-    def _node(
-        self,
-        node: onnx.NodeProto,
-        key: onnx.NodeProto,
-        value: onnx.NodeProto,
-        of: list[_Heads],
-        turned: _Turned,
-        sizes: tuple[int, int],
-        y: onnx.NodeProto,
-    ) -> onnx.NodeProto:
-        q, k, v = of
-        inputs = [q.source, k.source, v.source, key.input[0], value.input[0], SLOTS, BIAS, turned.cos, turned.sin]
-        inputs += [q.bias, k.bias, v.bias, q.norm, k.norm]
-        made = onnx.helper.make_node(
+        q_of, k_of, v_of = of
+        inputs = [h.source for h in of] + [key.input[0], value.input[0], SLOTS, BIAS, q_turned.cos, q_turned.sin]
+        inputs += [h.bias for h in of] + [q_of.norm, k_of.norm]
+        return onnx.helper.make_node(
             OP, inputs, [y.output[0], key.output[0], value.output[0]], node.name, domain=NATIVE,
-            heads=self.heads, kv_heads=sizes[0], d=sizes[1], rotary=turned.rotary, scale=float(attribute(node, "scale")),
-            epsilon=max(q.epsilon, k.epsilon), q_first=q.first, k_first=k.first, v_first=v.first,
+            heads=self.heads, kv_heads=kv_heads, d=width, rotary=q_turned.rotary, scale=float(attribute(node, "scale")),
+            epsilon=max(norms, default=0.0), q_first=q_of.first, k_first=k_of.first, v_first=v_of.first,
         )  # fmt: skip
-        return made
 
     # ------------------------------------------------------------------------------------------ its parts
     def _producer(self, name: str, kind: str) -> onnx.NodeProto | None:
@@ -218,7 +208,7 @@ class _Graph:
         exact = starts == [begin] and len(ends) == 1 and (ends[0] == end or (ends[0] > end and begin > 0))
         return exact and axes in ([-1], [3]) and steps in ([], [[1]])
 
-    def _heads_of(self, name: str, columns: int) -> _Heads | None:
+    def _heads_of(self, name: str, count: int, width: int) -> _Heads | None:
         """Where the heads [B,H,N,d] of that name are read."""
         transposed = self._producer(name, "Transpose")
         if transposed is None or attribute(transposed, "perm") != _TO_HEADS:
@@ -227,7 +217,8 @@ class _Graph:
         norm, epsilon = "", 0.0
         normed = self._producer(by_heads, "RMSNormalization")
         if normed is not None:
-            if attribute(normed, "axis") != -1:
+            weight = self.constants.get(normed.input[1])
+            if attribute(normed, "axis") != -1 or weight is None or list(weight.dims) != [width]:
                 return None
             by_heads, norm, epsilon = normed.input[0], normed.input[1], float(attribute(normed, "epsilon"))
         reshaped = self._producer(by_heads, "Reshape")
@@ -237,9 +228,9 @@ class _Graph:
         added = self._producer(source, "Add")
         if added is not None:
             for x, other in (added.input, added.input[::-1]):
-                if other in self.constants and list(self.constants[other].dims) == [columns]:
+                if other in self.constants and list(self.constants[other].dims) == [count * width]:
                     source, bias = x, other
-        first, sliced = 0, self._producer(source, "Slice")
+        first, columns, sliced = 0, count * width, self._producer(source, "Slice")
         if sliced is not None and len(sliced.input) == 4:
             begin, end, axis = (self._numbers(i) for i in sliced.input[1:])
             if begin and end and axis == [-1] and end[0] - begin[0] == columns:
