@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cpu_cases import TYPES, Call
+from cpu_cases import TYPES, Call, names
 
 from cm_export.plugins.cpu import build
 
@@ -96,9 +96,13 @@ def answers(
     questions, replies = run.with_suffix(".calls"), run.with_suffix(".answers")
     with questions.open("wb") as file:
         for call in calls:
-            file.write(f"{call.op} {len(call.attributes)} {len(call.inputs)}\n".encode())
+            inputs = [call.inputs.get(name) for name in names(call)]
+            file.write(f"{call.op} {len(call.attributes)} {len(inputs)}\n".encode())
             file.write("".join(f"{n} {v}\n" for n, v in call.attributes.items()).encode())
-            for values in call.inputs.values():
+            for values in inputs:
+                if values is None:  # an optional one that is left out
+                    file.write(b"0 0 \n")
+                    continue
                 file.write(f"{TYPES[str(values.dtype)]} {values.ndim} {' '.join(map(str, values.shape))}\n".encode())
                 file.write(values.tobytes())
     command = [*prefix, run, questions, replies, threads, at_once, *([instructions] if instructions else [])]

@@ -37,6 +37,7 @@ class Call:
     read: int = 0  # bytes of weights
     dense: int = 0
     constants: tuple[str, ...] = field(default=())
+    outputs: tuple[str, ...] = ("y",)  # of several, `expected` has the numbers one after the other
 
     def check(self, y: np.ndarray) -> None:
         assert y.shape == self.expected.shape
@@ -226,18 +227,30 @@ def ffn(
 
 
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": TensorProto.UINT8}
+TYPES |= {"int64": TensorProto.INT64}
+
+
+OPTIONAL = ("cos", "sin", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm")  # of CachedAttention, in this order
+
+
+def names(call: Call) -> list[str]:
+    """The inputs of its node, "" where an optional one is left out."""
+    required = [n for n in call.inputs if n not in OPTIONAL]
+    left_out = [n if n in call.inputs else "" for n in OPTIONAL] if call.op == "CachedAttention" else []
+    return required + left_out
 
 
 def model(call: Call) -> bytes:
     """One node; weights and norms are initialisers."""
-    node = helper.make_node(call.op, list(call.inputs), ["y"], domain=DOMAIN, **call.attributes)
+    node = helper.make_node(call.op, names(call), call.outputs, domain=DOMAIN, **call.attributes)
     given = [
         helper.make_tensor_value_info(n, TYPES[str(a.dtype)], [None] * a.ndim)
         for n, a in call.inputs.items()
         if n not in call.constants
     ]
     stored = [onnx.numpy_helper.from_array(call.inputs[n], n) for n in call.constants]
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * 3)
-    graph = helper.make_graph([node], "one", given, [y], stored)
+    rank = {"y": 3}
+    out = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None] * rank.get(n, 4)) for n in call.outputs]
+    graph = helper.make_graph([node], "one", given, out, stored)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()

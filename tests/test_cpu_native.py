@@ -10,6 +10,8 @@ import subprocess
 
 import numpy as np
 import pytest
+from cpu_attention_cases import CASES
+from cpu_attention_cases import attention as attention_of
 from cpu_builds import answers, folder, linked, objects
 from cpu_cases import Sizes, ffn, matmul
 
@@ -24,6 +26,7 @@ CALLS = [
     ffn(Sizes(B=2, zeros=True, N=300, group=64), bits_out=8, group_out=64),
     ffn(Sizes(S=19, K=40, bits=8), bits_out=32, seed=1),
     ffn(Sizes(S=1, K=40, bits=32), "gelu", bits_out=4, seed=2),
+    *(attention_of(sizes, seed) for seed, sizes in enumerate(CASES)),
 ]  # fmt: skip
 SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 ADDRESS = ("-O1", "-g1", "-fsanitize=address")
@@ -40,16 +43,18 @@ def checked(run, **how) -> list:
 
 @functools.cache
 def sanitized():
-    flags = {f: SANITIZERS for f in ("ops.cpp", "portable.cpp")} | {f: ADDRESS for f in ("avx512.cpp", "avx2.cpp")}
+    flags = {f: SANITIZERS for f in ("ops.cpp", "attention.cpp", "portable.cpp")} | {
+        f: ADDRESS for f in ("avx512.cpp", "avx2.cpp")
+    }
     if platform.machine() != "x86_64":
-        flags = {"ops.cpp": SANITIZERS, "portable.cpp": SANITIZERS}
+        flags = {f: SANITIZERS for f in ("ops.cpp", "attention.cpp", "portable.cpp")}
     kernels = ("kAvx512", "kAvxVnni", "kAvx2")[: 3 if "avx2.cpp" in flags else 0]
     made = objects("sanitized", (*kernels, "kPortable"), tuple(flags.items()))
     return linked(made.values(), folder() / "sanitized" / "run", SANITIZERS)
 
 
-PLAIN = (("ops.cpp", ("-O0",)), ("portable.cpp", ("-O0",)))
-ARM = (("ops.cpp", ("-O0",)), ("neon.cpp", ("-O1", "-DCM_NEON_IN_PLAIN_CPP")))
+PLAIN = (("ops.cpp", ("-O0",)), ("attention.cpp", ("-O0",)), ("portable.cpp", ("-O0",)))
+ARM = (("ops.cpp", ("-O0",)), ("attention.cpp", ("-O0",)), ("neon.cpp", ("-O1", "-DCM_NEON_IN_PLAIN_CPP")))
 
 
 @functools.cache

@@ -5,6 +5,8 @@ One bug per kind of mistake: which row, which column, which group, which request
 
 import numpy as np
 import pytest
+from cpu_attention_cases import Sizes as Attention
+from cpu_attention_cases import attention
 from cpu_builds import answers, changed, compiled, folder, linked, objects
 from cpu_cases import Sizes, ffn, matmul
 from test_cpu_native import ARM, CALLS, PLAIN, usable
@@ -12,6 +14,7 @@ from test_cpu_native import ARM, CALLS, PLAIN, usable
 from cm_export.plugins.cpu import build
 
 PRODUCT, QUANTISE, OPS, ACTIVATE = "product.h", "quantise.h", "ops.cpp", "activate.h"
+ATTEND, CACHE = "attention.h", "attention.cpp"
 EACH_GROUP = "const int last_quad = rows.first[groups.end];\n    for (int64_t g = groups.begin; g < groups.end; ++g) {"
 EACH_ROW = "for (int row = 0; row < rows.count; ++row)\n"
 FIRST_ROW = EACH_ROW.replace("rows.count", "1")
@@ -62,11 +65,29 @@ SHARED = {  # what is wrong: (file, right, wrong)
     "second block of rows": (OPS, FROM.format(" + row * shape.columns"), FROM.format("")),
     "slope of an activation": (ACTIVATE, "return g * sigmoid(1.702f * g);", "return g * sigmoid(1.7f * g);"),
     "scratch of all calls": (OPS, TAKE, TAKE_ONE),
+    "the other way around": (ATTEND, "t.cos[i] - head[half + i] * t.sin[i]", "t.cos[i] + head[half + i] * t.sin[i]"),
+    "angles of the first half": (ATTEND, "head[i] * t.sin[t.second + i]", "head[i] * t.sin[i]"),
+    "what is not turned": (ATTEND, "for (int i = t.rotary; i < t.width; ++i)", "for (int i = t.rotary + 1; i < t.width; ++i)"),
+    "a norm of the whole": (ATTEND, "/ static_cast<float>(t.width);", "/ static_cast<float>(filled);"),
+    "keys of the last four": (ATTEND, "std::min(r + i, a.seen - 1)", "std::min(r, a.seen - 1)"),
+    "the rest of a key": (ATTEND, "if (at < a.width) add_products", "if (at < 0) add_products"),
+    "heads left over": (ATTEND, "if (head < a.heads) scores_of", "if (head + 1 < a.heads) scores_of"),
+    "second tile of values": (ATTEND, "std::min(r + kTileRows, a.seen), stride", "std::min<int64_t>(kTileRows, a.seen), stride"),
+    "scores that are filled up": (ATTEND, "-std::numeric_limits<float>::infinity();\n    float tops", "0.0f;\n    float tops"),
+    "shares of the first head": (ATTEND, "*= inverse[h];", "*= inverse[0];"),
+    "heads of the first keys": (CACHE, "head = kv * group + begin;", "head = begin;"),
+    "cache of the first request": (CACHE, "(token / call.tokens * kv_heads + kv)", "kv"),
+    "mask of the first token": (CACHE, "call.mask_of_each ? token : n", "call.mask_of_each ? token : 0"),
+    "angles of the first request": (CACHE, "call.angles_of_each ? token : n", "n"),
+    "hidden rows are seen": (CACHE, "count += !(mask[row] <= std::numeric_limits<float>::lowest());", "++count;"),
+    "bias of the first head": (CACHE, "from.turn.bias + h * width;", "from.turn.bias;"),
+    "where a product's keys begin": (CACHE, "(x.data) + first[index]", "(x.data)"),
 }  # fmt: skip
 MORE = [
     matmul(Sizes(S=300, K=40, N=129, share=0.5), 3), ffn(Sizes(bits=32, S=2, share=1), "quick_gelu", bits_out=32, z_share=1),
     matmul(Sizes(K=128, N=256, share=0.95, bits=8), 4), matmul(Sizes(K=64, N=8, share=0.5, zeros=True, S=2, B=2), 5),
     matmul(Sizes(K=520, N=129, zeros=True), 6), matmul(Sizes(K=520, N=129, S=2), 7), ffn(Sizes(N=300, zeros=True), seed=8),
+    attention(Attention(B=2, N=3, turned="whole", rotary=8, past=80, shared=True)),
 ]  # fmt: skip
 
 
@@ -105,7 +126,7 @@ def with_bug(name: str, made: dict, unit: str, flags: tuple[str, ...], bug: tupl
 
 @pytest.mark.parametrize("bug", SHARED)
 def test_a_wrong_kernel_is_seen(bug):
-    unit = OPS if SHARED[bug][0] == OPS else "portable.cpp"
+    unit = SHARED[bug][0] if SHARED[bug][0].endswith(".cpp") else "portable.cpp"
     run = with_bug(bug.replace(" ", "-"), plain(), unit, ("-O0",), SHARED[bug])
     assert wrong_answers(run, threads=2, at_once=3) or wrong_answers(run)
 
@@ -116,6 +137,9 @@ ONE_FILE = {
     "AVX-512: second half of 8 bits": ("avx512-vnni", "avx512.cpp", "_mm512_loadu_si512(p2 + 64)", "_mm512_loadu_si512(p2)"),
     "AVX2: products that do not fit": ("avx2", "avx2.cpp", "if constexpr (bits == 4) {  // 2", "if constexpr (true) {  // 2"),
     "AVX2: signs of x": ("avx2", "avx2.cpp", "x_odd = _mm256_srai_epi16(x, 8);", "x_odd = _mm256_srli_epi16(x, 8);"),
+    "AVX-512: sums of a quarter": ("avx512-vnni", "avx512.cpp", "_mm512_extractf32x8_ps(quarters, 1)", "_mm256_setzero_ps()"),
+    "AVX2: numbers behind a head": ("avx2", "avx2.cpp", "_mm256_set1_epi32(n), lanes", "_mm256_set1_epi32(n + 1), lanes"),
+    "ARM: numbers left over": ("neon", "neon.h", "for (int i = 0; i < n; ++i) four[i] = p[i];", "four[0] = p[0];"),
     "ARM: zero points of 8 bits": ("neon", "neon.h", "bits == 8 ? kOffset : 0;", "bits == 4 ? kOffset : 0;"),
     "ARM: upper bytes": ("neon", "neon.cpp", "vmull_high_s8(w, x)", "vmull_s8(vget_low_s8(w), vget_low_s8(x))"),
     "ARM: order of lanes": ("neon-dot", "neon.h", LANES.format("ab", "cd"), LANES.format("cd", "ab")),
@@ -131,6 +155,6 @@ def test_a_wrong_file_of_one_instruction_set_is_seen(bug):
         if build.compiler() and instructions not in usable():
             pytest.skip(f"this processor has no {instructions}")
         unit, kernel = {"avx2": ("avx2.cpp", "kAvx2"), "avx512-vnni": ("avx512.cpp", "kAvx512")}[instructions]
-        made, flags = objects(instructions, (kernel,), (PLAIN[0], (unit, ("-O0",)))), ("-O0",)
+        made, flags = objects(instructions, (kernel,), (*PLAIN[:2], (unit, ("-O0",)))), ("-O0",)
     run = with_bug(bug.replace(" ", "-").replace(":", ""), made, unit, flags, tuple(change))
     assert wrong_answers(run, instructions=instructions)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from conftest import bundles_of, cm_export
 from llava_models import PUBLISHED, RANDOM, answering, noise, seen
+from natively_attended import says_the_same
 from PIL import Image
 from proofs import PROOFS, each_proof, holds
 from random_models import IMAGE, Exported, random_checkpoint, shared_export
@@ -46,6 +47,10 @@ def x(name):
 @each_proof
 def test_every_proof_holds(x, proof):
     holds(proof, x)
+
+
+def test_attention_of_the_native_library_says_the_same(x):
+    says_the_same(x)
 
 
 def test_vision_equals_transformers_on_pictures_of_every_shape(x):

@@ -12,6 +12,7 @@ import test_lowered
 import torch
 import transformers
 from conftest import bundles_of, cm_export
+from natively_attended import says_the_same
 from PIL import Image
 from proofs import each_proof, holds
 from qwen_models import RANDOM, answering
@@ -56,6 +57,10 @@ def x(name):
 @each_proof
 def test_every_proof_holds(x, proof):
     holds(proof, x)
+
+
+def test_attention_of_the_native_library_says_the_same(x):
+    says_the_same(x)
 
 
 def test_no_token_is_cut_before_the_last_layer_with_features(x, name):

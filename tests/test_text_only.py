@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ONE_THREAD, cm_export
 from fake_jetson import Jetson
+from natively_attended import says_the_same
 from random_models import Exported, random_checkpoint, random_text_config, request_of, shared_export
 from stepping import Decoder, every_row, gatherer, prefill, step_feeds
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -83,6 +84,10 @@ def test_answers_equal_stock_generate(x):
             for i in range(STEPS - 1):
                 step = decoder.step(step_feeds(request, int(tokens[i]), i))
                 agrees("export", step, logits[i + 1 : i + 2])
+
+
+def test_attention_of_the_native_library_says_the_same(x):
+    says_the_same(x)
 
 
 def test_padded_batches_at_any_position_equal_transformers(x):

@@ -11,6 +11,7 @@ import torch
 import transformers
 from conftest import built, bundles_of, cm_export
 from fake_engines import add_engines, machine
+from natively_attended import says_the_same
 from PIL import Image
 from proofs import each_proof, holds
 from random_models import random_checkpoint
@@ -43,6 +44,10 @@ def x(name):
 @each_proof
 def test_every_proof_holds(x, proof):
     holds(proof, x)
+
+
+def test_attention_of_the_native_library_says_the_same(x):
+    says_the_same(x)
 
 
 @pytest.mark.parametrize("version", ["10.3", "10.15", "rtx-1.7"])

@@ -23,6 +23,16 @@ struct Vector {
     static CM_INLINE Float all(float v) { return _mm256_set1_ps(v); }
     static CM_INLINE Float load(const float* p) { return _mm256_loadu_ps(p); }
     static CM_INLINE void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
+    // The first n numbers at p, 0 < n < kLanes; 0 behind them.
+    static CM_INLINE Float some(const float* p, int n) {
+        const Int lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes));
+    }
+    // The lanes of each of four registers, added up in one order.
+    static CM_INLINE void add_up(const Float* four, float* out) {
+        const Float both = _mm256_hadd_ps(_mm256_hadd_ps(four[0], four[1]), _mm256_hadd_ps(four[2], four[3]));
+        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+    }
     static CM_INLINE Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
     static CM_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
     static CM_INLINE Float number(Int v) { return _mm256_cvtepi32_ps(v); }
@@ -86,6 +96,7 @@ struct Vector {
 
 struct Isa : Vector {};
 #include "product.h"
+#include "attention.h"
 
 }  // namespace cm::cpu::avx2
 CM_TARGET_END
@@ -115,7 +126,9 @@ static bool usable_with_vnni() {
     return usable() && (a >> 4 & 1);
 }
 extern const Kernels kAvx2, kAvxVnni;
-const Kernels kAvx2 = {"avx2", usable, avx2::keep, avx2::quantise, avx2::multiply, avx2::gate};
-const Kernels kAvxVnni = {"avx-vnni", usable_with_vnni, avx2::keep, avx2::quantise, avx_vnni::multiply, avx2::gate};
+const Kernels kAvx2 = {"avx2", usable, avx2::keep, avx2::quantise, avx2::multiply,
+                       avx2::gate, avx2::turn, avx2::attend};
+const Kernels kAvxVnni = {"avx-vnni", usable_with_vnni, avx2::keep, avx2::quantise, avx_vnni::multiply,
+                          avx2::gate, avx2::turn,        avx2::attend};
 }  // namespace cm::cpu
 #endif

@@ -22,6 +22,16 @@ struct Isa {
     static CM_INLINE Float all(float v) { return _mm512_set1_ps(v); }
     static CM_INLINE Float load(const float* p) { return _mm512_loadu_ps(p); }
     static CM_INLINE void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
+    // The first n numbers at p, 0 < n < kLanes; 0 behind them.
+    static CM_INLINE Float some(const float* p, int n) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p); }
+    // The lanes of each of four registers, added up in one order.
+    static CM_INLINE void add_up(const Float* four, float* out) {
+        const auto halves = [](Float a, Float b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
+        const __m512d ab = _mm512_castps_pd(halves(four[0], four[1])), cd = _mm512_castps_pd(halves(four[2], four[3]));
+        const Float quarters = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+        const __m256 both = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+    }
     static CM_INLINE Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
     static CM_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
     static CM_INLINE Float number(Int v) { return _mm512_cvtepi32_ps(v); }
@@ -76,6 +86,7 @@ struct Isa {
 #include "quantise.h"
 #include "activate.h"
 #include "product.h"
+#include "attention.h"
 
 }  // namespace cm::cpu::avx512
 CM_TARGET_END
@@ -87,6 +98,6 @@ static bool usable() {
 }
 extern const Kernels kAvx512;
 const Kernels kAvx512 = {"avx512-vnni",    usable, avx512::keep, avx512::quantise,
-                         avx512::multiply, avx512::gate};
+                         avx512::multiply, avx512::gate, avx512::turn, avx512::attend};
 }  // namespace cm::cpu
 #endif

@@ -22,6 +22,9 @@ constexpr int kMaxGroup = 128;
 constexpr int kFewRows = 16;      // rows of x up to which reading W decides the time, not arithmetic
 constexpr int kManyRows = 256;    // taken at once, at most
 constexpr int kTileInputs = 128;  // of W, unpacked at once for many rows: 16 KB of the first cache
+constexpr int kStep = 16;         // floats: what attention computes with is filled up to a multiple of it
+constexpr int kMaxHead = 512;     // numbers of a head of attention
+constexpr int kMaxHeads = 32;     // of a token, attended to in one task
 
 struct Matrix {
     int bits = 0;   // 4, 8 or 32
@@ -78,6 +81,29 @@ private:
     std::vector<uint8_t> memory_;
 };
 
+// How a head of a query or a key is made of what its product gave: bias, norm over the head, rotation, factor.
+struct Turn {
+    const float *bias = nullptr, *norm = nullptr;  // [width]; null: none
+    const float *cos = nullptr, *sin = nullptr;    // [rotary / 2], and for the second half `second` further on
+    int width = 0, rotary = 0;                     // the first `rotary` numbers of a head are turned
+    size_t second = 0;
+    float epsilon = 0.0f, factor = 1.0f;
+};
+
+// The query heads of one token that share keys, and the rows of the cache that it sees. Rows of q, y and scores are apart
+// by a multiple of kStep floats.
+struct Attention {
+    int heads = 0, width = 0;
+    size_t apart = 0;                  // floats from a head of q or y to the next: width, filled up
+    const float* q = nullptr;          // turned, times the scale; 0 where it is filled up
+    const float *keys = nullptr, *values = nullptr;  // of row 0; rows are `width` floats
+    const int32_t* rows = nullptr;     // [seen]
+    const float* added = nullptr;      // [seen, filled up with 0] by the mask, to the scores
+    int64_t seen = 0;
+    float* scores = nullptr;           // [heads, seen, filled up] to work in
+    float* y = nullptr;                // filled up, too
+};
+
 // The kernels of one instruction set.
 struct Kernels {
     const char* name;
@@ -90,6 +116,10 @@ struct Kernels {
     void (*multiply)(const Matrix&, const Rows&, Groups, const Span* spans, int count);
     // z = activation(gate) * up
     void (*gate)(Activation, const float* gate, const float* up, float* z, int64_t count);
+    // out = x, turned
+    void (*turn)(const Turn&, const float* x, float* out);
+    // y = softmax(q keys + added) values
+    void (*attend)(const Attention&);
 };
 
 const Kernels* const* all_kernels();  // best first, ends with null

@@ -11,6 +11,16 @@ struct Isa {
     static CM_INLINE Float all(float v) { return vdupq_n_f32(v); }
     static CM_INLINE Float load(const float* p) { return vld1q_f32(p); }
     static CM_INLINE void store(float* p, Float v) { vst1q_f32(p, v); }
+    // The first n numbers at p, 0 < n < kLanes; 0 behind them.
+    static CM_INLINE Float some(const float* p, int n) {
+        float four[kLanes] = {};
+        for (int i = 0; i < n; ++i) four[i] = p[i];
+        return vld1q_f32(four);
+    }
+    // The lanes of each of four registers, added up in one order.
+    static CM_INLINE void add_up(const Float* four, float* out) {
+        vst1q_f32(out, vpaddq_f32(vpaddq_f32(four[0], four[1]), vpaddq_f32(four[2], four[3])));
+    }
     static CM_INLINE Float mul(Float a, Float b) { return vmulq_f32(a, b); }
     static CM_INLINE Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
     static CM_INLINE Float number(Int v) { return vcvtq_f32_s32(v); }

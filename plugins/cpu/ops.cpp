@@ -1,4 +1,4 @@
-// The two ops of the domain "com.cm_export.native" for ONNX Runtime, and what the library tells about itself.
+// The products of the domain "com.cm_export.native" for ONNX Runtime, and what the library tells about itself.
 //
 //     PackedMatMul(x, codes, scale, zero, norm, threshold) -> y = x W
 //     PackedFFN(x, gate_up codes/scale/zero, down codes/scale/zero, x_norm, z_norm, x_threshold, z_threshold) -> y
@@ -13,14 +13,9 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <thread>
 #include <vector>
-#if defined(__linux__)
-#include <sched.h>
-#endif
 
-#include "kernels.h"
-#include "ort.h"
+#include "op.h"
 
 #define CM_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -42,103 +37,15 @@ const Kernels* best() {
     return *kernels;
 }
 
+}  // namespace
+
 const Kernels& kernels() {
     const Kernels* chosen = in_use.load(std::memory_order_relaxed);
     if (chosen == nullptr) in_use.store(chosen = best(), std::memory_order_relaxed);
     return *chosen;
 }
 
-// Processors that this process may use. ONNX Runtime does not tell how many threads a session has.
-int processors() {
-    static const int count = [] {
-#if defined(__linux__)
-        cpu_set_t set;
-        if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
-#endif
-        return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-    }();
-    return count;
-}
-
-// ---------------------------------------------------------------- errors and inputs
-
-struct Error {
-    std::string what;
-};
-
-void check(ort::Status* status) {
-    // Only calls that cannot fail on the arguments given here come through this; the runtime's own message would be lost.
-    if (status == nullptr) return;
-    ort::Api::release_status(status);
-    throw Error{"ONNX Runtime refused a call of its C interface"};
-}
-
-[[noreturn]] void fail(const std::string& op, const std::string& what) { throw Error{op + ": " + what}; }
-
-std::string text_of(const std::vector<int64_t>& shape) {
-    std::string text = "[";
-    for (size_t i = 0; i < shape.size(); ++i) text += (i ? "," : "") + std::to_string(shape[i]);
-    return text + "]";
-}
-
-struct Tensor {
-    void* data = nullptr;
-    int type = 0;
-    std::vector<int64_t> shape;
-
-    int64_t count() const {
-        int64_t product = 1;
-        for (int64_t size : shape) product *= size;
-        return product;
-    }
-};
-
-Tensor read_shape_and_data(ort::Value* value) {
-    Tensor tensor;
-    ort::ShapeInfo* info = nullptr;
-    check(ort::Api::shape_info(value, &info));
-    const std::unique_ptr<ort::ShapeInfo, void (*)(ort::ShapeInfo*)> owner(info, ort::Api::release_shape_info);
-    size_t rank = 0;
-    check(ort::Api::element_type(info, &tensor.type));
-    check(ort::Api::rank(info, &rank));
-    tensor.shape.resize(rank);
-    check(ort::Api::dimensions(info, tensor.shape.data(), rank));
-    check(ort::Api::tensor_data(value, &tensor.data));
-    return tensor;
-}
-
-Tensor input(const ort::Context* context, size_t index) {
-    ort::Value* value = nullptr;
-    check(ort::Api::input(context, index, &value));
-    return read_shape_and_data(value);
-}
-
-float* output(ort::Context* context, const std::vector<int64_t>& shape) {
-    ort::Value* value = nullptr;
-    void* data = nullptr;
-    check(ort::Api::output(context, 0, shape.data(), shape.size(), &value));
-    check(ort::Api::tensor_data(value, &data));
-    return static_cast<float*>(data);
-}
-
-int64_t integer(const ort::Info* info, const char* op, const char* name) {
-    int64_t value = 0;
-    if (ort::Status* status = ort::Api::int_attribute(info, name, &value)) {
-        ort::Api::release_status(status);
-        fail(op, std::string("the attribute ") + name + " (an integer) is missing");
-    }
-    return value;
-}
-
-std::string text(const ort::Info* info, const char* op, const char* name) {
-    char value[64] = {};
-    size_t size = sizeof value;
-    if (ort::Status* status = ort::Api::string_attribute(info, name, value, &size)) {
-        ort::Api::release_status(status);
-        fail(op, std::string("the attribute ") + name + " (a short string) is missing");
-    }
-    return value;
-}
+namespace {
 
 // The three tensors of a packed weight, beginning at input `index`, as a matrix of `inputs` by panels of outputs.
 Matrix matrix(const ort::Context* context, const std::string& op, size_t index, int bits, int group, int64_t inputs,
@@ -229,14 +136,6 @@ struct Loan {
     Pool& pool;
     std::unique_ptr<Scratch> scratch;
 };
-
-// Calls function(0 .. total - 1) on the session's threads.
-template <class Function>
-void in_parallel(const ort::Context* context, size_t total, Function& function) {
-    if (total == 1) return function(0);
-    const auto call = [](void* data, size_t i) { (*static_cast<Function*>(data))(i); };
-    check(ort::Api::parallel_for(context, call, total, &function));
-}
 
 // ids and first from the bits of all rows.
 void list(Rows& rows, const Matrix& m) {
@@ -405,6 +304,7 @@ int64_t panels_of(int64_t outputs) { return (outputs + kPanel - 1) / kPanel; }
 
 struct PackedMatMul {
     static constexpr const char* kName = "PackedMatMul";
+    static constexpr size_t kRequired = 6, kOutputs = 1;
     static constexpr ort::ElementType kTypes[] = {ort::kFloat, ort::kAny,   ort::kFloat16,
                                                   ort::kUint8, ort::kFloat, ort::kFloat};
     int64_t bits, group, outputs;
@@ -443,6 +343,7 @@ Activation activation_of(const char* op, const std::string& name) {
 
 struct PackedFFN {
     static constexpr const char* kName = "PackedFFN";
+    static constexpr size_t kRequired = 11, kOutputs = 1;
     static constexpr ort::ElementType kTypes[] = {ort::kFloat, ort::kAny,   ort::kFloat16, ort::kUint8, ort::kAny,  ort::kFloat16,
                                                   ort::kUint8, ort::kFloat, ort::kFloat,   ort::kFloat, ort::kFloat};
     int64_t bits_in, group_in, bits_out, group_out, columns, neurons;
@@ -487,48 +388,6 @@ struct PackedFFN {
     }
 };
 
-// No exception may leave the library: each becomes a status that ONNX Runtime reports.
-template <class Function>
-ort::Status* as_status(Function function) {
-    try {
-        function();
-        return nullptr;
-    } catch (const Error& error) {
-        return ort::Api::create_status(ort::kInvalidArgument, error.what.c_str());
-    } catch (const std::exception& error) {  // no memory
-        return ort::Api::create_status(ort::kFail, error.what());
-    }
-}
-
-template <class Op>
-const ort::CustomOp* described() {
-    static const ort::CustomOp op = [] {
-        ort::CustomOp o{};
-        o.version = 17;
-        o.CreateKernel = [](const ort::CustomOp*, const void*, const ort::Info*) -> void* { return nullptr; };
-        o.GetName = [](const ort::CustomOp*) { return Op::kName; };
-        o.GetExecutionProviderType = [](const ort::CustomOp*) -> const char* { return nullptr; };
-        o.GetInputType = [](const ort::CustomOp*, size_t i) { return Op::kTypes[i]; };
-        o.GetInputTypeCount = [](const ort::CustomOp*) { return std::size(Op::kTypes); };
-        o.GetOutputType = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
-        o.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return 1; };
-        o.KernelCompute = [](void*, ort::Context*) {};
-        o.KernelDestroy = [](void* kernel) { delete static_cast<Op*>(kernel); };
-        o.GetInputCharacteristic = o.GetOutputCharacteristic = o.GetInputMemoryType = [](const ort::CustomOp*, size_t) { return 0; };
-        o.GetVariadicInputMinArity = o.GetVariadicOutputMinArity = o.GetStartVersion = [](const ort::CustomOp*) { return 1; };
-        o.GetVariadicInputHomogeneity = o.GetVariadicOutputHomogeneity = [](const ort::CustomOp*) { return 1; };
-        o.CreateKernelV2 = [](const ort::CustomOp*, const void*, const ort::Info* info, void** kernel) {
-            return as_status([&] { *kernel = new Op(info); });
-        };
-        o.KernelComputeV2 = [](void* kernel, ort::Context* context) {
-            return as_status([&] { static_cast<Op*>(kernel)->compute(context); });
-        };
-        o.GetEndVersion = [](const ort::CustomOp*) { return 0x7fffffff; };
-        return o;
-    }();
-    return &op;
-}
-
 }  // namespace
 }  // namespace cm::cpu
 
@@ -547,7 +406,7 @@ CM_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort
     ort::Api::table = static_cast<void* const*>(table);
     ort::Domain* domain = nullptr;  // lives as long as the process: sessions keep pointing to it
     if (ort::Status* status = ort::Api::create_domain(kDomain, &domain)) return status;
-    for (const ort::CustomOp* op : {described<PackedMatMul>(), described<PackedFFN>()})
+    for (const ort::CustomOp* op : {described<PackedMatMul>(), described<PackedFFN>(), cached_attention()})
         if (ort::Status* status = ort::Api::add_op(domain, op)) return status;
     return ort::Api::add_domain(options, domain);
 }

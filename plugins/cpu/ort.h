@@ -25,7 +25,7 @@ struct ApiBase {
     const char* (*GetVersionString)();
 };
 
-enum ElementType : int { kAny = 0, kFloat = 1, kUint8 = 2, kFloat16 = 10 };
+enum ElementType : int { kAny = 0, kFloat = 1, kUint8 = 2, kInt64 = 7, kFloat16 = 10 };
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kInvalidGraph = 10 };
 
 // What ONNX Runtime calls; as of version 17, without the callbacks that came later.
@@ -40,7 +40,7 @@ struct CustomOp {
     size_t (*GetOutputTypeCount)(const CustomOp*);
     void (*KernelCompute)(void* kernel, Context*);  // not called: KernelComputeV2 is there
     void (*KernelDestroy)(void* kernel);
-    int (*GetInputCharacteristic)(const CustomOp*, size_t);  // 0: required
+    int (*GetInputCharacteristic)(const CustomOp*, size_t);  // 0: required, 1: optional
     int (*GetOutputCharacteristic)(const CustomOp*, size_t);
     int (*GetInputMemoryType)(const CustomOp*, size_t);  // 0: where the op runs
     int (*GetVariadicInputMinArity)(const CustomOp*);
@@ -86,6 +86,9 @@ struct Api {
     }
     static Status* shape_info(const Value* value, ShapeInfo** out) {
         return at<Status* (*)(const Value*, ShapeInfo**)>(65)(value, out);
+    }
+    static Status* float_attribute(const Info* info, const char* name, float* out) {
+        return at<Status* (*)(const Info*, const char*, float*)>(85)(info, name, out);
     }
     static Status* int_attribute(const Info* info, const char* name, int64_t* out) {
         return at<Status* (*)(const Info*, const char*, int64_t*)>(86)(info, name, out);

@@ -28,6 +28,14 @@ struct Isa {
     static CM_INLINE Float all(float v) { return {{v, v, v, v}}; }
     static CM_INLINE Float load(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
     static CM_INLINE void store(float* p, Float v) { std::memcpy(p, v.lane, sizeof v.lane); }
+    // The first n numbers at p, 0 < n < kLanes; 0 behind them.
+    static CM_INLINE Float some(const float* p, int n) {
+        return each<Float>([&](int i) { return i < n ? p[i] : 0.0f; });
+    }
+    // The lanes of each of four registers, added up in one order.
+    static CM_INLINE void add_up(const Float* four, float* out) {
+        for (int i = 0; i < 4; ++i) out[i] = (four[i].lane[0] + four[i].lane[1]) + (four[i].lane[2] + four[i].lane[3]);
+    }
     static CM_INLINE Float mul(Float a, Float b) {
         return each<Float>([&](int i) { return a.lane[i] * b.lane[i]; });
     }
@@ -85,11 +93,12 @@ struct Isa {
 #include "quantise.h"
 #include "activate.h"
 #include "product.h"
+#include "attention.h"
 
 }  // namespace cm::cpu::portable
 
 namespace cm::cpu {
 static bool usable() { return true; }
 const Kernels kPortable = {"portable",         usable, portable::keep, portable::quantise,
-                           portable::multiply, portable::gate};
+                           portable::multiply, portable::gate, portable::turn, portable::attend};
 }  // namespace cm::cpu

@@ -1,4 +1,4 @@
-// Runs the CPU ops without ONNX Runtime, for sanitizers and other processors: the slots of its table that ops.cpp uses.
+// Runs the CPU ops without ONNX Runtime, for sanitizers and other processors: the slots of its table that the ops use.
 //
 //     fake_runtime CALLS ANSWERS THREADS AT_ONCE [INSTRUCTIONS]
 //
@@ -37,7 +37,7 @@ struct ort::Value {
     size_t bytes = 0;
 
     void allocate() {
-        bytes = info.type == kUint8 ? 1 : info.type == kFloat16 ? 2 : 4;
+        bytes = info.type == kAny ? 0 : info.type == kUint8 ? 1 : info.type == kFloat16 ? 2 : info.type == kInt64 ? 8 : 4;
         for (int64_t size : info.shape) bytes *= size;
         data.reset(new char[bytes]);
     }
@@ -47,7 +47,7 @@ struct ort::Info {
 };
 struct ort::Context {
     std::vector<Value>* inputs;
-    Value output;
+    Value outputs[3];
 };
 struct ort::Domain {
     std::map<std::string, const CustomOp*> ops;
@@ -78,6 +78,10 @@ static void fill_table() {
         return nullptr;
     });
     put(65, +[](const Value* value, ShapeInfo** out) -> Status* { return *out = new ShapeInfo(value->info), nullptr; });
+    put(85, +[](const Info* info, const char* name, float* out) -> Status* {
+        if (!info->attributes.count(name)) return new Status{"no such attribute"};
+        return *out = std::strtof(info->attributes.at(name).c_str(), nullptr), nullptr;
+    });
     put(86, +[](const Info* info, const char* name, int64_t* out) -> Status* {
         if (!info->attributes.count(name)) return new Status{"no such attribute"};
         return *out = std::atoll(info->attributes.at(name).c_str()), nullptr;
@@ -88,11 +92,14 @@ static void fill_table() {
         if (*size < text.size() + 1) return new Status{"too short"};
         return std::memcpy(out, text.c_str(), *size = text.size() + 1), nullptr;
     });
-    put(90, +[](const Context* context, size_t i, Value** out) -> Status* { return *out = &(*context->inputs)[i], nullptr; });
-    put(91, +[](Context* context, size_t, const int64_t* shape, size_t rank, Value** out) -> Status* {
-        context->output.info = {kFloat, {shape, shape + rank}};
-        context->output.allocate();
-        return *out = &context->output, nullptr;
+    put(90, +[](const Context* context, size_t i, Value** out) -> Status* {
+        Value& value = (*context->inputs)[i];
+        return *out = value.info.type == kAny ? nullptr : &value, nullptr;  // one that a node leaves out
+    });
+    put(91, +[](Context* context, size_t i, const int64_t* shape, size_t rank, Value** out) -> Status* {
+        context->outputs[i].info = {kFloat, {shape, shape + rank}};
+        context->outputs[i].allocate();
+        return *out = &context->outputs[i], nullptr;
     });
     put(93, +[](Status* status) { delete status; });
     put(99, +[](ShapeInfo* info) { delete info; });
@@ -109,15 +116,22 @@ static void fill_table() {
 }
 
 static std::string compute(const CustomOp* op, void* kernel, std::vector<Value>& inputs) {
-    Context context{&inputs, {}};
+    Context context{};
+    context.inputs = &inputs;
     if (Status* status = op->KernelComputeV2(kernel, &context)) {
         const std::string text = "error " + status->text + "\n";
         delete status;
         return text;
     }
-    std::string text = "ok";
-    for (int64_t size : context.output.info.shape) text += " " + std::to_string(size);
-    return text + "\n" + std::string(context.output.data.get(), context.output.bytes);
+    std::string text = "ok", numbers;
+    const size_t count = op->GetOutputTypeCount(op);
+    for (const Value& one : context.outputs) {  // the shape of one, or how many numbers several have together
+        if (count == 1 && &one == context.outputs)
+            for (int64_t size : one.info.shape) text += " " + std::to_string(size);
+        numbers.append(one.data.get(), one.bytes);
+    }
+    if (count > 1) text += " " + std::to_string(numbers.size() / sizeof(float));
+    return text + "\n" + numbers;
 }
 
 static std::string one_call(const CustomOp* op, const Info& info, std::vector<Value>& inputs, int at_once) {

@@ -56,6 +56,9 @@ static inline float32x4_t vmulq_f32(float32x4_t a, float32x4_t b) {
 static inline float32x4_t vfmaq_f32(float32x4_t sum, float32x4_t a, float32x4_t b) {  // the sum comes first
     return lanes<float32x4_t>([&](int i) { return std::fma(a.at[i], b.at[i], sum.at[i]); });
 }
+static inline float32x4_t vpaddq_f32(float32x4_t a, float32x4_t b) {
+    return {{a.at[0] + a.at[1], a.at[2] + a.at[3], b.at[0] + b.at[1], b.at[2] + b.at[3]}};
+}
 static inline float32x4_t vcvtq_f32_s32(int32x4_t v) {
     return lanes<float32x4_t>([&](int i) { return static_cast<float>(v.at[i]); });
 }

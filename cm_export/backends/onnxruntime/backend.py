@@ -33,6 +33,7 @@ from ...quant.error import codes_of
 from ...quant.packing import blocks
 from ...recipe.recipe import Recipe
 from .cache import HERE, Memory, Rows, own
+from .cached_attention import attend_natively
 from .device_rows import DeviceRows
 from .grouped import group_attention
 from .in_place import write_in_place
@@ -226,6 +227,8 @@ class Backend:
         model, arrays = self._packed(model, key[0])
         if key[3]:
             write_in_place(model)
+            if self.native is not None and arrays and self._heads:
+                attend_natively(model, self._heads)
         if self.place.products != np.float32:
             from .halve import in_16_bit  # with graphsurgeon, which float32 does not wait for
 

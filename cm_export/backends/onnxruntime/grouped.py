@@ -23,7 +23,7 @@ def group_attention(model: onnx.ModelProto, heads: int) -> None:
     if past is None:
         return
     kv_heads = past.type.tensor_type.shape.dim[1].dim_value
-    found = [n for nodes in (model.graph, *model.functions) for n in nodes.node if _is_plain(n)]
+    found = [n for nodes in (model.graph, *model.functions) for n in nodes.node if is_plain(n)]
     for node in found:
         scale = next(a for a in node.attribute if a.name == "scale")
         node.op_type, node.domain = _NAME, DOMAIN
@@ -36,7 +36,7 @@ def group_attention(model: onnx.ModelProto, heads: int) -> None:
         model.functions.append(_together(heads, kv_heads) if heads > kv_heads else _one_by_one())
 
 
-def _is_plain(node: onnx.NodeProto) -> bool:
+def is_plain(node: onnx.NodeProto) -> bool:
     """Whether a node is an attention of q, k, v and an additive mask with no settings but its scale."""
     return (
         (node.op_type, node.domain) == ("Attention", "")

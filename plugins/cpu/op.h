@@ -1,0 +1,178 @@
+// What an op of this library needs of ONNX Runtime: its inputs, outputs and attributes, errors that name the op, threads.
+#pragma once
+
+#include <algorithm>
+#include <iterator>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+#include "kernels.h"
+#include "ort.h"
+
+namespace cm::cpu {
+
+const Kernels& kernels();              // those in use
+const ort::CustomOp* cached_attention();  // attention.cpp
+
+// Processors that this process may use. ONNX Runtime does not tell how many threads a session has.
+inline int processors() {
+    static const int count = [] {
+#if defined(__linux__)
+        cpu_set_t set;
+        if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+        return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+    }();
+    return count;
+}
+
+// ---------------------------------------------------------------- errors and inputs
+
+struct Error {
+    std::string what;
+};
+
+inline void check(ort::Status* status) {
+    // Only calls that cannot fail on the arguments given here come through this; the runtime's own message would be lost.
+    if (status == nullptr) return;
+    ort::Api::release_status(status);
+    throw Error{"ONNX Runtime refused a call of its C interface"};
+}
+
+[[noreturn]] inline void fail(const std::string& op, const std::string& what) { throw Error{op + ": " + what}; }
+
+inline std::string text_of(const std::vector<int64_t>& shape) {
+    std::string text = "[";
+    for (size_t i = 0; i < shape.size(); ++i) text += (i ? "," : "") + std::to_string(shape[i]);
+    return text + "]";
+}
+
+struct Tensor {
+    void* data = nullptr;
+    int type = 0;
+    std::vector<int64_t> shape;
+
+    int64_t count() const {
+        int64_t product = 1;
+        for (int64_t size : shape) product *= size;
+        return product;
+    }
+};
+
+inline Tensor read_shape_and_data(ort::Value* value) {
+    Tensor tensor;
+    ort::ShapeInfo* info = nullptr;
+    check(ort::Api::shape_info(value, &info));
+    const std::unique_ptr<ort::ShapeInfo, void (*)(ort::ShapeInfo*)> owner(info, ort::Api::release_shape_info);
+    size_t rank = 0;
+    check(ort::Api::element_type(info, &tensor.type));
+    check(ort::Api::rank(info, &rank));
+    tensor.shape.resize(rank);
+    check(ort::Api::dimensions(info, tensor.shape.data(), rank));
+    check(ort::Api::tensor_data(value, &tensor.data));
+    return tensor;
+}
+
+// An optional input that a node does not have: no data, no shape.
+inline Tensor input(const ort::Context* context, size_t index) {
+    ort::Value* value = nullptr;
+    check(ort::Api::input(context, index, &value));
+    return value == nullptr ? Tensor{} : read_shape_and_data(value);
+}
+
+inline float* output(ort::Context* context, const std::vector<int64_t>& shape, size_t index = 0) {
+    ort::Value* value = nullptr;
+    void* data = nullptr;
+    check(ort::Api::output(context, index, shape.data(), shape.size(), &value));
+    check(ort::Api::tensor_data(value, &data));
+    return static_cast<float*>(data);
+}
+
+inline int64_t integer(const ort::Info* info, const char* op, const char* name) {
+    int64_t value = 0;
+    if (ort::Status* status = ort::Api::int_attribute(info, name, &value)) {
+        ort::Api::release_status(status);
+        fail(op, std::string("the attribute ") + name + " (an integer) is missing");
+    }
+    return value;
+}
+
+inline float number(const ort::Info* info, const char* op, const char* name) {
+    float value = 0;
+    if (ort::Status* status = ort::Api::float_attribute(info, name, &value)) {
+        ort::Api::release_status(status);
+        fail(op, std::string("the attribute ") + name + " (a float) is missing");
+    }
+    return value;
+}
+
+inline std::string text(const ort::Info* info, const char* op, const char* name) {
+    char value[64] = {};
+    size_t size = sizeof value;
+    if (ort::Status* status = ort::Api::string_attribute(info, name, value, &size)) {
+        ort::Api::release_status(status);
+        fail(op, std::string("the attribute ") + name + " (a short string) is missing");
+    }
+    return value;
+}
+
+// ---------------------------------------------------------------- threads and the description of an op
+
+// Calls function(0 .. total - 1) on the session's threads.
+template <class Function>
+void in_parallel(const ort::Context* context, size_t total, Function& function) {
+    if (total == 1) return function(0);
+    const auto call = [](void* data, size_t i) { (*static_cast<Function*>(data))(i); };
+    check(ort::Api::parallel_for(context, call, total, &function));
+}
+
+// No exception may leave the library: each becomes a status that ONNX Runtime reports.
+template <class Function>
+ort::Status* as_status(Function function) {
+    try {
+        function();
+        return nullptr;
+    } catch (const Error& error) {
+        return ort::Api::create_status(ort::kInvalidArgument, error.what.c_str());
+    } catch (const std::exception& error) {  // no memory
+        return ort::Api::create_status(ort::kFail, error.what());
+    }
+}
+
+// What ONNX Runtime is told of an op: a class with kName, kTypes of its inputs, how many of them are kRequired, kOutputs.
+template <class Op>
+const ort::CustomOp* described() {
+    static const ort::CustomOp op = [] {
+        ort::CustomOp o{};
+        o.version = 17;
+        o.CreateKernel = [](const ort::CustomOp*, const void*, const ort::Info*) -> void* { return nullptr; };
+        o.GetName = [](const ort::CustomOp*) { return Op::kName; };
+        o.GetExecutionProviderType = [](const ort::CustomOp*) -> const char* { return nullptr; };
+        o.GetInputType = [](const ort::CustomOp*, size_t i) { return Op::kTypes[i]; };
+        o.GetInputTypeCount = [](const ort::CustomOp*) { return std::size(Op::kTypes); };
+        o.GetOutputType = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
+        o.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return Op::kOutputs; };
+        o.KernelCompute = [](void*, ort::Context*) {};
+        o.KernelDestroy = [](void* kernel) { delete static_cast<Op*>(kernel); };
+        o.GetInputCharacteristic = [](const ort::CustomOp*, size_t i) { return i < Op::kRequired ? 0 : 1; };
+        o.GetOutputCharacteristic = o.GetInputMemoryType = [](const ort::CustomOp*, size_t) { return 0; };
+        o.GetVariadicInputMinArity = o.GetVariadicOutputMinArity = o.GetStartVersion = [](const ort::CustomOp*) { return 1; };
+        o.GetVariadicInputHomogeneity = o.GetVariadicOutputHomogeneity = [](const ort::CustomOp*) { return 1; };
+        o.CreateKernelV2 = [](const ort::CustomOp*, const void*, const ort::Info* info, void** kernel) {
+            return as_status([&] { *kernel = new Op(info); });
+        };
+        o.KernelComputeV2 = [](void* kernel, ort::Context* context) {
+            return as_status([&] { static_cast<Op*>(kernel)->compute(context); });
+        };
+        o.GetEndVersion = [](const ort::CustomOp*) { return 0x7fffffff; };
+        return o;
+    }();
+    return &op;
+}
+
+}  // namespace cm::cpu
