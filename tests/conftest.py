@@ -149,18 +149,30 @@ def bare_checkpoint() -> Path:
     return shared.once("bare_checkpoint", make) / "model"
 
 
-def built(out: Path, *options: object, env: dict[str, str] | None = None) -> Path:
-    """The bundle that `cm-export build` makes there: in this process, which has imported torch, or in one with this `env`."""
-    words = ["build", "--out", str(out), "--quiet", *map(str, options)]
-    if env:
-        done = cm_export(*words, env=env)
-        assert done.returncode == 0, done.stderr
-        return out
+def here(*args: object, threads: int | None = None) -> subprocess.CompletedProcess:
+    """The same in this process, which has imported what takes seconds: where its words and its answer are the point.
+
+    threads: of torch; a build on one is repeatable to the byte.
+    """
+    import torch
+    from traces import traced_once
+
     from cm_export.cli import main
 
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    words, out, err = [*map(str, args)], io.StringIO(), io.StringIO()
+    tracing = traced_once() if words[0] == "build" else contextlib.nullcontext()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), tracing:
         code = main(words)
-    assert code == 0, said.getvalue()
+    torch.set_num_threads(before)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def built(out: Path, *options: object, threads: int | None = None) -> Path:
+    """The bundle that `cm-export build` makes there, in this process."""
+    done = here("build", "--out", out, "--quiet", *options, threads=threads)
+    assert done.returncode == 0, done.stderr
     return out
 
 
@@ -192,7 +204,7 @@ def bundles_of(make_checkpoint: Callable[[str, Path], object], *first_options: o
 def bare_bundle(bare_checkpoint) -> Path:
     """That checkpoint built on one thread: repeatable to the byte. Its stages lie beside it."""
     options = ["--model", bare_checkpoint, "--neurons", "griffin", "--prune-layer", "1"]
-    return shared.once("bare", lambda here: built(here / "x.plan", *options, env=ONE_THREAD)) / "x.plan"
+    return shared.once("bare", lambda here: built(here / "x.plan", *options, threads=1)) / "x.plan"
 
 
 @pytest.fixture(scope="session")

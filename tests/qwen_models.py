@@ -88,11 +88,11 @@ def published(name: str, **text: Any) -> dict[str, Any]:
 def answering(name: str, folder: Path, seed: int = 0) -> Path:
     """A random checkpoint that takes questions: the demo model's tokenizer and chat template, and picture rules.
 
-    Widths that can be packed in 4 bits and predicted; three or four layers.
+    Widths that can be packed in 4 bits and predicted; three layers.
     """
     text = {
         "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "hidden_act": "silu", "max_position_embeddings": 2048, "num_hidden_layers": 4, "bos_token_id": 0,
+        "hidden_act": "silu", "max_position_embeddings": 2048, "num_hidden_layers": 3, "bos_token_id": 0,
         "eos_token_id": 2, "pad_token_id": 0,
     }  # fmt: skip
     rope = {"rope_type": "default", "rope_theta": 1e4}

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import shared
+from traces import traced_once
 
 from cm_export import families
 from cm_export.families import Arrays, Family, Layout, Pictures
@@ -16,6 +18,8 @@ from cm_export.parity.subject import copied as copy  # noqa: F401 - tests take i
 from cm_export.source import random_weights
 
 IMAGE, VIDEO, START, END = 5, 6, 3, 4
+# Of the configurations of `random_config`: one head, and nine that read three in a model of three layers; more in the wide tests.
+SEEDS = (1, 5, *(pytest.param(seed, marks=pytest.mark.wide) for seed in (2, 3, 4)))
 family = families.find("qwen2_vl")
 
 
@@ -47,7 +51,9 @@ def shared_export(name: str, config: dict[str, Any], seed: int) -> Exported:
     x = Exported(path, shared.own(name), families.find(config.get("model_type", "qwen2_vl")))
 
     def save(folder: Path) -> None:
-        for graph, model in x.trace().items():
+        with traced_once():
+            graphs = x.trace()
+        for graph, model in graphs.items():
             (folder / f"{graph}.onnx").write_bytes(model.SerializeToString())
 
     return replace(x, traced=lambda: shared.once(f"{name}.graphs", save))

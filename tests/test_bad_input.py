@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from cm_export import families
 from cm_export.bundle.bundle import WEIGHTS, Bundle
 from cm_export.cli import main
+from cm_export.host import picture_source
 from cm_export.host.chat import Chat
 from cm_export.source import checkpoint
 
@@ -81,7 +82,8 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_a_file_that_is_no_usable_picture_is_named(refused, demo_bundle, tmp_path, name):
+def test_a_file_that_is_no_usable_picture_is_named(refused, demo_bundle, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(picture_source, "WAIT_SECONDS", 0.2)
     write, word = IMAGES[name]
     if write:
         write(tmp_path / name)
@@ -343,27 +345,25 @@ def test_a_bad_recipe_is_refused(refused, model, tmp_path, text):
 # ---------------------------------------------------------------- the real process
 
 
-def test_the_installed_command_refuses_in_one_line(demo_bundle, model, tmp_path):
-    """A handful through a process of its own: what main() does in this one must hold there."""
+def test_the_installed_command_refuses_in_one_line(demo_bundle, tmp_path):
+    """A handful through a process of its own, and a build below: what main() does in this one must hold there."""
     (tmp_path / "half.png").write_bytes(b"\x89PNG")
-    _poison(float("nan"))(model)
     for args, word in (
         (["run", demo_bundle, "--prompt", "what ?", "--image", tmp_path / "half.png", "-q"], "half.png"),
         (["run", demo_bundle, "--prompt", "what ?", "--neuron-share", "40"], "write 0.4"),
-        (["build", "--model", model, "--out", tmp_path / "x.plan", "--prune-layer", "1"], "NaN"),
     ):
         done = cm_export(*args, timeout=120)
         one_line(done.returncode, done.stdout, done.stderr, word)
-    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "x.plan").exists()
 
 
-def test_a_refused_build_leaves_no_process_behind(model, tmp_path):
+def test_a_refused_build_is_one_line_and_leaves_no_process_behind(model, tmp_path):
     _poison(float("nan"))(model)
     command = [Path(sys.executable).parent / "cm-export", "build", "--model", model, "--out", tmp_path / "x.plan"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([*map(str, command), "--prune-layer", "1"], start_new_session=True, **pipes)
-    process.communicate(timeout=120)
-    assert process.returncode == 2
+    out, err = process.communicate(timeout=120)
+    one_line(process.returncode, out, err, "NaN")
+    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "x.plan").exists()
     for _ in range(50):  # multiprocessing's own tracker ends when it notices that its pipe was closed
         left = session(process.pid)
         if not left:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from random_models import patch_grids, prompt, request_of
+from random_models import SEEDS, patch_grids, prompt, request_of
 from test_predicted import RECIPE, layered  # noqa: F401 - a fixture
 
 from cm_export.backends.onnxruntime.backend import Rows
@@ -13,7 +13,6 @@ from cm_export.host.decode import Batch, decode, greedy
 from cm_export.host.runner import Budget, Runner
 from cm_export.recipe.recipe import Recipe
 
-SEEDS = (1, 2, 3, 4)
 NEW = 9
 RECIPES = {
     "cut": {"tokens__prune_layer": 1},

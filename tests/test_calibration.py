@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ONE_THREAD, cm_export, take_stages
+from conftest import ONE_THREAD, cm_export, here, take_stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -107,13 +107,13 @@ def test_another_checkpoint_is_refused(measured, tmp_path):
 
     other = random_checkpoint(random_config(0), tmp_path / "other", seed=1)
     options = ("--calibration", measured[0], "--prune-layer", "1", "--out", tmp_path / "x.plan")
-    done = cm_export("build", "--model", other, *options)
+    done = here("build", "--model", other, *options)
     assert done.returncode == 2 and "was measured on other weights" in done.stderr
     assert not (tmp_path / "x.plan").exists()
 
 
 def test_a_policy_that_needs_a_calibration_says_so(bare_checkpoint, tmp_path):
-    done = cm_export("build", "--model", bare_checkpoint, "--neurons", "glass", "--out", tmp_path / "x.plan")
+    done = here("build", "--model", bare_checkpoint, "--neurons", "glass", "--out", tmp_path / "x.plan")
     assert done.returncode == 2 and "needs a calibration" in done.stderr and "cm-export calibrate" in done.stderr
 
 
@@ -123,7 +123,7 @@ def test_a_build_with_everything_calibrated_is_proved_and_answers(measured, bare
     take_stages(bare_bundle, out)
     options = ["--calibration", measured[0], "--neurons", "glass", "--fill", "prompt", "--neuron-layers", "calibrated"]
     options += ["--neuron-block", "8", "--neuron-share", "0.5", "--prune-layer", "1", "--threads", "1", "--out", out]
-    done = cm_export("build", "--model", bare_checkpoint, *options, "--json", env=ONE_THREAD)
+    done = here("build", "--model", bare_checkpoint, *options, "--json", threads=1)
     assert done.returncode == 0, done.stderr
     manifest = json.loads(done.stdout)
     assert manifest["recipe"]["calibration"] == files.FILE and files.FILE in manifest["files"]
@@ -143,7 +143,7 @@ def test_a_build_with_everything_calibrated_is_proved_and_answers(measured, bare
         logits = after(runner, prefilled, 9)
     dense = runner.prefill(request, Budget(dense=True))
     np.testing.assert_array_equal(logits, after(runner, dense, 9))
-    again = cm_export("calibrate", out, "--out", tmp_path / "c", env=ONE_THREAD)
+    again = here("calibrate", out, "--out", tmp_path / "c")
     assert again.returncode == 2 and "reordered" in again.stderr
 
 

@@ -14,8 +14,8 @@ import pytest
 from conftest import cm_export
 from PIL import Image
 from test_clips import QUESTION, write_clip
-from test_llava_families import bundle_of as llava_of
 from test_qwen_families import bundle_of
+from test_tile_families import bundle_of as of_tiles
 
 from cm_export.base.errors import InputError
 from cm_export.calibrating.answers import read_prompts
@@ -261,7 +261,7 @@ def test_a_bad_line_is_named(name, tmp_path):
 def test_a_model_without_clips_refuses_such_questions_before_the_first(tmp_path):
     write_clip(tmp_path / "a.mp4", count=2)
     (tmp_path / "my.jsonl").write_text(json.dumps(FILM))
-    with load(llava_of("llava")[1], threads=1) as found, pytest.raises(InputError, match="takes no clips"):
+    with load(of_tiles("internvl")[1], threads=1) as found, pytest.raises(InputError, match="takes no clips"):
         Exam(found, user_data.load(tmp_path / "my.jsonl"), lambda *_: None)
 
 

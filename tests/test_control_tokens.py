@@ -76,6 +76,7 @@ def words() -> Tokenizer:
     return tokenizer
 
 
+several = pytest.mark.parametrize("texts", [40, pytest.param(150, marks=pytest.mark.wide)])
 KINDS = {f.__name__: f for f in (byte_level, llama, unigram, words)}
 
 
@@ -133,10 +134,11 @@ def control(chat, ids):
     return [int(i) for i in ids if i in known]
 
 
-def test_clean_text_gives_the_ids_of_transformers(pair):
+@several
+def test_clean_text_gives_the_ids_of_transformers(pair, texts):
     chat, stock = pair
     rng = random.Random(0)
-    for _ in range(150):
+    for _ in range(texts):
         prompts, answers = [clean(rng, stock) for _ in range(2)], [clean(rng, stock) for _ in range(rng.randint(0, 2))]
         system = rng.choice([None, clean(rng, stock)])
         if "<" in "".join(prompts) and stock.chat_template == JOINS:
@@ -155,14 +157,15 @@ def test_typed_control_tokens_are_those_of_transformers_when_asked_for(pair):
     assert told == asked(stock, chat, ["a <|im_end|>", "b"], ["<s>"], "<|strips|>")
 
 
-def test_no_control_token_comes_out_of_a_text(pair):
+@several
+def test_no_control_token_comes_out_of_a_text(pair, texts):
     """Typed whole, in pieces that the template may put together, overlapping, in full width; in any text."""
     chat, stock = pair
     rng = random.Random(2)
     wide = "".join(chr(ord(c) + 0xFEE0) for c in "<|im_end|>")
     pieces = [t[: len(t) // 2] for t in SPECIAL] + [t[len(t) // 2 :] for t in SPECIAL]
     parts = [*WORDS, *SPECIAL, *TAGS, "<s>", "</s>", "<unk>", "<|strips|>", wide, *pieces, "<" + SPECIAL[1], "<s</s>>"]
-    for _ in range(150):
+    for _ in range(texts):
         prompts, system = [text(rng, parts), text(rng, parts)], rng.choice([None, text(rng, parts)])
         ids = chat.encode_turns(prompts, [], system, [])
         assert control(chat, ids) == control(chat, chat.encode_turns(["the cat", "a"], [], system and "a", []))

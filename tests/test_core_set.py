@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_models import Exported, family
+from random_models import SEEDS, Exported, family
 from stepping import Decoder, constants, every_neuron, gathered, gatherer, prefill, step_feeds
 from test_surgery import arrays, request
 from tolerances import agrees
@@ -28,7 +28,7 @@ from cm_export.source import model as hf
 from cm_export.surgery import pipeline
 
 CASES = settings(max_examples=40, deadline=None)
-seeds = pytest.mark.parametrize("seed", (1, 2))
+seeds = pytest.mark.parametrize("seed", SEEDS)
 CALIBRATED = {"tokens__policy": "dense", "calibration": "made up"}
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ONE_THREAD, cm_export
+from conftest import here
 from random_models import copy
 
 from cm_export.base.errors import GateFailed
@@ -140,7 +140,7 @@ def test_prompts_that_the_tokenizer_cannot_write_give_way_to_random_words(x, enc
 def test_a_bundle_says_how_far_it_is_from_dense_and_so_does_inspect(demo_bundle):
     found = read_manifest(demo_bundle)["drift"]
     assert found["agreement"] > 0.8 and found["places"] > 100 and "made-up picture" in found["text"]
-    told = json.loads(cm_export("inspect", demo_bundle, "--json").stdout)
+    told = json.loads(here("inspect", demo_bundle, "--json").stdout)
     assert told["drift"] == found
     assert [g["value"] for g in told["gates"] if g["name"] == "drift: top-1 agreement"] == [found["agreement"]]
 
@@ -151,10 +151,10 @@ def test_what_was_not_agreed_to_leaves_the_old_bundle(bare_checkpoint, bare_bund
     out = tmp_path / "x.plan"
     before = (out / "manifest.json").read_bytes()
     build = ["build", "--model", bare_checkpoint, "--out", out, "--neurons", "griffin", "--prune-layer", "1"]
-    done = cm_export(*build, "--neuron-share", "0.05", "--require-agreement", "0.99", "--quiet", env=ONE_THREAD)
+    done = here(*build, "--neuron-share", "0.05", "--require-agreement", "0.99", "--quiet")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "below the required 0.99" in done.stderr
     assert (out / "manifest.json").read_bytes() == before
-    done = cm_export(*build, "--neuron-share", "0.05", env=ONE_THREAD)
+    done = here(*build, "--neuron-share", "0.05")
     assert done.returncode == 0 and "warning: the pruned model's next token is the dense model's at 0." in done.stderr
     assert read_manifest(out)["drift"]["text"].count("random words: has no tokenizer") == 1
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import cm_export
+from conftest import cm_export, here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -261,15 +261,18 @@ def test_a_task_draws_its_questions_by_seed_and_names_unknown_kinds():
 # ---------------------------------------------------------------- through a bundle
 
 
-@pytest.fixture(scope="module")
-def report(demo_bundle):
-    done = cm_export("eval", demo_bundle, "--task", "easy-vqa", "--limit", "60", "--threads", "1", "--json")
+@pytest.fixture(scope="module", params=[24, pytest.param(60, marks=pytest.mark.wide)])
+def report(request, demo_bundle):
+    limit = ("--limit", request.param)
+    done = cm_export("eval", demo_bundle, "--task", "easy-vqa", *limit, "--threads", "1", "--json")
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    assert found["n"] == 2 * request.param
+    return found
 
 
 def test_the_demo_bundle_answers_and_keeps_its_accuracy_at_the_recipes_budget(report):
-    """n = 60 of each kind; the measured values are .998 and .99, so falling below .95 is not chance."""
+    """24 or 60 questions of each kind; the measured values are .998 and .99, and one wrong of 24 is enough to ask why."""
     for kind in ("word", "sentence"):
         assert report["dense"]["kinds"][kind]["accuracy"] >= 0.95
         assert report["sparse"]["kinds"][kind]["of_dense"] >= 0.95
@@ -292,7 +295,9 @@ def test_next_tokens_drift_further_from_dense_as_the_budget_shrinks(report):
     assert kl == sorted(kl) and kl[0] < 0.05 < kl[2] and top1 == sorted(top1, reverse=True)
     for row in report["rows"]:
         low, high = row["ci"]
-        assert low <= row["accuracy"] <= high and row["n"] == 120 and row["next_tokens"] == rows[0]["next_tokens"]
+        assert (
+            low <= row["accuracy"] <= high and row["n"] == report["n"] and row["next_tokens"] == rows[0]["next_tokens"]
+        )
         assert row["ms_per_token"]["q1"] <= row["ms_per_token"]["median"] <= row["ms_per_token"]["q3"]
 
 
@@ -309,7 +314,7 @@ def test_policies_and_budgets_are_compared_with_each_other_and_share_controls(de
         "--token-share",
         "0.5",
     ]
-    done = cm_export("eval", demo_bundle, "--data", data, *sweep, "--json", "--threads", "1")
+    done = here("eval", demo_bundle, "--data", data, *sweep, "--json", "--threads", "1")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     found = [(r["neurons"], r["tokens"], r["neuron_share"]) for r in report["rows"]]
@@ -319,16 +324,16 @@ def test_policies_and_budgets_are_compared_with_each_other_and_share_controls(de
 
 
 def test_a_killed_evaluation_goes_on_and_reports_the_same(demo_bundle, tmp_path):
-    pictures = [shutil.copy(PICTURE, tmp_path / f"{i}.png").name for i in range(6)]
+    pictures = [shutil.copy(PICTURE, tmp_path / f"{i}.png").name for i in range(3)]
     asked = [(p, f"describe : what {w} is the shape?") for p in pictures for w in ("color", "shape")]
     data = _lines(tmp_path, *(GOOD | {"image": p, "question": q} for p, q in asked))
     command = ["eval", demo_bundle, "--data", data, "--threads", "1", "--quiet"]
-    assert cm_export(*command, "--out", tmp_path / "whole.json").returncode == 0
+    assert here(*command, "--out", tmp_path / "whole.json").returncode == 0
     words = [str(Path(sys.executable).parent / "cm-export"), *map(str, command), "--out", str(tmp_path / "r.json")]
     journal = _journal.place(tmp_path / "r.json")
     process = subprocess.Popen(words)
     deadline = time.monotonic() + 120
-    while process.poll() is None and (not journal.exists() or journal.read_text().count("\n") < 30):
+    while process.poll() is None and (not journal.exists() or journal.read_text().count("\n") < 15):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert process.poll() is None, "it must be killed half way for this test to say anything"
@@ -338,7 +343,7 @@ def test_a_killed_evaluation_goes_on_and_reports_the_same(demo_bundle, tmp_path)
     assert not (tmp_path / "r.json").exists()
     with open(journal, "a", encoding="utf-8") as f:
         f.write('{"row": "cut sh')  # the line that the kill cut off
-    done = cm_export(*command[:-1], "--out", tmp_path / "r.json")
+    done = here(*command[:-1], "--out", tmp_path / "r.json")
     assert done.returncode == 0 and "go on after" in done.stderr
     assert not journal.exists()
     whole, resumed = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("whole", "r"))
@@ -346,7 +351,7 @@ def test_a_killed_evaluation_goes_on_and_reports_the_same(demo_bundle, tmp_path)
         assert [a[k] for k in ("key", "right", "kl", "top1", "ci")] == [
             b[k] for k in ("key", "right", "kl", "top1", "ci")
         ]
-    assert len(before) >= 30
+    assert len(before) >= 15
 
 
 def test_a_journal_of_other_questions_is_not_used(tmp_path):
@@ -370,12 +375,12 @@ def test_a_build_that_answers_worse_than_required_leaves_the_old_bundle(demo_bun
     shutil.copytree(demo_bundle.with_name(f".{demo_bundle.name}.stages"), tmp_path / ".x.plan.stages")
     before = (out / "manifest.json").read_bytes()
     build = ["build", "--model", "demo", "--out", out, "--data", data, "--quiet"]
-    done = cm_export(*build, "--require-accuracy", "0.9", "--neuron-share", "0.02")
+    done = here(*build, "--require-accuracy", "0.9", "--neuron-share", "0.02")
     assert done.returncode == 1 and (out / "manifest.json").read_bytes() == before
     assert "accuracy 0.5000 is below the required 0.9" in done.stderr and done.stderr.count("\n") == 1
-    done = cm_export(*build, "--require-accuracy", "0.9", "--require-retained", "0.985")
+    done = here(*build, "--require-accuracy", "0.9", "--require-retained", "0.985")
     assert done.returncode == 0, done.stderr
     gates = {g["name"]: g for g in json.loads((out / "manifest.json").read_text())["gates"]}
     assert gates["accuracy"]["value"] == 1.0 and gates["share of the dense accuracy"]["limit"] == 0.985
     assert math.isclose(gates["accuracy"]["limit"], 0.9) and "n = 2" in gates["accuracy"]["detail"]
-    assert cm_export("inspect", out).returncode == 0
+    assert here("inspect", out).returncode == 0

@@ -3,15 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from random_models import IMAGE, prompt, request_of
+import traces
+from random_models import IMAGE, SEEDS, family, prompt, random_checkpoint, random_config, request_of
 from stepping import Decoder, every_row, gatherer, prefill, step_feeds
 from tolerances import agrees
 
 from cm_export.families import Layout, Picture
 from cm_export.host.request import prefill_feeds, sparse_feeds
 from cm_export.recipe.recipe import Recipe
+from cm_export.source import model as hf
+from cm_export.source import trace
 
-SEEDS = (1, 2, 3, 4)
 LAYOUTS = [[(2, 3)], [(1, 1)], [(4, 2), (1, 5)], [(3, 3), (2, 2), (1, 4)]]
 seeds = pytest.mark.parametrize("seed", SEEDS)
 
@@ -156,3 +158,21 @@ def test_decode_at_any_past_and_of_any_length_equals_transformers(exported, seed
     ids = np.broadcast_to(np.arange(x.shape.ffn, dtype=np.int32), (x.shape.layers, batch, x.shape.ffn))
     portable = backend.session("decode", rows_as_inputs=False)
     close(portable.run(["logits"], feeds | {"core_neurons": np.ascontiguousarray(ids)})[0], dense)
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_what_tests_share_is_traced_of_an_equal_configuration(tmp_path, part):
+    """The tests' memory of graphs: one that any setting of a part changes is another graph, and weights are no part of it."""
+
+    def digests(name, seed, **changed):
+        config = random_config(1)
+        config[part] |= changed
+        path = random_checkpoint(config, tmp_path / name, seed)
+        return [traces.digest(s) for s in trace.specs(hf.skeleton(path, family), family, hf.read_config(path))]
+
+    plain = digests("one", 0)
+    assert digests("other", 1) == plain and len({*plain}) == 3
+    for i, changed in enumerate(
+        ({"hidden_act": "relu"}, {"num_hidden_layers": 3} if part == "text_config" else {"depth": 3})
+    ):
+        assert not {*digests(str(i), 0, **changed)} & {*plain}

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -14,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ONE_THREAD, cm_export, take_stages
+from conftest import ONE_THREAD, cm_export, here, take_stages
 from random_models import random_checkpoint, random_config
+from traces import traced_once
 
 from cm_export.base import atomic, disk, lock
 from cm_export.base.errors import BundleError, CmExportError, InputError
@@ -361,7 +363,7 @@ def test_a_disk_that_is_full_is_named_wherever_a_build_runs_out(bare_checkpoint,
     model, ends = str(bare_checkpoint), set()
     for size in ("560k", "672k"):
         disk_ = small_disk(size)
-        with pytest.raises(CmExportError, match=rf"{disk_}\S*: no space left on the disk"):
+        with pytest.raises(CmExportError, match=rf"{disk_}\S*: no space left on the disk"), traced_once():
             builds.build(model, disk_ / "x.plan", CUT, progress=lambda what, *_: ends.add(what))
         assert not (disk_ / "x.plan").exists() and not list(disk_.rglob("*.tmp"))
     assert {"load the checkpoint", "trace the graphs"} <= ends
@@ -377,12 +379,12 @@ def test_a_full_disk_while_a_bundle_is_assembled_leaves_the_old_one(bare_checkpo
 
 
 def test_a_limit_on_the_size_of_a_file_is_named_like_a_full_disk(bare_checkpoint, tmp_path):
-    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000));"
-    code += "from cm_export.cli import main; sys.exit(main(sys.argv[1:]))"
-    words = ["build", "--model", bare_checkpoint, "--out", tmp_path / "x.plan", "--prune-layer", "1", "-q"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, env=ONE_THREAD, check=False
-    )
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
+    try:
+        done = here("build", "--model", bare_checkpoint, "--out", tmp_path / "x.plan", "--prune-layer", "1", "-q")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert done.returncode == 1 and "this is a bug" not in done.stderr
     assert f"{tmp_path}/.x.plan.stages: a file grew beyond" in done.stderr
 

@@ -11,10 +11,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import cm_export, take_stages
-from random_models import IMAGE, Exported, patch_grids, prompt, random_checkpoint, random_text_config, request_of
+from conftest import here, take_stages
+from random_models import IMAGE, patch_grids, prompt, random_checkpoint, random_text_config, request_of
 from test_batch import runner_of
 from test_export import picture_feeds
+from test_text_only import WIDE, exported_text
 
 from cm_export import families
 from cm_export.base.errors import InputError
@@ -89,12 +90,10 @@ def test_greedy_answers_about_pictures_equal_generate_with_its_penalty_and_stop_
     assert not all(plain), "without the rule some of these answers must differ for this test to say anything"
 
 
-@pytest.mark.parametrize("model_type", ("llama", "qwen2"))
-def test_greedy_answers_of_text_models_equal_generate_with_its_penalty_and_stop_ids(tmp_path, model_type):
-    config = random_text_config(model_type, 11, num_hidden_layers=2)
-    path = random_checkpoint(config, tmp_path / "checkpoint", 11)
-    (tmp_path / "out").mkdir()
-    x = Exported(path, tmp_path / "out", families.find(model_type))
+@pytest.mark.parametrize("case", WIDE)
+def test_greedy_answers_of_text_models_equal_generate_with_its_penalty_and_stop_ids(tmp_path, case):
+    x = exported_text(case)
+    path = shutil.copytree(x.path, tmp_path / "checkpoint")
     runner, plain, lengths = runner_of(x, Recipe().replace(**WHOLE).for_model(x.shape)), [], set()
     for case in range(10):
         asked, stop = settings(case, x.shape.vocab)
@@ -222,7 +221,7 @@ def penalised(demo_bundle, tmp_path_factory):
     eos = config["text_config"]["eos_token_id"]
     (path / "generation_config.json").write_text(json.dumps(SHIPPED | {"eos_token_id": [eos, 1]}))
     take_stages(demo_bundle, folder / "p.plan")  # the same network, traced already
-    done = cm_export("build", "--recipe", "demo", "--model", path, "--out", folder / "p.plan", "--token-cache", "index")
+    done = here("build", "--recipe", "demo", "--model", path, "--out", folder / "p.plan", "--token-cache", "index")
     assert done.returncode == 0, done.stderr
     return path, folder / "p.plan", done.stdout
 
@@ -231,7 +230,7 @@ QUESTION = "what ?"  # of which the demo is unsure, so that a penalty changes it
 
 
 def run(bundle, *more, question=QUESTION):
-    done = cm_export("run", bundle, "--image", PICTURE, "--prompt", question, *more)
+    done = here("run", bundle, "--image", PICTURE, "--prompt", question, *more)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -323,7 +322,7 @@ def test_eval_says_which_rule_it_uses_and_counts_answers_under_it(penalised, tmp
     model = load(penalised[1], threads=1)
     right = model.generate(QUESTION, [open_image(PICTURE)], dense=True).text
     data.write_text(json.dumps({"image": str(PICTURE), "question": QUESTION, "answer": right}) + "\n")
-    done = cm_export("eval", penalised[1], "--data", data, "--json", "--neuron-share", "1", "--token-share", "1")
+    done = here("eval", penalised[1], "--data", data, "--json", "--neuron-share", "1", "--token-share", "1")
     report = json.loads(done.stdout)
     assert report["decoding"]["repetition_penalty"] == 1.3 and report["dense"]["accuracy"] == 1.0
     assert any("greedy, repetition penalty 1.3" in note for note in report["notes"])

@@ -47,7 +47,7 @@ def answers(runner, question, every, **budget):
 @pytest.mark.parametrize("every", [2, 5, 16])
 def test_a_failing_case_becomes_the_dense_answer(runner, every):
     """At 10 % of the neurons and 11 % of the tokens hardly an answer is right without the guard."""
-    questions, failed = easy_vqa.questions("sentence")[:240:20], 0
+    questions, failed = easy_vqa.questions("sentence")[:240:40], 0
     for question in questions:
         dense, sparse, guarded, report = answers(runner, question, every, neuron_share=0.1, token_share=0.11)
         assert guarded == dense
@@ -94,7 +94,7 @@ def test_a_cache_that_is_not_truncated_rightly_is_noticed(runner, bug, monkeypat
     """The tests above can fail: with this bug planted they would."""
     monkeypatch.setattr(Rows, "truncated", bug)
     wrong = 0
-    for question in easy_vqa.questions("sentence")[:240:20]:
+    for question in easy_vqa.questions("sentence")[:240:40]:
         try:
             dense, _, guarded, _ = answers(runner, question, 5, neuron_share=0.1, token_share=0.11)
             wrong += guarded != dense
@@ -109,7 +109,7 @@ def _last(cache, lengths):
 
 
 def test_several_tokens_at_once_are_the_same_numbers_in_the_session_made_for_it(exported):
-    for seed in (1, 2):
+    for seed in (1, 5):
         x = exported(seed)
         backend = x.backend(Recipe().replace(tokens__prune_layer=1))
         asked = request(x, seed)
@@ -129,7 +129,7 @@ def test_the_report_tells_what_the_same_answer_costs_without_checks():
     assert guard.Report(16).to_dict()["overhead"] is None
 
 
-@pytest.mark.parametrize("seed", [1, 3])
+@pytest.mark.parametrize("seed", [1, 5])
 def test_a_truncated_cache_is_the_cache_before(exported, seed):
     x = exported(seed)
     backend = x.backend(Recipe().replace(tokens__prune_layer=1))

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from cm_export.base.errors import InputError
+from cm_export.host import picture_source
 from cm_export.host.images import check_size, open_image
 from cm_export.host.overlay import ACCENT, check_output, draw_overlay
 
@@ -94,7 +95,8 @@ def test_a_url_is_not_fetched(url):
     _refused(url, "not fetched", "download")
 
 
-def test_paths_that_hold_no_picture_are_refused(tmp_path):
+def test_paths_that_hold_no_picture_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(picture_source, "WAIT_SECONDS", 0.2)
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("hello")
     os.mkfifo(tmp_path / "pipe")

@@ -12,19 +12,19 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ONE_THREAD, PROCESSORS, cm_export, session
+from conftest import ONE_THREAD, PROCESSORS, here, session
 
 from cm_export.bundle.bundle import Bundle
 
 STAGES = ["weights", "trace", "graphs", "gates"]
-# Where kills fall: the first after one of these lines was announced and a random part of the seconds behind it. The
-# stages finished before stay finished, so every build gets further than the one before; the last dies assembling.
+# Where kills fall: the first after one of these lines was announced and a random part of the seconds behind it; the stage
+# that runs then. Stages finished before stay finished, so every build gets further than the one before; the last dies assembling.
 MOMENTS = (
-    ("check the checkpoint", 2.0),
-    ("load the checkpoint", 2.0),
-    ("trace the graphs", 2.0),
-    ("prove the graphs", 0.2),
-    ("assemble the bundle", 0.01),
+    ("check the checkpoint", 2.0, None),
+    ("load the checkpoint", 2.0, "weights"),
+    ("trace the graphs", 2.0, "trace"),
+    ("prove the graphs", 0.2, "gates"),
+    ("assemble the bundle", 0.01, None),
 )
 
 
@@ -35,7 +35,7 @@ def command(bare_checkpoint: Path, out: Path, *options: str) -> list[str]:
 
 
 def finish(bare_checkpoint: Path, out: Path, *options: str) -> dict:
-    done = cm_export(*command(bare_checkpoint, out, *options)[1:], "--json", env=ONE_THREAD)
+    done = here(*command(bare_checkpoint, out, *options)[1:], "--json", threads=1)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -87,23 +87,29 @@ def place(bare_bundle, tmp_path) -> Path:
     return tmp_path / "x.plan"
 
 
-@pytest.mark.parametrize("seed", [0])
+@pytest.mark.parametrize(("seed", "traces"), [(0, False), pytest.param(1, True, marks=pytest.mark.wide)])
 def test_killed_at_random_moments_a_build_leaves_nothing_or_a_whole_bundle_and_goes_on(
-    bare_checkpoint, bare_bundle, tmp_path, seed
+    bare_checkpoint, bare_bundle, tmp_path, seed, traces
 ):
+    """traces: the build that follows the one killed while tracing traces anew; without, it finds that stage finished."""
     rng, out, hits = random.Random(seed), tmp_path / "x.plan", 0
+    stages = tmp_path / ".x.plan.stages"
     only_parent = rng.randrange(1, 3)  # while the processes that trace are running
-    for i, (moment, seconds) in enumerate(MOMENTS):
-        delay, options = rng.uniform(0, seconds), ()
-        for _ in range(8):  # a fast machine may be done before the kill: again from the start, and sooner
-            hit = killed(command(bare_checkpoint, out, *options), moment, delay, group=i != only_parent)
+    for i, (moment, seconds, stage) in enumerate(MOMENTS):
+        delay = rng.uniform(0, seconds)
+        for _ in range(8):  # a fast machine may be done before the kill: that stage again, and sooner
+            hit = killed(command(bare_checkpoint, out), moment, delay, group=i != only_parent)
             if out.exists():
                 Bundle(out).wait_verified()
                 assert contents(out) == contents(bare_bundle)
             if hit:
                 break
-            delay, options = delay / 4, ("--force",)
+            delay /= 4
+            if stage:
+                shutil.rmtree(stages / stage, ignore_errors=True)
         hits += hit
+        if stage == "trace" and hit and not traces:
+            shutil.copytree(bare_bundle.with_name(".x.plan.stages") / "trace", stages / "trace")
     assert hits >= len(MOMENTS) - 1, "only assembling may be too short to be hit"
     summary = finish(bare_checkpoint, out)
     assert summary["stages_reused"][:2] == ["weights", "trace"]

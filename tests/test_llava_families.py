@@ -40,7 +40,7 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def x(name):
-    return shared_export(f"{name}_random", RANDOM[name](2), 2)
+    return shared_export(f"{name}_random", RANDOM[name](5), 5)
 
 
 # ---------------------------------------------------------------- graphs

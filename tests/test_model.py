@@ -10,12 +10,14 @@ from safetensors.torch import load_file, save_file
 from stepping import core_sets, gatherer
 from tolerances import agrees
 
+from cm_export.backends.onnxruntime.backend import Backend
 from cm_export.base.errors import InputError
 from cm_export.bundle import weights
 from cm_export.families.qwen2_vl import image_rule
 from cm_export.source import model as hf
-from cm_export.source import processor_files
+from cm_export.source import processor_files, trace
 from cm_export.source.probe import probe, reference
+from cm_export.surgery import pipeline
 
 
 def silent(*_, **__):
@@ -35,15 +37,19 @@ def half(tmp_path):
     return Exported(tmp_path / "half", tmp_path / "out")
 
 
-def test_a_bfloat16_checkpoint_is_traced_in_float32_and_equals_stock(half):
-    assert {p.dtype for p in hf.skeleton(half.path, family).parameters()} == {torch.float32}
+@pytest.mark.parametrize("graphs", [("vision",), pytest.param(("vision", "prefill", "decode"), marks=pytest.mark.wide)])
+def test_a_bfloat16_checkpoint_is_traced_in_float32_and_equals_stock(half, graphs):
+    skeleton = hf.skeleton(half.path, family)
+    assert {p.dtype for p in skeleton.parameters()} == {torch.float32}
     inputs = probe(half.shape, half.tower, half.config)
     hf.write_weights(half.path, family, half.folder, half.tower, inputs, silent)
     expected = reference(half.model, inputs, half.tower)  # stock, loaded as float32
     recorded = hf.read_reference(half.folder)
     for name in ("image_embeds", "logits", "step_logits"):
         agrees("same numbers", recorded[name], expected[name])
-    seen = half.backend().vision(half.tower.feeds(inputs.pictures))
+    traced = {s.name: trace.trace(s) for s in trace.specs(skeleton, family, half.config) if s.name in graphs}
+    bound = {n: pipeline.dense(n, graph, half.weights.tensors, family)[0] for n, graph in traced.items()}
+    seen = Backend(bound.get, half.weights, 1).vision(half.tower.feeds(inputs.pictures))
     agrees("export", seen["image_embeds"], expected["image_embeds"])
 
 

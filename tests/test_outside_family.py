@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import cm_export
+from conftest import built, cm_export
 from PIL import Image
 from random_models import Exported
 from stepping import prefill
 from test_batch import runner_of
 from test_surgery import arrays
 from tolerances import agrees
+from traces import traced_once
 
 from cm_export import families
 from cm_export.base.errors import InputError
@@ -49,13 +50,16 @@ def outside(tmp_path_factory):
     sys.path.remove(str(folder))
 
 
-@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.wide)])
+@pytest.fixture(scope="module", params=[5, pytest.param(2, marks=pytest.mark.wide)])
 def llava(request, outside, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llava")
     (folder / "out").mkdir()
     family = families.find("vipllava")
     random_weights.write(family.sample(request.param), family, folder / "model", request.param)
-    return Exported(folder / "model", folder / "out", family)
+    x = Exported(folder / "model", folder / "out", family)
+    with traced_once():
+        assert x.dense
+    return x
 
 
 def asked(x, layout, rng):
@@ -110,10 +114,7 @@ def test_the_verb_proves_it_like_one_of_the_package(llava, monkeypatch, capsys):
 def test_the_command_line_builds_and_runs_it(llava, outside, tmp_path, monkeypatch):
     x = llava
     monkeypatch.setenv("PYTHONPATH", str(outside), prepend=os.pathsep)
-    out = tmp_path / "x.plan"
-    options = ["--neurons", "griffin", "--prune-layer", "1", "--quiet"]
-    done = cm_export("build", "--model", x.path, "--out", out, *options)
-    assert done.returncode == 0, done.stderr
+    out = built(tmp_path / "x.plan", "--model", x.path, "--neurons", "griffin", "--prune-layer", "1")
     runner = Runner(Bundle(out), threads=1)
     ids, pictures = asked(x, LAYOUTS[1], np.random.default_rng(5))
     seen = Pictures.joined([Pictures(runner.backend.vision(x.tower.feeds([p])), (p.layout,)) for p in pictures])
@@ -168,7 +169,10 @@ def with_echo(family):
 @pytest.fixture(scope="module")
 def echo(llava, tmp_path_factory):
     """The same checkpoint, exported by that family."""
-    return Exported(llava.path, tmp_path_factory.mktemp("echo"), with_echo(llava.family))
+    x = Exported(llava.path, tmp_path_factory.mktemp("echo"), with_echo(llava.family))
+    with traced_once():  # its decoder is the one above: nothing is added after prefill
+        assert x.dense
+    return x
 
 
 def test_further_outputs_of_a_tower_reach_the_layers_that_add_them(echo):

@@ -8,7 +8,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import cm_export
+from conftest import built, here, take_stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import copy, family, request
@@ -292,18 +292,13 @@ def test_what_cannot_be_is_refused_in_one_line():
 @pytest.fixture(scope="module")
 def predicting(demo_bundle, tmp_path_factory):
     folder = tmp_path_factory.mktemp("predicted")
-    shutil.copytree(demo_bundle.parent / ".demo.plan.stages", folder / "stages")  # what was traced is traced
-    done = cm_export(
-        "build", "--recipe", "demo", "--neurons", "predicted", "--neuron-share", "0.2", "--out", folder / "p.plan",
-        "--work-dir", folder / "stages", "--quiet",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return folder / "p.plan"
+    take_stages(demo_bundle, folder / "p.plan")
+    return built(folder / "p.plan", "--recipe", "demo", "--neurons", "predicted", "--neuron-share", "0.2")
 
 
 def test_a_fifth_of_the_neurons_answers_like_the_dense_model(predicting, tmp_path):
-    done = cm_export(
-        "eval", predicting, "--task", "easy-vqa", "--kinds", "sentence", "--limit", "20", "--threads", "1", "--json",
+    done = here(
+        "eval", predicting, "--task", "easy-vqa", "--kinds", "sentence", "--limit", "12", "--threads", "1", "--json",
         "--neurons", "predicted", "--tokens", "dense",
     )  # fmt: skip
     report = json.loads(done.stdout)
@@ -329,7 +324,5 @@ def test_a_damaged_predictor_is_noticed_before_an_answer(predicting, tmp_path):
     data = bytearray((broken / predictor.FILE).read_bytes())
     data[-9] ^= 1
     (broken / predictor.FILE).write_bytes(data)
-    done = cm_export(
-        "run", broken, "--prompt", "what shape is present?", "--image", "cm_export/demo/images/teal-circle.png"
-    )
+    done = here("run", broken, "--prompt", "what shape is present?", "--image", "cm_export/demo/images/teal-circle.png")
     assert done.returncode != 0 and "predictor.safetensors" in done.stderr and done.stdout == ""

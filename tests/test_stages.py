@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_engines import machine
+from random_models import random_checkpoint, random_config
+from traces import traced_once
 
 import cm_export
 from cm_export.backends.tensorrt import builder
@@ -112,10 +114,13 @@ def test_imports_in_functions_and_modules_found_by_name_are_behind_a_module_and_
     )  # run as a process of its own; by_name.load
 
 
-def test_tracing_loads_nothing_that_its_key_does_not_cover(bare_checkpoint, tmp_path):
+def test_tracing_loads_nothing_that_its_key_does_not_cover(tmp_path):
+    config = random_config(1)
+    config["text_config"]["num_hidden_layers"] = 1
+    path = random_checkpoint(config, tmp_path / "model")
     code = (
         "import sys; from pathlib import Path; from cm_export.source.model import trace_graph;"
-        f"trace_graph(Path({str(bare_checkpoint)!r}), 'decode', Path({str(tmp_path / 'x.onnx')!r}));"
+        f"trace_graph(Path({str(path)!r}), 'decode', Path({str(tmp_path / 'x.onnx')!r}));"
         "print(*(m for m in sys.modules if m.split('.')[0] == 'cm_export'))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -264,13 +269,16 @@ def build(bare_checkpoint, place, monkeypatch) -> Callable[..., list[str]]:
         return {"backend": aim.backend, "precision": aim.engine.precision, "graphs": {}, "gates": []}
 
     monkeypatch.setattr(engines, "build_engines", engine)
-    return lambda threads=0, **chosen: builds.build(
-        str(bare_checkpoint), place, RECIPE.replace(**chosen), threads=threads
-    )["stages_reused"]
+
+    def build(threads: int = 0, **chosen: object) -> list[str]:
+        with traced_once():
+            return builds.build(str(bare_checkpoint), place, RECIPE.replace(**chosen), threads=threads)["stages_reused"]
+
+    return build
 
 
 def test_a_build_redoes_what_an_edit_or_a_choice_concerns_and_takes_the_rest_over(build, place, edit):
-    assert build() == ["weights", "trace", "graphs", "gates"]  # of the portable build, made by another process
+    assert build() == ["weights", "trace", "graphs", "gates"]  # of the portable build
     assert build() == ALL
     assert build(engine__precision="fp32") == ["weights", "trace", "graphs", "gates"]
     assert (place / "engines" / "decode.plan").read_text() == "fp32"

@@ -1,5 +1,6 @@
 """A decoder without vision is a legitimate input: exported, proved, run and measured like any other, pictures refused."""
 
+import functools
 import json
 import tarfile
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ONE_THREAD, cm_export
+from conftest import built, cm_export
 from fake_jetson import Jetson
 from natively_attended import says_the_same
 from random_models import Exported, random_checkpoint, random_text_config, request_of, shared_export
@@ -39,19 +40,28 @@ CASES = {
         {"head_dim": 20, "attention_bias": True, "tie_word_embeddings": False}
         | {"rope_parameters": LLAMA_3 | {"original_max_position_embeddings": 16}},
     ),
-    "qwen2: tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2: tied": ("qwen2", {"tie_word_embeddings": True}),  # as the bundle is: the wide tests ask it
     "qwen3: norms of q and k, head_dim of its own, untied": ("qwen3", {"head_dim": 20, "tie_word_embeddings": False}),
 }
 NO_PICTURES = np.zeros((0, 3), np.int64)
 STEPS = 8
 
 
-@pytest.fixture(scope="module", params=CASES)
-def x(request) -> Exported:
-    model_type, fixed = CASES[request.param]
+WIDE = [pytest.param(case, marks=[pytest.mark.wide] if case.startswith("qwen2") else []) for case in CASES]
+
+
+@functools.cache
+def exported_text(case: str) -> Exported:
+    """The model of a case, traced once for all tests."""
+    model_type, fixed = CASES[case]
     config = random_text_config(model_type, 7, num_hidden_layers=2, **fixed)
     assert config["num_attention_heads"] > config["num_key_value_heads"] > 1
     return shared_export(f"text_{model_type}", config, 7)
+
+
+@pytest.fixture(scope="module", params=WIDE)
+def x(request) -> Exported:
+    return exported_text(request.param)
 
 
 def words(x, n, seed=0):
@@ -184,10 +194,7 @@ def checkpoint(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="module")
 def bundle(checkpoint, tmp_path_factory):
     """That checkpoint, built by the real command with no option but a neuron policy."""
-    out = tmp_path_factory.mktemp("base") / "x.plan"
-    done = cm_export("build", "--model", checkpoint, "--neurons", "griffin", "--out", out, "--quiet", env=ONE_THREAD)
-    assert done.returncode == 0, done.stderr
-    return out
+    return built(tmp_path_factory.mktemp("base") / "x.plan", "--model", checkpoint, "--neurons", "griffin")
 
 
 @pytest.fixture(scope="module")
@@ -235,9 +242,11 @@ def test_pruning_image_tokens_that_there_are_none_of_is_refused(asked):
     pipeline.check_recipe(Recipe().for_model(blind), blind)
 
 
-def test_build_refuses_to_prune_image_tokens_in_one_line(checkpoint, tmp_path):
-    done = cm_export("build", "--model", checkpoint, "--out", tmp_path / "x.plan", "--tokens", "attention", "--quiet")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "reads text only" in done.stderr
+def test_build_refuses_to_prune_image_tokens_in_one_line(checkpoint, tmp_path, capsys):
+    words = ["build", "--model", str(checkpoint), "--out", str(tmp_path / "x.plan"), "--tokens", "attention", "--quiet"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "reads text only" in said
     assert not (tmp_path / "x.plan").exists()
 
 

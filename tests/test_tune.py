@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import optuna
 import pytest
-from conftest import cm_export
+from conftest import here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -469,7 +469,7 @@ def test_any_recipe_survives_toml(text, share, flag, seed):
 # ---------------------------------------------------------------- the verb
 
 
-def _questions(folder: Path, copies: int = 4) -> Path:
+def _questions(folder: Path, copies: int = 2) -> Path:
     asked = [("what color is the shape?", "teal"), ("what shape is in the image?", "circle")]
     asked += [("describe : what shape is in the image?", "the shape in the image is a teal circle .")]
     asked += [("describe : is there a red shape?", "no , there is a teal circle in the image .")]
@@ -482,8 +482,8 @@ def _questions(folder: Path, copies: int = 4) -> Path:
     return file
 
 
-def _arguments(demo_bundle: Path, folder: Path, *more: object) -> list[object]:
-    basic = ["tune", demo_bundle, "--data", _questions(folder), "--floor", "0.3", "--threads", "1"]
+def _arguments(demo_bundle: Path, folder: Path, *more: object, copies: int = 2) -> list[object]:
+    basic = ["tune", demo_bundle, "--data", _questions(folder, copies), "--floor", "0.3", "--threads", "1"]
     return [*basic, "--max-new-tokens", "16", "--objective", "memory", "--out", folder / "tuned.toml", *more]
 
 
@@ -518,7 +518,7 @@ def _wait(process: subprocess.Popen, place: Path, done: int) -> None:
 
 
 def test_interrupted_and_killed_a_search_goes_on_where_it_was_and_its_recipe_builds(demo_bundle, tmp_path):
-    place, arguments = tmp_path / "tuned.study.db", _arguments(demo_bundle, tmp_path, "--trials", "5", "--json")
+    place, arguments = tmp_path / "tuned.study.db", _arguments(demo_bundle, tmp_path, "--trials", "4", "--json")
     process = _started(arguments)
     _wait(process, place, 1)
     process.send_signal(signal.SIGINT)
@@ -534,27 +534,27 @@ def test_interrupted_and_killed_a_search_goes_on_where_it_was_and_its_recipe_bui
     left = [t.number for t in _trials(place) if t.state.name == "RUNNING"]
     kept |= {t.number: t.datetime_complete for t in _trials(place) if t.state.name == "COMPLETE"}
     assert len(kept) >= 2 and not (tmp_path / "tuned.toml").exists()
-    done = cm_export(*arguments)
+    done = here(*arguments)
     assert done.returncode == 0, done.stderr
     report, trials = json.loads(done.stdout), {t.number: t for t in _trials(place)}
     assert {n: trials[n].datetime_complete for n in kept} == kept, "finished trials are not run again"
     assert all(trials[n].state.name == "FAIL" for n in left)
     assert [t.user_attrs["retry_of"] for t in trials.values() if t.user_attrs.get("retry_of") in left] == left
-    assert sum(t.state.name == "COMPLETE" for t in trials.values()) == 5 == len(report["trials"])
-    assert report["n_search"] == report["n_held_out"] == 8 and report["recommended"]["on_front"]
+    assert sum(t.state.name == "COMPLETE" for t in trials.values()) == 4 == len(report["trials"])
+    assert report["n_search"] == report["n_held_out"] == 4 and report["recommended"]["on_front"]
 
     tuned = recipe.load(str(tmp_path / "tuned.toml"))
     assert tuned == recipe.from_dict(report["recipe"] | {"model": "demo"})
     stages = demo_bundle.with_name(f".{demo_bundle.name}.stages")
     out = tmp_path / "tuned.plan"
-    built = cm_export(
+    built = here(
         "build", "--recipe", tmp_path / "tuned.toml", "--out", out, "--quiet", "--work-dir", _copy(stages, tmp_path)
     )
     assert built.returncode == 0, built.stderr
     assert json.loads((out / "manifest.json").read_text())["recipe"] == report["recipe"]
 
     for change, word in ((["--seed", "3"], "questions|seed"), (["--objective", "latency"], "objective")):
-        done = cm_export(*arguments, *change)
+        done = here(*arguments, *change)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert "holds another search: its " in done.stderr and any(w in done.stderr for w in word.split("|"))
 
@@ -585,7 +585,7 @@ def test_two_processes_share_one_study(demo_bundle, tmp_path):
 
 
 def test_a_floor_that_is_not_shown_is_refused_with_exit_1_and_without_a_recipe(demo_bundle, tmp_path):
-    done = cm_export(*_arguments(demo_bundle, tmp_path, "--trials", "2", "--floor", "0.9"))
+    done = here(*_arguments(demo_bundle, tmp_path, "--trials", "2", "--floor", "0.9", copies=4))
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "8 held-out questions" in done.stderr
     assert "ask 4" in done.stderr and not (tmp_path / "tuned.toml").exists()
 
@@ -614,10 +614,11 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_words_are_one_line(place, name):
+def test_wrong_words_are_one_line(place, name, monkeypatch):
+    monkeypatch.chdir(place)
     more, words = WRONG[name]
     basic = ["tune", "x.plan", "--data", "my.jsonl", "--floor", "0.5", "--out", "t.toml"]
-    done = cm_export(*basic, *more, cwd=place)
+    done = here(*basic, *more)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr, done.stderr
 
 
