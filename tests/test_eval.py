@@ -65,6 +65,14 @@ def test_wilson_interval_equals_published_values(right, n, low, high):
     assert wilson(right, n) == pytest.approx((low, high), abs=1e-4)
 
 
+def test_a_wilson_interval_holds_the_share_that_it_is_of():
+    """Also where all or none are right, and the last bit of a sum decides: 48 of 48."""
+    for n in range(1, 130):
+        for right in range(n + 1):
+            low, high = wilson(right, n)
+            assert 0 <= low <= right / n <= high <= 1, (right, n)
+
+
 def test_the_interval_of_what_is_kept_covers_the_truth_about_as_often_as_it_says():
     """1000 samples of 200 questions from a model that loses 6 % and wins 2 %: the true ratio is (.86 + .02) / .92."""
     rng, inside = np.random.default_rng(1), 0

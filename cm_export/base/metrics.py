@@ -37,7 +37,7 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
         return 0.0, 1.0
     p, d = right / n, 1 + z * z / n
     mid, half = (p + z * z / (2 * n)) / d, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
-    return max(0.0, mid - half), min(1.0, mid + half)
+    return min(p, max(0.0, mid - half)), max(p, min(1.0, mid + half))  # it holds p; rounding must not say otherwise
 
 
 def kept_of_dense(
