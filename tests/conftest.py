@@ -279,11 +279,19 @@ _hashes: dict[tuple, str] = {}
 
 
 def low_bits(demo_bundle: Path, precision: str) -> Path:
-    """The demo model with every neuron, in int8, with the float32 numbers beside, or int4 without."""
+    """The demo model with every neuron, in int8, with the float32 numbers beside, or int4 without.
+
+    What products read is watched, and the drift compared, in fewer answers than a build usually takes.
+    """
+    from cm_export.build import drift
+    from cm_export.build.steps import measured
 
     def make(folder: Path) -> None:
-        take_stages(demo_bundle, folder / "low.plan")
+        take_stages(demo_bundle if precision == "int8" else low_bits(demo_bundle, "int8"), folder / "low.plan")
         beside = ["--keep-floats"] if precision == "int8" else []
-        built(folder / "low.plan", "--model", "demo", "--neurons", "dense", "--weights", precision, *beside)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(measured, "PROMPTS", 8)
+            patch.setattr(drift, "PLACES", 64)
+            built(folder / "low.plan", "--model", "demo", "--neurons", "dense", "--weights", precision, *beside)
 
     return shared.once(f"low_{precision}", make) / "low.plan"

@@ -246,7 +246,12 @@ class Library(Recorded):
     """The module `tensorrt` (or `tensorrt_rtx`) of one version."""
 
     def __init__(
-        self, version: str, cuda: FakeCuda, rtx: bool, program: Callable[[memoryview, str], Any], build: tuple[type, ...] = ()
+        self,
+        version: str,
+        cuda: FakeCuda,
+        rtx: bool,
+        program: Callable[[memoryview, str], Any],
+        build: tuple[type, ...] = (),
     ):
         """`program`: of a plan's graph and its sha256; `build`: the classes of a builder, where there is one."""
         self._program = program

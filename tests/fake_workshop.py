@@ -1,6 +1,6 @@
 """What a fake device asks of the test process, so that its own Python needs no ONNX Runtime: build a plan, run a plan.
 
-    with Workshop() as shop:  ->  shop.address       ("build", version, onnx, words, plan)  ("load", graph, sha256)  ("run", id, ...)
+    with Workshop() as shop:  ->  shop.address   ("build", version, onnx, words, plan)  ("load", graph, sha256)  ("run", id, ...)
 
 Arrays travel as (type, shape, bytes): the two Pythons may have different versions of numpy.
 """

@@ -80,26 +80,29 @@ def changed(
         p.relative_to(p.parents[1]).as_posix(): p
         for p in library.parent.glob("build/*/CMakeFiles/cm_plugins.dir/*/*.o")
     }
-    include = ["-isystem", str(headers()), "-isystem", str(CUDA_HOME / "include")]
-    common = [
-        "g++",
-        "-std=c++17",
-        "-O0",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-U_FORTIFY_SOURCE",
-        "-DCM_EMULATE",
-        *include,
-        *flags,
-    ]
     for file in rebuilt:
         target = folder() / name / f"{file.replace('/', '_')}.o"
-        _run([*common, "-x", "c++", "-c", str(sources / file), "-o", str(target)])
+        _run([*_compiler(flags), "-include", str(_prelude(flags)), "-c", str(sources / file), "-o", str(target)])
         objects[f"{file}.o"] = target
     out = folder() / name / library.name
     script = f"-Wl,--version-script={sources / 'native/exports.map'}"
     _run(["g++", "-shared", *flags, script, *map(str, objects.values()), "-o", str(out)])
     return out
+
+
+def _compiler(flags: tuple[str, ...]) -> list[str]:
+    common = "g++ -x c++ -std=c++17 -O0 -fPIC -fvisibility=hidden -U_FORTIFY_SOURCE -DCM_EMULATE"
+    return [*common.split(), "-isystem", str(headers()), "-isystem", str(CUDA_HOME / "include"), *flags]
+
+
+@functools.cache
+def _prelude(flags: tuple[str, ...]) -> Path:
+    """A header, compiled once, with what the kernels take from CUDA and C++: of a changed file only our own lines are read."""
+    header = folder() / f"prelude{len(list(folder().glob('*.h')))}.h"
+    taken = ("cuda_bf16.h", "cuda_fp16.h", "cuda_runtime_api.h", "cmath", "cstdint", "cstring", "functional", "vector")
+    header.write_text("".join(f"#include <{name}>\n" for name in taken))
+    _run([*_compiler(flags), "-x", "c++-header", str(header), "-o", f"{header}.gch"])
+    return header
 
 
 def _run(command: list[str]) -> None:

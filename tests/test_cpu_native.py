@@ -28,8 +28,9 @@ CALLS = [
     ffn(Sizes(S=1, K=40, bits=32), "gelu", bits_out=4, seed=2),
     *(attention_of(sizes, seed) for seed, sizes in enumerate(CASES)),
 ]  # fmt: skip
-SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-ADDRESS = ("-O1", "-g1", "-fsanitize=address")
+# Not optimised: compiling takes longer than the calls.
+SANITIZERS = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+ADDRESS = ("-O0", "-g1", "-fsanitize=address")
 
 
 def checked(run, **how) -> list:
@@ -54,7 +55,7 @@ def sanitized():
 
 
 PLAIN = (("ops.cpp", ("-O0",)), ("attention.cpp", ("-O0",)), ("portable.cpp", ("-O0",)))
-ARM = (("ops.cpp", ("-O0",)), ("attention.cpp", ("-O0",)), ("neon.cpp", ("-O1", "-DCM_NEON_IN_PLAIN_CPP")))
+ARM = (("ops.cpp", ("-O0",)), ("attention.cpp", ("-O0",)), ("neon.cpp", ("-O0", "-DCM_NEON_IN_PLAIN_CPP")))
 
 
 @functools.cache

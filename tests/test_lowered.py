@@ -34,6 +34,15 @@ RECIPES = {
 }
 
 
+# Recipes that are lowered in another form each; the others differ in what the portable graph computes.
+QUICK = ("index", "knee", "filled", "counted")
+
+
+def wide(*values):
+    """What `make test-wide` runs."""
+    return pytest.param(*values, marks=pytest.mark.wide)
+
+
 def source(x, recipe: Recipe) -> Source:
     graphs = x.graphs(recipe)
     return Source(lambda n: copy(graphs[n]), tuple(graphs), x.weights, x.shape, recipe, x.tower)
@@ -57,21 +66,33 @@ def prove(s, version, family, config, folder):
     return gates_lowered.run_gates(s, target(version), family, s.tower, asked, folder, threads=1)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize(
+    ("seed", "version"),
+    [
+        *((0, v) for v in VERSIONS),
+        (3, "10.3"),
+        (3, "10.15"),
+        *(wide(3, v) for v in VERSIONS if v not in ("10.3", "10.15")),
+    ],
+)
 def test_for_every_version_the_lowered_graphs_equal_the_portable_ones(exported, tmp_path, seed, version):
     found = {g.name: g for g in gates(exported(seed), SMALL, version, tmp_path)}
     assert all(g.passed for g in found.values())
     assert {"lowered vision", "lowered prefill", "lowered decode", "half vision", "half decode"} <= set(found)
 
 
-@pytest.mark.parametrize("version", ["10.3", "rtx-1.7"])
-@pytest.mark.parametrize("name", [n for n in RECIPES if n != "default"])
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [
+        *((n, "10.3") for n in RECIPES if n != "default"),
+        *((n, "rtx-1.7") if n in QUICK else wide(n, "rtx-1.7") for n in RECIPES if n != "default"),
+    ],
+)
 def test_every_kind_of_recipe_is_lowered(exported, tmp_path, name, version):
     assert all(g.passed for g in gates(exported(0), SMALL.replace(**RECIPES[name]), version, tmp_path))
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [n if n in ("default", *QUICK) else wide(n) for n in RECIPES])
 def test_the_same_tokens_stay_where_scores_are_not_nearly_equal(exported, tmp_path, name):
     found = {g.name: g.value for g in gates(exported(3), SMALL.replace(**RECIPES[name]), "10.3", tmp_path)}
     assert found["lowered choice"] == 1.0
@@ -276,7 +297,7 @@ def low_bits(demo_bundle, folder, version, precision):
 
 
 @pytest.mark.parametrize(
-    ("version", "precision"), [("10.3", "int4"), ("10.16", "int8"), ("10.16", "int4"), ("rtx-1.7", "int4")]
+    ("version", "precision"), [("10.3", "int4"), ("10.16", "int8"), wide("10.16", "int4"), ("rtx-1.7", "int4")]
 )
 def test_weights_in_low_bits_are_those_of_the_model(demo_bundle, tmp_path, version, precision):
     s, bundle, told = low_bits(demo_bundle, tmp_path, version, precision)

@@ -114,7 +114,7 @@ def uses_of(machines, library: str) -> list:
     return sorted([{"Library": "", "FakeCuda": ""}.get(owner, owner), *rest] for owner, *rest in calls)
 
 
-@pytest.mark.parametrize("name", BINDINGS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.wide if n == "10.16" else ()) for n in BINDINGS])
 def test_every_name_we_use_is_in_the_bindings(work, name):
     distribution, version, module, fake = BINDINGS[name]
     folder = installed(distribution, version)

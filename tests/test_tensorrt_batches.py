@@ -200,7 +200,12 @@ def held(at):
 
 @pytest.mark.parametrize(
     ("size", "version"),
-    [(1, "10.3.0"), (MOST, "10.16.1.11"), *(wide(MOST, v) for v in ("10.3.0", "rtx-1.7.1")), *(wide(1, v) for v in SOME[1:])],
+    [
+        (1, "10.3.0"),
+        (MOST, "10.16.1.11"),
+        *(wide(MOST, v) for v in ("10.3.0", "rtx-1.7.1")),
+        *(wide(1, v) for v in SOME[1:]),
+    ],
 )
 def test_twenty_requests_take_no_more_memory_than_the_first_two(sit, version, size):
     """One after the other, or in batches of four; prompts and budgets of unequal sizes in turn."""

@@ -1,4 +1,4 @@
-"""TensorRT for RTX builds real engines without a GPU: every graph of the demo model, and a decoder of Qwen2-VL-2B's widths."""
+"""TensorRT for RTX builds real engines without a GPU: every graph of a model, and a decoder of Qwen2-VL-2B's widths."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from conftest import ONE_THREAD, cm_export, take_stages
+from conftest import ONE_THREAD
 from random_models import END, IMAGE, START, VIDEO, Exported, copy, random_checkpoint
 
 from cm_export.backends.tensorrt.export import Source, write_graphs
@@ -30,17 +30,38 @@ CARD = {"engine__architecture": "sm_86", "engine__capacity": 512, "engine__max_p
 
 
 @pytest.fixture(scope="module")
-def rtx_bundle(demo_bundle, tmp_path_factory):
-    """The demo model with engines, by the real command; stages are taken over from the portable build."""
-    out = tmp_path_factory.mktemp("rtx") / "demo.plan"
-    take_stages(demo_bundle, out)
-    options = ("--backend", "tensorrt-rtx", "--architecture", "sm_86", "--capacity", "512", "--max-patches", "256")
-    done = cm_export("build", "--recipe", "demo", "--out", out, *options, "--json")
-    assert done.returncode == 0, done.stderr
-    return Bundle(out)
+def killed(bare_checkpoint, bare_bundle, tmp_path_factory):
+    """A small model with engines, by the real command, which was killed twice: its folder, and what each run told and returned.
+
+    Stages are taken over from the portable build.
+    """
+    folder = tmp_path_factory.mktemp("rtx")
+    for name in ("x.plan", ".x.plan.stages"):
+        shutil.copytree(bare_bundle.with_name(name), folder / name)
+    words = ["build", "--model", bare_checkpoint, "--out", folder / "x.plan", "--prune-layer", "1"]
+    words += ["--backend", "tensorrt-rtx", "--architecture", "sm_86", "--capacity", "512", "--max-patches", "256"]
+    command = [str(Path(sys.executable).parent / "cm-export"), *map(str, words)]
+    graphs = list(json.loads((folder / ".x.plan.stages" / "graphs" / "key.json").read_text())["state"]["graphs"])
+    runs: list[tuple[int, list[str]]] = []
+    for kill in (f"build the {graphs[2]} engine", "assemble the bundle", None):
+        build = subprocess.Popen(command, start_new_session=True, env=ONE_THREAD, stderr=subprocess.PIPE, text=True)
+        told = []
+        for line in build.stderr:
+            told.append(line.split("] ")[-1].strip())
+            if kill and kill in line:
+                os.killpg(build.pid, signal.SIGKILL)
+                break
+        runs.append((build.wait(), told))
+        build.stderr.close()
+    return folder, graphs, runs
 
 
-def test_every_graph_of_the_demo_model_becomes_an_engine(rtx_bundle):
+@pytest.fixture(scope="module")
+def rtx_bundle(killed):
+    return Bundle(killed[0] / "x.plan")
+
+
+def test_every_graph_becomes_an_engine(rtx_bundle):
     told = rtx_bundle.manifest["engines"]
     assert set(told["graphs"]) == {"vision", "prefill", "decode", "prefill_dense", "decode_dense"}
     assert told["backend"] == "tensorrt-rtx" and told["architecture"] == "sm_86" and told["plugins"] is None
@@ -61,31 +82,17 @@ def test_decode_takes_the_gathered_rows_and_a_fixed_cache(rtx_bundle):
     assert graph["profile"]["past.0.key"] == [[1, shape.kv_heads, 512, shape.head_dim]] * 3
 
 
-def test_a_killed_build_goes_on_with_the_engines_that_it_has_not_built(bare_checkpoint, bare_bundle, tmp_path):
-    for name in ("x.plan", ".x.plan.stages"):
-        shutil.copytree(bare_bundle.with_name(name), tmp_path / name)
-    words = ["build", "--model", bare_checkpoint, "--out", tmp_path / "x.plan", "--prune-layer", "1"]
-    words += ["--backend", "tensorrt-rtx", "--architecture", "sm_86", "--capacity", "512", "--max-patches", "256"]
-    command = [str(Path(sys.executable).parent / "cm-export"), *map(str, words)]
-    told: list[list[str]] = []
-    graphs = list(json.loads((tmp_path / ".x.plan.stages" / "graphs" / "key.json").read_text())["state"]["graphs"])
-    for kill in (f"build the {graphs[1]} engine", f"build the {graphs[3]} engine", "assemble the bundle", None):
-        build = subprocess.Popen(command, start_new_session=True, env=ONE_THREAD, stderr=subprocess.PIPE, text=True)
-        told.append([])
-        for line in build.stderr:
-            told[-1].append(line.split("] ")[-1].strip())
-            if kill and kill in line:
-                os.killpg(build.pid, signal.SIGKILL)
-                break
-        build.wait(), build.stderr.close()
-        assert build.returncode == (-signal.SIGKILL if kill else 0), told
+def test_a_killed_build_goes_on_with_the_engines_that_it_has_not_built(killed):
+    folder, graphs, runs = killed
+    codes, told = zip(*runs, strict=True)
+    assert codes == (-signal.SIGKILL, -signal.SIGKILL, 0), told
     built = [[line.split()[2] for line in lines if re.fullmatch(r"build the \w+ engine", line)] for lines in told]
     # Each build begins with the engine at which the one before was killed.
-    assert len(graphs) == 5 and built == [graphs[:2], graphs[1:4], graphs[3:], []]
-    assert [any("lower the graphs" in line for line in lines) for lines in told] == [True, False, False, False]
-    Bundle(tmp_path / "x.plan").wait_verified()
-    assert sorted(os.listdir(tmp_path)) == [".x.plan.stages", "x.plan"]
-    assert sorted(os.listdir(tmp_path / ".x.plan.stages")) == ["engines", "gates", "graphs", "lock", "trace", "weights"]
+    assert len(graphs) == 5 and built == [graphs[:3], graphs[2:], []]
+    assert [any("lower the graphs" in line for line in lines) for lines in told] == [True, False, False]
+    Bundle(folder / "x.plan").wait_verified()
+    assert sorted(os.listdir(folder)) == [".x.plan.stages", "x.plan"]
+    assert sorted(os.listdir(folder / ".x.plan.stages")) == ["engines", "gates", "graphs", "lock", "trace", "weights"]
 
 
 def test_what_no_engine_of_it_reads_is_refused_before_any_work(bare_checkpoint, tmp_path):

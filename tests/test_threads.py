@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 from PIL import Image
-from test_tensorrt_sessions import IMAGES, QUESTION, SOME, engines_of
+from test_tensorrt_sessions import IMAGES, QUESTION, SOME, engines_of, wide
 
 from cm_export.host import images as pictures
 from cm_export.host.loaded import load
@@ -70,8 +70,9 @@ def wrong_answers(model, kinds: int, each: int) -> list:
     return together(work) + wrong
 
 
-def test_a_hundred_requests_on_four_threads_get_their_own_answers(demo_bundle):
-    assert wrong_answers(load(demo_bundle, threads=1), kinds=24, each=25) == []
+@pytest.mark.parametrize(("kinds", "each"), [(12, 10), wide(24, 25)])
+def test_many_requests_on_four_threads_get_their_own_answers(demo_bundle, kinds, each):
+    assert wrong_answers(load(demo_bundle, threads=1), kinds, each) == []
 
 
 @pytest.mark.parametrize("version", SOME)
