@@ -31,6 +31,7 @@ class Sizes:
     bias: bool = False
     norm: bool = False
     side: bool = False
+    listed: int = 0  # rows of the past that are listed, besides the new ones; 0: no list
     shared: bool = False  # one mask, one row of cos and sin for all requests
 
     @property
@@ -65,7 +66,7 @@ def attention(s: Sizes, seed: int = 0, **changed: np.ndarray) -> Call:
     at = np.arange(s.capacity)
     seen &= (at >= s.pad) & (at <= s.past + np.arange(s.N)[:, None])
     seen |= at == s.past + np.arange(s.N)[:, None]  # itself
-    inputs |= {"slots": slots, "mask": np.where(seen, 0, LEAST).astype(np.float32)}
+    inputs |= {"slots": slots, "mask": np.where(seen, rng.uniform(-2, 2, seen.shape), LEAST).astype(np.float32)}
     turned = s.numbers_turned
     if turned:
         angle = rng.uniform(-9, 9, (mask_of, s.N, turned // 2 if s.turned == "halves" else turned))
@@ -76,6 +77,9 @@ def attention(s: Sizes, seed: int = 0, **changed: np.ndarray) -> Call:
         inputs |= {f"{name}_bias": normal(w) for name, w in zip("qkv", widths, strict=True)}
     if s.norm:
         inputs |= {f"{name}_norm": normal(s.d) for name in "qk"}
+    if s.listed:
+        own = [[*rng.permutation(s.past)[: s.listed], *range(s.past, s.past + s.N)] for _ in range(s.B)]
+        inputs["listed"] = np.array(own, np.int32)
     inputs |= changed
     attributes = dict(heads=s.heads, kv_heads=s.kv_heads, d=s.d, rotary=turned, scale=0.3, epsilon=EPSILON)
     attributes |= dict(zip(("q_first", "k_first", "v_first"), first, strict=True))
@@ -121,7 +125,9 @@ def meaning(s: Sizes, first: list[int], inputs: dict[str, np.ndarray]) -> tuple[
         q, q_error = _row(inputs, "q", h, s, first[0])
         kv = h * s.kv_heads // s.heads
         for b, n in np.ndindex(s.B, s.N):
-            read = mask[b, 0, n] > LEAST
+            read = np.flatnonzero(mask[b, 0, n] > LEAST)
+            if s.listed:
+                read = np.array([row for row in inputs["listed"][b] if row in read])
             keys, values = memory["key"][b, kv][read], memory["value"][b, kv][read]
             with np.errstate(invalid="ignore"):
                 score = 0.3 * keys @ q[b, n] + mask[b, 0, n][read].astype(np.float64)
@@ -142,5 +148,5 @@ CASES = [
     Sizes(N=7, B=2, past=40, pad=11, bias=True), Sizes(N=16, heads=7, kv_heads=1, d=40, turned="whole"),
     Sizes(d=128, heads=14, kv_heads=2, past=70, rotary=32, B=3, shared=True), Sizes(past=0, room=0), Sizes(B=0), Sizes(N=0),
     Sizes(N=3, B=2, norm=True, bias=True, side=True, d=80), Sizes(heads=40, kv_heads=1, d=8, past=20),
-    Sizes(N=5, heads=6, kv_heads=6, d=72, turned="whole", norm=True),
+    Sizes(B=2, N=3, past=60, holes=0.2, listed=25, pad=9), Sizes(N=5, heads=6, kv_heads=6, d=70, turned="whole", norm=True),
 ]  # fmt: skip

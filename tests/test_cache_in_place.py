@@ -1,11 +1,14 @@
 """A step writes into the memory of its cache and copies nothing; whoever else reads on from there keeps what it had."""
 
 import numpy as np
+import onnx
 import pytest
+from natively_attended import says_the_same
 from random_models import request
 from tolerances import agrees
 
 from cm_export.backends.onnxruntime import cache as caches
+from cm_export.backends.onnxruntime.cached_attention import OP, attend_natively
 from cm_export.backends.onnxruntime.in_place import write_in_place
 from cm_export.base.errors import SurgeryError
 from cm_export.host.core_set import CoreSet
@@ -129,3 +132,34 @@ def test_the_cache_that_comes_back_holds_what_a_copying_graph_gives(begun):
     agrees("same numbers", one.last, found["logits"][0, -1])
     for name, array in one.cache.arrays().items():
         agrees("same numbers", array, found[name.replace("past", "present", 1)])
+
+
+@pytest.mark.parametrize("cache", ["cut", "index"])
+def test_attention_of_the_native_library_says_the_same(exported, cache):
+    says_the_same(exported(1), Recipe().replace(tokens__prune_layer=1, tokens__cache=cache))
+
+
+def test_a_layer_that_looks_otherwise_stays_as_it_is(exported):
+    """Keys that somebody else reads, a mask of its own, heads that are laid out in another way."""
+    x = exported(1)
+    for spoil in (_read_keys, _mask, _order):
+        graph = x.graphs(Recipe().replace(tokens__prune_layer=1))["decode_dense"]
+        write_in_place(graph)
+        first = next(n for n in graph.graph.node if n.op_type == "Attention")
+        spoil(graph.graph, first)
+        attend_natively(graph, x.shape.heads)
+        ops = [n.op_type for n in graph.graph.node]
+        assert (ops.count("Attention"), ops.count(OP), ops.count("ScatterND")) == (1, x.shape.layers - 1, 2), spoil
+
+
+def _read_keys(graph, attention):
+    graph.node.append(onnx.helper.make_node("Identity", [attention.input[1]], ["keys"]))
+    graph.output.append(onnx.helper.make_tensor_value_info("keys", onnx.TensorProto.FLOAT, None))
+
+
+def _mask(graph, attention):
+    attention.input[3] = "another"
+
+
+def _order(graph, attention):
+    next(n for n in graph.node if attention.output[0] in n.input).attribute[0].ints[:] = [0, 2, 3, 1]

@@ -48,6 +48,7 @@ def test_it_is_attention_over_the_cache_with_the_new_rows(name):
         norm=st.booleans(),
         side=st.booleans(),
         shared=st.booleans(),
+        listed=st.sampled_from([0, 0, 7]),
     ),
     seed=st.integers(0, 1000),
 )
@@ -140,6 +141,17 @@ def test_new_rows_are_written_into_the_memory_of_the_cache():
         np.testing.assert_array_equal(value.numpy(), right)
 
 
+def test_a_row_that_is_listed_twice_counts_twice():
+    sizes = Sizes(past=5, room=0, holes=0, listed=5)
+    call = attention(sizes, listed=np.array([[0, 1, 2, 3, 4, 5]], np.int32))
+    twice = replace(call, inputs=call.inputs | {"listed": np.array([[0, 1, 2, 3, 3, 4, 5]], np.int32)})
+    more = call.inputs["mask"].copy()
+    more[..., 3] += np.log(2)
+    np.testing.assert_allclose(
+        run(twice)[0], run(replace(call, inputs=call.inputs | {"mask": more}))[0], rtol=2e-6, atol=2e-6
+    )
+
+
 def cut(name: str, axis: int):
     def change(call: Call) -> Call:
         return replace(call, inputs=call.inputs | {name: np.delete(call.inputs[name], -1, axis)})
@@ -153,6 +165,10 @@ def with_attributes(**changed: int):
 
 def with_slot(row: int):
     return lambda call: replace(call, inputs=call.inputs | {"slots": call.inputs["slots"] * 0 + [0, 0, row]})
+
+
+def listing(rows: list[list[int]]):
+    return lambda call: replace(call, inputs=call.inputs | {"listed": np.array(rows, np.int32).reshape(-1, 2)})
 
 
 WRONG = {
@@ -170,6 +186,8 @@ WRONG = {
     "angles of another width": (cut("cos", 2), r"input 7 is \[1,1,11\], expected \[1,1,12\], and sin the same"),
     "a bias": (cut("k_bias", 0), r"input 10 is \[23\], expected \[24\]"),
     "a norm": (cut("q_norm", 0), r"input 12 is \[23\], expected \[24\]"),
+    "a list for nobody": (listing([]), r"input 14 is \[0,2\], expected \[B,M\]"),
+    "a row that is not there": (listing([[8, 9]]), "row 9 is listed of a cache of 9"),
     "no whole groups": (with_attributes(heads=3, kv_heads=2), "3 heads of queries, 2 of keys"),
     "heads too wide": (with_attributes(d=600), "d is 600, not 1 to 512"),
     "half a pair turned": (with_attributes(rotary=3), "rotary is 3"),

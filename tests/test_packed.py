@@ -11,7 +11,7 @@ import pytest
 from conftest import low_bits, take_stages
 from tolerances import agrees
 
-from cm_export.backends.onnxruntime import pack
+from cm_export.backends.onnxruntime import backend, pack
 from cm_export.base.errors import BundleError, InputError
 from cm_export.build import drift
 from cm_export.bundle import unpacked
@@ -120,6 +120,24 @@ def test_logits_of_a_token_are_the_same_to_the_last_bit_alone_and_among_others(l
     """Behind products that round x to 8 bits, two ways to sum the same attention were 1e-1 of a logit apart."""
     found = logits(Runner(low, 1), asked_of(Runner(low, 1)), graph)
     assert np.array_equal(found[-2], found[-1]) and not np.array_equal(found[-3], found[-1])
+
+
+def test_attention_of_the_native_library_is_there_and_changes_no_token(low, monkeypatch):
+    if library.find() is None:
+        pytest.skip("no native library: there is no compiler")
+
+    def answer():
+        runner = Runner(low, 1)
+        prefilled = runner.prefill(asked_of(runner), Budget(dense=True))
+        key = ("decode_dense", True, False, True)
+        model, _ = runner.backend._prepared(runner.backend._graph(key[0]), key)
+        ops = [n.op_type for n in model.graph.node]
+        return list(runner.tokens(prefilled, 12, frozenset())), ops.count("CachedAttention")
+
+    ids, ops = answer()
+    assert ops == low.shape.layers
+    monkeypatch.setattr(backend, "attend_natively", lambda *_: None)
+    assert answer() == (ids, 0)
 
 
 def test_every_product_of_every_graph_is_packed(low):

@@ -1,6 +1,6 @@
 // Attention over a cache as one op: what stands between the products of q, k and v and the product of their mix.
 //
-//     CachedAttention(q, k, v, past_key, past_value, slots, mask[, cos, sin, q_bias, k_bias, v_bias, q_norm, k_norm])
+//     CachedAttention(q, k, v, past_key, past_value, slots, mask[, cos, sin, q_bias, k_bias, v_bias, q_norm, k_norm, listed])
 //         -> y [B,N,H d], present_key, present_value [B,Hk,C,d]
 //
 //     q, k, v    float32 [B,N,any] or [B,N,heads,d]: the heads begin at number q_first, k_first, v_first of a token's numbers,
@@ -10,6 +10,7 @@
 //     mask       [B|1,1,N,C], added to the scores. Rows at the least float32 or below are not read: their share would be 0
 //     cos, sin   [B|1,N,w] (or [B|1,1,N,w]), w = rotary / 2, or rotary with both halves of their own; none: nothing is turned
 //     *_bias     [heads d] added first      *_norm [d]: RMS norm over a head, with `epsilon`, before it is turned
+//     listed     int32 [B,M]: only these rows are read, in this order; one that is listed twice counts twice; none: all rows
 //
 // Heads, Hk, d, rotary (the first numbers of a head that are turned, even), scale and epsilon are attributes.
 #include <cstring>
@@ -22,7 +23,7 @@ namespace {
 
 constexpr int64_t kWorthSharing = 1 << 15;  // products of numbers: less is computed by the thread that asks
 
-enum Input : size_t { kQ, kK, kV, kPastKey, kPastValue, kSlots, kMask, kCos, kSin, kQBias, kKBias, kVBias, kQNorm, kKNorm };
+enum Input : size_t { kQ, kK, kV, kPastKey, kPastValue, kSlots, kMask, kCos, kSin, kQBias, kKBias, kVBias, kQNorm, kKNorm, kListed };
 
 // Buffers of a call, those of its thread.
 struct Scratch {
@@ -46,7 +47,7 @@ struct CachedAttention {
     static constexpr const char* kName = "CachedAttention";
     static constexpr ort::ElementType kTypes[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat,
                                                   ort::kInt64, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat,
-                                                  ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat};
+                                                  ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt32};
     static constexpr size_t kRequired = 7, kOutputs = 3;
     int64_t heads, kv_heads, width, rotary, first[3];
     float scale, epsilon;
@@ -79,13 +80,15 @@ struct CachedAttention {
         Source q, k, v;
         float *keys = nullptr, *values = nullptr, *y = nullptr;
         const int64_t* slots = nullptr;
+        const int32_t* listed = nullptr;  // [B, those]; null: every row of the capacity
+        int64_t those = 0;
         const float *mask = nullptr, *cos = nullptr, *sin = nullptr;
         size_t angles = 0;  // floats of cos for a token
         bool mask_of_each = false, angles_of_each = false;
         Scratch* scratch = nullptr;
 
         int64_t all() const { return batch * tokens; }
-        int64_t row_of_added() const { return capacity + kStep; }
+        int64_t row_of_added() const { return those + kStep; }
     };
 
     [[noreturn]] static void wrong(size_t index, const std::vector<int64_t>& shape, const std::string& expected) {
@@ -142,6 +145,17 @@ struct CachedAttention {
         call.mask = static_cast<const float*>(mask.data);
     }
 
+    void read_list(const ort::Context* context, Call& call) const {
+        const Tensor listed = input(context, kListed);
+        call.those = call.capacity;
+        if (listed.data == nullptr) return;
+        if (listed.shape.size() != 2 || listed.shape[0] != call.batch) wrong(kListed, listed.shape, "[B,M]");
+        call.listed = static_cast<const int32_t*>(listed.data), call.those = listed.shape[1];
+        for (int64_t i = 0; i < listed.count(); ++i)
+            if (call.listed[i] < 0 || call.listed[i] >= call.capacity)
+                fail(kName, "row " + std::to_string(call.listed[i]) + " is listed of a cache of " + std::to_string(call.capacity));
+    }
+
     void read_angles(const ort::Context* context, Call& call) const {
         if (rotary == 0) return;
         const Tensor cos = input(context, kCos), sin = input(context, kSin);
@@ -161,6 +175,7 @@ struct CachedAttention {
         call.k = source(context, kK, call, kv_heads), call.v = source(context, kV, call, kv_heads);
         call.keys = cache(context, kPastKey, call, 1), call.values = cache(context, kPastValue, call, 2);
         read_slots_and_mask(context, call);
+        read_list(context, call);
         read_angles(context, call);
         call.q.turn.factor = scale;
         call.y = output(context, {call.batch, call.tokens, heads * width});
@@ -169,7 +184,7 @@ struct CachedAttention {
         Scratch& buffers = *(call.scratch = &scratch());
         call.apart = static_cast<size_t>((width + kStep - 1) / kStep * kStep);
         buffers.q.assign(static_cast<size_t>(call.all() * heads) * call.apart, 0.0f);
-        buffers.rows.resize(static_cast<size_t>(call.all() * call.capacity));
+        buffers.rows.resize(static_cast<size_t>(call.all() * call.those));
         buffers.added.resize(static_cast<size_t>(call.all() * call.row_of_added()));
         buffers.seen.resize(static_cast<size_t>(call.all()));
         // Every token is written before any is attended to: those behind it read its row.
@@ -180,7 +195,7 @@ struct CachedAttention {
         const int64_t group = heads / kv_heads, tasks = call.all() * kv_heads;
         const int64_t parts = std::min(group, std::max((group + kMaxHeads - 1) / kMaxHeads, (processors() + tasks - 1) / tasks));
         auto attend_one = [&](size_t task) { attend(call, kernel, static_cast<int64_t>(task), parts); };
-        share(context, static_cast<size_t>(tasks * parts), 2 * call.all() * heads * width * call.capacity, attend_one);
+        share(context, static_cast<size_t>(tasks * parts), 2 * call.all() * heads * width * call.those, attend_one);
     }
 
     // In the session's threads, where there is enough to do.
@@ -192,14 +207,19 @@ struct CachedAttention {
 
     // ---------------------------------------------------------------- a token
     // Which rows it sees, and what the mask adds to their scores.
-    static void list(const float* mask, int64_t capacity, int32_t* rows, float* added, int64_t* seen) {
+    static void list(const Call& call, int64_t token) {
+        const int64_t b = token / call.tokens, n = token % call.tokens;
+        const float* mask = call.mask + (call.mask_of_each ? token : n) * call.capacity;
+        int32_t* rows = call.scratch->rows.data() + token * call.those;
+        float* added = call.scratch->added.data() + token * call.row_of_added();
         int64_t count = 0;
-        for (int64_t row = 0; row < capacity; ++row) {
+        const auto each = [&](int64_t row) {
             rows[count] = static_cast<int32_t>(row), added[count] = mask[row];
             count += !(mask[row] <= std::numeric_limits<float>::lowest());
-        }
+        };
+        for (int64_t i = 0; i < call.those; ++i) each(call.listed == nullptr ? i : call.listed[b * call.those + i]);
         for (int64_t i = count; i < count + kStep; ++i) added[i] = 0.0f;
-        *seen = count;
+        call.scratch->seen[static_cast<size_t>(token)] = count;
     }
 
     // Makes its query ready, writes its key and its value.
@@ -222,9 +242,7 @@ struct CachedAttention {
         each_head(call.q, heads, [&](int64_t h) { return call.scratch->q.data() + (token * heads + h) * call.apart; });
         each_head(call.k, kv_heads, [&](int64_t h) { return row_of(call.keys, h); });
         each_head(call.v, kv_heads, [&](int64_t h) { return row_of(call.values, h); });
-        list(call.mask + (call.mask_of_each ? token : n) * call.capacity, call.capacity,
-             call.scratch->rows.data() + token * call.capacity, call.scratch->added.data() + token * call.row_of_added(),
-             &call.scratch->seen[static_cast<size_t>(token)]);
+        list(call, token);
     }
 
     // Tokens that follow each other in one cache are neighbours: what one has read, the next finds near.
@@ -236,7 +254,7 @@ struct CachedAttention {
         a.heads = static_cast<int>(end - begin), a.width = static_cast<int>(width), a.apart = call.apart;
         a.q = call.scratch->q.data() + (token * heads + head) * call.apart;
         a.keys = call.keys + in_cache, a.values = call.values + in_cache;
-        a.rows = call.scratch->rows.data() + token * call.capacity;
+        a.rows = call.scratch->rows.data() + token * call.those;
         a.added = call.scratch->added.data() + token * call.row_of_added();
         a.seen = call.scratch->seen[static_cast<size_t>(token)];
         a.y = working(a.heads * (call.apart + static_cast<size_t>(a.seen) + kStep));

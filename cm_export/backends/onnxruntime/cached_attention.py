@@ -96,7 +96,7 @@ class _Graph:
     # ------------------------------------------------------------------------------------------ one layer
     def _fused(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
         """The node that takes the place of an attention, if all around it is as expected."""
-        is_core = node.op_type == "CoreAttention" and len(node.input) == 4 and len(node.output) == 1
+        is_core = node.op_type == "CoreAttention" and len(node.input) in (4, 5) and len(node.output) == 1
         if not (is_core or is_plain(node)) or node.input[3] != BIAS:
             return None
         stores = [self._store(name) for name in node.input[1:3]]
@@ -118,7 +118,7 @@ class _Graph:
             return None
         q_of, k_of, v_of = of
         inputs = [h.source for h in of] + [key.input[0], value.input[0], SLOTS, BIAS, q_turned.cos, q_turned.sin]
-        inputs += [h.bias for h in of] + [q_of.norm, k_of.norm]
+        inputs += [h.bias for h in of] + [q_of.norm, k_of.norm, *node.input[4:]]
         return onnx.helper.make_node(
             OP, inputs, [y.output[0], key.output[0], value.output[0]], node.name, domain=NATIVE,
             heads=self.heads, kv_heads=kv_heads, d=width, rotary=q_turned.rotary, scale=float(attribute(node, "scale")),
