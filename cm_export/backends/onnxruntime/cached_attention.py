@@ -179,7 +179,7 @@ class _Graph:
         if rotary is not None:
             turned = attribute(rotary, "rotary_embedding_dim") or width
             plain = len(rotary.input) == 3 and not attribute(rotary, "interleaved") and turned % 2 == 0
-            return (rotary.input[0], _Turned(*rotary.input[1:], turned)) if plain else (name, _Turned())
+            return (rotary.input[0], _Turned(rotary.input[1], rotary.input[2], turned)) if plain else (name, _Turned())
         added = self._producer(name, "Add")
         products = [] if added is None else [self._producer(i, "Mul") for i in added.input]
         for straight, crossed in (products, products[::-1]) if len(products) == 2 else ():

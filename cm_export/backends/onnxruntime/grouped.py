@@ -6,7 +6,8 @@
 
 ONNX Runtime multiplies a single row by another routine than several rows, and sums in another order: 2e-7 apart, which products
 that round x to 8 bits make 1e-1 of a logit. Here a product has several rows always, or always one. So a token that
-is read alone and one that is read among others (guard, later turns, drafts) have equal logits, to the last bit.
+is read alone and one that is read among others (guard, later turns, drafts) have equal logits, to the last bit. Decode steps of
+packed weights take one native op instead (cached_attention.py), of which the same holds.
 """
 
 import onnx
