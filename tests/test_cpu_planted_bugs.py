@@ -115,7 +115,16 @@ def with_bug(name: str, made: dict, unit: str, flags: tuple[str, ...], bug: tupl
     return linked(made.values(), sources / "run")
 
 
-@pytest.mark.parametrize("bug", SHARED)
+# One of each kind of mistake; the others, which cost a compiler call each, are planted by `make test-wide`.
+QUICK = {
+    "last group", "zero points of the first panel", "x of the first row", "rows left over", "outputs of another panel",
+    "sums of another span", "rows of the first quads", "what a part adds", "filled up numbers count",
+    "what is not kept sets the scale", "the sign of x", "numbers past the end of x", "threshold of the first request",
+    "up taken for gate", "last outputs", "slope of an activation", "scratch of all calls",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", [pytest.param(b, marks=[] if b in QUICK else pytest.mark.wide) for b in SHARED])
 def test_a_wrong_kernel_is_seen(bug):
     unit = SHARED[bug][0] if SHARED[bug][0].endswith(".cpp") else "portable.cpp"
     run = with_bug(bug.replace(" ", "-"), plain(), unit, ("-O0",), SHARED[bug])
