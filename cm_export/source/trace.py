@@ -22,6 +22,7 @@ from torch.func import functional_call
 
 from ..base import dims
 from ..base.dims import cache_names
+from ..base.frames import with_room
 from ..base.onnx_text import OPSET
 from ..families import Config, Family, Port, Tower
 from . import wrappers
@@ -134,7 +135,8 @@ def trace(spec: GraphSpec) -> onnx.ModelProto:
     prefix = "model."  # of the attribute in which every wrapper holds transformers' model
     used = {n: p for n, p in body.named_parameters() if spec.reads(n.removeprefix(prefix))}
     with torch.no_grad(), _quiet(), _seldom_collected():
-        program = torch.onnx.export(
+        program = with_room(
+            torch.onnx.export,
             _WeightsAsInputs(body),
             (),
             kwargs={"inputs": spec.inputs, "weights": used},
