@@ -111,6 +111,11 @@ def cm_export(*args: object, timeout: float = 600, **kwargs) -> subprocess.Compl
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **kwargs)
 
 
+def wide(*values: object):
+    """Parameters of a test that `make test-wide` runs."""
+    return pytest.param(*values, marks=pytest.mark.wide)
+
+
 def session(leader: int) -> list[int]:
     """Processes of the session that `leader` started (Popen(start_new_session=True)), those that are not yet dead."""
     found = []

@@ -230,16 +230,8 @@ TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": 
 TYPES |= {"int64": TensorProto.INT64, "int32": TensorProto.INT32}
 
 
-OPTIONAL = (
-    "cos",
-    "sin",
-    "q_bias",
-    "k_bias",
-    "v_bias",
-    "q_norm",
-    "k_norm",
-    "listed",
-)  # of CachedAttention, in this order
+# Of CachedAttention, in this order.
+OPTIONAL = ("cos", "sin", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "listed")
 
 
 def names(call: Call) -> list[str]:

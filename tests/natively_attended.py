@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from random_models import request_of
 from tolerances import agrees
 
 from cm_export.backends.onnxruntime.cached_attention import OP
-from cm_export.families import Pictures
 from cm_export.host.core_set import CoreSet
 from cm_export.host.decode import Reader, Row
-from cm_export.host.request import Request, prefill_feeds
+from cm_export.host.request import prefill_feeds
 from cm_export.plugins.cpu import build, library
 from cm_export.recipe.recipe import Recipe
 
@@ -16,8 +16,7 @@ from cm_export.recipe.recipe import Recipe
 def asked(x, words):
     """A prompt of random words."""
     ids = np.random.default_rng(words).integers(3, 20, words)
-    pictures = x.tower.no_pictures() if x.tower else Pictures()
-    return Request.of(ids, pictures, x.family, x.shape, x.weights[x.family.embedding])
+    return request_of(x, ids, np.empty((0, 3), int), None)
 
 
 def says_the_same(x, recipe=None) -> None:

@@ -83,19 +83,7 @@ def changed(
     }
     for file in rebuilt:
         target = folder() / name / f"{file.replace('/', '_')}.o"
-        _run(
-            [
-                *_compiler(flags),
-                "-x",
-                "c++",
-                "-include",
-                str(_prelude(flags)),
-                "-c",
-                str(sources / file),
-                "-o",
-                str(target),
-            ]
-        )
+        _compile("c++", sources / file, target, (*flags, "-include", str(_prelude(flags))))
         objects[f"{file}.o"] = target
     out = folder() / name / library.name
     script = f"-Wl,--version-script={sources / 'native/exports.map'}"
@@ -103,9 +91,10 @@ def changed(
     return out
 
 
-def _compiler(flags: tuple[str, ...]) -> list[str]:
+def _compile(kind: str, source: Path, target: Path, flags: tuple[str, ...]) -> None:
     common = "g++ -std=c++17 -O0 -fPIC -fvisibility=hidden -U_FORTIFY_SOURCE -DCM_EMULATE"
-    return [*common.split(), "-isystem", str(headers()), "-isystem", str(CUDA_HOME / "include"), *flags]
+    include = ["-isystem", str(headers()), "-isystem", str(CUDA_HOME / "include")]
+    _run([*common.split(), *include, *flags, "-x", kind, "-c", str(source), "-o", str(target)])
 
 
 @functools.cache
@@ -114,7 +103,7 @@ def _prelude(flags: tuple[str, ...]) -> Path:
     header = folder() / f"prelude{len(list(folder().glob('*.h')))}.h"
     taken = ("cuda_bf16.h", "cuda_fp16.h", "cuda_runtime_api.h", "cmath", "cstdint", "cstring", "functional", "vector")
     header.write_text("".join(f"#include <{name}>\n" for name in taken))
-    _run([*_compiler(flags), "-x", "c++-header", "-c", str(header), "-o", f"{header}.gch"])
+    _compile("c++-header", header, Path(f"{header}.gch"), flags)
     return header
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import onnx
 import pytest
+from conftest import wide
 from random_models import copy
 
 from cm_export.backends.onnxruntime import halve as halving
@@ -36,11 +37,6 @@ RECIPES = {
 
 # Recipes that are lowered in another form each; the others differ in what the portable graph computes.
 QUICK = ("index", "knee", "filled", "counted")
-
-
-def wide(*values):
-    """What `make test-wide` runs."""
-    return pytest.param(*values, marks=pytest.mark.wide)
 
 
 def source(x, recipe: Recipe) -> Source:

@@ -5,7 +5,8 @@ from weakref import WeakSet
 
 import numpy as np
 import pytest
-from test_tensorrt_sessions import FP32, IMAGES, MOST, SOME, VERSIONS, engines_of, prefilled_of, wide
+from conftest import wide
+from test_tensorrt_sessions import FP32, IMAGES, MOST, SOME, VERSIONS, engines_of, prefilled_of
 from tolerances import agrees
 
 from cm_export.backends.tensorrt import cache as caching

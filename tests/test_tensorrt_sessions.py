@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import wide
 from fake_engines import ROWS, machine, policies_in_memory, reseal
 from PIL import Image
 from test_core_set import made_up
@@ -44,11 +45,6 @@ VERSIONS = ("10.3.0", "10.14.1", "10.16.1.11", "11.4.0.106", "rtx-1.7.1")
 SOME = ("10.3.0", "10.16.1.11", "rtx-1.7.1")  # copied cache, cache in place, gathered rows
 MOST = 4
 FP32 = {"engine__max_batch": MOST, "engine__precision": "fp32"}  # one set of engines for several files
-
-
-def wide(*values):
-    """What `make test-wide` runs."""
-    return pytest.param(*values, marks=pytest.mark.wide)
 
 
 def engines_of(at) -> LoadedBundle:

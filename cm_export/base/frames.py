@@ -11,9 +11,8 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_ROOM = (
-    1 << 16
-) + 400  # slots of 8 bytes: a little over half a megabyte takes a piece of a megabyte, half of which stays
+# Slots of 8 bytes: a little over half a megabyte takes a piece of a megabyte, half of which stays for other frames.
+_ROOM = (1 << 16) + 400
 
 
 def with_room(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

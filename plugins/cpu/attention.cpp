@@ -37,12 +37,6 @@ Scratch& scratch() {
     return buffers;
 }
 
-float* working(size_t count) {
-    static thread_local std::vector<float> buffer;
-    if (buffer.size() < count) buffer.resize(count);
-    return buffer.data();
-}
-
 struct CachedAttention {
     static constexpr const char* kName = "CachedAttention";
     static constexpr ort::ElementType kTypes[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat,

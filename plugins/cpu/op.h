@@ -93,35 +93,40 @@ inline float* output(ort::Context* context, const std::vector<int64_t>& shape, s
     return static_cast<float*>(data);
 }
 
+// Of an attribute: without it the node is refused.
+inline void need(ort::Status* status, const char* op, const char* name, const char* kind) {
+    if (status == nullptr) return;
+    ort::Api::release_status(status);
+    fail(op, std::string("the attribute ") + name + " (" + kind + ") is missing");
+}
+
 inline int64_t integer(const ort::Info* info, const char* op, const char* name) {
     int64_t value = 0;
-    if (ort::Status* status = ort::Api::int_attribute(info, name, &value)) {
-        ort::Api::release_status(status);
-        fail(op, std::string("the attribute ") + name + " (an integer) is missing");
-    }
+    need(ort::Api::int_attribute(info, name, &value), op, name, "an integer");
     return value;
 }
 
 inline float number(const ort::Info* info, const char* op, const char* name) {
     float value = 0;
-    if (ort::Status* status = ort::Api::float_attribute(info, name, &value)) {
-        ort::Api::release_status(status);
-        fail(op, std::string("the attribute ") + name + " (a float) is missing");
-    }
+    need(ort::Api::float_attribute(info, name, &value), op, name, "a float");
     return value;
 }
 
 inline std::string text(const ort::Info* info, const char* op, const char* name) {
     char value[64] = {};
     size_t size = sizeof value;
-    if (ort::Status* status = ort::Api::string_attribute(info, name, value, &size)) {
-        ort::Api::release_status(status);
-        fail(op, std::string("the attribute ") + name + " (a short string) is missing");
-    }
+    need(ort::Api::string_attribute(info, name, value, &size), op, name, "a short string");
     return value;
 }
 
 // ---------------------------------------------------------------- threads and the description of an op
+
+// Numbers for a task to work in, which its thread keeps for the next one.
+inline float* working(size_t count) {
+    static thread_local std::vector<float> buffer;
+    if (buffer.size() < count) buffer.resize(count);
+    return buffer.data();
+}
 
 // Calls function(0 .. total - 1) on the session's threads.
 template <class Function>

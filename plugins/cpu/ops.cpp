@@ -203,11 +203,6 @@ size_t spans_of(int64_t panels, int count) {
     return static_cast<size_t>(std::max<int64_t>(1, std::min(panels, wanted)));
 }
 
-std::vector<float>& local() {
-    static thread_local std::vector<float> buffer;
-    return buffer;
-}
-
 // Into how many parts the inputs are cut. Short rows of W are better read whole by each thread, so threads share the inputs
 // there, and what each part adds is summed. It follows from the sizes alone: y is the same whoever computes it.
 int64_t parts_of(const Matrix& m) {
@@ -253,15 +248,14 @@ void product(const ort::Context* context, const Kernels& k, const Matrix& m, con
             return multiply(0, span);
         }
         // several parts, or the last panel is wider than y
-        std::vector<float>& buffer = local();
         const size_t apart = static_cast<size_t>(rows.count * width);
-        buffer.resize(std::max(buffer.size(), parts * apart));
+        float* buffer = working(parts * apart);
         span.stride = static_cast<size_t>(width);
         for (int64_t part = 0; part < parts; ++part) {
-            span.y = buffer.data() + part * apart;
+            span.y = buffer + part * apart;
             multiply(part, span);
         }
-        sum(buffer.data(), span.stride, apart, first, width);
+        sum(buffer, span.stride, apart, first, width);
     };
     in_parallel(context, together ? spans * parts : spans, task);
     if (together) sum(partial.data(), static_cast<size_t>(m.panels * kPanel), whole, 0, m.panels * kPanel);
@@ -275,9 +269,7 @@ void gated_product(const ort::Context* context, const Kernels& k, const Matrix& 
     auto task = [&](size_t i) {
         const int64_t begin = half * static_cast<int64_t>(i) / spans, end = half * static_cast<int64_t>(i + 1) / spans;
         const int64_t width = (end - begin) * kPanel;
-        std::vector<float>& buffer = local();
-        buffer.resize(std::max(buffer.size(), static_cast<size_t>(2 * rows.count * width)));
-        float *gate = buffer.data(), *up = gate + rows.count * width;
+        float *gate = working(static_cast<size_t>(2 * rows.count * width)), *up = gate + rows.count * width;
         const Span both[] = {{begin, end, gate, static_cast<size_t>(width)},
                              {half + begin, half + end, up, static_cast<size_t>(width)}};
         k.multiply(m, rows, {0, m.groups()}, both, 2);

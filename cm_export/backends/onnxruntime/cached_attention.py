@@ -227,7 +227,7 @@ class _Graph:
         source, bias = reshaped.input[0], ""
         added = self._producer(source, "Add")
         if added is not None:
-            for x, other in (added.input, added.input[::-1]):
+            for x, other in _both(added):
                 if other in self.constants and list(self.constants[other].dims) == [count * width]:
                     source, bias = x, other
         first, columns, sliced = 0, count * width, self._producer(source, "Slice")
