@@ -83,8 +83,7 @@ def patch_grids(x: Exported, layout) -> np.ndarray:
 
 def request_of(x: Exported, ids: np.ndarray, grid: np.ndarray, embeds: np.ndarray | Arrays | None) -> Request:
     """A prompt with pictures of these patch grids and embeddings, or all outputs of a tower by name."""
-    merge = x.tower.merge if x.tower else 1
-    layouts = tuple(Layout((t, h // merge, w // merge)) for t, h, w in grid.tolist())
+    layouts = tuple(Layout((t, h // x.tower.merge, w // x.tower.merge)) for t, h, w in grid.tolist())
     seen = embeds if isinstance(embeds, dict) else {"image_embeds": embeds}
     pictures = Pictures(seen, layouts) if layouts else x.tower.no_pictures() if x.tower else Pictures()
     return Request.of(ids, pictures, x.family, x.shape, x.weights[x.family.embedding])
