@@ -1,6 +1,7 @@
 """The CPU ops as a program of their own (cpu_ops/fake_runtime.cpp): for sanitizers, other processors and planted bugs."""
 
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
@@ -11,11 +12,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shared
 from cpu_cases import TYPES, Call, names
 
 from cm_export.plugins.cpu import build
 
 HERE = Path(__file__).parent / "cpu_ops"
+
+# Of the standard library, what the sources include.
+PRELUDE = (
+    "algorithm",
+    "atomic",
+    "cmath",
+    "cstdint",
+    "cstring",
+    "functional",
+    "limits",
+    "memory",
+    "mutex",
+    "string",
+    "type_traits",
+    "vector",
+)
 
 
 @functools.cache
@@ -55,28 +73,45 @@ def linked(objects: Iterable[Path], out: Path, flags: tuple[str, ...] = ()) -> P
 
 
 @functools.cache
-def objects(name: str, kernels: tuple[str, ...], flags: tuple[tuple[str, tuple[str, ...]], ...]) -> dict[str, Path]:
-    """{source file: object} of the fake runtime, of a choice among `kernels` (kPortable, ...) and of files with flags of each."""
+def objects(
+    name: str, kernels: tuple[str, ...], flags: tuple[tuple[str, tuple[str, ...]], ...], but: str = ""
+) -> dict[str, Path]:
+    """{source file: object} of the fake runtime, of a choice among `kernels` (kPortable, ...) and of files with flags of each.
+
+    What several programs have in common is compiled once in a run. `but`: a file that is left out.
+    """
     out, of = folder() / name, dict(flags)
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     choice = out / "choice.cpp"
     choice.write_text(CHOICE.format(names=", ".join(kernels), pointers=", ".join(f"&{k}" for k in kernels)))
     files = {"choice.cpp": choice, "fake_runtime.cpp": HERE / "fake_runtime.cpp", **{f: build.SOURCES / f for f in of}}
 
     def one(file: str) -> tuple[str, Path]:
-        return file, compiled(files[file], of.get(file, of["ops.cpp"]), out / f"{file}.o")
+        source, its = files[file], of.get(file, of["ops.cpp"])
+        key = hashlib.sha256(source.read_bytes() + repr((file, its)).encode()).hexdigest()[:16]
+        made = shared.once(f"cpu_object_{key}", lambda here: compiled(source, its, here / "x.o"))
+        return file, made / "x.o"
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        return dict(pool.map(one, files))
+        return dict(pool.map(one, [file for file in files if file != but]))
+
+
+@functools.cache
+def prelude() -> tuple[str, ...]:
+    """Flags by which a file that is not optimised takes the headers of C++ from a compiled one."""
+    header = folder() / "prelude.h"
+    header.write_text("".join(f"#include <{name}>\n" for name in PRELUDE))
+    compiled(header, ("-O0", "-x", "c++-header"), Path(f"{header}.gch"))
+    return ("-include", str(header))
 
 
 def changed(name: str, file: str, right: str, wrong: str) -> Path:
     """A copy of the sources in which one text of one file is replaced."""
     copy = folder() / f"{name}-sources" / "cpu"
     shutil.copytree(build.SOURCES, copy, ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.so"))
-    for shared in build.SHARED:
-        (copy / shared).parent.mkdir(exist_ok=True)
-        shutil.copy(build.SOURCES / shared, copy / shared)
+    for other in build.SHARED:
+        (copy / other).parent.mkdir(exist_ok=True)
+        shutil.copy(build.SOURCES / other, copy / other)
     text = (copy / file).read_text()
     assert text.count(right) == 1, f"{file} has {text.count(right)} times {right!r}"
     (copy / file).write_text(text.replace(right, wrong))

@@ -28,9 +28,10 @@ CALLS = [
     ffn(Sizes(S=1, K=40, bits=32), "gelu", bits_out=4, seed=2),
     *(attention_of(sizes, seed) for seed, sizes in enumerate(CASES)),
 ]  # fmt: skip
-# Not optimised: compiling takes longer than the calls.
-SANITIZERS = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-ADDRESS = ("-O0", "-g1", "-fsanitize=address")
+# Not optimised, and checks as calls: compiling takes longer than the calls.
+QUICKLY = ("-O0", "-g1", "--param", "asan-instrumentation-with-call-threshold=0")
+SANITIZERS = (*QUICKLY, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+ADDRESS = (*QUICKLY, "-fsanitize=address")
 
 
 def checked(run, **how) -> list:

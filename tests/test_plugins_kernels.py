@@ -130,6 +130,7 @@ def test_ids_that_mean_nothing_read_nothing_outside():
 
 SANITIZED = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 from cm_export.plugins.harness.cases import calls
 from cm_export.plugins.harness.library import Library
@@ -137,15 +138,21 @@ from cm_export.plugins.harness.run import Cpu, run
 library = Library(Path(sys.argv[1]), Path(sys.argv[2]))
 chosen = [c for c in calls() if c.dtype == "float16" and c.case.dtype == "float32"]
 chosen = [c for c in chosen if getattr(c.case, "activation", "silu") == "silu"][::5]
+# The longest of them with a quarter of its neurons, which take the same paths.
+chosen = [replace(c, case=replace(c.case, F=50, K=37)) if c.op.name == "CoreFFN" and c.case.S == 40 else c for c in chosen]
 wrong = [f"{o.call}: {o.problem}" for o in (run(library, c, Cpu()) for c in chosen) if o.problem]
 print(len(chosen), "calls", *wrong, sep="\\n")
 sys.exit(bool(wrong))
 """
 
 
-def sanitized(name, replaced, *rebuilt):
+# Checks as calls see the same and leave a fifth less to compile.
+SANITIZER = ("-g1", "-fno-sanitize-recover=undefined", "--param", "asan-instrumentation-with-call-threshold=0")
+
+
+def sanitized(name, replaced, *rebuilt, kinds="address,undefined", level="-O1"):
     """A fifth of the float16 calls in a process with AddressSanitizer and UndefinedBehaviorSanitizer."""
-    flags = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1")
+    flags = (level, f"-fsanitize={kinds}", *SANITIZER)
     library = plugin_builds.changed(name, replaced, [*rebuilt, "emulator/emulator.cpp"], flags)
     preload = []
     for runtime in ("libasan.so", "libubsan.so"):
@@ -171,5 +178,6 @@ def test_no_kernel_reads_or_writes_outside_its_arrays():
 
 def test_a_kernel_that_reads_behind_a_row_is_seen():
     tail = ("first + i < columns ? to_float(row[first + i]) : 0.0f", "to_float(row[first + i])")
-    done = sanitized("reads_behind", {"native/numbers.h": [tail]}, "core_ffn/run_half.cu")
+    file = "core_ffn/run_half.cu"  # not optimised: the first calls see it
+    done = sanitized("reads_behind", {"native/numbers.h": [tail]}, file, kinds="address", level="-O0")
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr

@@ -62,10 +62,13 @@ def model(whole_bundle):
 
 @contextmanager
 def serving(model, at_once=4, ready=True, **settings):
-    """A server in this process, once it is ready (or is there, at least): its URL, and its service."""
+    """A server in this process, once it is ready (or is there, at least): its URL, and its service.
+
+    It does not warm up unless a test is about that: the largest picture takes seconds.
+    """
     figures, listening = Prometheus(), http_server.bound("127.0.0.1", 0)
     with Scheduler(model, at_once, observer=Measured(figures)) as scheduler:
-        service = Service(model, scheduler, figures, Settings("demo", **settings))
+        service = Service(model, scheduler, figures, Settings("demo", **{"warm_up": False} | settings))
         running = http_server.server(application(service), 5)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
         thread.start()

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -55,18 +56,18 @@ def test_a_server_is_ready_when_it_has_answered_about_the_largest_picture_and_no
         warm(of, side)
 
     monkeypatch.setattr(app, "warm", late)
-    timer = threading.Timer(0.5, go.set)
+    timer = threading.Timer(0.2, go.set)
     seen = []
 
     def watch(url):
         seen.append(sent(url, method="GET", path="/readyz")[0])
         return seen[-1]
 
-    with serving(model, ready=False) as (url, _):
+    with serving(model, ready=False, warm_up=True) as (url, _):
         assert watch(url) == 503 and sent(url, method="GET", path="/healthz")[0] == 200
         timer.start()
         while watch(url) == 503:
-            pass
+            time.sleep(0.02)
         assert seen[-1] == 200 and go.is_set()
     assert asked == [largest(model, model.recipe.engine)[0]]
 
@@ -79,7 +80,7 @@ def test_a_server_that_could_not_warm_up_lives_and_never_says_that_it_is_ready(m
         raise MemoryError("of this picture")
 
     monkeypatch.setattr(app, "warm", fails)
-    with serving(model, ready=False) as (url, _):
+    with serving(model, ready=False, warm_up=True) as (url, _):
         assert failed.wait(20)
         assert [sent(url, method="GET", path=path)[0] for path in ("/healthz", "/readyz")] == [200, 503]
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if '"not ready"' in line]
