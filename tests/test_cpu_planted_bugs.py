@@ -5,6 +5,7 @@ One bug per kind of mistake: which row, which column, which group, which request
 
 import numpy as np
 import pytest
+from conftest import wide
 from cpu_attention_cases import Sizes as Attention
 from cpu_attention_cases import attention
 from cpu_builds import answers, changed, compiled, folder, linked, objects, prelude
@@ -117,14 +118,18 @@ def with_bug(name: str, made: dict, unit: str, flags: tuple[str, ...], bug: tupl
 
 # One of each kind of mistake; the others, which cost a compiler call each, are planted by `make test-wide`.
 QUICK = {
-    "last group", "zero points of the first panel", "x of the first row", "rows left over", "outputs of another panel",
-    "sums of another span", "rows of the first quads", "what a part adds", "filled up numbers count",
-    "what is not kept sets the scale", "the sign of x", "numbers past the end of x", "threshold of the first request",
-    "up taken for gate", "last outputs", "slope of an activation", "scratch of all calls",
+    "last group", "x of the first row", "sums of another span", "rows of the first quads", "what a part adds",
+    "what is not kept sets the scale", "numbers past the end of x", "threshold of the first request", "up taken for gate",
+    "slope of an activation", "scratch of all calls",
+    "AVX-512: upper codes", "AVX2: signs of x", "ARM: zero points of 8 bits", "ARM: order of lanes",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("bug", [pytest.param(b, marks=[] if b in QUICK else pytest.mark.wide) for b in SHARED])
+def quick_or_wide(bugs):
+    return [bug if bug in QUICK else wide(bug) for bug in bugs]
+
+
+@pytest.mark.parametrize("bug", quick_or_wide(SHARED))
 def test_a_wrong_kernel_is_seen(bug):
     unit = SHARED[bug][0] if SHARED[bug][0].endswith(".cpp") else "portable.cpp"
     run = with_bug(bug.replace(" ", "-"), plain(), unit, ("-O0",), SHARED[bug])
@@ -143,7 +148,7 @@ ONE_FILE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("bug", ONE_FILE)
+@pytest.mark.parametrize("bug", quick_or_wide(ONE_FILE))
 def test_a_wrong_file_of_one_instruction_set_is_seen(bug):
     instructions, *change = ONE_FILE[bug]
     if instructions.startswith("neon"):
