@@ -270,7 +270,7 @@ def on_machine(demo_bundle, whole_bundle):
                     add_engines(patch, source, folder / "demo.plan", machine(version), measured, **recipe)
 
             name = "_".join(str(word) for pair in (("engines", version, cache), *key[2:]) for word in pair)
-            made[key] = replace(machine(version), bundle=shared.once(name, make) / "demo.plan")
+            made[key] = replace(machine(version), bundle=shared.once(name, make) / "demo.plan", made_of=source)
         return made[key]
 
     return build
