@@ -209,7 +209,8 @@ def bundles_of(make_checkpoint: Callable[[str, Path], object], *first_options: o
 
         def another(folder: Path) -> None:
             take_stages(whole / "x.plan", folder / "x.plan")
-            built(folder / "x.plan", "--model", whole / "model", *options)
+            with few_answers():
+                built(folder / "x.plan", "--model", whole / "model", *options)
 
         whole = shared.once(name, first)
         key = "_".join((name, *options)).replace("-", "")
