@@ -58,7 +58,6 @@ LONGEST = [
     "eval",
     "tensorrt_batches",
     "text_only",
-    "configuration",
     "active",
     "tile_families",
     "plugins_planted_bugs",
