@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,7 +58,6 @@ LONGEST = [
     "eval",
     "tensorrt_batches",
     "text_only",
-    "configuration",
     "active",
     "tile_families",
     "plugins_planted_bugs",
@@ -78,7 +77,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: the collector need not look through it again and again while graphs are traced."""
+    """What was imported stays: the collector need not look through it again and again while graphs are traced.
+
+    Nor need transformers write out every configuration that it reads, into log lines that nobody sees.
+    """
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].PreTrainedConfig.__repr__ = object.__repr__
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
@@ -204,7 +208,8 @@ def bundles_of(make_checkpoint: Callable[[str, Path], object], *first_options: o
 
         def another(folder: Path) -> None:
             take_stages(whole / "x.plan", folder / "x.plan")
-            built(folder / "x.plan", "--model", whole / "model", *options)
+            with few_answers():
+                built(folder / "x.plan", "--model", whole / "model", *options)
 
         whole = shared.once(name, first)
         key = "_".join((name, *options)).replace("-", "")
@@ -265,7 +270,7 @@ def on_machine(demo_bundle, whole_bundle):
                     add_engines(patch, source, folder / "demo.plan", machine(version), measured, **recipe)
 
             name = "_".join(str(word) for pair in (("engines", version, cache), *key[2:]) for word in pair)
-            made[key] = replace(machine(version), bundle=shared.once(name, make) / "demo.plan")
+            made[key] = replace(machine(version), bundle=shared.once(name, make) / "demo.plan", made_of=source)
         return made[key]
 
     return build
@@ -292,20 +297,25 @@ def sit(monkeypatch, on_machine):
 _hashes: dict[tuple, str] = {}
 
 
-def low_bits(demo_bundle: Path, precision: str) -> Path:
-    """The demo model with every neuron, in int8, with the float32 numbers beside, or int4 without.
-
-    What products read is watched, and the drift compared, in fewer answers than a build usually takes.
-    """
+@contextlib.contextmanager
+def few_answers() -> Iterator[None]:
+    """Inside, a build watches what products read, and compares the drift, in fewer answers than it usually takes."""
     from cm_export.build import drift
     from cm_export.build.steps import measured
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measured, "PROMPTS", 8)
+        patch.setattr(drift, "PLACES", 64)
+        yield
+
+
+def low_bits(demo_bundle: Path, precision: str) -> Path:
+    """The demo model with every neuron, in int8, with the float32 numbers beside, or int4 without."""
 
     def make(folder: Path) -> None:
         take_stages(demo_bundle if precision == "int8" else low_bits(demo_bundle, "int8"), folder / "low.plan")
         beside = ["--keep-floats"] if precision == "int8" else []
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(measured, "PROMPTS", 8)
-            patch.setattr(drift, "PLACES", 64)
+        with few_answers():
             built(folder / "low.plan", "--model", "demo", "--neurons", "dense", "--weights", precision, *beside)
 
     return shared.once(f"low_{precision}", make) / "low.plan"

@@ -29,6 +29,7 @@ class Machine:
     trt: Any
     cuda: FakeCuda
     bundle: Path | None = None
+    made_of: Path | None = None  # the bundle without engines that it was made of
 
     @property
     def backend(self) -> str:
@@ -80,7 +81,7 @@ def add_engines(monkeypatch: Any, bundle: Path, out: Path, at: Machine, measured
     shutil.copyfile(bundle / "weights.safetensors", out / "weights.safetensors")
     manifest["recipe"] = chosen.to_dict() | {"model": None}
     write_manifest(out, {**manifest, "engines": about, "known_sha256": known})
-    return replace(at, bundle=out)
+    return replace(at, bundle=out, made_of=bundle)
 
 
 def policies_in_memory(bundle: Bundle, recipe: Any, calibration: Any) -> LoadedBundle:

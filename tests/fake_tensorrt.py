@@ -64,13 +64,13 @@ class Program:
 _opened: dict[str, Program] = {}
 
 
-def program(content: bytes | memoryview, sha256: str) -> Program:
+def program(content: bytes | memoryview, checksum: str) -> Program:
     """That of a plan. One that is opened again is the same: it keeps nothing from one run to the next."""
-    if sha256 not in _opened:
-        while len(_opened) >= 16:
-            _opened.pop(next(iter(_opened)), None)
-        _opened[sha256] = Program(bytes(content))
-    return _opened[sha256]
+    found = _opened.pop(checksum, None) or Program(bytes(content))
+    while len(_opened) >= 16:  # the one goes that was used the longest ago
+        _opened.pop(next(iter(_opened)), None)
+    _opened[checksum] = found
+    return found
 
 
 def _port(value: onnx.ValueInfoProto) -> Port:

@@ -73,7 +73,7 @@ class Runtime(Api):
         if header["plugins"] and not lib._plugins:
             self._logger.log(Severity.ERROR, "getPluginCreator could not find plugin CoreFFN version: 1")
             return None
-        return lib._make("ICudaEngine", header, lib._program(plan[8 + size :], header["sha256"]), self._logger)
+        return lib._make("ICudaEngine", header, lib._program(plan[8 + size :], header["sum"]), self._logger)
 
 
 class EngineInspector(Api):
@@ -253,7 +253,7 @@ class Library(Recorded):
         program: Callable[[memoryview, str], Any],
         build: tuple[type, ...] = (),
     ):
-        """`program`: of a plan's graph and its sha256; `build`: the classes of a builder, where there is one."""
+        """`program`: of a plan's graph and its checksum; `build`: the classes of a builder, where there is one."""
         self._program = program
         self._calls, self._version, self._rtx, self._cuda = set(), version, rtx, cuda
         self._number = tuple(int(n) for n in version.split(".")[:2])

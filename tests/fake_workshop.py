@@ -1,6 +1,6 @@
 """What a fake device asks of the test process, so that its own Python needs no ONNX Runtime: build a plan, run a plan.
 
-    with Workshop() as shop:  ->  shop.address   ("build", version, onnx, words, plan)  ("load", graph, sha256)  ("run", id, ...)
+    with Workshop() as shop:  ->  shop.address   ("build", version, onnx, words, plan)  ("load", graph, sum)  ("run", id, ...)
 
 Arrays travel as (type, shape, bytes): the two Pythons may have different versions of numpy.
 """
@@ -27,11 +27,11 @@ def unpacked(values: dict[str, tuple]) -> dict[str, np.ndarray]:
 class Remote:
     """fake_tensorrt.Program, computed by the workshop at `address`."""
 
-    def __init__(self, address: str, content: memoryview, sha256: str):
+    def __init__(self, address: str, content: memoryview, checksum: str):
         from fake_tensorrt_runtime import Port
 
         self._to = Client(address, authkey=KEY)
-        inputs, outputs, self.sizes, self.layers, self.aliases = ask(self._to, "load", bytes(content), sha256)
+        inputs, outputs, self.sizes, self.layers, self.aliases = ask(self._to, "load", bytes(content), checksum)
         self.inputs, self.outputs = [Port(*v) for v in inputs], [Port(*v) for v in outputs]
 
     def run(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import cm_export
+from conftest import cm_export, wide
 from random_models import request
 from stepping import Decoder, outputs, step_feeds
 from tolerances import agrees
@@ -33,18 +33,32 @@ def runner(demo_bundle):
     return with_policies(whole, whole.recipe.replace(tokens__cache="index"))
 
 
+def asked_of(runner, question):
+    return runner.ask(question.text, runner.see([open_image(question.pictures[0])]))
+
+
+_known: dict = {}
+
+
+def unguarded(runner, question, **budget):
+    """Token ids under a budget; each is asked for once, whatever guards it afterwards."""
+    key = (question.text, question.pictures[0], *budget.items())
+    if key not in _known:
+        prefilled = runner.prefill(asked_of(runner, question), Budget(**budget))
+        _known[key] = list(runner.tokens(prefilled, 20, runner.chat.stop_ids))
+    return _known[key]
+
+
 def answers(runner, question, every, **budget):
     """Token ids: dense, sparse, guarded; and the guard's report."""
-    asked = runner.ask(question.text, runner.see([open_image(question.pictures[0])]))
-    stop, report = runner.chat.stop_ids, guard.Report(every)
-    dense = list(runner.tokens(runner.prefill(asked, Budget(dense=True)), 20, stop))
-    sparse = list(runner.tokens(runner.prefill(asked, Budget(**budget)), 20, stop))
+    asked, stop, report = asked_of(runner, question), runner.chat.stop_ids, guard.Report(every)
+    dense, sparse = unguarded(runner, question, dense=True), unguarded(runner, question, **budget)
     choose = Chooser(PLAIN, asked.ids, stop)
     guarded = list(guard.guarded(runner, runner.prefill(asked, Budget(**budget)), 20, choose, report))
     return dense, sparse, guarded, report
 
 
-@pytest.mark.parametrize("every", [2, 5, 16])
+@pytest.mark.parametrize("every", [2, wide(5), 16])
 def test_a_failing_case_becomes_the_dense_answer(runner, every):
     """At 10 % of the neurons and 11 % of the tokens hardly an answer is right without the guard."""
     questions, failed = easy_vqa.questions("sentence")[:240:40], 0
@@ -82,6 +96,8 @@ def test_bringing_the_tokens_back_mends_an_answer_that_only_lacks_them(runner):
         if report.actions:
             assert sparse != dense and report.actions[0].startswith("tokens back") and len(report.actions) == 1
             back += 1
+        if back == 3:
+            break
     assert back >= 3, "this budget must break answers for this test to say anything"
 
 
@@ -93,15 +109,16 @@ def test_bringing_the_tokens_back_mends_an_answer_that_only_lacks_them(runner):
 def test_a_cache_that_is_not_truncated_rightly_is_noticed(runner, bug, monkeypatch):
     """The tests above can fail: with this bug planted they would."""
     monkeypatch.setattr(Rows, "truncated", bug)
-    wrong = 0
-    for question in easy_vqa.questions("sentence")[:240:40]:
-        try:
-            dense, _, guarded, _ = answers(runner, question, 5, neuron_share=0.1, token_share=0.11)
-            wrong += guarded != dense
-        except RuntimeError as e:  # ONNX Runtime refuses a mask that is shorter than the cache
-            assert "total_sequence_length" in str(e)
-            wrong += 1
-    assert wrong
+    assert any(_answers_wrongly(runner, question) for question in easy_vqa.questions("sentence")[:240:40])
+
+
+def _answers_wrongly(runner, question):
+    try:
+        dense, _, guarded, _ = answers(runner, question, 5, neuron_share=0.1, token_share=0.11)
+    except RuntimeError as e:  # ONNX Runtime refuses a mask that is shorter than the cache
+        assert "total_sequence_length" in str(e)
+        return True
+    return guarded != dense
 
 
 def _last(cache, lengths):

@@ -9,7 +9,7 @@ import pytest
 import test_lowered
 import torch
 import transformers
-from conftest import bundles_of, cm_export
+from conftest import bundles_of, cm_export, wide
 from llava_models import PUBLISHED, RANDOM, answering, noise, seen
 from natively_attended import says_the_same
 from PIL import Image
@@ -67,7 +67,7 @@ def check_vision(x, backend, sizes):
     agrees("export", backend.vision(x.tower.feeds(pictures))["image_embeds"], expected)
 
 
-@pytest.mark.parametrize("version", ["10.3", "10.15", "rtx-1.7"])
+@pytest.mark.parametrize("version", ["10.15", *map(wide, ("10.3", "rtx-1.7"))])
 def test_lowered_graphs_equal_the_portable_ones(x, tmp_path, version):
     check_lowered(x, tmp_path, version)
 

@@ -1,10 +1,13 @@
 """Graphs lowered for TensorRT say what the portable graphs say: every version, every kind of recipe, random models."""
 
 import dataclasses
+import functools
+import shutil
 
 import numpy as np
 import onnx
 import pytest
+import shared
 from conftest import wide
 from random_models import copy
 
@@ -66,9 +69,9 @@ def prove(s, version, family, config, folder):
     ("seed", "version"),
     [
         *((0, v) for v in VERSIONS),
-        (3, "10.3"),
-        (3, "10.15"),
-        *(wide(3, v) for v in VERSIONS if v not in ("10.3", "10.15")),
+        (5, "10.3"),
+        (5, "10.15"),
+        *(wide(5, v) for v in VERSIONS if v not in ("10.3", "10.15")),
     ],
 )
 def test_for_every_version_the_lowered_graphs_equal_the_portable_ones(exported, tmp_path, seed, version):
@@ -90,7 +93,7 @@ def test_every_kind_of_recipe_is_lowered(exported, tmp_path, name, version):
 
 @pytest.mark.parametrize("name", [n if n in ("default", *QUICK) else wide(n) for n in RECIPES])
 def test_the_same_tokens_stay_where_scores_are_not_nearly_equal(exported, tmp_path, name):
-    found = {g.name: g.value for g in gates(exported(3), SMALL.replace(**RECIPES[name]), "10.3", tmp_path)}
+    found = {g.name: g.value for g in gates(exported(5), SMALL.replace(**RECIPES[name]), "10.3", tmp_path)}
     assert found["lowered choice"] == 1.0
 
 
@@ -284,24 +287,31 @@ def test_the_page_of_versions_is_the_table_that_the_lowering_reads():
 
 
 # ------------------------------------------------------------------------------------------ low bits
-def low_bits(demo_bundle, folder, version, precision):
-    bundle = Bundle(demo_bundle)
+@functools.cache
+def low_bits(demo_bundle, version, precision):
+    """The demo model as an engine of that version gets it, written once; its bundle, what was told, and the folder."""
+    bundle, folder = Bundle(demo_bundle), shared.own(f"lowered_{version}_{precision}")
     small = {"engine__capacity": 96, "engine__max_prompt": 64, "engine__precision": precision}
     s = dataclasses.replace(Source.of(bundle), recipe=bundle.recipe.replace(**small))
-    told = write_graphs(s, folder, target(version))
-    return s, bundle, told
+    return s, bundle, write_graphs(s, folder, target(version)), folder
+
+
+def to_damage(demo_bundle, tmp_path):
+    """(source, bundle, folder) of weights in 4 bits, a copy."""
+    s, bundle, _, folder = low_bits(demo_bundle, "10.3", "int4")
+    return s, bundle, shutil.copytree(folder, tmp_path / "copy")
 
 
 @pytest.mark.parametrize(
     ("version", "precision"), [("10.3", "int4"), ("10.16", "int8"), wide("10.16", "int4"), ("rtx-1.7", "int4")]
 )
-def test_weights_in_low_bits_are_those_of_the_model(demo_bundle, tmp_path, version, precision):
-    s, bundle, told = low_bits(demo_bundle, tmp_path, version, precision)
-    found = prove(s, version, bundle.family, bundle.config, tmp_path)
+def test_weights_in_low_bits_are_those_of_the_model(demo_bundle, version, precision):
+    s, bundle, told, folder = low_bits(demo_bundle, version, precision)
+    found = prove(s, version, bundle.family, bundle.config, folder)
     values = {g.name: g.value for g in found}
     assert 0 < values["packing"] < {"int4": 0.15, "int8": 0.01}[precision]
     assert values["half decode"] < 0.2 and values["half choice"] > 0.9
-    decode = onnx.load(tmp_path / "decode.onnx", load_external_data=False)
+    decode = onnx.load(folder / "decode.onnx", load_external_data=False)
     packed = [n for n in decode.graph.node if n.op_type in ("DequantizeLinear", "CoreFFN")]
     layers = bundle.shape.layers
     assert len(packed) == (
@@ -310,32 +320,32 @@ def test_weights_in_low_bits_are_those_of_the_model(demo_bundle, tmp_path, versi
 
 
 def test_a_packed_weight_that_is_damaged_fails_a_gate(demo_bundle, tmp_path):
-    s, bundle, _ = low_bits(demo_bundle, tmp_path, "10.3", "int4")
-    file = tmp_path / "weights.int4.safetensors"
+    s, bundle, folder = to_damage(demo_bundle, tmp_path)
+    file = folder / "weights.int4.safetensors"
     place = weights.index(file)["model.language_model.layers.3.mlp.up_proj.weight/int4.words"]
     content = bytearray(file.read_bytes())
     content[place.offset : place.offset + place.length] = content[place.offset + 1 : place.offset + place.length + 1]
     file.write_bytes(content)
     with pytest.raises(GateFailed, match=r"packing.*layers\.3\.mlp\.up_proj"):
-        prove(s, "10.3", bundle.family, bundle.config, tmp_path)
+        prove(s, "10.3", bundle.family, bundle.config, folder)
 
 
 def test_a_scale_that_is_no_number_fails_the_gate_of_its_weight(demo_bundle, tmp_path):
-    s, bundle, _ = low_bits(demo_bundle, tmp_path, "10.3", "int4")
-    file = tmp_path / "weights.int4.safetensors"
+    s, bundle, folder = to_damage(demo_bundle, tmp_path)
+    file = folder / "weights.int4.safetensors"
     place = weights.index(file)["model.language_model.layers.0.mlp.gate_proj.weight/int4.scale"]
     content = bytearray(file.read_bytes())
     content[place.offset : place.offset + 2] = np.array(np.nan, np.float16).tobytes()
     file.write_bytes(content)
     with pytest.raises(GateFailed, match=r"packing.*layers\.0\.mlp\.gate_proj.*differs by inf"):
-        prove(s, "10.3", bundle.family, bundle.config, tmp_path)
+        prove(s, "10.3", bundle.family, bundle.config, folder)
 
 
-def test_decode_and_prefill_share_the_bytes_of_a_packed_weight(demo_bundle, tmp_path):
-    low_bits(demo_bundle, tmp_path, "10.3", "int4")
+def test_decode_and_prefill_share_the_bytes_of_a_packed_weight(demo_bundle):
+    *_, folder = low_bits(demo_bundle, "10.3", "int4")
     places = {}
     for name in ("decode", "prefill"):
-        graph = onnx.load(tmp_path / f"{name}.onnx", load_external_data=False).graph
+        graph = onnx.load(folder / f"{name}.onnx", load_external_data=False).graph
         tensor = next(t for t in graph.initializer if t.name.endswith("layers.0.mlp.gate_proj.weight/int4.words"))
         places[name] = sorted((e.key, e.value) for e in tensor.external_data)
     assert places["decode"] == places["prefill"]
@@ -346,4 +356,4 @@ def test_sizes_that_do_not_pack_and_int8_without_a_plugin_are_refused(exported, 
     with pytest.raises(InputError, match=r"build with --precision fp16"):
         write_graphs(s, tmp_path, target("10.3"))
     with pytest.raises(InputError, match=r"int8 rows need the plugin"):
-        low_bits(demo_bundle, tmp_path, "rtx-1.7", "int8")
+        low_bits(demo_bundle, "rtx-1.7", "int8")

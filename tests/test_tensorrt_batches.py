@@ -117,8 +117,9 @@ def same(found, expected):
 )
 def test_requests_that_decode_together_give_what_each_gives_alone(sit, watched, version, cache):
     """Unequal prompts and budgets, one that joins late and one that leaves early; as many in a call as may share one."""
-    model = engines_of(sit(version, cache, **FP32))
-    expected = alone(model)
+    at = sit(version, cache, **FP32)
+    model = engines_of(at)
+    expected = _known[at.bundle] = alone(model)
     assert {batch for _, batch in watched} == {1}
     watched.clear()
     same(together(model), expected)
@@ -346,8 +347,7 @@ def given_up(model):
 @pytest.mark.parametrize("version", COPIED)
 def test_requests_that_are_given_up_halfway_leave_nothing(sit, version):
     at = sit(version, **FP32)
-    model = engines_of(at)
-    expected = alone(model)[0]
+    model, expected = engines_of(at), known(at)[0]
     together(model)
     given_up(model)
     gc.collect()

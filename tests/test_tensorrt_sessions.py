@@ -52,13 +52,23 @@ def engines_of(at) -> LoadedBundle:
 
 
 def on_cpu(at) -> LoadedBundle:
-    """What to compare with; loaded once."""
-    return _on_cpu(at.bundle)
+    """What to compare with: the bundle that the engines were made of, loaded once for all of them."""
+    return _on_cpu(at.made_of)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def _on_cpu(bundle: Path) -> LoadedBundle:
     return load(bundle, threads=1, backend="onnxruntime")
+
+
+def answer_on_cpu(at, picture: int = 0, **budget):
+    """Its answer to QUESTION about one of IMAGES, asked for once."""
+    return _answer_on_cpu(at.made_of, picture, *budget.items())
+
+
+@functools.cache
+def _answer_on_cpu(bundle: Path, picture: int, *budget):
+    return ask(_on_cpu(bundle), [IMAGES[picture]], **dict(budget))
 
 
 def ask(engine, images=IMAGES[:1], **budget):
@@ -90,14 +100,14 @@ def logits_of(model, tokens, images=IMAGES[:1], **budget):
 )
 def test_engines_of_every_version_answer_as_onnx_runtime_does(sit, version, cache, precision):
     at = sit(version, cache, **({"engine__precision": precision} if precision != "fp16" else {}))
-    ours, theirs = engines_of(at), on_cpu(at)
+    ours = engines_of(at)
     small = {"neuron_share": 0.3, "token_share": 0.2}
     for picture, budget in zip((0, 0, 1, 1), ({"dense": True}, {}, {}, small), strict=True):
-        a, b = (ask(e, [IMAGES[picture]], **budget) for e in (ours, theirs))
+        a, b = ask(ours, [IMAGES[picture]], **budget), answer_on_cpu(at, picture, **budget)
         assert a.token_ids == b.token_ids and len(a.token_ids) > 5
         assert [k.tolist() for k in a.kept] == [k.tolist() for k in b.kept]
         assert a.stats["neurons_kept"] == b.stats["neurons_kept"] and a.notes == []
-    assert ours.backend.name == at.backend and theirs.backend.name == "onnxruntime"
+    assert ours.backend.name == at.backend and on_cpu(at).backend.name == "onnxruntime"
 
 
 WITHOUT_DENSE = {"engine__dense": False}
@@ -301,12 +311,17 @@ FAULTS = {
 }
 
 
+@functools.cache
+def _logits_on_cpu(bundle: Path, *tokens: int):
+    return logits_of(_on_cpu(bundle), tokens, neuron_share=0.3)[0]
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_noticed(sit, monkeypatch, fault):
     """The tests above can fail: with one of these in our code they would."""
     at = sit("10.3.0", **FP32)
     tokens = [11, 12, 5, 7]
-    expected, _ = logits_of(on_cpu(at), tokens, neuron_share=0.3)
+    expected = _logits_on_cpu(at.made_of, *tokens)
     FAULTS[fault](monkeypatch)
     engine = engines_of(at)
     try:
@@ -382,18 +397,25 @@ def test_what_needs_an_engine_that_was_not_built_is_refused(sit):
         engine.conversation([])
 
 
+def talked(model):
+    """What it says in three turns about a picture."""
+    talk = model.conversation([open_image(IMAGES[0])])
+    return [talk.ask(text, max_new_tokens=9).token_ids for text in (QUESTION, "is there a circle?", "describe")]
+
+
+@functools.cache
+def talked_on_cpu(bundle: Path):
+    return talked(_on_cpu(bundle))
+
+
 @pytest.mark.parametrize("version", [*SOME[:2], wide(SOME[2])])
 def test_the_guard_and_later_questions_answer_as_on_onnx_runtime(sit, version):
     at = sit(version, "index", **FP32)
-    ours, theirs = engines_of(at), on_cpu(at)
-    found, expected = (ask(model, guard=4) for model in (ours, theirs))
+    ours = engines_of(at)
+    found, expected = ask(ours, guard=4), answer_on_cpu(at, guard=4)
     assert found.token_ids == expected.token_ids == ask(ours, dense=True).token_ids
     assert found.stats["guard"]["checks"] > 0, "several tokens were read at once"
-    turns = [[], []]
-    for model, said in zip((ours, theirs), turns, strict=True):
-        talk = model.conversation([open_image(IMAGES[0])])
-        said += [talk.ask(text, max_new_tokens=9).token_ids for text in (QUESTION, "is there a circle?", "describe")]
-    assert turns[0] == turns[1]
+    assert talked(ours) == talked_on_cpu(at.made_of)
 
 
 @pytest.mark.parametrize("version", [*SOME[:2], wide(SOME[2])])

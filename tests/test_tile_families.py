@@ -9,7 +9,7 @@ import pytest
 import test_lowered
 import torch
 import transformers
-from conftest import built, bundles_of, cm_export
+from conftest import built, bundles_of, cm_export, wide
 from fake_engines import add_engines, machine
 from natively_attended import says_the_same
 from PIL import Image
@@ -50,7 +50,7 @@ def test_attention_of_the_native_library_says_the_same(x):
     says_the_same(x)
 
 
-@pytest.mark.parametrize("version", ["10.3", "10.15", "rtx-1.7"])
+@pytest.mark.parametrize("version", ["10.15", *map(wide, ("10.3", "rtx-1.7"))])
 def test_lowered_graphs_equal_the_portable_ones(x, tmp_path, version):
     check_lowered(x, tmp_path, version)
 
@@ -157,6 +157,7 @@ def test_kept_tokens_are_counted_and_drawn_where_they_lie(name, tmp_path):
     assert compose(Image.open(path), kept).size[0] % columns == 0
 
 
+@pytest.mark.parametrize("name", ["internvl", *map(wide, ("smolvlm", "idefics3"))])
 def test_thresholds_and_weights_of_4_bits_answer(name, tmp_path):
     _, plan = bundle_of(name, "--neurons", "active", "--weights", "int4", "--prune-layer", "1")
     ((_, path),) = drawn(tmp_path, [(60, 80)])
@@ -168,6 +169,7 @@ def test_thresholds_and_weights_of_4_bits_answer(name, tmp_path):
     assert packed is not None and any(name.startswith("vision.") for name in packed.entries)
 
 
+@pytest.mark.parametrize("name", ["smolvlm", *map(wide, ("internvl", "idefics3"))])
 def test_bench_and_eval_take_it(name, tmp_path):
     _, plan = bundle_of(name)
     words = ["--new-tokens", "2", "--repeats", "1", "--json"]

@@ -50,6 +50,7 @@ def run_gates(
     """All gates. Raises GateFailed. `folder` holds the weights of the lowered graphs, as `write_graphs` left it."""
     name = source.recipe.engine.precision
     precision = PRECISIONS[name]
+    packing = [_packing(source, target, folder, precision.weights.bits)] if precision.weights else []  # runs nothing
     portable = _Portable(source, family, threads)
     expected = _answers(portable, source, family, tower, probe)
     portable.backend.drop(*source.graphs)
@@ -65,11 +66,10 @@ def run_gates(
         return [*gates, Gate("half precision", 0.0, None, True, detail)]
     if 4 * weight_bytes > free:  # ONNX Runtime computes in float32 what it holds in 16 bit: a copy of each
         detail = f"not run: {4 * weight_bytes / 1e9:.0f} GB of memory needed, {free / 1e9:.0f} GB free"
-        return [*gates, Gate("half precision", 0.0, None, True, detail)]
+        return [*gates, *packing, Gate("half precision", 0.0, None, True, detail)]
     found = _answers(_Half(source, target, family, folder, threads), source, family, tower, probe)
     ours, theirs = (a["prefill"].pop("core_scores", None) for a in (found, expected))  # may be counts, which jump
-    if precision.weights:
-        gates.append(_packing(source, target, folder, precision.weights.bits))
+    gates += packing
     # What low bits cost is for the evaluation of answers to say; the vision tower has none.
     limits = {g: None if precision.packs and g != "vision" else HALF_LIMIT for g in expected}
     gates += [_gate(f"half {g}", g, found, expected, limits[g], "portable graph in float32") for g in expected]
