@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,10 +162,11 @@ def bare_checkpoint() -> Path:
     return shared.once("bare_checkpoint", make) / "model"
 
 
-def here(*args: object, threads: int | None = None) -> subprocess.CompletedProcess:
+def here(*args: object, threads: int | None = None, places: int = 64) -> subprocess.CompletedProcess:
     """The same in this process, which has imported what takes seconds: where its words and its answer are the point.
 
-    threads: of torch; a build on one is repeatable to the byte.
+    threads: of torch; a build on one is repeatable to the byte. places: at so many a build compares the drift, instead of
+    256, which would take most of what is left when nothing is traced.
     """
     import torch
     from traces import traced_once
@@ -173,18 +174,31 @@ def here(*args: object, threads: int | None = None) -> subprocess.CompletedProce
     from cm_export.cli import main
 
     words, out, err = [*map(str, args)], io.StringIO(), io.StringIO()
-    tracing = traced_once() if words[0] == "build" else contextlib.nullcontext()
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), tracing:
+    with contextlib.ExitStack() as around:
+        if words[0] == "build":
+            around.enter_context(traced_once())
+            around.enter_context(_drift_of(places))
+        around.enter_context(contextlib.redirect_stdout(out))
+        around.enter_context(contextlib.redirect_stderr(err))
         code = main(words)
     torch.set_num_threads(before)
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
-def built(out: Path, *options: object, threads: int | None = None) -> Path:
+@contextlib.contextmanager
+def _drift_of(places: int) -> Iterator[None]:
+    from cm_export.build import drift
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drift, "PLACES", min(places, drift.PLACES))
+        yield
+
+
+def built(out: Path, *options: object, **how: int) -> Path:
     """The bundle that `cm-export build` makes there, in this process."""
-    done = here("build", "--out", out, "--quiet", *options, threads=threads)
+    done = here("build", "--out", out, "--quiet", *options, **how)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -223,7 +237,7 @@ def bare_bundle(bare_checkpoint) -> Path:
 @pytest.fixture(scope="session")
 def demo_bundle() -> Path:
     """The demo model built by `cm-export build --recipe demo`. Its stages lie beside it."""
-    return shared.once("demo", lambda here: built(here / "demo.plan", "--recipe", "demo")) / "demo.plan"
+    return shared.once("demo", lambda here: built(here / "demo.plan", "--recipe", "demo", places=256)) / "demo.plan"
 
 
 @pytest.fixture(scope="session")
@@ -295,9 +309,8 @@ _hashes: dict[tuple, str] = {}
 def low_bits(demo_bundle: Path, precision: str) -> Path:
     """The demo model with every neuron, in int8, with the float32 numbers beside, or int4 without.
 
-    What products read is watched, and the drift compared, in fewer answers than a build usually takes.
+    What products read is watched in fewer answers than a build usually takes.
     """
-    from cm_export.build import drift
     from cm_export.build.steps import measured
 
     def make(folder: Path) -> None:
@@ -305,7 +318,6 @@ def low_bits(demo_bundle: Path, precision: str) -> Path:
         beside = ["--keep-floats"] if precision == "int8" else []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(measured, "PROMPTS", 8)
-            patch.setattr(drift, "PLACES", 64)
             built(folder / "low.plan", "--model", "demo", "--neurons", "dense", "--weights", precision, *beside)
 
     return shared.once(f"low_{precision}", make) / "low.plan"
