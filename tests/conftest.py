@@ -231,7 +231,7 @@ def bundles_of(make_checkpoint: Callable[[str, Path], object], *first_options: o
 def bare_bundle(bare_checkpoint) -> Path:
     """That checkpoint built on one thread: repeatable to the byte. Its stages lie beside it."""
     options = ["--model", bare_checkpoint, "--neurons", "griffin", "--prune-layer", "1"]
-    return shared.once("bare", lambda here: built(here / "x.plan", *options, threads=1)) / "x.plan"
+    return shared.once("bare", lambda here: built(here / "x.plan", *options, threads=1, places=256)) / "x.plan"
 
 
 @pytest.fixture(scope="session")
