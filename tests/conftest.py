@@ -166,10 +166,11 @@ def bare_checkpoint() -> Path:
     return shared.once("bare_checkpoint", make) / "model"
 
 
-def here(*args: object, threads: int | None = None) -> subprocess.CompletedProcess:
+def here(*args: object, threads: int | None = None, places: int = 64) -> subprocess.CompletedProcess:
     """The same in this process, which has imported what takes seconds: where its words and its answer are the point.
 
-    threads: of torch; a build on one is repeatable to the byte.
+    threads: of torch; a build on one is repeatable to the byte. places: at so many a build compares the drift, instead of
+    256, which would take most of what is left when nothing is traced.
     """
     import torch
     from traces import traced_once
@@ -177,18 +178,31 @@ def here(*args: object, threads: int | None = None) -> subprocess.CompletedProce
     from cm_export.cli import main
 
     words, out, err = [*map(str, args)], io.StringIO(), io.StringIO()
-    tracing = traced_once() if words[0] == "build" else contextlib.nullcontext()
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), tracing:
+    with contextlib.ExitStack() as around:
+        if words[0] == "build":
+            around.enter_context(traced_once())
+            around.enter_context(_drift_of(places))
+        around.enter_context(contextlib.redirect_stdout(out))
+        around.enter_context(contextlib.redirect_stderr(err))
         code = main(words)
     torch.set_num_threads(before)
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
-def built(out: Path, *options: object, threads: int | None = None) -> Path:
+@contextlib.contextmanager
+def _drift_of(places: int) -> Iterator[None]:
+    from cm_export.build import drift
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drift, "PLACES", min(places, drift.PLACES))
+        yield
+
+
+def built(out: Path, *options: object, **how: int) -> Path:
     """The bundle that `cm-export build` makes there, in this process."""
-    done = here("build", "--out", out, "--quiet", *options, threads=threads)
+    done = here("build", "--out", out, "--quiet", *options, **how)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -222,13 +236,13 @@ def bundles_of(make_checkpoint: Callable[[str, Path], object], *first_options: o
 def bare_bundle(bare_checkpoint) -> Path:
     """That checkpoint built on one thread: repeatable to the byte. Its stages lie beside it."""
     options = ["--model", bare_checkpoint, "--neurons", "griffin", "--prune-layer", "1"]
-    return shared.once("bare", lambda here: built(here / "x.plan", *options, threads=1)) / "x.plan"
+    return shared.once("bare", lambda here: built(here / "x.plan", *options, threads=1, places=256)) / "x.plan"
 
 
 @pytest.fixture(scope="session")
 def demo_bundle() -> Path:
     """The demo model built by `cm-export build --recipe demo`. Its stages lie beside it."""
-    return shared.once("demo", lambda here: built(here / "demo.plan", "--recipe", "demo")) / "demo.plan"
+    return shared.once("demo", lambda here: built(here / "demo.plan", "--recipe", "demo", places=256)) / "demo.plan"
 
 
 @pytest.fixture(scope="session")
@@ -299,13 +313,11 @@ _hashes: dict[tuple, str] = {}
 
 @contextlib.contextmanager
 def few_answers() -> Iterator[None]:
-    """Inside, a build watches what products read, and compares the drift, in fewer answers than it usually takes."""
-    from cm_export.build import drift
+    """Inside, a build watches what products read in fewer answers than it usually takes."""
     from cm_export.build.steps import measured
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measured, "PROMPTS", 8)
-        patch.setattr(drift, "PLACES", 64)
         yield
 
 

@@ -11,7 +11,7 @@ import click
 import numpy as np
 import pytest
 import torch
-from conftest import cm_export
+from conftest import cm_export, here, wide
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
@@ -32,14 +32,17 @@ def succeed(*args: object) -> str:
 
 
 def asked(bundle: Path, *args: object) -> dict:
-    return json.loads(succeed("run", bundle, *args, "--json"))
+    """In this process: that the command starts and prints one object is tested once."""
+    done = here("run", bundle, *args, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 # ---------------------------------------------------------------- run
 
 
 @pytest.mark.parametrize("dense", [(), ("--dense",)], ids=["sparse", "dense"])
-@pytest.mark.parametrize("question", [QUESTIONS[2], *SENTENCES[::3]], ids=lambda q: q["question"])
+@pytest.mark.parametrize("question", [QUESTIONS[2], *map(wide, SENTENCES[::3])], ids=lambda q: q["question"])
 def test_the_demo_answers_rightly_and_only_the_answer_is_on_stdout(demo_bundle, question, dense):
     image = IMAGES / question["image"]
     done = cm_export("run", demo_bundle, "--image", image, "--prompt", question["question"], *dense)
@@ -65,7 +68,7 @@ def test_the_shipped_questions_are_all_answered_rightly_dense_and_all_but_one_at
 
 
 def test_json_is_one_object_with_text_ids_counts_times_and_memory(demo_bundle):
-    answer = asked(demo_bundle, *DESCRIBED)
+    answer = json.loads(succeed("run", demo_bundle, *DESCRIBED, "--json"))
     assert answer["text"] == "the color of the circle is teal ."
     tokenizer = AutoTokenizer.from_pretrained(aliases.DEMO)
     assert tokenizer.decode(answer["token_ids"], skip_special_tokens=True) == answer["text"]
@@ -144,7 +147,7 @@ def test_remarks_on_pictures_are_counted_in_an_evaluation(demo_bundle, tmp_path)
         lines.append(json.dumps({"image": f"{number}.png", "question": "what ?", "answer": "red"}))
     (tmp_path / "my.jsonl").write_text("\n".join(lines))
     budget = ["--neuron-share", "0.5", "--token-share", "0.5", "--max-new-tokens", "1"]
-    report = json.loads(succeed("eval", demo_bundle, "--data", tmp_path / "my.jsonl", *budget, "--json"))
+    report = json.loads(here("eval", demo_bundle, "--data", tmp_path / "my.jsonl", *budget, "--json").stdout)
     one = f"pictures of one colour: 6 of 6, such as {tmp_path / '0.png'}: shows one colour only, #000000"
     small = f"{tmp_path / '0.png'}: 8x8 pixels are enlarged 8 times, to 64x64"
     assert report["picture_notes"] == [one, f"pictures enlarged 4 times or more: 1 of 6, such as {small}"]
@@ -168,7 +171,7 @@ def test_a_system_message_and_unknown_words_are_taken(demo_bundle):
 
 
 def test_inspect_reports_graphs_gates_and_what_is_pruned(demo_bundle):
-    found = json.loads(succeed("inspect", demo_bundle, "--json"))
+    found = json.loads(here("inspect", demo_bundle, "--json").stdout)
     assert {g["name"] for g in found["graphs"]} == {"vision", "prefill", "decode", "prefill_dense", "decode_dense"}
     assert found["gates"] and all(g["passed"] for g in found["gates"])
     assert "neurons per layer" in found["pruned"]["neurons"] and "image tokens stay" in found["pruned"]["tokens"]
@@ -196,9 +199,9 @@ def test_bench_reports_sparse_beside_dense(demo_bundle):
 
 def test_a_checkpoint_without_tokenizer_builds_and_benches_and_run_says_why_not(bare_bundle):
     sizes = ["--prompt-tokens", "8", "--image-tokens", "4", "--new-tokens", "2", "--repeats", "1"]
-    assert json.loads(succeed("bench", bare_bundle, *sizes, "--json"))["rows"]
-    assert json.loads(succeed("inspect", bare_bundle, "--json"))["gates"]
-    done = cm_export("run", bare_bundle, "--prompt", "what ?", "-q")
+    assert json.loads(here("bench", bare_bundle, *sizes, "--json").stdout)["rows"]
+    assert json.loads(here("inspect", bare_bundle, "--json").stdout)["gates"]
+    done = here("run", bare_bundle, "--prompt", "what ?", "-q")
     assert done.returncode != 0 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "has no tokenizer" in done.stderr and "tokenizer.json" in done.stderr
 
@@ -280,10 +283,11 @@ def background():
         assert process.wait(30) == 0
 
 
-def test_the_commands_of_the_readme_work_as_written(first_look, tmp_path, request):
+def test_the_commands_of_the_readme_work_as_written(first_look, tmp_path, request, monkeypatch):
     """Those on the bundle of `make demo`, and doctor. The others need a hub, or minutes; `first_look` did the build.
 
     Those that ask many questions, try recipes or measure do less here: four questions suffice for each, two recipes, 64 tokens.
+    The first of them starts a process, as do the server and its client; that the program starts is the same for every verb.
     """
     fewer = {("--limit", "21"): "4", ("--limit", "12"): "4", ("--limit", "6"): "2"}
     fewer |= {("--trials", "4"): "2", ("--image-tokens", "256"): "64"}
@@ -294,6 +298,7 @@ def test_the_commands_of_the_readme_work_as_written(first_look, tmp_path, reques
     (asks,) = {line for line in lines if line.startswith("cm-export client --image")}
     runs.append(asks)
     url = []
+    monkeypatch.chdir(ROOT)
     for line in runs:
         words = shlex.split(line, comments=True)[1:]
         words = [str(first_look) if w == f"{made}demo.plan" else w for w in words]
@@ -302,7 +307,8 @@ def test_the_commands_of_the_readme_work_as_written(first_look, tmp_path, reques
         if words[0] == "serve":
             url.append(request.getfixturevalue("background")(words[: words.index("&")]))
             continue
-        done = cm_export(*words, *(["--url", url[0]] if words[0] == "client" else []), cwd=ROOT)
+        own = line == runs[0] or words[0] == "client"
+        done = (cm_export if own else here)(*words, *(["--url", url[0]] if words[0] == "client" else []))
         assert done.returncode == 0, f"{line}: {done.stderr}"
         assert words[0] != "client" or done.stdout.strip().endswith("."), line
     assert (tmp_path / "kept.png").stat().st_size > 0

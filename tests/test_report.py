@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import chromium
 import numpy as np
 import pytest
-from conftest import cm_export, low_bits
+from conftest import cm_export, here, low_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import numbered
@@ -583,7 +583,7 @@ def across(demo_bundle, tmp_path_factory) -> tuple[Path, Path, dict]:
     """A page over two precisions of the demo model: its file, the other bundle, what --json said."""
     folder, low = tmp_path_factory.mktemp("across"), low_bits(demo_bundle, "int8")
     asked = ("--task", "easy-vqa", "--limit", "2", "--examples", "1", "--threads", "1", "--floor", "0.01")
-    done = cm_export("report", demo_bundle, "--beside", low, *asked, "--out", folder / "r.html", "--json")
+    done = here("report", demo_bundle, "--beside", low, *asked, "--out", folder / "r.html", "--json")
     assert done.returncode == 0, done.stderr
     return folder / "r.html", low, json.loads(done.stdout)
 

@@ -497,10 +497,15 @@ def _trials(place: Path) -> list:
 
 
 def _states(place: Path) -> Counter:
-    """How many trials are in which state, read past Optuna, which takes longer to open a study than a trial may take."""
+    """How many trials are in which state, read past Optuna, which takes longer to open a study than a trial may take.
+
+    Running ones count when they have said whose they are: of a nameless one a search believes for a minute that it lives.
+    """
+    owned = "exists (select 1 from trial_user_attributes a where a.trial_id = t.trial_id and a.key = 'owner')"
     try:
         with contextlib.closing(sqlite3.connect(f"file:{place}?mode=ro", uri=True)) as db:
-            return Counter(state for (state,) in db.execute("select state from trials"))
+            found = db.execute(f"select state from trials t where state != 'RUNNING' or {owned}")
+            return Counter(state for (state,) in found)
     except sqlite3.Error:
         return Counter()  # it is just being made
 

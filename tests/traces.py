@@ -4,7 +4,6 @@ with traced_once():  build, or export      of code as it is; a test that changes
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -14,8 +13,6 @@ import pytest
 import shared
 
 from cm_export.build import workers
-
-_table = None
 
 
 @contextlib.contextmanager
@@ -32,7 +29,6 @@ def traced_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace, "trace", known)
         patch.setattr("cm_export.build.steps.trace.workers", lambda _, folder: workers.workers(0, folder))
-        _keep_table(patch)
         yield
 
 
@@ -56,12 +52,3 @@ def _of_the_graph(part):
 
 def _flat(sample):
     return sample.items() if isinstance(sample, dict) else [("", sample)]
-
-
-def _keep_table(patch: pytest.MonkeyPatch) -> None:
-    """The exporter lists its operators anew for every graph, a second each; the list is the same."""
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    global _table
-    _table = _table or functools.cache(ONNXRegistry.from_torchlib)
-    patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(_table))

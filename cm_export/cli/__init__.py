@@ -15,6 +15,7 @@ import click
 
 from .. import __version__
 from ..base.by_name import load, names_in, nearest
+from ..base.frames import with_room
 from . import failure, streams
 from .console import debug_option
 
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         streams.open_all()
         with group.make_context("cm-export", args, obj=state) as ctx:
-            group.invoke(ctx)
+            with_room(group.invoke, ctx)
         sys.stdout.flush()  # here, so that a closed pipe is seen below and not at interpreter exit
         return 0
     except click.exceptions.Exit as stop:

@@ -5,6 +5,7 @@ takes half a gigabyte, and every weight keeps the name it has in the checkpoint.
 """
 
 import contextlib
+import functools
 import gc
 import io
 import logging
@@ -134,7 +135,7 @@ def trace(spec: GraphSpec) -> onnx.ModelProto:
     body = spec.module.eval().requires_grad_(False)
     prefix = "model."  # of the attribute in which every wrapper holds transformers' model
     used = {n: p for n, p in body.named_parameters() if spec.reads(n.removeprefix(prefix))}
-    with torch.no_grad(), _quiet(), _seldom_collected():
+    with torch.no_grad(), _quiet(), _seldom_collected(), _operators_listed_once():
         program = with_room(
             torch.onnx.export,
             _WeightsAsInputs(body),
@@ -190,6 +191,28 @@ def _strip(proto: onnx.ModelProto) -> None:
             del item.metadata_props[:]
             item.doc_string = ""
     proto.graph.name, proto.producer_name, proto.producer_version = "cm_export", "cm_export", ""
+
+
+@contextlib.contextmanager
+def _operators_listed_once() -> Iterator[None]:
+    """The exporter lists what it can translate anew for every graph, a second each; the list is always the same."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        plain = ONNXRegistry.from_torchlib
+    except (ImportError, AttributeError):  # another version of torch: it only takes that second longer
+        yield
+        return
+    ONNXRegistry.from_torchlib = staticmethod(_table(plain))  # type: ignore[method-assign]
+    try:
+        yield
+    finally:  # others who export in this process may add to their lists
+        ONNXRegistry.from_torchlib = staticmethod(plain)  # type: ignore[method-assign]
+
+
+@functools.cache
+def _table(plain: Any) -> Any:
+    return functools.cache(plain)
 
 
 @contextlib.contextmanager
