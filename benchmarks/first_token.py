@@ -32,7 +32,8 @@ class Clock:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self._inside, self._since = ["rest"], started
 
-    def _book(self) -> None:
+    def book(self) -> None:
+        """Up to now."""
         now = time.time()
         self.seconds[self._inside[-1]] += now - self._since
         self._since = now
@@ -40,10 +41,10 @@ class Clock:
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """What runs in here."""
-        self._book()
+        self.book()
         self._inside.append(name)
         yield
-        self._book()
+        self.book()
         self._inside.pop()
 
     def timed(self, owner: Any, method: str, name: str) -> None:
@@ -66,6 +67,7 @@ def child(path: Path, started: float, args: argparse.Namespace) -> dict[str, Any
         from cm_export.backends.onnxruntime.backend import Backend
         from cm_export.base import environment
         from cm_export.bundle.bundle import Bundle
+        from cm_export.host.decode import Reader
         from cm_export.host.loaded import LoadedBundle
     for owner, method, part in (
         (Bundle, "__init__", "open"), (Bundle, "wait_read_verified", "hashes"), (Backend, "_load", "sessions"),
@@ -75,17 +77,27 @@ def child(path: Path, started: float, args: argparse.Namespace) -> dict[str, Any
     model = LoadedBundle(Bundle(path), args.threads)
     side = args.picture
     images = [np.full((side, side, 3), 127, np.uint8)] if side and model.bundle.tower else []
-    stream, first = model.stream("word " * args.words, images, max_new_tokens=args.tokens), None
+    first: dict[str, Any] = {}
+    real = Reader.read
+
+    def read(*reading: Any, **more: Any) -> Any:
+        clock.book()
+        first.setdefault("parts", dict(clock.seconds))
+        first.setdefault("total", time.time() - started)
+        return real(*reading, **more)
+
+    Reader.read = read  # the first token is what it reads first
+    stream = model.stream("word " * args.words, images, max_new_tokens=args.tokens)
     for _ in stream:
-        if first is None:
-            clock._book()
-            first = {"parts": dict(clock.seconds), "total": time.time() - started}
+        pass
+    if not first:
+        sys.exit(f"{path}: the answer has one token, so nothing says when it was there; ask for other --words")
     shape, stats = model.bundle.shape, stream.answer.stats
     files = model.bundle.manifest["files"]
     weights = sum(f["bytes"] for name, f in files.items() if name in ("packed.safetensors", "weights.safetensors"))
     rows = stats["prompt_tokens"] + len(stream.answer.token_ids)
     return {
-        **(first or {}),
+        **first,
         "prompt_tokens": stats["prompt_tokens"],
         "peak": environment.peak_memory_bytes(),
         "weights": weights,
