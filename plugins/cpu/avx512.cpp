@@ -17,6 +17,7 @@ struct Isa {
     using Int = __m512i;
     using Float = __m512;
     static constexpr int kLanes = 16, kRows = 4, kColumns = 4, kOffset = 0;
+    static constexpr bool kTwoCodes = true;
 
     static CM_INLINE Int all(int32_t v) { return _mm512_set1_epi32(v); }
     static CM_INLINE Float all(float v) { return _mm512_set1_ps(v); }
@@ -38,6 +39,9 @@ struct Isa {
     static CM_INLINE Float half(const uint16_t* p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
+    static CM_INLINE Int more(Int a, Int b) { return _mm512_add_epi32(a, b); }
+    static CM_INLINE Int less(Int a, Int b) { return _mm512_sub_epi32(a, b); }
+    static CM_INLINE Int sixteenth(Int v) { return _mm512_srai_epi32(v, 4); }
     static CM_INLINE Int quad(const int8_t* x) {
         int32_t four;
         std::memcpy(&four, x, sizeof four);
@@ -62,23 +66,20 @@ struct Isa {
         out[0] = _mm512_unpacklo_epi16(ab_low, cd_low), out[1] = _mm512_unpackhi_epi16(ab_low, cd_low);
         out[2] = _mm512_unpacklo_epi16(ab_high, cd_high), out[3] = _mm512_unpackhi_epi16(ab_high, cd_high);
     }
+    // 64 bytes of each of four rows, interleaved: with 4 bits each still holds two codes.
+    static CM_INLINE void pairs(const uint8_t* p0, const uint8_t* p1, const uint8_t* p2, const uint8_t* p3, Int* out) {
+        interleave(_mm512_loadu_si512(p0), _mm512_loadu_si512(p1), _mm512_loadu_si512(p2), _mm512_loadu_si512(p3), out);
+    }
+    static CM_INLINE Int upper(Int both) { return _mm512_and_si512(both, _mm512_set1_epi8(static_cast<char>(0xf0))); }
     template <int bits>
     static CM_INLINE void unpack(const uint8_t* p0, const uint8_t* p1, const uint8_t* p2, const uint8_t* p3, Int* out) {
-        const Int a = _mm512_loadu_si512(p0), b = _mm512_loadu_si512(p1);
-        const Int c = _mm512_loadu_si512(p2), d = _mm512_loadu_si512(p3);
-        if constexpr (bits == 8) {
-            interleave(a, b, c, d, out);
-            interleave(_mm512_loadu_si512(p0 + 64), _mm512_loadu_si512(p1 + 64), _mm512_loadu_si512(p2 + 64),
-                       _mm512_loadu_si512(p3 + 64), out + 4);
-        } else {
-            // bytes are interleaved while they still hold two codes each
-            Int both[4];
-            interleave(a, b, c, d, both);
-            const Int low = _mm512_set1_epi8(15);
-            for (int i = 0; i < 4; ++i) {
-                out[i] = _mm512_and_si512(both[i], low);
-                out[4 + i] = _mm512_and_si512(_mm512_srli_epi16(both[i], 4), low);
-            }
+        pairs(p0, p1, p2, p3, out);
+        if constexpr (bits == 8) return pairs(p0 + 64, p1 + 64, p2 + 64, p3 + 64, out + 4);
+        const Int low = _mm512_set1_epi8(15);
+        for (int i = 0; i < 4; ++i) {
+            const Int both = out[i];
+            out[i] = _mm512_and_si512(both, low);
+            out[4 + i] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
         }
     }
 };

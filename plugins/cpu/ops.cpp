@@ -25,7 +25,7 @@ namespace {
 constexpr const char* kDomain = "com.cm_export.native";
 constexpr const char* kVersion = "1";
 constexpr int64_t kCacheBytes = 256 << 10;  // of outputs, in one span
-constexpr size_t kShortRow = 2048;          // bytes of a row of W up to which threads share the inputs
+constexpr size_t kShortRow = 20 << 10;      // bytes of a row of W up to which threads share the inputs
 constexpr int64_t kParts = 4, kMinGroups = 4;
 
 std::atomic<uint64_t> bytes_read{0}, bytes_dense{0};
@@ -137,24 +137,42 @@ struct Loan {
     std::unique_ptr<Scratch> scratch;
 };
 
+// For each byte, the places of its bits that are set, and how many they are.
+struct Places {
+    uint8_t of[256][8] = {};
+    uint8_t count[256] = {};
+    constexpr Places() {
+        for (int byte = 0; byte < 256; ++byte)
+            for (int bit = 0; bit < 8; ++bit)
+                if (byte >> bit & 1) of[byte][count[byte]++] = static_cast<uint8_t>(bit);
+    }
+};
+constexpr Places kPlaces;
+
 // ids and first from the bits of all rows.
 void list(Rows& rows, const Matrix& m) {
-    rows.ids.clear();
     rows.first.assign(rows.groups + 1, 0);
+    rows.ids.resize(static_cast<size_t>(rows.groups) * m.group + 8);  // eight are written at once
     rows.kept = 0;
+    int32_t *const all = rows.ids.data(), *end = all;
     for (int64_t g = 0; g < rows.groups; ++g) {
-        const size_t begin = rows.ids.size();
+        const int32_t* begin = end;
         for (int64_t at = g * m.group; at < (g + 1) * m.group && at < m.inputs; at += 32) {
             uint32_t any = 0;  // a group begins at a multiple of 32
             for (int row = 0; row < rows.count; ++row)
                 any |= static_cast<uint32_t>(rows.keep[row * rows.words + at / 64] >> (at % 64));
-            for (; any != 0; any &= any - 1) rows.ids.push_back(static_cast<int32_t>(at) + __builtin_ctz(any));
+            for (int byte = 0; byte < 32; byte += 8) {
+                const uint32_t bits = any >> byte & 255;
+                for (int i = 0; i < 8; ++i) end[i] = static_cast<int32_t>(at) + byte + kPlaces.of[bits][i];
+                end += kPlaces.count[bits];
+            }
         }
-        rows.kept += static_cast<int64_t>(rows.ids.size() - begin);
-        const size_t last = begin + (rows.ids.size() - begin) / kQuad * kQuad;
-        while (rows.ids.size() % kQuad) rows.ids.push_back(rows.ids[last]);
-        rows.first[g + 1] = static_cast<int32_t>(rows.ids.size() / kQuad);
+        rows.kept += end - begin;
+        const int32_t* last = begin + (end - begin) / kQuad * kQuad;
+        while ((end - begin) % kQuad) *end++ = *last;
+        rows.first[g + 1] = static_cast<int32_t>((end - all) / kQuad);
     }
+    rows.ids.resize(static_cast<size_t>(end - all));
 }
 
 void count_bytes(const Rows& rows, const Matrix& m) {
@@ -195,57 +213,72 @@ void prepare(const ort::Context* context, const Kernels& k, Rows& rows, const fl
     count_bytes(rows, m);
 }
 
-// How many spans the panels are cut into. Few rows: long ones, so that each row of W is read in long stretches, but with
-// outputs that fit into the second cache, since every group of inputs adds to all of them.
+// Outputs of so many rows that stay in the second cache, since every group of inputs adds to all of them: how many spans.
+int64_t spans_for_the_cache(int64_t panels, int count) {
+    return panels * count * kPanel * static_cast<int64_t>(sizeof(float)) / kCacheBytes;
+}
+
+// How many spans the panels are cut into. Few rows: long ones, so that each row of W is read in long stretches.
 size_t spans_of(int64_t panels, int count) {
-    const int64_t for_the_cache = panels * count * kPanel * static_cast<int64_t>(sizeof(float)) / kCacheBytes;
-    const int64_t wanted = count <= kFewRows ? std::max<int64_t>(processors(), for_the_cache) : panels;
+    const int64_t wanted = count <= kFewRows ? std::max<int64_t>(processors(), spans_for_the_cache(panels, count)) : panels;
     return static_cast<size_t>(std::max<int64_t>(1, std::min(panels, wanted)));
 }
 
-// Into how many parts the inputs are cut. Short rows of W are better read whole by each thread, so threads share the inputs
-// there, and what each part adds is summed. It follows from the sizes alone: y is the same whoever computes it.
+// Into how many parts the inputs are cut. Memory is read fastest from one end to the other, so threads share the inputs, each
+// reads whole rows of W, and what each part adds is summed; long rows may as well be shared. It follows from the sizes alone:
+// y is the same whoever computes it.
 int64_t parts_of(const Matrix& m) {
     return m.row_bytes() <= kShortRow && m.groups() >= kParts * kMinGroups ? kParts : 1;
+}
+
+Groups groups_of(const Matrix& m, int64_t part, int64_t parts) {
+    return {m.groups() * part / parts, m.groups() * (part + 1) / parts};
+}
+
+// sum [width] = what the parts have, one after the other, `apart` floats from one another
+void sum_of(const float* parts, int64_t count, size_t apart, int64_t width, float* sum) {
+    std::memcpy(sum, parts, width * sizeof(float));
+    for (int64_t part = 1; part < count; ++part) {
+        const float* more = parts + part * apart;
+        for (int64_t i = 0; i < width; ++i) sum[i] += more[i];
+    }
+}
+
+// partial [parts, rows, panels * 128]: what each part of the inputs adds, computed side by side; for few rows.
+void multiply_parts(const ort::Context* context, const Kernels& k, const Matrix& m, const Rows& rows, int64_t parts,
+                    std::vector<float>& partial) {
+    const size_t stride = static_cast<size_t>(m.panels * kPanel), whole = rows.count * stride;
+    const int64_t wanted = std::max(processors() / parts, spans_for_the_cache(m.panels, rows.count));
+    const size_t spans = static_cast<size_t>(std::max<int64_t>(1, std::min(m.panels, wanted)));
+    partial.resize(std::max(partial.size(), parts * whole));
+    auto task = [&](size_t i) {
+        const size_t at = i % spans, part = i / spans;
+        Span span{static_cast<int64_t>(m.panels * at / spans), static_cast<int64_t>(m.panels * (at + 1) / spans)};
+        span.y = partial.data() + part * whole + span.begin * kPanel, span.stride = stride;
+        k.multiply(m, rows, groups_of(m, part, parts), &span, 1);
+    };
+    in_parallel(context, spans * parts, task);
 }
 
 // y [count, outputs] = rows W
 void product(const ort::Context* context, const Kernels& k, const Matrix& m, const Rows& rows, float* y, int64_t outputs,
              std::vector<float>& partial) {
     const int64_t parts = parts_of(m);
+    if (parts > 1 && rows.count <= kFewRows) {
+        const size_t stride = static_cast<size_t>(m.panels * kPanel);
+        multiply_parts(context, k, m, rows, parts, partial);
+        for (int row = 0; row < rows.count; ++row)
+            sum_of(partial.data() + row * stride, parts, rows.count * stride, outputs, y + row * outputs);
+        return;
+    }
     // With many rows of x arithmetic decides, and a task computes all parts of its outputs.
-    const bool few = rows.count <= kFewRows, together = parts > 1 && few;
-    const size_t spans = together ? std::max<size_t>(1, spans_of(m.panels, rows.count) / parts) : spans_of(m.panels, rows.count);
-    const size_t whole = static_cast<size_t>(rows.count * m.panels * kPanel);
-    if (together) partial.resize(std::max(partial.size(), parts * whole));
-    auto multiply = [&](int64_t part, Span span) {
-        const Groups groups{m.groups() * part / parts, m.groups() * (part + 1) / parts};
-        k.multiply(m, rows, groups, &span, 1);
-    };
-    // y = what the parts, `apart` floats from one another, have from output `first` on
-    auto sum = [&](const float* from, size_t stride, size_t apart, int64_t first, int64_t width) {
-        width = std::min(width, outputs - first);
-        for (int row = 0; row < rows.count; ++row) {
-            float* out = y + row * outputs + first;
-            std::memcpy(out, from + row * stride, width * sizeof(float));
-            for (int64_t part = 1; part < parts; ++part) {
-                const float* more = from + part * apart + row * stride;
-                for (int64_t i = 0; i < width; ++i) out[i] += more[i];
-            }
-        }
-    };
+    const size_t spans = spans_of(m.panels, rows.count);
     auto task = [&](size_t i) {
-        const size_t at = i % spans;
-        Span span{static_cast<int64_t>(m.panels * at / spans), static_cast<int64_t>(m.panels * (at + 1) / spans)};
+        Span span{static_cast<int64_t>(m.panels * i / spans), static_cast<int64_t>(m.panels * (i + 1) / spans)};
         const int64_t first = span.begin * kPanel, width = (span.end - span.begin) * kPanel;
-        if (together) {
-            const int64_t part = static_cast<int64_t>(i / spans);
-            span.y = partial.data() + part * whole + first, span.stride = static_cast<size_t>(m.panels * kPanel);
-            return multiply(part, span);
-        }
         if (parts == 1 && first + width <= outputs) {
             span.y = y + first, span.stride = static_cast<size_t>(outputs);
-            return multiply(0, span);
+            return k.multiply(m, rows, {0, m.groups()}, &span, 1);
         }
         // several parts, or the last panel is wider than y
         const size_t apart = static_cast<size_t>(rows.count * width);
@@ -253,28 +286,41 @@ void product(const ort::Context* context, const Kernels& k, const Matrix& m, con
         span.stride = static_cast<size_t>(width);
         for (int64_t part = 0; part < parts; ++part) {
             span.y = buffer + part * apart;
-            multiply(part, span);
+            k.multiply(m, rows, groups_of(m, part, parts), &span, 1);
         }
-        sum(buffer, span.stride, apart, first, width);
+        for (int row = 0; row < rows.count; ++row)
+            sum_of(buffer + row * width, parts, apart, std::min(width, outputs - first), y + row * outputs + first);
     };
-    in_parallel(context, together ? spans * parts : spans, task);
-    if (together) sum(partial.data(), static_cast<size_t>(m.panels * kPanel), whole, 0, m.panels * kPanel);
+    in_parallel(context, spans, task);
 }
 
 // z [count, panels / 2 * 128] = activation(x W_gate) * (x W_up); the first half of the panels are gates.
 void gated_product(const ort::Context* context, const Kernels& k, const Matrix& m, const Rows& rows, Activation activation,
-                   float* z) {
-    const int64_t half = m.panels / 2;
+                   float* z, std::vector<float>& partial) {
+    const int64_t half = m.panels / 2, parts = parts_of(m);
     const size_t spans = spans_of(half, rows.count);
+    const bool together = parts > 1 && rows.count <= kFewRows;
+    if (together) multiply_parts(context, k, m, rows, parts, partial);
     auto task = [&](size_t i) {
         const int64_t begin = half * static_cast<int64_t>(i) / spans, end = half * static_cast<int64_t>(i + 1) / spans;
-        const int64_t width = (end - begin) * kPanel;
-        float *gate = working(static_cast<size_t>(2 * rows.count * width)), *up = gate + rows.count * width;
-        const Span both[] = {{begin, end, gate, static_cast<size_t>(width)},
-                             {half + begin, half + end, up, static_cast<size_t>(width)}};
-        k.multiply(m, rows, {0, m.groups()}, both, 2);
-        for (int row = 0; row < rows.count; ++row)
+        const int64_t width = (end - begin) * kPanel, of_all = rows.count * width;
+        float *gate = working(static_cast<size_t>(4 * of_all)), *up = gate + of_all, *more = up + of_all;
+        for (int64_t part = 0; part < parts && !together; ++part) {
+            float* out = part ? more : gate;
+            const Span both[] = {{begin, end, out, static_cast<size_t>(width)},
+                                 {half + begin, half + end, out + of_all, static_cast<size_t>(width)}};
+            k.multiply(m, rows, groups_of(m, part, parts), both, 2);
+            for (int64_t j = 0; j < 2 * of_all && part; ++j) gate[j] += more[j];
+        }
+        for (int row = 0; row < rows.count; ++row) {
+            if (together) {
+                const size_t stride = static_cast<size_t>(m.panels * kPanel);
+                const float* from = partial.data() + row * stride + begin * kPanel;
+                sum_of(from, parts, rows.count * stride, width, gate + row * width);
+                sum_of(from + half * kPanel, parts, rows.count * stride, width, up + row * width);
+            }
             k.gate(activation, gate + row * width, up + row * width, z + row * half * kPanel + begin * kPanel, width);
+        }
     };
     in_parallel(context, spans, task);
 }
@@ -373,7 +419,7 @@ struct PackedFFN {
             const int count = static_cast<int>(std::min<int64_t>(kManyRows, shape.rows() - row));
             scratch.activated.resize(static_cast<size_t>(count * stride));
             prepare(context, k, scratch.x, static_cast<const float*>(x.data) + row * columns, columns, row, count, gate_up, x_kept);
-            gated_product(context, k, gate_up, scratch.x, activation, scratch.activated.data());
+            gated_product(context, k, gate_up, scratch.x, activation, scratch.activated.data(), scratch.partial);
             prepare(context, k, scratch.z, scratch.activated.data(), stride, row, count, down, z_kept);
             product(context, k, down, scratch.z, y + row * columns, columns, scratch.partial);
         }

@@ -5,6 +5,7 @@
 //         unpack<bits>     four rows of a panel of W -> bytes, four neighbours for one output, in the order of outputs
 //         dot<bits>        sums + 4 codes of W * 4 codes of x, per lane
 //         zeros            zero points of kLanes outputs, times(zeros, n): each times n, |n| < 2^15
+//         kTwoCodes        whether dot<8> is exact for every byte, so that one of two 4-bit codes can be multiplied as it is
 //
 // A single row of x is the common case of writing an answer: W is unpacked in registers. Several rows share a tile:
 // some groups of a panel are unpacked once, into a buffer that stays in the first cache, and multiplied for every row.
@@ -59,7 +60,35 @@ struct Pass {
     bool first, last;
 };
 
+// sums of a panel += four rows of W * x. Where a byte of two codes is multiplied as it is, low + 16 high, a second product
+// has the upper codes alone, times 16: cheaper than to part the codes before.
+template <class I, int bits>
+static CM_INLINE void add_quad(const uint8_t* const* rows, int64_t offset, Int x, Int* sums) {
+    constexpr int kHalf = kRegisters / 2;
+    if constexpr (bits == 4 && I::kTwoCodes) {
+        Int both[kHalf];
+        I::pairs(rows[0] + offset, rows[1] + offset, rows[2] + offset, rows[3] + offset, both);
+        for (int r = 0; r < kHalf; ++r) {
+            sums[r] = I::template dot<8>(sums[r], both[r], x);
+            sums[kHalf + r] = I::template dot<8>(sums[kHalf + r], I::upper(both[r]), x);
+        }
+    } else {
+        Int w[kRegisters];
+        unpack<bits>(rows, offset, w);
+        for (int r = 0; r < kRegisters; ++r) sums[r] = I::template dot<bits>(sums[r], w[r], x);
+    }
+}
+
+// The sums of all codes, after the last quad of a group.
+template <class I, int bits>
+static CM_INLINE void part(Int* sums) {
+    constexpr int kHalf = kRegisters / 2;
+    if constexpr (bits == 4 && I::kTwoCodes)
+        for (int r = 0; r < kHalf; ++r) sums[r] = I::less(sums[r], sums[kHalf + r]), sums[kHalf + r] = I::sixteenth(sums[kHalf + r]);
+}
+
 // Panels from `begin` to `end` of a span; `now` are the rows of W, `ahead` where to ask for what comes, both less the panel.
+// Without `ahead` that is kAhead further along the same rows.
 template <int bits, int quads>
 static CM_INLINE void stretch(const Matrix& m, const Rows& rows, const Pass& pass, const Span& span, int64_t begin, int64_t end,
                               const uint8_t* const* now, const uint8_t* const* ahead, Int* sums) {
@@ -69,28 +98,24 @@ static CM_INLINE void stretch(const Matrix& m, const Rows& rows, const Pass& pas
     const Float x_scale = Isa::all(rows.scale[pass.g]);
     for (int64_t panel = begin; panel < end; ++panel) {
         for (int i = 0; i < quads * kQuad; ++i)
-            for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(ahead[i] + panel * kBytes + line);
+            for (int line = 0; line < kBytes; line += 64)
+                __builtin_prefetch((ahead ? ahead[i] : now[i] + kAhead) + panel * kBytes + line);
         Int* kept = sums + (panel - span.begin) * kRegisters;
         Int of[kRegisters];
-        for (int r = 0; r < kRegisters; ++r) {
-            const int64_t output = panel * kPanel + r * Isa::kLanes;
-            of[r] = pass.first ? Isa::times(zeros_at<bits>(m, pass.g, output), -rows.sum[pass.g]) : kept[r];
-        }
-        for (int q = 0; q < quads; ++q) {
-            Int w[kRegisters];
-            unpack<bits>(now + q * kQuad, panel * kBytes, w);
-            for (int r = 0; r < kRegisters; ++r) of[r] = Isa::template dot<bits>(of[r], w[r], x[q]);
-        }
+        for (int r = 0; r < kRegisters; ++r) of[r] = pass.first ? Isa::all(0) : kept[r];
+        for (int q = 0; q < quads; ++q) add_quad<Isa, bits>(now + q * kQuad, panel * kBytes, x[q], of);
         if (!pass.last) {
             for (int r = 0; r < kRegisters; ++r) kept[r] = of[r];
             continue;
         }
+        part<Isa, bits>(of);
         const uint16_t* scale = m.scale + (pass.g * m.panels + panel) * kPanel;
         float* y = span.y + (panel - span.begin) * kPanel;
         for (int r = 0; r < kRegisters; ++r) {
-            float* out = y + r * Isa::kLanes;
-            const Float s = Isa::mul(Isa::half(scale + r * Isa::kLanes), x_scale);
-            Isa::store(out, Isa::fma(Isa::number(of[r]), s, Isa::load(out)));
+            const int64_t output = r * Isa::kLanes;
+            const Int zeros = Isa::times(zeros_at<bits>(m, pass.g, panel * kPanel + output), -rows.sum[pass.g]);
+            const Float s = Isa::mul(Isa::half(scale + output), x_scale);
+            Isa::store(y + output, Isa::fma(Isa::number(Isa::more(of[r], zeros)), s, Isa::load(y + output)));
         }
     }
 }
@@ -107,8 +132,7 @@ static void take(const Matrix& m, const Rows& rows, const Pass& pass, const Span
     for (const Span* span = spans; span != spans + count; ++span) {
         // at the end of a span the next one is asked for, and at the end of the last one the rows that come next
         const int64_t turn = span->end - span->begin > kAhead / kBytes ? span->end - kAhead / kBytes : span->begin;
-        for (int i = 0; i < kRows; ++i) ahead[i] = now[i] + kAhead;
-        stretch<bits, quads>(m, rows, pass, *span, span->begin, turn, now, ahead, sums);
+        stretch<bits, quads>(m, rows, pass, *span, span->begin, turn, now, nullptr, sums);
         const bool is_last = span + 1 == spans + count;
         const int64_t jump = ((is_last ? spans : span + 1)->begin - turn) * kBytes;
         for (int i = 0; i < kRows; ++i) ahead[i] = (is_last ? next : now)[i] + jump;
