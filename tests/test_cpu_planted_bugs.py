@@ -125,7 +125,8 @@ def with_bug(name: str, made: dict, unit: str, flags: tuple[str, ...], bug: tupl
 # One of each kind of mistake; the others, which cost a compiler call each, are planted by `make test-wide`.
 QUICK = {
     "last group", "x of the first row", "sums of another span", "rows of the first quads", "what a part adds",
-    "where up is summed", "what is not kept sets the scale", "numbers past the end of x", "threshold of the first request", "up taken for gate",
+    "where up is summed", "what is not kept sets the scale", "numbers past the end of x", "threshold of the first request",
+    "up taken for gate",
     "slope of an activation", "scratch of all calls",
     "AVX-512: upper codes of one row", "AVX2: signs of x", "ARM: zero points of 8 bits", "ARM: order of lanes",
 }  # fmt: skip
