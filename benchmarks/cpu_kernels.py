@@ -32,6 +32,7 @@ from cm_export.plugins.cpu import library
 D, F, GROUP = 1536, 8960, 32
 SHARES = {1.0: (1.0, 1.0), 0.83: (0.9, 0.7), 0.73: (0.8, 0.6), 0.63: (0.7, 0.5), 0.53: (0.6, 0.4)}  # bytes: (x, z)
 ROWS = (1, 4, 16, 256)
+IN_A_ROW = 4
 NOISE = np.random.default_rng(0)
 
 
@@ -152,7 +153,10 @@ def summary(times: list[float]) -> dict[str, float]:
 
 
 def measure(layers: int, threads: int, repeats: int) -> dict[str, Any]:
-    """Each round runs everything once, so that whatever else the machine does meets all of them alike."""
+    """Each round runs everything, so that whatever else the machine does meets all of them alike.
+
+    Of each the last of IN_A_ROW runs counts: threads of the session before still wait for work, and take a processor, for a while.
+    """
     chains: dict[str, Chain] = {"matmulnbits": matmulnbits(layers)}
     chains |= {f"ffn {share}": packed(layers, *sides) for share, sides in SHARES.items()}
     sessions = {name: chain.session(threads) for name, chain in chains.items()}
@@ -168,7 +172,7 @@ def measure(layers: int, threads: int, repeats: int) -> dict[str, Any]:
             times: dict[str, list[float]] = {name: [] for name in runs}
             for turn in range((repeats if rows <= 16 else max(2, repeats // 8)) + 1):
                 for name, run in runs.items():
-                    took = timed(run) / layers
+                    took = [timed(run) / layers for _ in range(IN_A_ROW if rows <= 16 else 1)][-1]
                     if turn:  # the first one warms up
                         times[name].append(took)
             found[f"{rows} rows"] = {name: summary(values) for name, values in times.items()}

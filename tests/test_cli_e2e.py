@@ -286,10 +286,10 @@ def background():
 def test_the_commands_of_the_readme_work_as_written(first_look, tmp_path, request, monkeypatch):
     """Those on the bundle of `make demo`, and doctor. The others need a hub, or minutes; `first_look` did the build.
 
-    Those that ask many questions, try recipes or measure do less here: four questions suffice for each, two recipes, 64 tokens.
+    Those that ask many questions, try recipes or measure do less here: one question of a kind to four, two recipes, 64 tokens.
     The first of them starts a process, as do the server and its client; that the program starts is the same for every verb.
     """
-    fewer = {("--limit", "21"): "4", ("--limit", "12"): "4", ("--limit", "6"): "2"}
+    fewer = {("--limit", "21"): "1", ("--limit", "12"): "4", ("--limit", "6"): "1"}
     fewer |= {("--trials", "4"): "2", ("--image-tokens", "256"): "64"}
     made = "artifacts/"
     lines = [*commands((ROOT / "README.md").read_text(encoding="utf-8")), *commands((ROOT / "docs/use.md").read_text())]

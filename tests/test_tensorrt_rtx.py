@@ -176,8 +176,8 @@ def test_two_layers_of_qwen2_vl_2b_build(tmp_path):
     assert all(g["passed"] for g in told["gates"])
 
 
-def test_decode_for_several_requests_builds_and_prefill_stays_for_one(demo_bundle, tmp_path):
-    bundle = Bundle(demo_bundle)
+def test_decode_for_several_requests_builds_and_prefill_stays_for_one(bare_bundle, tmp_path):
+    bundle = Bundle(bare_bundle)
     recipe = bundle.recipe.replace(
         backend="tensorrt-rtx", engine__max_batch=4, engine__dense=False, engine__optimization_level=0, **CARD
     )
