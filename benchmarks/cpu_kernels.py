@@ -155,7 +155,7 @@ def summary(times: list[float]) -> dict[str, float]:
 def measure(layers: int, threads: int, repeats: int) -> dict[str, Any]:
     """Each round runs everything, so whatever else the machine does meets all of them alike.
 
-    Of each the last of IN_A_ROW runs counts: threads of the session before still wait for work, and take a processor, for a while.
+    Of each the last of IN_A_ROW runs counts: for a while, threads of the session before wait for work and take a processor.
     """
     chains: dict[str, Chain] = {"matmulnbits": matmulnbits(layers)}
     chains |= {f"ffn {share}": packed(layers, *sides) for share, sides in SHARES.items()}
