@@ -138,7 +138,7 @@ bench-serve: $(TRITON)/.installed $(DEMO)
 bench-serve-2b: $(TRITON)/.installed
 	test -d artifacts/2b-int4.plan || $(BIN)/python benchmarks/random_bundle.py --out artifacts/2b-int4.plan --sizes qwen2-vl-2b --weights int4
 	$(BIN)/python benchmarks/serve.py artifacts/2b-int4.plan --triton $(TRITON) --threads 2 --lanes 1 --tokens 24 --rounds 3 --clients 1 \
-		--most-share 0.1 --out benchmarks/serve-2b.json --docs docs --part -2b
+		--most-share 0.1 --out benchmarks/serve-2b.json --docs docs --part=-2b
 
 # The TensorRT plugins for every GPU that this nvcc knows (a few minutes); TENSORRT_INCLUDE= the directory of NvInferRuntime.h,
 # ARCHITECTURES= for fewer, such as 87.
