@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -410,17 +411,18 @@ def test_a_fault_of_the_server_says_its_id_and_nothing_else(model, capfd, monkey
 def process(bundle, *options, port=0):
     """The real command: its process and its URL."""
     command = [sys.executable, "-m", "cm_export", "serve", bundle, "--port", port, "--threads", 1, "--quiet", *options]
-    started = subprocess.Popen(
-        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
-    )
-    try:
-        url = started.stdout.readline().strip()
-        assert url, started.stderr.read()
-        until(lambda: sent(url, method="GET", path="/readyz")[0] == 200)
-        yield started, url
-    finally:
-        started.kill()
-        started.wait()
+    # A log that nobody reads would fill its pipe, and the server would wait.
+    with tempfile.NamedTemporaryFile("w") as log, open(log.name, encoding="utf-8") as said_there:
+        started = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=log, text=True, env=ONE_THREAD)
+        started.stderr = said_there
+        try:
+            url = started.stdout.readline().strip()
+            assert url, started.stderr.read()
+            until(lambda: sent(url, method="GET", path="/readyz")[0] == 200)
+            yield started, url
+        finally:
+            started.kill()
+            started.wait()
 
 
 def test_sigterm_lets_requests_end_and_takes_no_more(demo_bundle):
