@@ -35,9 +35,8 @@ def command(bare_checkpoint: Path, out: Path, *options: str) -> list[str]:
 
 
 def finish(bare_checkpoint: Path, out: Path, *options: str) -> dict:
-    done = here(
-        *command(bare_checkpoint, out, *options)[1:], "--json", threads=1, places=256
-    )  # as the real command, which is killed
+    words = command(bare_checkpoint, out, *options)[1:]
+    done = here(*words, "--json", threads=1, places=256)  # as many places as of the real command, which is killed
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -213,15 +213,17 @@ void prepare(const ort::Context* context, const Kernels& k, Rows& rows, const fl
     count_bytes(rows, m);
 }
 
-// Outputs of so many rows that stay in the second cache, since every group of inputs adds to all of them: how many spans.
-int64_t spans_for_the_cache(int64_t panels, int count) {
-    return panels * count * kPanel * static_cast<int64_t>(sizeof(float)) / kCacheBytes;
+// How many spans the panels are cut into for so many threads. Few rows: long ones, so that each row of W is read in long
+// stretches, but with outputs that fit into the second cache, since every group of inputs adds to all of them.
+size_t spans_of(int64_t panels, int count, int64_t threads) {
+    const int64_t for_the_cache = panels * count * kPanel * static_cast<int64_t>(sizeof(float)) / kCacheBytes;
+    const int64_t wanted = count <= kFewRows ? std::max(threads, for_the_cache) : panels;
+    return static_cast<size_t>(std::max<int64_t>(1, std::min(panels, wanted)));
 }
 
-// How many spans the panels are cut into. Few rows: long ones, so that each row of W is read in long stretches.
-size_t spans_of(int64_t panels, int count) {
-    const int64_t wanted = count <= kFewRows ? std::max<int64_t>(processors(), spans_for_the_cache(panels, count)) : panels;
-    return static_cast<size_t>(std::max<int64_t>(1, std::min(panels, wanted)));
+// The i-th of them, less where its outputs go.
+Span span_of(int64_t panels, size_t i, size_t spans) {
+    return {static_cast<int64_t>(panels * i / spans), static_cast<int64_t>(panels * (i + 1) / spans)};
 }
 
 // Into how many parts the inputs are cut. Memory is read fastest from one end to the other, so threads share the inputs, each
@@ -248,12 +250,11 @@ void sum_of(const float* parts, int64_t count, size_t apart, int64_t width, floa
 void multiply_parts(const ort::Context* context, const Kernels& k, const Matrix& m, const Rows& rows, int64_t parts,
                     std::vector<float>& partial) {
     const size_t stride = static_cast<size_t>(m.panels * kPanel), whole = rows.count * stride;
-    const int64_t wanted = std::max(processors() / parts, spans_for_the_cache(m.panels, rows.count));
-    const size_t spans = static_cast<size_t>(std::max<int64_t>(1, std::min(m.panels, wanted)));
+    const size_t spans = spans_of(m.panels, rows.count, processors() / parts);
     partial.resize(std::max(partial.size(), parts * whole));
     auto task = [&](size_t i) {
-        const size_t at = i % spans, part = i / spans;
-        Span span{static_cast<int64_t>(m.panels * at / spans), static_cast<int64_t>(m.panels * (at + 1) / spans)};
+        const size_t part = i / spans;
+        Span span = span_of(m.panels, i % spans, spans);
         span.y = partial.data() + part * whole + span.begin * kPanel, span.stride = stride;
         k.multiply(m, rows, groups_of(m, part, parts), &span, 1);
     };
@@ -272,9 +273,9 @@ void product(const ort::Context* context, const Kernels& k, const Matrix& m, con
         return;
     }
     // With many rows of x arithmetic decides, and a task computes all parts of its outputs.
-    const size_t spans = spans_of(m.panels, rows.count);
+    const size_t spans = spans_of(m.panels, rows.count, processors());
     auto task = [&](size_t i) {
-        Span span{static_cast<int64_t>(m.panels * i / spans), static_cast<int64_t>(m.panels * (i + 1) / spans)};
+        Span span = span_of(m.panels, i, spans);
         const int64_t first = span.begin * kPanel, width = (span.end - span.begin) * kPanel;
         if (parts == 1 && first + width <= outputs) {
             span.y = y + first, span.stride = static_cast<size_t>(outputs);
@@ -298,29 +299,38 @@ void product(const ort::Context* context, const Kernels& k, const Matrix& m, con
 void gated_product(const ort::Context* context, const Kernels& k, const Matrix& m, const Rows& rows, Activation activation,
                    float* z, std::vector<float>& partial) {
     const int64_t half = m.panels / 2, parts = parts_of(m);
-    const size_t spans = spans_of(half, rows.count);
+    const size_t spans = spans_of(half, rows.count, processors());
     const bool together = parts > 1 && rows.count <= kFewRows;
     if (together) multiply_parts(context, k, m, rows, parts, partial);
-    auto task = [&](size_t i) {
-        const int64_t begin = half * static_cast<int64_t>(i) / spans, end = half * static_cast<int64_t>(i + 1) / spans;
-        const int64_t width = (end - begin) * kPanel, of_all = rows.count * width;
-        float *gate = working(static_cast<size_t>(4 * of_all)), *up = gate + of_all, *more = up + of_all;
-        for (int64_t part = 0; part < parts && !together; ++part) {
+    // what all parts add, one task for all of them, to gates and behind them to ups
+    auto one_after_the_other = [&](const Span& span, int64_t size, float* gate) {
+        const size_t width = static_cast<size_t>(span.end - span.begin) * kPanel;
+        float* more = gate + 2 * size;
+        for (int64_t part = 0; part < parts; ++part) {
             float* out = part ? more : gate;
-            const Span both[] = {{begin, end, out, static_cast<size_t>(width)},
-                                 {half + begin, half + end, out + of_all, static_cast<size_t>(width)}};
+            const Span both[] = {{span.begin, span.end, out, width}, {half + span.begin, half + span.end, out + size, width}};
             k.multiply(m, rows, groups_of(m, part, parts), both, 2);
-            for (int64_t j = 0; j < 2 * of_all && part; ++j) gate[j] += more[j];
+            if (part == 0) continue;
+            for (int64_t j = 0; j < 2 * size; ++j) gate[j] += more[j];
         }
+    };
+    // the same of what they have added side by side
+    auto side_by_side = [&](const Span& span, int64_t width, float* gate, float* up) {
+        const size_t stride = static_cast<size_t>(m.panels * kPanel);
         for (int row = 0; row < rows.count; ++row) {
-            if (together) {
-                const size_t stride = static_cast<size_t>(m.panels * kPanel);
-                const float* from = partial.data() + row * stride + begin * kPanel;
-                sum_of(from, parts, rows.count * stride, width, gate + row * width);
-                sum_of(from + half * kPanel, parts, rows.count * stride, width, up + row * width);
-            }
-            k.gate(activation, gate + row * width, up + row * width, z + row * half * kPanel + begin * kPanel, width);
+            const float* from = partial.data() + row * stride + span.begin * kPanel;
+            sum_of(from, parts, rows.count * stride, width, gate + row * width);
+            sum_of(from + half * kPanel, parts, rows.count * stride, width, up + row * width);
         }
+    };
+    auto task = [&](size_t i) {
+        const Span span = span_of(half, i, spans);
+        const int64_t width = (span.end - span.begin) * kPanel, size = rows.count * width;
+        const int64_t held = parts == 1 || together ? 2 : 4;
+        float *gate = working(static_cast<size_t>(held * size)), *up = gate + size;
+        together ? side_by_side(span, width, gate, up) : one_after_the_other(span, size, gate);
+        for (int row = 0; row < rows.count; ++row)
+            k.gate(activation, gate + row * width, up + row * width, z + row * half * kPanel + span.begin * kPanel, width);
     };
     in_parallel(context, spans, task);
 }

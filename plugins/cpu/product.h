@@ -5,7 +5,8 @@
 //         unpack<bits>     four rows of a panel of W -> bytes, four neighbours for one output, in the order of outputs
 //         dot<bits>        sums + 4 codes of W * 4 codes of x, per lane
 //         zeros            zero points of kLanes outputs, times(zeros, n): each times n, |n| < 2^15
-//         kTwoCodes        whether dot<8> is exact for every byte, so that one of two 4-bit codes can be multiplied as it is
+//         kTwoCodes        whether dot<8> is exact for every byte, so that one of two 4-bit codes can be multiplied as it is;
+//                          then `pairs` are the bytes of four rows, and upper(pairs) their upper codes times 16
 //
 // A single row of x is the common case of writing an answer: W is unpacked in registers. Several rows share a tile:
 // some groups of a panel are unpacked once, into a buffer that stays in the first cache, and multiplied for every row.
