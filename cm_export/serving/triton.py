@@ -11,7 +11,6 @@ the final flag, whatever happens. No torch, and nothing of Triton is imported: `
 
 from __future__ import annotations
 
-import ctypes
 import json
 import queue
 import sys
@@ -29,6 +28,7 @@ from ..host.loaded import LoadedBundle
 from . import triton_graphs, triton_request
 from .cores import divided
 from .metrics import Measured
+from .pools import few_pools
 from .scheduler import Scheduler
 from .ticket import Busy, Cancelled, Event, Expired, Failed, Finished, Ticket
 from .triton_metrics import TritonSink
@@ -41,7 +41,6 @@ BUNDLE = "bundle"  # where the bundle lies, beside model.py
 _READERS = 4  # requests whose pictures are decoded at the same time
 _POLL = 0.05  # seconds between looks at who has gone
 _DRAIN = 60.0  # seconds for those that are being answered when the model is unloaded
-_M_ARENA_MAX = -8  # of glibc's malloc.h
 _ON_THE_WAY = 4096  # responses that were not sent yet
 
 
@@ -53,7 +52,7 @@ class Model:
         self.settings = Settings.of(json.loads(args["model_config"]).get("parameters", {}))
         folder = Path(args["model_repository"]) / args["model_version"] / BUNDLE
         self._utils = utils
-        _few_arenas()
+        few_pools()
         self.model, lanes = opened(folder, self.settings, utils)
         self.model.bundle.wait_verified()
         self._sink = TritonSink(utils, {"model": args["model_name"], "version": args["model_version"]})
@@ -156,17 +155,6 @@ class Model:
 def _log(line: dict[str, Any]) -> None:
     """One line of JSON for each request, by its id; nothing of what was asked or answered."""
     print(json.dumps({"log": "cm-export", **line}), file=sys.stderr, flush=True)
-
-
-def _few_arenas() -> None:
-    """Let all threads of this process take memory from two pools of glibc, as they end and begin with requests.
-
-    Each pool keeps what it held at its most: with one for every thread, six clients took a process from 1.1 to 1.5 GB within
-    two minutes, with two it stayed at 1.1 GB.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # other C libraries have no such pools
-        libc.mallopt(_M_ARENA_MAX, 2)
 
 
 def opened(folder: Path, settings: Settings, utils: Any) -> tuple[LoadedBundle, int]:

@@ -86,8 +86,10 @@ def command(
     from ...serving.cores import divided
     from ...serving.messages import Bounds
     from ...serving.metrics import Measured, Prometheus
+    from ...serving.pools import few_pools
     from ...serving.scheduler import Scheduler
 
+    few_pools()
     bounds = Bounds(tokens=max_tokens, pictures=max_pictures, pixels=max_pixels * 1_000_000)
     hosts = None if public or api_key else _LOCAL | {f"[{host}]" if ":" in host else host.lower()}
     called = name or bundle.resolve().name.removesuffix(".plan")

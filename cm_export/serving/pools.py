@@ -1,0 +1,21 @@
+"""The pools from which the C library hands out memory: few of them, for a process whose threads come and go with requests."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_M_ARENA_MAX = -8  # of glibc's malloc.h
+
+
+def few_pools() -> None:
+    """Let all threads of this process take memory from two pools of glibc; to be called before they begin.
+
+    Each pool keeps what it held at its most: with one for every thread, six clients took a process from 1.1 to 1.5 GB within
+    two minutes, with two it stayed at 1.1 GB.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has no such pools
+        libc.mallopt(_M_ARENA_MAX, 2)
