@@ -8,8 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 
 import psutil
@@ -86,6 +88,30 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+    _hash_what_lies_once()
+
+
+def _hash_what_lies_once() -> None:
+    """In this process a file that has been lying for a while is hashed once as it is: hundreds of tests open the same bundles.
+
+    One that was just written is hashed each time, since its time of change could not tell it from what is written next.
+    """
+    from cm_export.base import hashes
+    from cm_export.bundle import checks, weights
+
+    real, known = hashes.file_part_sha256, dict[tuple[int, ...], str]()
+
+    def once(file: FileIO, start: int, length: int) -> str:
+        about = os.fstat(file.fileno())
+        if time.time_ns() - about.st_ctime_ns < 10**8:
+            return real(file, start, length)
+        key = (about.st_dev, about.st_ino, about.st_ctime_ns, about.st_size, start, length)
+        if key not in known:
+            known[key] = real(file, start, length)
+        return known[key]
+
+    for module in (hashes, checks, weights):
+        module.file_part_sha256 = once
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -292,23 +318,8 @@ def on_machine(demo_bundle, whole_bundle):
 
 @pytest.fixture
 def sit(monkeypatch, on_machine):
-    """(version, ...) -> the machine of `on_machine`, whose libraries are now imported. Files are hashed once as they are."""
-    from cm_export.bundle import checks
-
-    real = checks.file_part_sha256
-
-    def once(file, start: int, length: int) -> str:
-        about = os.fstat(file.fileno())
-        key = (about.st_dev, about.st_ino, about.st_mtime_ns, about.st_size, start, length)
-        if key not in _hashes:
-            _hashes[key] = real(file, start, length)
-        return _hashes[key]
-
-    monkeypatch.setattr(checks, "file_part_sha256", once)
+    """(version, ...) -> the machine of `on_machine`, whose libraries are now imported."""
     return lambda *args, **kwargs: on_machine(*args, **kwargs).sit_at(monkeypatch)
-
-
-_hashes: dict[tuple, str] = {}
 
 
 @contextlib.contextmanager

@@ -61,7 +61,7 @@ def test_grouped_attention_is_attention_and_gives_each_token_the_same_numbers_al
         np.testing.assert_array_equal(run(model, alone), found[:, :, i : i + 1])
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1, 5])
 def test_a_model_says_the_same_of_a_token_read_alone_and_among_others(exported, seed):
     """Of float32 weights the products differ in the last bits, too; attention alone must not."""
     x = exported(seed)

@@ -33,10 +33,16 @@ def traced_once() -> Iterator[None]:
 
 
 def digest(spec) -> str:
-    """Of all that a graph is made of: configuration, parameters, inputs and outputs. The code is the same."""
+    """Of all that a graph is made of: configuration, parameters, inputs and outputs. The code is the same.
+
+    The tower's graph follows no setting of the decoder, and the decoder's no other; what a family adds to layers is its own.
+    """
     model = spec.module.model
     inputs = [(n, [(k, v.shape) for k, v in _flat(s)]) for n, s in spec.inputs.items()]
-    config = json.loads(model.config.to_json_string(use_diff=False), object_hook=_of_the_graph)
+    whole = model.config if spec.name == "vision" else model.get_decoder().config
+    config = json.loads(whole.to_json_string(use_diff=False), object_hook=_of_the_graph)
+    config.pop("text_config", None)
+    config["adds"] = spec.inputs.get("rows") and str(type(spec.module.family))
     said = [
         spec.name, f"{type(spec.module).__module__}.{type(spec.module).__qualname__}", config, inputs,
         dict(spec.input_axes), dict(spec.outputs), spec.prefixes, spec.others,
