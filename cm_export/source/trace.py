@@ -11,7 +11,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from ..base.dims import cache_names
 from ..base.frames import with_room
 from ..base.onnx_text import OPSET
 from ..families import Config, Family, Port, Tower
-from . import wrappers
+from . import layers, wrappers
 
 Axes = list[str | int]
 # Lengths that torch may take for granted; other named axes it must infer, such as the patches of a picture.
@@ -131,19 +131,54 @@ def _prompt_rows(port: Port) -> Axes:
 
 
 def trace(spec: GraphSpec) -> onnx.ModelProto:
-    """The ONNX graph of one wrapper; weights are graph inputs named as in the checkpoint. Opset as in onnx_text."""
+    """The ONNX graph of one wrapper; weights are graph inputs named as in the checkpoint. Opset as in onnx_text.
+
+    Of a decoder whose layers are alike only the first are traced (layers.py).
+    """
     body = spec.module.eval().requires_grad_(False)
+    if isinstance(body, wrappers.Decoder) and (count := body.differing(spec.inputs)) < body.layers:
+        try:
+            return _repeated(spec, body, count)
+        except layers.Unlike:
+            pass
+    return _traced(spec)
+
+
+def _repeated(spec: GraphSpec, body: wrappers.Decoder, count: int) -> onnx.ModelProto:
+    """The same of its first `count` layers, repeated. Raises Unlike."""
+    later = {n for kind in ("past", "present") for n in cache_names(body.layers, kind)[2 * count :]}
+    whole = [*spec.input_axes, *_weights(spec)], [*spec.outputs]
+
+    def kept(named: Mapping[str, Any]) -> dict[str, Any]:
+        return {n: kept(v) if isinstance(v, dict) else v for n, v in named.items() if n not in later}
+
+    inputs, axes, outputs = kept(spec.inputs), kept(spec.input_axes), kept(spec.outputs)
+    with layers.only(body.decoder, count):
+        proto = _traced(replace(spec, inputs=inputs, input_axes=axes, outputs=outputs))
+    layers.repeat(proto, body.family.layer, count, body.layers, *whole)
+    return proto
+
+
+def _weights(spec: GraphSpec) -> dict[str, nn.Parameter]:
+    """Name in the checkpoint -> parameter, of all that the graph reads."""
     prefix = "model."  # of the attribute in which every wrapper holds transformers' model
-    used = {n: p for n, p in body.named_parameters() if spec.reads(n.removeprefix(prefix))}
+    named = {n.removeprefix(prefix): p for n, p in spec.module.named_parameters()}
+    return {n: p for n, p in named.items() if spec.reads(n)}
+
+
+def _traced(spec: GraphSpec) -> onnx.ModelProto:
+    """The graph of all layers that the module has."""
+    used = _weights(spec)
+    parameters = {f"model.{n}": p for n, p in used.items()}
     with torch.no_grad(), _quiet(), _seldom_collected(), _operators_listed_once():
         program = with_room(
             torch.onnx.export,
-            _WeightsAsInputs(body),
+            _WeightsAsInputs(spec.module),
             (),
-            kwargs={"inputs": spec.inputs, "weights": used},
+            kwargs={"inputs": spec.inputs, "weights": parameters},
             dynamo=True,
-            dynamic_shapes={"inputs": _dynamic(spec), "weights": dict.fromkeys(used)},
-            input_names=[*spec.input_axes, *(n.removeprefix(prefix) for n in used)],
+            dynamic_shapes={"inputs": _dynamic(spec), "weights": dict.fromkeys(parameters)},
+            input_names=[*spec.input_axes, *used],
             output_names=list(spec.outputs),
             opset_version=OPSET,
             verbose=False,

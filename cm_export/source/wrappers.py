@@ -7,11 +7,15 @@ The seams: `AttentionInterface` (which attention op is emitted), a duck-typed ca
 decoder's own layers in our loop. The vision tower's module is the family's (families/__init__.py: Tower.module).
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import AttentionInterface
 
 from ..families import Family
+from . import layers
 
 TEXT_ATTENTION = "cm_export_text"
 
@@ -41,26 +45,42 @@ class _Rows:
         return [x for layer in sorted(self.rows) for x in self.rows[layer]]
 
 
-class _Decoder(nn.Module):
+class Decoder(nn.Module):
     """The shared loop over a transformers decoder."""
 
     def __init__(self, model, family: Family):
         super().__init__()
-        self.model, self._family = model, family
+        self.model, self.family = model, family
         model.get_decoder().config._attn_implementation = TEXT_ATTENTION
 
+    @property
+    def decoder(self):
+        """Transformers' decoder, whose `layers` this loops over."""
+        return self.model.get_decoder()
+
+    @property
+    def layers(self) -> int:
+        """How many of them there are."""
+        return len(self.decoder.layers)
+
+    def differing(self, inputs: Mapping[str, Any]) -> int:
+        """How many of the layers must be traced, the others being like the last of them (layers.py)."""
+        rows, hidden = inputs.get("rows") or {}, inputs["inputs_embeds"]
+        adds = (lambda i: self.family.mix_in(i, hidden, rows) is not hidden) if rows else (lambda _: False)
+        return layers.enough(self.decoder.layers, adds)
+
     def run(self, hidden, position_ids, mask, past=None, rows=None):
-        decoder, cache = self.model.get_decoder(), _Rows(past)
+        decoder, cache = self.decoder, _Rows(past)
         # M-RoPE reads several rows of positions, other models know no such axis.
         rope = decoder.rotary_emb(hidden, position_ids if position_ids.shape[0] > 1 else position_ids[0])
         for i, layer in enumerate(decoder.layers):
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=cache, use_cache=True)
             if rows:
-                hidden = self._family.mix_in(i, hidden, rows)
+                hidden = self.family.mix_in(i, hidden, rows)
         return hidden, cache.flat()
 
     def logits(self, hidden):
-        return self.model.get_output_embeddings()(self.model.get_decoder().norm(hidden))
+        return self.model.get_output_embeddings()(self.decoder.norm(hidden))
 
 
 def _additive(allowed, dtype):
@@ -68,7 +88,7 @@ def _additive(allowed, dtype):
     return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
 
 
-class Prefill(_Decoder):
+class Prefill(Decoder):
     """inputs_embeds [B,S,D], position_ids [A,B,S], attention_mask [B,S] -> logits [B,V], key/value [B,Hk,S,d] x L.
 
     `rows`: the tower's further outputs by name, [B,S,..], zero at text tokens.
@@ -81,7 +101,7 @@ class Prefill(_Decoder):
         return (self.logits(hidden[:, -1:])[:, 0], *cache)
 
 
-class Decode(_Decoder):
+class Decode(Decoder):
     """inputs_embeds [B,N,D], position_ids [A,B,N], attention_mask [B,P+N], past -> logits [B,N,V], key/value [B,Hk,P+N,d].
 
     N is 1 when an answer is written, more when several tokens are read at once: drafted ones, or another question.
