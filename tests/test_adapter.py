@@ -186,6 +186,7 @@ REFUSED = {
     "a module that is left out": ({"exclude_modules": ["q_proj"]}, {}, "exclude_modules names"),
     "a layer that is left out": ({"layers_to_transform": [1]}, {}, "layers_to_transform leaves out"),
     "layers of another name": ({"layers_to_transform": 0, "layers_pattern": "h"}, {}, "layers_to_transform leaves out"),
+    "a name of layers that is no pattern": ({"layers_to_transform": 0, "layers_pattern": "("}, {}, "is no pattern"),
     "layers in words": ({"layers_to_transform": "all"}, {}, "no numbers of layers"),
     "names that are a number": ({"target_modules": 3}, {}, "no pattern and no list of names"),
     "another rank": ({"r": 8}, {}, "rank 4 and 4, and adapter_config.json says 8"),
@@ -210,6 +211,13 @@ def test_an_adapter_that_a_merge_would_do_no_justice_to_is_refused_in_words(case
     with pytest.raises(InputError) as caught:
         fitted(saved(tmp_path / "a", given, **settings))
     assert word in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_b_that_is_one_column_of_one_is_no_matrix(tmp_path):
+    given = low_rank(Q, f"{LAYER}self_attn.q_proj.weight")
+    given[f"{Q}.lora_B.weight"] = given[f"{Q}.lora_B.weight"][:, 0]
+    with pytest.raises(InputError, match="no matrix"):
+        fitted(saved(tmp_path / "a", given))
 
 
 def test_a_directory_that_holds_no_adapter_as_safetensors_is_refused(tmp_path):
@@ -244,6 +252,7 @@ def test_a_head_that_is_the_embedding_as_well_cannot_be_changed_alone(tmp_path):
         ("/home/me/base", "qwen2-vl", False),
         ("Qwen/Qwen2-VL-2B", ".", False),
         (None, "qwen2-vl", False),
+        (3, "qwen2-vl", False),
     ],
 )
 def test_another_base_of_the_hub_is_noted(base, source, noted):

@@ -234,6 +234,17 @@ CHECKPOINTS = {
         "layers.2",
     ),
     "settings that disagree": (lambda f: _config(f, text_config__num_hidden_layers=3), "config.json", "layer_types"),
+    "layers beyond all memory": (
+        lambda f: _config(f, text_config__num_hidden_layers=10**12),
+        "num_hidden_layers = 1000000000000",
+    ),
+    "a width beyond all memory": (
+        lambda f: _config(f, text_config__intermediate_size=10**12),
+        "proj.weight is [",
+        "config.json asks for [",
+    ),
+    "a tower of no type": (lambda f: _config(f, vision_config__model_type=[]), "config.json"),
+    "a tower that cannot be made": (lambda f: _config(f, vision_config__embed_dim=-8), "config.json", "negative"),
     "unsupported model": (
         lambda f: _config(f, model_type="mistral"),
         "'mistral'",
@@ -245,6 +256,7 @@ CHECKPOINTS = {
     "config of a wrong type": (lambda f: _config(f, text_config__hidden_size="wide"), "config.json"),
     "config with a section that is none": (lambda f: _config(f, text_config=3), "config.json"),
     "config without layers": (lambda f: _config(f, text_config__num_hidden_layers=0), "config.json"),
+    "no heads": (lambda f: _config(f, text_config__num_attention_heads=0), "config.json", "num_attention_heads"),
     "heads that do not divide": (lambda f: _config(f, text_config__num_attention_heads=7), "config.json"),
     "unknown activation": (lambda f: _config(f, text_config__hidden_act="sinus"), "config.json", "hidden_act"),
     "unknown rope": (

@@ -226,6 +226,8 @@ WRONG = {
     "a tower smaller than a patch": ("llava", ("vision_config", "image_size"), 1, "smaller than patch_size"),
     "an image token beyond the vocabulary": ("llava", ("image_token_index",), 999, "image_token_id 999"),
     "grids of no whole tiles": ("llava_onevision", ("image_grid_pinpoints",), [[7, 11]], "image_grid_pinpoints"),
+    "grids that are numbers": ("llava_onevision", ("image_grid_pinpoints",), [7], "image_grid_pinpoints"),
+    "an unknown activation": ("llava", ("projector_hidden_act",), "sinus", "projector_hidden_act 'sinus'"),
     "no limit": ("llava_onevision", ("vision_aspect_ratio",), "anyres", "vision_aspect_ratio"),
     "tokens without a patch": ("llava_onevision", ("vision_feature_select_strategy",), "full", "leaves"),
 }

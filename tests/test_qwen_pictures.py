@@ -13,6 +13,7 @@ from transformers import initialization, vision_utils
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from cm_export import families
+from cm_export.base import environment
 from cm_export.base.errors import InputError
 from cm_export.families import Layout, Picture, Pictures
 from cm_export.families.qwen2_5_vl import window_patches
@@ -138,8 +139,12 @@ def test_positions_equal_transformers(name, pictures, tail):
 
 
 # ---------------------------------------------------------------- published checkpoints
+# Bytes of memory that a further patch takes in the vision graph on ONNX Runtime, measured from 1024 to 8192 of them.
+MEASURED = {"Qwen/Qwen2.5": 62e3, "Qwen/Qwen3": 68e3}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_config_gives_the_sizes_of_the_model_and_memory_without_its_weights(name, tmp_path):
+def test_a_published_config_gives_the_sizes_of_the_model_and_memory_without_its_weights(name, tmp_path, monkeypatch):
     family, config = normalised(name, tmp_path)
     family.check_config(config)
     shape, tower = family.shape(config), family.tower(config)
@@ -151,7 +156,10 @@ def test_a_published_config_gives_the_sizes_of_the_model_and_memory_without_its_
     assert (shape.position_axes, shape.image_token, tower.hidden) == (3, 151655, shape.hidden)
     assert shape.whole_layers == (3 if "Qwen3" in name else 0)
     picture = Picture(np.zeros((4096, tower.patch_dim), np.float32), Layout((1, 32, 32)))
-    assert 16 * 4 * 4096**2 < tower.memory(picture) < 2 * 16 * 4 * 4096**2
+    measured, in_blocks = MEASURED[name.split("-VL")[0]], tower.memory(picture)
+    assert measured < in_blocks / 4096 < 1.3 * measured
+    monkeypatch.setattr(environment, "attends_in_blocks", lambda: False)
+    assert tower.memory(picture) == in_blocks + 16 * 4 * 4096**2
     fused, plain = (tower.engine_memory(4096, fused) for fused in (True, False))
     assert 1e8 < fused < plain < 2e9
     for axes in (tower.axis_ranges(1), tower.axis_ranges(4096)):

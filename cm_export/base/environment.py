@@ -7,12 +7,15 @@ import math
 import os
 import platform
 import resource
+import sys
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+_LEVEL2_CACHE_SIZE = 191  # of sysconf in Linux's C library, for which Python has no name
 
 
 def describe(threads: int, versions: dict[str, str]) -> dict[str, Any]:
@@ -83,6 +86,14 @@ def _processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def attends_in_blocks() -> bool:
+    """Whether ONNX Runtime's MultiHeadAttention without a mask keeps no scores, as it does where it knows the L2 cache's size.
+
+    Linux does not say it on some ARM machines. Source: onnxruntime/contrib_ops/cpu/bert/multihead_attention.cc.
+    """
+    return sys.platform != "linux" or os.sysconf(_LEVEL2_CACHE_SIZE) > 0
 
 
 def peak_memory_bytes() -> int:

@@ -69,15 +69,17 @@ def prepare(source: Checkpoint, recipe: Recipe, threads: int, progress: Step) ->
     with tempfile.TemporaryDirectory(prefix=disk.TEMPORARY) as work, disk.writing(Path(work)):
         found = processor.check(source.path, source.config, shape, tower, Path(work))
     held = quantised.find(source.path)
-    named = parameters(source.path, family) if source.adapter or held else None
-    merge = fit(source.adapter, named) if source.adapter and named else None
+    named = parameters(source.path, family)
+    if not held:
+        named.check_files(source.path)
+    merge = fit(source.adapter, named) if source.adapter else None
     settings = generation.read(source.path, source.config)
     notes = (*source.notes, *(packings.notes(held.settings) if held else ()), *found, *unread(recipe))
     for note in (*notes, *settings.notes):
         progress(f"note: {note}")
     aim = engines.aim(recipe) if recipe.backend in engines.MODULES else None
     calibration, order = _calibration(recipe, source)
-    codes = kept.survey(held, named, family, tower) if held and named else None
+    codes = kept.survey(held, named, family, tower) if held else None
     if codes is not None:
         recipe, codes = kept.settle(codes, asked, recipe, merge.changes if merge else (), order is not None)
     elif recipe.weights.codes == "kept":

@@ -411,6 +411,8 @@ def check_decoder(text: Config, head_dim: int | None = None) -> None:
         raise InputError(
             "the FFN's projections have a bias, which CoreFFN lacks", where="config.json: mlp_bias", fix=fix
         )
+    if text["num_attention_heads"] < 1:
+        raise InputError(f"num_attention_heads {text['num_attention_heads']!r} is less than 1", where="config.json")
     if head_dim is None and text["hidden_size"] % text["num_attention_heads"]:
         raise InputError("hidden_size is not a multiple of num_attention_heads", where="config.json")
     if text["num_attention_heads"] % (text["num_key_value_heads"] or 1):

@@ -47,8 +47,8 @@ class LlavaOnevision(Llava):
         """Refuse what a static graph cannot hold rightly. Raises InputError naming the setting."""
         super().check_config(config)
         size, grids = config["vision_config"]["image_size"], config["image_grid_pinpoints"]
-        whole = [g for g in grids if len(g) == 2 and all(type(n) is int and n > 0 and n % size == 0 for n in g)]
-        if not grids or whole != grids:
+        whole = isinstance(grids, list) and all(isinstance(g, list) and len(g) == 2 for g in grids)
+        if not whole or not grids or not all(type(n) is int and n > 0 and n % size == 0 for g in grids for n in g):
             what = f"image_grid_pinpoints are not heights and widths of whole tiles of {size} pixels"
             raise InputError(what, where=WHERE)
         most = config["vision_aspect_ratio"].strip("anyres_max_")  # noqa: B005 (as transformers reads it)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..base import dims
+from ..base import dims, environment
 from ..base.colours import CLIP_MEAN, CLIP_STD, RULE_FILE, Bands, Colours
 from ..base.errors import InputError
 from ..base.settings import FIX, flag, is_number, number
@@ -174,6 +174,7 @@ class Qwen2VLTower(Tower):
         )
         self.heads, self.hidden = int(vision["num_heads"]), int(vision["hidden_size"])
         self.width = int(vision.get("embed_dim") or self.hidden)
+        self.ffn = int(vision.get("intermediate_size") or vision.get("mlp_ratio", 4) * self.width)
         self.patch_dim: int = vision["in_channels"] * self.temporal * self.patch**2
         self.inputs = (
             Port("pixel_values", np.float32, (dims.PATCHES, self.patch_dim)),
@@ -357,8 +358,14 @@ class Qwen2VLTower(Tower):
         return Picture(pixels, Layout(grid))
 
     def memory(self, picture: Picture) -> int:
-        """Scores of every head and the mask: attention runs among all patches of the picture."""
-        return (4 * self.heads + 24) * len(picture.pixels) ** 2
+        """The residual stream, queries, keys, values and what rotates them, the FFN and the outputs of every patch.
+
+        Attention keeps no scores of a part that is one segment, as every part is, where it runs in blocks.
+        """
+        # Measured with two blocks of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: 84 to 97 % of this, from 1024 to 8192 patches.
+        count, outputs = len(picture.pixels), int(len(self.outputs) * self.hidden // self.merge**2)
+        scores = 0 if environment.attends_in_blocks() else 4 * self.heads * count**2
+        return 4 * (9 * self.width + 2 * self.ffn + outputs) * count + scores
 
     def engine_memory(self, patches: int, fused: bool) -> int:
         """The mask, scores unless attention is fused, the residual stream with its branches, patches and embeddings."""

@@ -196,10 +196,6 @@ class Qwen3VLTower(Qwen2VLTower):
         indices, weights = (np.concatenate(parts) for parts in zip(*taps, strict=True))
         return found | {"interp_indices": indices, "interp_weights": weights}
 
-    def memory(self, picture: Picture) -> int:
-        """Besides Qwen2-VL's: four position embeddings of every patch."""
-        return super().memory(picture) + 2 * 4 * TAPS * len(picture.pixels) * self.width
-
     def engine_memory(self, patches: int, fused: bool) -> int:
         """Besides Qwen2-VL's: four position embeddings of every patch, and the further outputs."""
         features: int = (len(self.outputs) - 1) * patches // self.merge**2 * self.hidden

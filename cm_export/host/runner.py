@@ -267,7 +267,7 @@ class Runner:
     def _check_memory(self, need: int, shown: Opened) -> None:
         free = psutil.virtual_memory().available
         if need > 0.9 * free:
-            (width, height), share = shown.image.size, (0.9 * free / need) ** 0.25
+            (width, height), share = shown.image.size, (0.9 * free / need) ** 0.5  # it grows with the area
             less = max(1, int(share * width)), max(1, int(share * height))
             # Some towers read every picture at the same size.
             helps = math.prod(self.tower.resized(less, self.picture_rule)) < math.prod(

@@ -53,7 +53,8 @@ class Adapter:
     @property
     def base(self) -> str | None:
         """What it says that it was trained on: a hub id, or somebody's directory."""
-        return self.config.get("base_model_name_or_path") or None
+        said = self.config.get("base_model_name_or_path")
+        return said if isinstance(said, str) and said else None
 
 
 @dataclass
@@ -275,14 +276,18 @@ def _in_layers(config: Mapping[str, Any], name: str) -> bool:
     if layers is None or layers == []:
         return True
     for pattern in [within] if isinstance(within, str) else within:
-        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
-            return int(found[1]) in (layers if isinstance(layers, list) else [layers])
+        if found := _compiled(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.").match(name):
+            return int(found["layer"]) in (layers if isinstance(layers, list) else [layers])
     return False
 
 
 def _full(pattern: str, name: str) -> bool:
+    return _compiled(pattern).fullmatch(name) is not None
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
     try:
-        return re.fullmatch(pattern, name) is not None
+        return re.compile(pattern)
     except re.error as e:
         raise InputError(f"{pattern!r} is no pattern ({e})", where=CONFIG, fix="correct it") from e
 
@@ -333,6 +338,8 @@ def _check_low_rank(
     where: Path, name: str, a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, ...], change: Change
 ) -> None:
     outputs, inputs = (weight[1:], weight[:1]) if change.turned else (weight[:1], weight[1:])
+    if len(b) < 2:
+        raise InputError(f"B of {name} is {list(b)}, no matrix", where=where, fix="download or save it again")
     if a[1:] != inputs or b[:1] != outputs or set(b[2:]) - {1}:
         raise _other_shape(where, "A and B", (*b[:1], *a[1:]), name, (*outputs, *inputs))
     if a[0] != b[1] or a[0] != change.rank:

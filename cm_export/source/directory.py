@@ -44,6 +44,7 @@ def check(folder: Path) -> tuple[dict[str, Any], list[Path]]:
     config = read_object(folder / "config.json")
     _check_config(folder, config)
     shards = weight_files(folder)
+    _check_layers(config, sum(len(tensor_types(shard)) for shard in shards), folder / "config.json")
     texts = [folder / name for name in NAMES if _there(folder / name)]
     for file in texts:
         if file.name not in ("tokenizer.model", "merges.txt"):  # no text, and text that may be empty
@@ -134,6 +135,16 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
         if reason:
             said, fix = f"{said}, it {reason}", f"{fix}; {PAGE} says what each of the others lacks"
         raise InputError(said, where=folder / "config.json", fix=fix)
+
+
+def _check_layers(part: Mapping[str, Any], tensors: int, where: Path) -> None:
+    """Raises InputError for more layers than there are tensors, which transformers would begin to make one by one."""
+    for key, value in part.items():
+        if isinstance(value, dict):
+            _check_layers(value, tensors, where)
+        elif key in ("num_hidden_layers", "depth") and isinstance(value, int) and value > tensors:
+            fix = "the checkpoint does not fit its config.json"
+            raise InputError(f"{key} = {value}, and the files hold {tensors} tensors", where=where, fix=fix)
 
 
 def _check_tensors(file: Path, types: Mapping[str, str], packed: bool) -> None:

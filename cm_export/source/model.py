@@ -41,9 +41,10 @@ def read_config(path: Path) -> dict[str, Any]:
     for part in (found, *(getattr(found, name) for name in found.sub_configs)):
         if not getattr(part, "return_dict", True):
             raise InputError("return_dict = false, with which transformers' model fails", where=path / "config.json")
-        act = getattr(part, "hidden_act", "silu")
-        if act not in ACT2FN:
-            raise InputError(f"transformers knows no hidden_act {act!r}", where=path / "config.json")
+        for key in ("hidden_act", "projector_hidden_act"):
+            act = getattr(part, key, "silu")
+            if act not in ACT2FN:
+                raise InputError(f"transformers knows no {key} {act!r}", where=path / "config.json")
     # Where a checkpoint lies on this machine is no part of the model, of none of its towers either.
     return json.loads(
         json.dumps(config, default=str),
@@ -62,7 +63,10 @@ def _config(path: Path) -> Any:
 
 
 def skeleton(path: Path, family: Family) -> Any:
-    """The model of a configuration without weights: parameters are never initialised, so no memory is touched."""
+    """The model of a configuration without weights: parameters are never initialised, so no memory is touched.
+
+    Raises InputError where transformers makes none of it.
+    """
     with quiet():
         import torch
         import transformers
@@ -73,8 +77,11 @@ def skeleton(path: Path, family: Family) -> Any:
             part.dtype = torch.float32  # direct construction would follow what the checkpoint was saved as
         if head_differs(path):  # from_pretrained ties nothing then, whatever config.json says
             config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-        with initialization.no_init_weights():
-            model = getattr(transformers, family.model_class)(config)
+        try:
+            with initialization.no_init_weights():
+                model = getattr(transformers, family.model_class)(config)
+        except Exception as e:  # a size or a name that only its layers look at, of many exception types
+            raise InputError(f"transformers makes no model of it ({in_short(e)})", where=path / "config.json") from e
         model.tie_weights()
     return model.eval()
 

@@ -38,9 +38,7 @@ class Parts(Mapping[str, np.ndarray]):
         import torch
         from safetensors import safe_open
 
-        if part not in self._files:
-            raise InputError(f"{self.module} has no {part}", where=next(iter(self._files.values())).parent)
-        with safe_open(self._files[part], "pt") as f:
+        with safe_open(self._file(part), "pt") as f:
             value = f.get_tensor(f"{self.module}.{part}")
         return (value.to(torch.float32) if value.is_floating_point() else value).numpy()
 
@@ -52,6 +50,11 @@ class Parts(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def _file(self, part: str) -> Path:
+        if part not in self._files:
+            raise InputError(f"{self.module} has no {part}", where=next(iter(self._files.values())).parent)
+        return self._files[part]
 
     def scale(self, part: str) -> np.ndarray:
         """float32 scales. Raises InputError for whole numbers: they are scales of another format, or exponents."""
@@ -65,8 +68,6 @@ class Parts(Mapping[str, np.ndarray]):
     def check_words(self, *parts: str) -> None:
         """Raises InputError for parts that are no matrices of 32-bit words."""
         for part in parts:
-            if part not in self._files:
-                self[part]  # raises
             if self.dtype(part) not in ("I32", "U32") or len(self.shape(part)) != 2:
                 what = f"{part} is {self.dtype(part)} {list(self.shape(part))}, no matrix of 32-bit words"
                 raise InputError(what, where=self.module, fix=ORIGINAL)
@@ -82,14 +83,14 @@ class Parts(Mapping[str, np.ndarray]):
         """Its shape, without reading it."""
         from safetensors import safe_open
 
-        with safe_open(self._files[part], "np") as f:
+        with safe_open(self._file(part), "np") as f:
             return tuple(f.get_slice(f"{self.module}.{part}").get_shape())
 
     def dtype(self, part: str) -> str:
         """Its type in the file, such as "I8", without reading it."""
         from safetensors import safe_open
 
-        with safe_open(self._files[part], "np") as f:
+        with safe_open(self._file(part), "np") as f:
             return str(f.get_slice(f"{self.module}.{part}").get_dtype())
 
 

@@ -48,8 +48,10 @@ def check(settings: Mapping[str, Any], where: Path) -> None:
 def _check_numbers(settings: Mapping[str, Any], group: Mapping[str, Any], where: Path) -> None:
     """Packed numbers of other bits would be read as some of 4 or 8."""
     weights, form = group.get("weights"), str(group.get("format") or settings.get("format"))
-    if not isinstance(weights, dict):
+    if not weights:
         return  # a group whose weights are left as they are
+    if not isinstance(weights, dict):
+        raise unread(settings, f"weights {weights!r}", where)
     kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
     if kind not in _FORMATS[form]:
         raise unread(settings, f"format {form!r} of weights of type {kind!r}", where)
@@ -121,7 +123,8 @@ def _zero(parts: Parts, bits: int, shape: tuple[int, ...]) -> np.ndarray:
     stored = parts.indices("weight_zero_point")
     if parts.dtype("weight_zero_point") == "I32" and "weight_packed" in parts:  # packed along the outputs
         parts.check_words("weight_zero_point")
-        zero = nibbles(stored.astype(np.int32), bits, axis=0)[: shape[0]]
+        zero = nibbles(stored.astype(np.int32), bits, axis=0)
+        zero = zero[: shape[0]] if len(stored) == -(-shape[0] * bits // 32) else zero
     else:
         half = 1 << (bits - 1)
         if stored.size and not -half <= stored.min() <= stored.max() < half:
