@@ -21,6 +21,7 @@ from cm_export import families
 from cm_export.backends.tensorrt import builder
 from cm_export.backends.tensorrt.export import Source, write_graphs
 from cm_export.backends.tensorrt.targets import target
+from cm_export.base.errors import CmExportError
 from cm_export.build import engines
 from cm_export.bundle import weights
 from cm_export.bundle.bundle import Bundle
@@ -50,12 +51,10 @@ WIDTHS = {
 
 @pytest.fixture(scope="module")
 def two_b() -> Source:
-    """Decode alone, by the surgery from a trace: of the checkpoint the configuration is read, and weights are a block repeated."""
-    family, folder, recipe = (
-        families.find("qwen2_vl"),
-        shared.own("two_b"),
-        Recipe().replace(backend="tensorrt-rtx", neurons__policy="active", tokens__policy="dense", **ENGINE),
-    )
+    """Decode alone, by the surgery from a trace; of the checkpoint only the configuration is read."""
+    family, folder = families.find("qwen2_vl"), shared.own("two_b")
+    policies = {"neurons__policy": "active", "tokens__policy": "dense"}
+    recipe = Recipe().replace(backend="tensorrt-rtx", **policies, **ENGINE)
     (folder / "config.json").write_text(json.dumps(WIDTHS))
     save_file({"nothing": np.zeros(1)}, folder / "model.safetensors")
     skeleton, config = hf.skeleton(folder, family), hf.read_config(folder)
@@ -83,6 +82,10 @@ def demo(demo_bundle) -> Source:
     return replace(Source.of(bundle), recipe=bundle.recipe.replace(backend="tensorrt-rtx", **ENGINE))
 
 
+def in_precision(source, precision):
+    return replace(source, recipe=source.recipe.replace(engine__precision=precision))
+
+
 def job(folder, version, told, **more):
     """What the build asks its builder for."""
     what = target(version)
@@ -103,29 +106,35 @@ def job(folder, version, told, **more):
     } | more
 
 
-@pytest.mark.parametrize("name", ["demo", "two_b"])
-def test_a_real_builder_takes_the_graph_where_no_plugin_is_needed(request, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "precision"), [("demo", "int4"), ("two_b", "fp16"), wide("demo", "fp16"), wide("two_b", "int4")]
+)
+def test_a_real_builder_takes_the_graph_where_no_plugin_is_needed(request, tmp_path, name, precision):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX has wheels for Linux on x86-64 and for Windows only")
-    source = request.getfixturevalue(name)
+    source = in_precision(request.getfixturevalue(name), precision)
     told = write_graphs(source, tmp_path, target("rtx-1.7"), ["decode"])["graphs"]["decode"]
     assert told["index_inputs"] == ["core_thresholds"] and not told["plugins"]
     built = engines.run_builder(job(tmp_path, "rtx-1.7", told, architectures=["sm_86"], inspect=False), lambda *_: None)
     assert built["bytes"] > told["weight_bytes"], "the plan holds every weight"
 
 
-@pytest.mark.parametrize(
-    ("name", "version"),
-    [
-        *(("demo", v) for v in VERSIONS),
-        *((("two_b", v) if v in ("10.3", "11.4") else wide("two_b", v)) for v in VERSIONS),
-    ],
-)
-def test_every_version_finds_in_the_graph_what_it_was_asked_for(request, tmp_path, name, version):
+PACKED = {"fp16": 0, "int8": 8, "int4": 4}
+QUICK = [
+    *(("demo", version, precision) for version in VERSIONS for precision in ("fp16", "int4")),
+    *(("two_b", "10.3", "fp16"), ("two_b", "11.4", "fp16"), ("demo", "10.13", "int8")),
+]
+EVERY = [("two_b", version, precision) for version in VERSIONS for precision in PACKED]
+CHECKED = [*QUICK, *(wide(*of) for of in EVERY if of not in QUICK)]
+
+
+@pytest.mark.parametrize(("name", "version", "precision"), CHECKED)
+def test_every_version_finds_in_the_graph_what_it_was_asked_for(request, tmp_path, name, version, precision):
     """Parsed by its rules: the border, every plugin layer, every input that reaches an output, profiles that fit."""
-    source, at = request.getfixturevalue(name), machine(f"{version}.0")
+    source, at = in_precision(request.getfixturevalue(name), precision), machine(f"{version}.0")
     told = write_graphs(source, tmp_path, target(version), ["decode"])["graphs"]["decode"]
     layers = source.shape.layers
-    assert told["plugins"] == {"CoreAttention": layers, "CoreLinear": 7 * layers + 1}
+    packed = {"fp16": 7 * layers + 1, "int8": 3 * layers, "int4": 7 * layers}[precision]  # the others are written out
+    assert told["plugins"] == {"CoreAttention": layers, "CoreLinear": packed}
     (library := tmp_path / "libcm_plugins.so").write_text("not a library")
     asked = job(tmp_path, version, told, plugin_library=str(library))
     assert builder.build(at.trt, asked, lambda _: None)["inspected"]
@@ -133,4 +142,23 @@ def test_every_version_finds_in_the_graph_what_it_was_asked_for(request, tmp_pat
     rows = {n.name: n.input[1] for n in decode.graph.node if n.op_type == "CoreLinear"}
     shapes = {t.name: list(t.dims) for t in decode.graph.initializer}
     down = next(w for n, w in rows.items() if n.endswith(".down"))
-    assert shapes[down] == [source.shape.ffn, source.shape.hidden], "held by inputs"
+    columns = source.shape.hidden * PACKED[precision] // 32 or source.shape.hidden
+    assert shapes[down] == [source.shape.ffn, columns], "held by inputs, in words where packed"
+
+
+@pytest.mark.parametrize(
+    ("lowered_for", "plugins", "words"),
+    [
+        ("11.4", True, "the parser refuses it .*No importer"),
+        ("10.3", False, "No importer"),
+        ("10.16", False, "no plugin layer for"),
+    ],
+    ids=["an op of a later version", "stripped functions, no plugin", "functions, no plugin"],
+)
+def test_what_a_version_does_not_find_is_named(demo, tmp_path, lowered_for, plugins, words):
+    at = machine("10.3.0" if plugins else f"{lowered_for}.0")
+    told = write_graphs(demo, tmp_path, target(lowered_for), ["decode"])["graphs"]["decode"]
+    (library := tmp_path / "libcm_plugins.so").write_text("not a library")
+    asked = job(tmp_path, "10.3", told, plugin_library=str(library) if plugins else None)
+    with pytest.raises(CmExportError, match=words):
+        builder.build(at.trt, asked, lambda _: None)
