@@ -342,3 +342,14 @@ def low_bits(demo_bundle: Path, precision: str) -> Path:
             built(folder / "low.plan", "--model", "demo", "--neurons", "dense", "--weights", precision, *beside)
 
     return shared.once(f"low_{precision}", make) / "low.plan"
+
+
+def active_bundle(demo_bundle: Path, precision: str) -> Path:
+    """The demo model under `active` thresholds, its weights stored in float32 or in int8."""
+
+    def make(folder: Path) -> None:
+        take_stages(demo_bundle, folder / "active.plan")
+        options = ["--model", "demo", "--neurons", "active", "--neuron-share", "0.6", "--tokens", "dense"]
+        built(folder / "active.plan", *options, "--weights", precision)
+
+    return shared.once(f"active_{precision}", make) / "active.plan"

@@ -42,10 +42,10 @@ class Machine:
         return self
 
 
-def machine(version: str, gpu: tuple[str, int, int] = ("Fake GPU", 8, 6)) -> Machine:
-    """`version`: such as "10.3.0", or "rtx-1.7"."""
+def machine(version: str, gpu: tuple[str, int, int] = ("Fake GPU", 8, 6), **how: Any) -> Machine:
+    """`version`: such as "10.3.0", or "rtx-1.7"; `how`: of fake_tensorrt.library."""
     cuda = FakeCuda(gpu)
-    return Machine(library(version.removeprefix("rtx-"), cuda, version.startswith("rtx-")), cuda)
+    return Machine(library(version.removeprefix("rtx-"), cuda, version.startswith("rtx-"), **how), cuda)
 
 
 def add_engines(monkeypatch: Any, bundle: Path, out: Path, at: Machine, measured: Any = None, **recipe: Any) -> Machine:

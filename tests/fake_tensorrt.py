@@ -25,6 +25,7 @@ from fake_tensorrt_builder import (
     ITimingCache,
     OnnxParser,
     ParserError,
+    read_by,  # noqa: F401 - emulated_plugins takes it from here
     shape_inputs,
 )
 from fake_tensorrt_runtime import Library, Port
@@ -78,6 +79,6 @@ def _port(value: onnx.ValueInfoProto) -> Port:
     return Port(value.name, kind.elem_type, tuple(d.dim_param or d.dim_value for d in kind.shape.dim))
 
 
-def library(version: str, cuda: FakeCuda, rtx: bool = False) -> Any:
-    """The fake module of that version."""
+def library(version: str, cuda: FakeCuda, rtx: bool = False, program: Any = program) -> Any:
+    """The fake module of that version. `program`: what runs a plan's graph."""
     return Library(version, cuda, rtx, program, (*_BUILD, IBuilderConfig, Builder))

@@ -36,7 +36,7 @@ class ITensor(Api):
 class ILayer(Api):
     def __init__(self, node: onnx.NodeProto, kind: Any):
         self._node, self._kind = node, kind
-        self._in = [*node.input, *sorted(_outer(node))]
+        self._in = read_by(node)
         self._out = [o for o in node.output if o]
 
     name = property(lambda self: self._node.name)
@@ -78,11 +78,17 @@ class INetworkDefinition(Api):
 
 
 class ParserError(Api):
-    def __init__(self, text: str):
-        self._text = text
+    def __init__(self, node: onnx.NodeProto, text: str):
+        self._node, self._text = node, text
 
     def desc(self) -> str:
         return self._text
+
+    def node_name(self) -> str:
+        return self._node.name
+
+    def node_operator(self) -> str:
+        return self._node.op_type
 
 
 class OnnxParser(Api):
@@ -93,7 +99,7 @@ class OnnxParser(Api):
     num_errors = property(lambda self: len(self._errors))
 
     def get_error(self, index: int) -> Any:
-        return self._lib._make("ParserError", self._errors[index])
+        return self._lib._make("ParserError", *self._errors[index])
 
     def parse_from_file(self, model: str) -> bool:
         if not isinstance(model, str):
@@ -120,11 +126,9 @@ class OnnxParser(Api):
         for node in inlined.graph.node:
             since = _IMPORTED_SINCE.get(node.op_type, (0, 0))
             if node.op_type not in taken and (node.domain == DOMAIN or (lib._number < since and not lib._rtx)):
-                self._errors.append(
-                    f"In node with name: {node.name} and operator: {node.op_type}: No importer registered"
-                )
+                self._errors.append((node, "No importer registered"))
             if node.op_type == "Attention" and (len(node.output) > 1 or any(node.input[4:6])):
-                self._errors.append(f"In node with name: {node.name}: past and present of Attention are not supported")
+                self._errors.append((node, "past and present of Attention are not supported"))
         self._network._model, self._network._sizes = inlined, shape_inputs(inlined)
         self._network._plugins = {n.name for n in inlined.graph.node if n.op_type in taken}
         return not self._errors
@@ -228,6 +232,11 @@ def _body(node: onnx.NodeProto) -> onnx.FunctionProto:
     if node.op_type == "CoreLinear":
         return op.function(by_inputs=bool(attributes["by_inputs"]), bits=attributes["bits"])
     return op.function(index=len(node.input) == 5)
+
+
+def read_by(node: onnx.NodeProto) -> list[str]:
+    """Its inputs, and what its bodies read besides."""
+    return [*node.input, *sorted(_outer(node))]
 
 
 def _outer(node: onnx.NodeProto) -> set[str]:

@@ -6,9 +6,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-import shared
 import torch
-from conftest import built, take_stages
+from conftest import active_bundle
 from tolerances import agrees
 
 from cm_export.base.errors import BundleError, InputError
@@ -110,12 +109,7 @@ def test_arrays_that_cannot_be_thresholds_are_refused(spoil):
 # ---------------------------------------------------------------------------------------------------- a bundle
 @pytest.fixture(scope="module", params=["fp32", "int8"])
 def active(request, demo_bundle):
-    def make(folder):
-        take_stages(demo_bundle, folder / "active.plan")
-        options = ["--model", "demo", "--neurons", "active", "--neuron-share", "0.6", "--tokens", "dense"]
-        built(folder / "active.plan", *options, "--weights", request.param)
-
-    return Bundle(shared.once(f"active_{request.param}", make) / "active.plan")
+    return Bundle(active_bundle(demo_bundle, request.param))
 
 
 @pytest.fixture(scope="module")

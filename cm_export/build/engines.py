@@ -74,9 +74,6 @@ def aim(recipe: Recipe) -> Aim:
 
 def check_recipe(recipe: Recipe, what: Target) -> None:
     """Raises InputError for what no engine of this version does; the lowering would find it after all other work."""
-    if recipe.neurons.by_threshold and PRECISIONS[recipe.engine.precision].packs:
-        what_not = f"neurons.policy = {recipe.neurons.policy!r} with engine.precision = {recipe.engine.precision!r}"
-        raise InputError(f"{what_not}, which nobody has tried yet", where="recipe", fix="build with fp16")
     if recipe.engine.precision == "int8" and not what.plugins:
         int8_needs_the_plugin()
     if recipe.engine.plugins and not what.plugins:

@@ -81,7 +81,7 @@ def quantize_graph(model: onnx.ModelProto, precision: Precision, plugins: bool, 
         set_function(model, core_ffn.function(form, activation, bits=most.bits))
     if packed:
         set_function(model, core_linear.function(by_inputs=True, bits=most.bits))
-        model.functions.append(KEPT_LINEAR)
+        _add_function(model, KEPT_LINEAR)
         written = inliner.inline_selected_functions(model, [(DOMAIN, KEPT_LINEAR.name)])
         model.CopyFrom(written)
         graph = model.graph
@@ -128,6 +128,15 @@ def set_function(model: onnx.ModelProto, body: onnx.FunctionProto) -> None:
             known.CopyFrom(body)
             del known.opset_import[:]
             known.opset_import.extend(opsets)
+
+
+def _add_function(model: onnx.ModelProto, body: onnx.FunctionProto) -> None:
+    """One more function, in the opset of this model."""
+    added = model.functions.add()
+    added.CopyFrom(body)
+    ours = {entry.domain: entry.version for entry in model.opset_import}
+    for entry in added.opset_import:
+        entry.version = ours.get(entry.domain, entry.version)
 
 
 def _dequantize(graph: onnx.GraphProto, stored: dict[str, TensorProto], most: Scheme) -> _New:
