@@ -70,7 +70,6 @@ def next_tokens(model, answer, **budget):
 @pytest.mark.parametrize(
     ("name", "version", "steps"),
     [
-        ("int4", "10.3.0", 3),
         ("blocks", "10.3.0", 3),
         ("active, int4", "10.3.0", 2),
         *(wide(name, version, 20) for name in RECIPES for version in ("10.3.0", "10.16.1")),

@@ -1,7 +1,9 @@
 """The scheduler: each of many requests gets what it gets alone; rows come and go, and errors stay with whom they belong to."""
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -10,6 +12,7 @@ from cm_export.base.errors import InputError
 from cm_export.host.asking import asked
 from cm_export.host.conversation import Conversation
 from cm_export.host.decode import Row
+from cm_export.host.runner import Prefilled, Runner
 from cm_export.host.sampling import Sampling
 from cm_export.recipe.aliases import DEMO
 from cm_export.serving.scheduler import Scheduler, Unobserved
@@ -127,6 +130,36 @@ def test_fifty_cancelled_requests_free_their_places(model, server):
     until(lambda: server.load().running == 0)
     assert server.load().queued == 0 and not server._lanes[0].batch.rows
     assert server.submit(asked(QUESTION, IMAGES[0])).whole().text == model.generate(QUESTION, IMAGES[0]).text
+
+
+@pytest.mark.parametrize(
+    "how", [{}, LONG, {"guard": 4}, LONG | {"guard": 4}], ids=("ends", "cancelled", "guarded", "both")
+)
+def test_what_a_request_held_is_freed_when_it_ends_and_not_when_the_collector_comes(model, monkeypatch, how):
+    """A cache may be gigabytes, and the collector comes after thousands of objects."""
+    held, prefill = [], Runner.prefill
+
+    def watched(*args) -> Prefilled:
+        found = prefill(*args)
+        held.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(Runner, "prefill", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        with Scheduler(model, at_once=4) as server:
+            ticket = server.submit(asked(QUESTION, IMAGES[0], **how))
+            next(ticket)
+            if "sampling" in how:
+                ticket.cancel()
+                with pytest.raises(Cancelled):
+                    ticket.whole()
+            else:
+                ticket.whole()
+            until(lambda: held[0]() is None)
+    finally:
+        gc.enable()
 
 
 def test_a_full_queue_refuses_in_words_and_takes_requests_again_later(model):

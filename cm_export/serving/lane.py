@@ -85,8 +85,7 @@ class Lane:
     def run(self) -> None:
         """Step until the owner has ended."""
         while self._joined():
-            for job, why in [(job, why) for job in self.rows.values() if (why := self._owner.leaves(job)) is not None]:
-                self._give_up(job, why)
+            self._give_up_those_that_leave()
             if self.rows:
                 self._choose()
             if self.batch.rows:
@@ -105,6 +104,10 @@ class Lane:
             self.rows[job.one.decoding] = job
             self.batch.add(job.one.decoding)
         return True
+
+    def _give_up_those_that_leave(self) -> None:
+        for job, why in [(job, why) for job in self.rows.values() if (why := self._owner.leaves(job)) is not None]:
+            self._give_up(job, why)
 
     def _give_up(self, job: Job, why: Exception) -> None:
         """Free the row of a job. One whose time is over after its first token gets what there is of its answer."""

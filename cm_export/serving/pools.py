@@ -11,8 +11,7 @@ _M_ARENA_MAX = -8  # of glibc's malloc.h
 def few_pools() -> None:
     """Let all threads of this process take memory from two pools of glibc; to be called before they begin.
 
-    Each pool keeps what it held at its most: with one for every thread, six clients took a process from 1.1 to 1.5 GB within
-    two minutes, with two it stayed at 1.1 GB.
+    Each pool keeps what it held at its most, and left to itself there is one for every thread.
     """
     if sys.platform != "linux":
         return

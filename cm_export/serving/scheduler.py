@@ -202,6 +202,7 @@ class Scheduler:
         answer = event.answer if isinstance(event, Finished) else None
         self.observer.ended(_outcome(event), answer, time.perf_counter() - job.submitted)
         self.hand(job, event)
+        job.ticket._cancel = _nothing  # or they would hold each other, and with them a cache, until the collector comes
 
     def fail(self, job: Job, error: Exception) -> None:
         """It gets no answer."""
@@ -259,20 +260,27 @@ class Scheduler:
     # ------------------------------------------------ the prefill thread
 
     def _prefills(self) -> None:
-        while (job := self._next()) is not None:
-            job.begun = time.perf_counter()
-            if job.stream is not None:
-                name = f"cm-export-guard-{job.ticket.id}"
-                threading.Thread(target=self._alone, args=(job, job.stream), name=name, daemon=True).start()
-                continue
-            try:
-                job.one = job.talk.begin(job.asked.prompts[-1], job.asked.limits)
-            except Exception as e:
-                self.fail(job, e)
-                continue
-            with self.change:
-                min(self._lanes, key=lambda lane: lane.load).add(job)
-                self.change.notify_all()
+        while self._prefilled():  # and nothing of it is held here while the next one is awaited
+            pass
+
+    def _prefilled(self) -> bool:
+        """Begin the next request that comes to its turn; False where the scheduler stops."""
+        if (job := self._next()) is None:
+            return False
+        job.begun = time.perf_counter()
+        if job.stream is not None:
+            name = f"cm-export-guard-{job.ticket.id}"
+            threading.Thread(target=self._alone, args=(job, job.stream), name=name, daemon=True).start()
+            return True
+        try:
+            job.one = job.talk.begin(job.asked.prompts[-1], job.asked.limits)
+        except Exception as e:
+            self.fail(job, e)
+            return True
+        with self.change:
+            min(self._lanes, key=lambda lane: lane.load).add(job)
+            self.change.notify_all()
+        return True
 
     def _next(self) -> Job | None:
         """The next one that waits, once there is a place; None where the scheduler stops. Those given up leave."""
@@ -309,6 +317,10 @@ class Scheduler:
             self._whole(job, stream.answer)
         except Exception as e:
             self.fail(job, e)
+
+
+def _nothing(_: Ticket) -> None:
+    """There is nothing left to cancel."""
 
 
 def _outcome(event: Finished | Failed) -> str:
