@@ -19,7 +19,7 @@ READERS = {GPTQ: gptq, AWQ: awq, COMPRESSED: compressed_tensors, FP8: fp8}
 WORD = "shifts = np.arange(0, 32, bits, dtype=np.uint32)"
 ORDERED, ZEROS = (f'_in_order(nibbles(parts["{part}"], 4, axis=1))' for part in ("qweight", "qzeros"))
 PACKED_ZEROS, FLOATS = (
-    "nibbles(stored.astype(np.int32), bits, axis=0)[: shape[0]]",
+    "zero = nibbles(stored.astype(np.int32), bits, axis=0)\n",
     "return eight_bit_floats(parts, scale, {})",
 )
 OTHER_BITS = 'raise unread(settings, f"{bits!r} bits ({form}, {kind})", where)'
