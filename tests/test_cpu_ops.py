@@ -7,7 +7,9 @@ import threading
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import onnxruntime as ort
+import psutil
 import pytest
 from cpu_cases import ACTIVATIONS, Call, Sizes, ffn, matmul, model
 from hypothesis import given, settings
@@ -31,11 +33,15 @@ def best_instructions():
 
 
 def session(call: Call, threads: int = 1) -> ort.InferenceSession:
+    return session_of(model(call), threads)
+
+
+def session_of(made: bytes, threads: int = 1) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors are what some tests are after
     options.register_custom_ops_library(str(library.built()))
-    return ort.InferenceSession(model(call), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(made, options, providers=["CPUExecutionProvider"])
 
 
 def run(call: Call, threads: int = 1) -> np.ndarray:
@@ -210,6 +216,27 @@ def test_a_session_may_run_in_several_threads_at_once():
     ]
     [t.start() for t in work], [t.join() for t in work]
     assert len(answers) == 80 and all(np.array_equal(a, expected) for a in answers)
+
+
+def test_the_layers_of_a_model_share_what_they_work_in():
+    """A prompt of hundreds of tokens needs megabytes for its neurons; each layer would keep its own until the process ends."""
+    call, layers = ffn(Sizes(S=256, K=32, N=6000)), 12
+    chain = onnx.load_from_string(model(call))
+    node = chain.graph.node[0]
+    for i in range(1, layers):
+        further = onnx.NodeProto.FromString(node.SerializeToString())
+        further.input[0], further.output[0] = f"y{i}", f"y{i + 1}"
+        chain.graph.node.append(further)
+    node.output[0] = "y1"
+    chain.graph.node[-1].output[0] = "y"
+    ready, feeds = (
+        session_of(chain.SerializeToString()),
+        {n: a for n, a in call.inputs.items() if n not in call.constants},
+    )
+    before = psutil.Process().memory_info().rss
+    ready.run(None, feeds)
+    of_one = 256 * 6000 * 4  # bytes of activations
+    assert psutil.Process().memory_info().rss - before < 5 * of_one
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ Selection selection(const ort::Context* context, const char* op, size_t norm_ind
 
 // ---------------------------------------------------------------- products
 
-// Buffers of a call. ONNX Runtime may run one node in several threads at once: each call borrows a set of its own.
+// Buffers of a call.
 struct Scratch {
     Rows x, z;
     std::vector<float> activated, partial;
@@ -130,11 +130,17 @@ private:
     std::vector<std::unique_ptr<Scratch>> free_;
 };
 
+// A call borrows a set of its own, since others run at the same time; all nodes take from one pool, or each would keep what
+// its largest call needed: a prompt of hundreds of tokens needs ten megabytes a layer.
 struct Loan {
-    explicit Loan(Pool& p) : pool(p), scratch(p.take()) {}
-    ~Loan() { pool.give_back(std::move(scratch)); }
-    Pool& pool;
-    std::unique_ptr<Scratch> scratch;
+    ~Loan() { pool().give_back(std::move(scratch)); }
+    std::unique_ptr<Scratch> scratch = pool().take();
+
+private:
+    static Pool& pool() {
+        static Pool* const of_all = new Pool;  // never deleted: threads may still compute when the process ends
+        return *of_all;
+    }
 };
 
 // For each byte, the places of its bits that are set, and how many they are.
@@ -356,7 +362,6 @@ struct PackedMatMul {
     static constexpr ort::ElementType kTypes[] = {ort::kFloat, ort::kAny,   ort::kFloat16,
                                                   ort::kUint8, ort::kFloat, ort::kFloat};
     int64_t bits, group, outputs;
-    Pool pool;
 
     explicit PackedMatMul(const ort::Info* info)
         : bits(integer(info, kName, "bits")), group(integer(info, kName, "group")), outputs(integer(info, kName, "N")) {
@@ -372,7 +377,7 @@ struct PackedMatMul {
         std::vector<int64_t> of_y = x.shape;
         of_y.back() = outputs;
         float* y = output(context, of_y);
-        const Loan loan(pool);
+        const Loan loan;
         const Kernels& k = kernels();
         for (int64_t row = 0; row < shape.rows(); row += kManyRows) {
             const int count = static_cast<int>(std::min<int64_t>(kManyRows, shape.rows() - row));
@@ -396,7 +401,6 @@ struct PackedFFN {
                                                   ort::kUint8, ort::kFloat, ort::kFloat,   ort::kFloat, ort::kFloat};
     int64_t bits_in, group_in, bits_out, group_out, columns, neurons;
     Activation activation;
-    Pool pool;
 
     explicit PackedFFN(const ort::Info* info)
         : bits_in(integer(info, kName, "bits_in")),
@@ -422,7 +426,7 @@ struct PackedFFN {
         const Selection x_kept = selection(context, kName, 7, 9, columns, shape.requests, shape.rows_of_a_request);
         const Selection z_kept = selection(context, kName, 8, 10, neurons, shape.requests, shape.rows_of_a_request);
         float* y = output(context, x.shape);
-        const Loan loan(pool);
+        const Loan loan;
         Scratch& scratch = *loan.scratch;
         const Kernels& k = kernels();
         for (int64_t row = 0; row < shape.rows(); row += kManyRows) {
