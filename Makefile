@@ -117,6 +117,7 @@ bench-guard: $(STAMP)
 
 # The guard beside dense decoding at the same answer, weights in 4 bits: benchmarks/lossless.json and docs/guard.md (10 minutes).
 bench-lossless: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python recipes/fetch_smollm2.py --out artifacts/smollm2-135m
 	$(BIN)/cm-export build --model scenes --neurons active --tokens dense --weights int4 --out artifacts/scenes-int4.plan
 	$(BIN)/cm-export build --model artifacts/smollm2-135m --neurons active --weights int4 --out artifacts/smollm2-int4.plan
