@@ -15,6 +15,7 @@ import onnx
 import onnxruntime as ort
 import plugin_builds
 from fake_engines import Machine, machine
+from fake_tensorrt_builder import read_by
 
 from cm_export.plugins.harness.cases import OPS
 from cm_export.plugins.harness.library import Library, Tensor, numpy_type
@@ -66,14 +67,10 @@ class Part:
     def __init__(self, nodes: list[onnx.NodeProto], model: onnx.ModelProto, later: set[str]):
         made = {o for n in nodes for o in n.output}
         stored = {t.name: t for t in model.graph.initializer}
-        read = {i for n in nodes for i in fake_tensorrt.read_by(n)} - made - {""}
+        read = {i for n in nodes for i in read_by(n)} - made - {""}
         self.given, self.names = sorted(read - set(stored)), sorted(made & later)
-        self._nodes, self._weights, self._model, self._session = (
-            nodes,
-            [stored[n] for n in sorted(read & set(stored))],
-            model,
-            None,
-        )
+        self._nodes, self._weights = nodes, [stored[n] for n in sorted(read & set(stored))]
+        self._model, self._session = model, None
 
     def run(self, values: Arrays) -> Arrays:
         feeds = {n: values[n] for n in self.given}
@@ -118,7 +115,7 @@ class Program(fake_tensorrt.Program):
     def _cut(self):
         """What can run before the next plugin layers, these, what can run then, and so on."""
         model, self._model = self._model, None
-        left, own = list(model.graph.node), {n for n in _OPS}
+        left, own = list(model.graph.node), _OPS.keys()
         missing = {o for n in left for o in n.output if o}
         read_as_weight = {i for n in left if n.op_type in own for i in n.input}
         self._constant = {
@@ -128,7 +125,7 @@ class Program(fake_tensorrt.Program):
             for plugin in (False, True):
                 taken, rest = [], []
                 for node in left:
-                    ready = (node.op_type in own) == plugin and not missing.intersection(fake_tensorrt.read_by(node))
+                    ready = (node.op_type in own) == plugin and not missing.intersection(read_by(node))
                     (taken if ready else rest).append(node)
                     if ready and not plugin:
                         missing -= set(node.output)
@@ -138,7 +135,7 @@ class Program(fake_tensorrt.Program):
                     assert taken or not left, "a plan that goes round"
                     yield [Layer(n) for n in taken]
                 elif taken:
-                    later = {i for n in left for i in fake_tensorrt.read_by(n)} | {v.name for v in self.outputs}
+                    later = {i for n in left for i in read_by(n)} | {v.name for v in self.outputs}
                     yield Part(taken, model, later)
 
 

@@ -25,7 +25,6 @@ from fake_tensorrt_builder import (
     ITimingCache,
     OnnxParser,
     ParserError,
-    read_by,  # noqa: F401 - emulated_plugins takes it from here
     shape_inputs,
 )
 from fake_tensorrt_runtime import Library, Port

@@ -260,27 +260,25 @@ class Scheduler:
     # ------------------------------------------------ the prefill thread
 
     def _prefills(self) -> None:
-        while self._prefilled():  # and nothing of it is held here while the next one is awaited
-            pass
+        while (job := self._next()) is not None:
+            self._begin(job)
+            del job  # or its cache would be held while the next one is awaited
 
-    def _prefilled(self) -> bool:
-        """Begin the next request that comes to its turn; False where the scheduler stops."""
-        if (job := self._next()) is None:
-            return False
+    def _begin(self, job: Job) -> None:
+        """Read its prompt and hand it to a lane; a guarded one gets a thread of its own."""
         job.begun = time.perf_counter()
         if job.stream is not None:
             name = f"cm-export-guard-{job.ticket.id}"
             threading.Thread(target=self._alone, args=(job, job.stream), name=name, daemon=True).start()
-            return True
+            return
         try:
             job.one = job.talk.begin(job.asked.prompts[-1], job.asked.limits)
         except Exception as e:
             self.fail(job, e)
-            return True
+            return
         with self.change:
             min(self._lanes, key=lambda lane: lane.load).add(job)
             self.change.notify_all()
-        return True
 
     def _next(self) -> Job | None:
         """The next one that waits, once there is a place; None where the scheduler stops. Those given up leave."""

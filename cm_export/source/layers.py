@@ -17,9 +17,7 @@ import torch
 from onnx import NodeProto, ValueInfoProto
 from torch import nn
 
-_FEW = (
-    3  # traced beyond those that differ: the first, which also computes what all share, a pattern, and its repetition
-)
+_FEW = 3  # traced beyond those that differ: one that also computes what all share, a pattern, and its repetition
 _OF_TORCH = frozenset(vars(nn.Module()))  # hooks, children and so on, which every module has
 _OF_ITS_OWN = frozenset({"layer_idx"})
 
@@ -72,23 +70,18 @@ class _Names:
     def __init__(self, weights: str):
         """`weights`: how those of a layer begin, such as "model.layers.{layer}."."""
         before, after = map(re.escape, weights.split("{layer}"))
-        self._weights = re.compile(f"({before})([0-9]+)({after})")
+        self._weights = re.compile(f"{before}([0-9]+){after}")
         self._any = re.compile(rf"({before}|past\.|present\.)([0-9]+)(\.)")
 
     def layer_of_weight(self, name: str) -> int:
         """Whose weight it is, or -1."""
         found = self._weights.match(name)
-        return int(found[2]) if found else -1
+        return int(found[1]) if found else -1
 
-    def moved(self, name: str, layer: int, to: int) -> str:
-        """A name of `layer` as a name of another one; any other name as it is."""
+    def moved(self, name: str, layer: int | None, to: int) -> str:
+        """A name of `layer`, None: of any, as a name of another one; any other name as it is."""
         found = self._any.match(name)
-        return f"{found[1]}{to}{name[found.end(2) :]}" if found and int(found[2]) == layer else name
-
-    def in_layer(self, name: str, to: int) -> str:
-        """The same part of another layer."""
-        found = self._any.match(name)
-        return f"{found[1]}{to}{name[found.end(2) :]}" if found else name
+        return f"{found[1]}{to}{name[found.end(2) :]}" if found and layer in (None, int(found[2])) else name
 
 
 def repeat(
@@ -202,7 +195,7 @@ def _declare(values: Any, order: Sequence[str], names: _Names, last: int) -> Non
     declared = []
     for name in order:
         declared.append(value := ValueInfoProto())
-        value.CopyFrom(known[name] if name in known else known[names.in_layer(name, last)])
+        value.CopyFrom(known[name] if name in known else known[names.moved(name, None, last)])
         value.name = name
     del values[:]
     values.extend(declared)

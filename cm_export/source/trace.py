@@ -137,10 +137,8 @@ def trace(spec: GraphSpec) -> onnx.ModelProto:
     """
     body = spec.module.eval().requires_grad_(False)
     if isinstance(body, wrappers.Decoder) and (count := body.differing(spec.inputs)) < body.layers:
-        try:
+        with contextlib.suppress(layers.Unlike):
             return _repeated(spec, body, count)
-        except layers.Unlike:
-            pass
     return _traced(spec)
 
 
