@@ -2,6 +2,8 @@
 
     y = x_kept W          |error| <= sum over groups of (sum over kept k of |W[k,n]|) * scale / 2      scale = max |x_kept| / 127
 
+With `x_bytes` 2 and weights of 8 bits x has 128 times as many steps.
+
 The weights are made here from codes, scales and zero points; nothing of the packer's inverse is used.
 """
 
@@ -72,7 +74,7 @@ def kept(x: np.ndarray, norm: np.ndarray, threshold: np.ndarray) -> np.ndarray:
         return ~(np.abs(x) * norm < threshold.reshape(-1, 1, 1))
 
 
-def product(x: np.ndarray, keep: np.ndarray, w: Weight) -> tuple[np.ndarray, np.ndarray]:
+def product(x: np.ndarray, keep: np.ndarray, w: Weight, x_bytes: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """(y, bound) of x [B,S,K] in float64, with what is not kept left out."""
     used = np.where(keep, x, 0).astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -81,10 +83,11 @@ def product(x: np.ndarray, keep: np.ndarray, w: Weight) -> tuple[np.ndarray, np.
         bound = FLOAT32 * (np.abs(used) @ size) + 1e-30
         if w.packed.bits == 32:
             return y, bound
+        steps = 127 * 128 if w.packed.bits == 8 and x_bytes == 2 else 127
         for begin in range(0, x.shape[-1], w.packed.group):
             part = slice(begin, begin + w.packed.group)
             # x below 1e-36 counts as 0; a millionth more than a half, since scale and quotient are rounded themselves
-            step = np.maximum(np.abs(used[..., part]).max(-1, keepdims=True) / 127, 2e-36) / 2 * (1 + 1e-6)
+            step = np.maximum(np.abs(used[..., part]).max(-1, keepdims=True) / steps, 2e-36) / 2 * (1 + 1e-6)
             bound += step * (keep[..., part] @ size[part])
     undefined = ~np.isfinite(used).all(-1)
     y[undefined] = np.nan
@@ -111,6 +114,7 @@ class Sizes:
     group: int = 32
     zeros: bool = False
     share: float = 0.6  # 1: no norm; 0: nothing kept
+    x_bytes: int = 1
 
 
 def thresholds(scores: np.ndarray, share: float) -> np.ndarray:
@@ -130,10 +134,10 @@ def matmul(s: Sizes, seed: int = 0, x: np.ndarray | None = None) -> Call:
     norm = np.linalg.norm(w.numbers, axis=1).astype(np.float32)[: 0 if s.share >= 1 else s.K]
     threshold = thresholds(np.nan_to_num(np.abs(x)) * norm, s.share) if norm.size else np.zeros((s.B, 1), np.float32)
     keep = kept(x, norm, threshold)
-    y, bound = product(x, keep, w)
+    y, bound = product(x, keep, w, s.x_bytes)
     return Call(
         "PackedMatMul",
-        {"bits": s.bits, "group": s.group, "N": s.N},
+        {"bits": s.bits, "group": s.group, "N": s.N, "x_bytes": s.x_bytes},
         {"x": x, **_stored("w", w), "norm": norm, "threshold": threshold},
         y,
         bound,
@@ -194,7 +198,7 @@ def ffn(
     x_norm = (rng.random(D) + 0.5).astype(np.float32)[: 0 if s.share >= 1 else D]
     x_threshold = thresholds(np.abs(x) * x_norm, s.share) if x_norm.size else np.zeros((s.B, 1), np.float32)
     x_keep = kept(x, x_norm, x_threshold)
-    (g, g_error), (u, u_error) = product(x, x_keep, gate), product(x, x_keep, up)
+    (g, g_error), (u, u_error) = (product(x, x_keep, w, s.x_bytes) for w in (gate, up))
     assert np.abs(g).max() <= 6, "the slopes of the activations are those up to 6"
     meaning, slope = ACTIVATIONS[activation]
     a, a_error = meaning(g), slope * g_error + ACTIVATION
@@ -206,7 +210,7 @@ def ffn(
     margin = z_error * (z_norm if z_norm.size else 0) * (1 + 1e-6) + 1e-7 * scores
     unsure = np.abs(scores - limit) <= margin if z_norm.size else np.zeros(z.shape, bool)
     y, _ = product(z, z_keep, down)
-    _, bound = product(np.abs(z) + z_error, z_keep | unsure, down)  # rounding of z
+    _, bound = product(np.abs(z) + z_error, z_keep | unsure, down, s.x_bytes)  # rounding of z
     bound += np.where(z_keep | unsure, z_error, 0) @ np.abs(down.numbers)
     bound += np.where(unsure, np.abs(z), 0) @ np.abs(down.numbers)
     both = beside(gate, up)
@@ -214,7 +218,7 @@ def ffn(
         "PackedFFN",
         {
             "bits_in": s.bits, "group_in": s.group, "bits_out": bits_out, "group_out": group_out,
-            "activation": activation, "D": D, "F": F,
+            "activation": activation, "D": D, "F": F, "x_bytes": s.x_bytes,
         },
         {
             "x": x, **_stored("in", both), **_stored("out", down),

@@ -21,6 +21,7 @@ CALLS = [
     *(matmul(sizes, seed) for seed, sizes in enumerate([
         Sizes(), Sizes(K=1, N=1, S=2), Sizes(K=33, N=127, bits=8, zeros=True), Sizes(K=200, N=257, group=64, zeros=True, S=3),
         Sizes(K=130, N=130, group=128, S=17), Sizes(K=70, N=200, bits=8, group=64, B=2, S=9), Sizes(bits=32),
+        Sizes(K=200, N=257, bits=8, zeros=True, x_bytes=2), Sizes(K=70, N=130, bits=8, S=3, x_bytes=2),
         Sizes(bits=32, S=19), Sizes(share=0, S=2), Sizes(share=1), Sizes(share=1, S=19, zeros=True), Sizes(S=0),
     ])),
     ffn(Sizes(B=2, zeros=True, N=300, group=64), bits_out=8, group_out=64),

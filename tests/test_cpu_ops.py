@@ -69,6 +69,8 @@ SIZES = [
     Sizes(K=200, N=257, group=64, zeros=True),
     Sizes(K=390, N=140, group=128),
     Sizes(K=390, N=140, group=128, bits=8, zeros=True),
+    Sizes(K=390, N=140, group=128, bits=8, zeros=True, x_bytes=2),
+    Sizes(K=700, N=140, bits=8, x_bytes=2, share=0.9),
     Sizes(K=100, N=130, bits=32),
     Sizes(share=0),
     Sizes(share=0, S=3, zeros=True),
@@ -79,6 +81,9 @@ SIZES = [
     Sizes(B=2, S=2, zeros=True, bits=8),
     Sizes(S=16, zeros=True),
     Sizes(S=17, bits=8),
+    Sizes(S=17, bits=8, x_bytes=2, zeros=True),
+    Sizes(B=3, S=2, bits=8, x_bytes=2, share=1),
+    Sizes(x_bytes=2),
     Sizes(S=17, bits=32, share=0.3),
     Sizes(B=3, S=100, K=290, zeros=True, share=0.9),
     Sizes(B=2, S=150, K=150, bits=8, group=64, share=1),
@@ -104,6 +109,7 @@ def test_ffns_are_as_near_as_rounding_x_and_z_allows(name):
             (Sizes(), 4, 32),
             (Sizes(zeros=True, N=300, group=64), 8, 64),
             (Sizes(bits=8, S=3), 32, 128),
+            (Sizes(bits=8, x_bytes=2), 8, 32),
             (Sizes(bits=32, B=2, S=2, share=1), 4, 32),
             (Sizes(K=1, N=1), 8, 32),
             (Sizes(B=2, S=130, K=70, N=200, zeros=True), 4, 128),
@@ -152,6 +158,7 @@ def test_activations_end_in_their_limits_for_huge_gates():
         group=st.sampled_from([32, 64, 128]),
         zeros=st.booleans(),
         share=st.floats(0, 1),
+        x_bytes=st.sampled_from([1, 2]),
     ),
     seed=st.integers(0, 1000),
     place=st.integers(0, len(INSTRUCTIONS) - 1),
@@ -191,7 +198,8 @@ def test_tiny_and_huge_numbers_of_x_stay_within_the_bound(size):
 
 
 def test_a_row_has_the_same_answer_alone_and_among_others_whoever_computes_it():
-    for sizes in (Sizes(S=40, K=290, N=300, zeros=True), Sizes(S=40, bits=8), Sizes(S=300, bits=32)):
+    two_bytes = Sizes(S=40, K=290, N=300, zeros=True, bits=8, x_bytes=2)
+    for sizes in (Sizes(S=40, K=290, N=300, zeros=True), Sizes(S=40, bits=8), Sizes(S=300, bits=32), two_bytes):
         call = matmul(sizes)
         together = run(call)
         assert np.array_equal(together, run(call, threads=2))
@@ -260,6 +268,7 @@ REFUSED = [
     ({"bits": 3}, {}, "bits are 3, not 4, 8 or 32"),
     ({"group": 48}, {}, "a group of 48, not 32, 64 or 128"),
     ({"N": 0}, {}, "N is 0"),
+    ({"x_bytes": 3}, {}, "x_bytes are 3, not 1 or 2"),
     ({"N": 300}, {}, "input 1 (codes) is [128,128], expected [128,192]"),
     ({"bits": 8}, {}, "input 1 (codes) is [128,128], expected [128,256]"),
     ({"bits": 32}, {}, "input 1 (codes) must be float32 with bits 32"),

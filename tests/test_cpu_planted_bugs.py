@@ -14,7 +14,7 @@ from test_cpu_native import ARM, CALLS, PLAIN, usable
 
 from cm_export.plugins.cpu import build
 
-PRODUCT, QUANTISE, OPS, ACTIVATE = "product.h", "quantise.h", "ops.cpp", "activate.h"
+PRODUCT, QUANTISE, OPS, ACTIVATE, KERNELS = "product.h", "quantise.h", "ops.cpp", "activate.h", "kernels.h"
 ATTEND, CACHE = "attention.h", "attention.cpp"
 EACH_GROUP = "const int last_quad = rows.first[groups.end];\n    for (int64_t g = groups.begin; g < groups.end; ++g) {"
 EACH_ROW = "for (int row = 0; row < rows.count; ++row)\n"
@@ -25,7 +25,7 @@ TAKE = """if (free_.empty()) return std::make_unique<Scratch>();
         return scratch;"""
 TAKE_ONE = "static Scratch* const one = new Scratch;  return std::unique_ptr<Scratch>(one);"
 COUNT = "const int count = static_cast<int>(m.inputs - begin < m.group ? m.inputs - begin : m.group);"
-FULL = "numbers == m.group && ids[numbers - 1] != ids[numbers - kQuad]"
+FULL = "numbers == group && ids[numbers - 1] != ids[numbers - kQuad]"
 KEPT = "!(std::fabs(x[i]) * norm[i] < threshold)"
 ROUNDED = "bits_of(kept[i] * inverse + 12582912.0f) - bits_of(12582912.0f)"
 PANEL_OUT = "float* y = span.y{};"
@@ -35,17 +35,17 @@ SHARED = {  # what is wrong: (file, right, wrong)
     "last group": (PRODUCT, EACH_GROUP, EACH_GROUP.replace("g < g", "g + 1 < g")),
     "scale of the first group": (PRODUCT, "m.scale + (pass.g * m.panels + panel) * kPanel;", "m.scale + panel * kPanel;"),
     "zero points of the first panel": (PRODUCT, "kPanel + output);\n}", "kPanel + output % 128);\n}"),
-    "zero points of one row": (PRODUCT, "panel * kPanel + output), -rows.sum", "output), -rows.sum"),
+    "zero points of one row": (PRODUCT, "panel * kPanel + output), rows, 0", "output), rows, 0"),
     "middle of 8 bits": (PRODUCT, "(1 << (bits - 1)) - (bits == 8", "(1 << 3) - (bits == 8"),
-    "x of the first row": (PRODUCT, "Isa::quad(x + i * listed + quad * kQuad)", "Isa::quad(x + quad * kQuad)"),
-    "sum of the first row": (PRODUCT, "-rows.sum[(row + i) * rows.groups + g]", "-rows.sum[row * rows.groups + g]"),
+    "x of the first row": (PRODUCT, "x + i * bytes * listed + quad * kQuad", "x + quad * kQuad"),
+    "sum of the first row": (PRODUCT, "(zeros[c], rows, row + i, g)", "(zeros[c], rows, row, g)"),
     "scale of another group": (PRODUCT, "tile.scale + (g - g_begin) * kRegisters + column;", "tile.scale + column;"),
     "rows left over": (PRODUCT, "if (row < rows.count) blocks", "if (row + 1 < rows.count) blocks"),
     "outputs of another panel": (PRODUCT, PANEL_OUT.format(" + (panel - span.begin) * kPanel"), PANEL_OUT.format("")),
     "sums begin again in every pass": (PRODUCT, "quad == begin, taken == left", "true, taken == left"),
     "no pass is a group's last": (PRODUCT, "quad == begin, taken == left", "quad == begin, false"),
     "sums of another span": (PRODUCT, "sums += (span->end - span->begin) * kRegisters;", ""),
-    "x of the first quads": (PRODUCT, "rows.codes.data() + (pass.quad + q) * kQuad", "rows.codes.data() + q * kQuad"),
+    "x of the first quads": (PRODUCT, "ids.size() + (pass.quad + q) * kQuad", "ids.size() + q * kQuad"),
     "rows of the first quads": (PRODUCT, "bits>(now + q * kQuad,", "bits>(now,"),
     "the last part of the inputs": (OPS, "m.groups() * (part + 1) / parts}", "m.groups() * (part + 1) / (parts + 1)}"),
     "what a part adds": (OPS, "sum[i] += more[i];", "sum[i] = more[i];"),
@@ -57,7 +57,12 @@ SHARED = {  # what is wrong: (file, right, wrong)
     "y not cleared": (PRODUCT, "0, (span->end - span->begin) * kPanel * sizeof(float));", "0, sizeof(float));"),
     "filled up numbers count": (QUANTISE, "ids[i] == ids[numbers - kQuad]; --i) out[i] = 0;", "false; --i) out[i] = 0;"),
     "filled up floats count": (QUANTISE, "ids[i] == ids[numbers - kQuad]; --i) out[i] = 0.0f;", "false; --i) out[i] = 0.0f;"),
-    "a full group taken for granted": (QUANTISE, FULL, "numbers == m.group"),
+    "a full group taken for granted": (QUANTISE, FULL, "numbers == group"),
+    "upper bytes of one row": (PRODUCT, "Isa::more(of[r], Isa::times_high(high[r]))", "Isa::more(of[r], high[r])"),
+    "upper bytes of several rows": (PRODUCT, "Isa::more(sums[i][c], Isa::times_high(high[i][c]))", "sums[i][c]"),
+    "the sum of upper bytes": (PRODUCT, "Isa::more(Isa::times_high(first)", "Isa::more(first"),
+    "lower bytes that are the upper": (QUANTISE, "pick(low, ids", "pick(codes, ids"),
+    "bytes of the next row": (KERNELS, "static_cast<size_t>(row) * bytes * ids.size()", "static_cast<size_t>(row) * ids.size()"),
     "what is not kept sets the scale": (QUANTISE, "bits >> i & 1 ? x[i] : 0.0f", "x[i]"),
     "one more than the threshold": (QUANTISE, KEPT, "std::fabs(x[i]) * norm[i] > threshold * 1.2f"),
     "the sign of x": (QUANTISE, KEPT, KEPT.replace("std::fabs", "")),

@@ -41,6 +41,7 @@ struct Vector {
         return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }
     static CM_INLINE Int more(Int a, Int b) { return _mm256_add_epi32(a, b); }
+    static CM_INLINE Int times_high(Int v) { return _mm256_slli_epi32(v, 7); }
     static CM_INLINE Int quad(const int8_t* x) {
         int32_t four;
         std::memcpy(&four, x, sizeof four);

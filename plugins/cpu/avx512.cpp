@@ -40,6 +40,7 @@ struct Isa {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
     static CM_INLINE Int more(Int a, Int b) { return _mm512_add_epi32(a, b); }
+    static CM_INLINE Int times_high(Int v) { return _mm512_slli_epi32(v, 7); }
     static CM_INLINE Int less(Int a, Int b) { return _mm512_sub_epi32(a, b); }
     static CM_INLINE Int sixteenth(Int v) { return _mm512_srai_epi32(v, 4); }
     static CM_INLINE Int quad(const int8_t* x) {

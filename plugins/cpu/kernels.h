@@ -3,8 +3,9 @@
 //     y[r, n] = sum over listed k of x[r, k] * W[k, n]        W[k, n] = scale[k / group, n] * (code[k, n] - zero[k / group, n])
 //
 // W is stored by inputs: all outputs of one k are neighbours ("a row of W"), so a k that is not listed is not read.
-// Outputs come in panels of 128. x is rounded to int8 with one scale per row and group, and its listed k are taken four at
-// a time ("a quad"): one dot product instruction with 32-bit lanes multiplies a quad for as many outputs as it has lanes.
+// Outputs come in panels of 128. x is rounded with one scale per row and group, to one byte or to two: 128 high + low, each
+// multiplied by itself and added up as integers. Its listed k are taken four at a time ("a quad"): one dot product
+// instruction with 32-bit lanes multiplies a quad for as many outputs as it has lanes.
 #pragma once
 
 #include <algorithm>
@@ -22,6 +23,7 @@ constexpr int kMaxGroup = 128;
 constexpr int kFewRows = 16;      // rows of x up to which reading W decides the time, not arithmetic
 constexpr int kManyRows = 256;    // taken at once, at most
 constexpr int kTileInputs = 128;  // of W, unpacked at once for many rows: 16 KB of the first cache
+constexpr int kHigh = 128;         // what the upper byte of x counts
 constexpr int kStep = 16;         // floats: what attention computes with is filled up to a multiple of it
 constexpr int kMaxHead = 512;     // numbers of a head of attention
 constexpr int kMaxHeads = 32;     // of a token, attended to in one task
@@ -41,17 +43,19 @@ struct Matrix {
 // A block of rows of x, made ready for a product. The listed k are those that any of its rows keeps.
 struct Rows {
     int count = 0;
+    int bytes = 1;                 // of a number of x; two only with weights of 8 bits
     int64_t groups = 0, kept = 0;
     size_t words = 0;              // of 64 bits, per row of `keep`
     std::vector<uint64_t> keep;    // [count, words] one bit for each k
     std::vector<int32_t> ids;      // listed k, a multiple of four in every group: the last is filled up with its first
     std::vector<int32_t> first;    // [groups + 1] quad with which a group begins
-    std::vector<int8_t> codes;     // [count, ids]; 0 where a row does not keep k
-    std::vector<float> values;     // the same, with 32 bits
+    std::vector<int8_t> codes;     // [count, bytes, ids], the upper byte first; 0 where a row does not keep k
+    std::vector<float> values;     // [count, ids] with weights of 32 bits
     std::vector<float> scale;      // [count, groups]
-    std::vector<int32_t> sum;      // [count, groups] of codes
+    std::vector<int32_t> sum;      // [count, bytes, groups] of codes
 
-    const int8_t* codes_of(int row) const { return codes.data() + static_cast<size_t>(row) * ids.size(); }
+    const int8_t* codes_of(int row) const { return codes.data() + static_cast<size_t>(row) * bytes * ids.size(); }
+    const int32_t* sum_of(int row, int byte) const { return sum.data() + (static_cast<size_t>(row) * bytes + byte) * groups; }
     const float* values_of(int row) const { return values.data() + static_cast<size_t>(row) * ids.size(); }
 };
 

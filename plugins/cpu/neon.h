@@ -27,6 +27,7 @@ struct Isa {
     static CM_INLINE Float number(Int v) { return vcvtq_f32_s32(v); }
     static CM_INLINE Float half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
     static CM_INLINE Int more(Int a, Int b) { return vaddq_s32(a, b); }
+    static CM_INLINE Int times_high(Int v) { return vshlq_n_s32(v, 7); }
     static CM_INLINE Int quad(const int8_t* x) {
         int32_t four;
         std::memcpy(&four, x, sizeof four);

@@ -73,6 +73,13 @@ Matrix matrix(const ort::Context* context, const std::string& op, size_t index, 
     return m;
 }
 
+// Bytes to which numbers of x are rounded; weights of 4 bits are multiplied with one byte of x all the same.
+int64_t x_bytes_of(const ort::Info* info, const char* op) {
+    const int64_t bytes = integer(info, op, "x_bytes");
+    if (bytes != 1 && bytes != 2) fail(op, "x_bytes are " + std::to_string(bytes) + ", not 1 or 2");
+    return bytes;
+}
+
 void check_form(const char* op, int64_t bits, int64_t group) {
     if (bits != 4 && bits != 8 && bits != 32) fail(op, "bits are " + std::to_string(bits) + ", not 4, 8 or 32");
     if (bits != 32 && group != 32 && group != 64 && group != 128) fail(op, "a group of " + std::to_string(group) + ", not 32, 64 or 128");
@@ -191,13 +198,14 @@ void count_bytes(const Rows& rows, const Matrix& m) {
 
 // Makes a block of `count` rows of x, `stride` floats apart, ready to be multiplied with `m`.
 void prepare(const ort::Context* context, const Kernels& k, Rows& rows, const float* x, size_t stride, int64_t first_row, int count,
-             const Matrix& m, const Selection& selection) {
+             const Matrix& m, int64_t x_bytes, const Selection& selection) {
     rows.count = count;
+    rows.bytes = m.bits == 8 ? static_cast<int>(x_bytes) : 1;
     rows.groups = m.groups();
     rows.words = static_cast<size_t>(m.inputs + 63) / 64;
     rows.keep.resize(count * rows.words);
     rows.scale.resize(count * rows.groups);
-    rows.sum.resize(count * rows.groups);
+    rows.sum.resize(count * rows.bytes * rows.groups);
     const size_t tasks = count <= kFewRows ? 1 : 4 * processors();
     const auto rows_of = [&](size_t task, auto&& each) {
         for (size_t row = count * task / tasks; row < count * (task + 1) / tasks; ++row) each(static_cast<int>(row));
@@ -212,7 +220,7 @@ void prepare(const ort::Context* context, const Kernels& k, Rows& rows, const fl
     if (m.bits == 32) {
         rows.values.resize(count * rows.ids.size());
     } else {
-        rows.codes.resize(count * rows.ids.size());
+        rows.codes.resize(count * rows.bytes * rows.ids.size());
     }
     auto quantise = [&](size_t task) { rows_of(task, [&](int row) { k.quantise(x + row * stride, m, rows, row); }); };
     in_parallel(context, tasks, quantise);
@@ -361,10 +369,13 @@ struct PackedMatMul {
     static constexpr size_t kRequired = 6, kOutputs = 1;
     static constexpr ort::ElementType kTypes[] = {ort::kFloat, ort::kAny,   ort::kFloat16,
                                                   ort::kUint8, ort::kFloat, ort::kFloat};
-    int64_t bits, group, outputs;
+    int64_t bits, group, outputs, x_bytes;
 
     explicit PackedMatMul(const ort::Info* info)
-        : bits(integer(info, kName, "bits")), group(integer(info, kName, "group")), outputs(integer(info, kName, "N")) {
+        : bits(integer(info, kName, "bits")),
+          group(integer(info, kName, "group")),
+          outputs(integer(info, kName, "N")),
+          x_bytes(x_bytes_of(info, kName)) {
         check_form(kName, bits, group);
         if (outputs < 1) fail(kName, "N is " + std::to_string(outputs));
     }
@@ -382,7 +393,7 @@ struct PackedMatMul {
         for (int64_t row = 0; row < shape.rows(); row += kManyRows) {
             const int count = static_cast<int>(std::min<int64_t>(kManyRows, shape.rows() - row));
             const float* from = static_cast<const float*>(x.data) + row * shape.columns;
-            prepare(context, k, loan.scratch->x, from, shape.columns, row, count, m, kept);
+            prepare(context, k, loan.scratch->x, from, shape.columns, row, count, m, x_bytes, kept);
             product(context, k, m, loan.scratch->x, y + row * outputs, outputs, loan.scratch->partial);
         }
     }
@@ -399,7 +410,7 @@ struct PackedFFN {
     static constexpr size_t kRequired = 11, kOutputs = 1;
     static constexpr ort::ElementType kTypes[] = {ort::kFloat, ort::kAny,   ort::kFloat16, ort::kUint8, ort::kAny,  ort::kFloat16,
                                                   ort::kUint8, ort::kFloat, ort::kFloat,   ort::kFloat, ort::kFloat};
-    int64_t bits_in, group_in, bits_out, group_out, columns, neurons;
+    int64_t bits_in, group_in, bits_out, group_out, columns, neurons, x_bytes;
     Activation activation;
 
     explicit PackedFFN(const ort::Info* info)
@@ -409,6 +420,7 @@ struct PackedFFN {
           group_out(integer(info, kName, "group_out")),
           columns(integer(info, kName, "D")),
           neurons(integer(info, kName, "F")),
+          x_bytes(x_bytes_of(info, kName)),
           activation(activation_of(kName, text(info, kName, "activation"))) {
         check_form(kName, bits_in, group_in);
         check_form(kName, bits_out, group_out);
@@ -432,9 +444,10 @@ struct PackedFFN {
         for (int64_t row = 0; row < shape.rows(); row += kManyRows) {
             const int count = static_cast<int>(std::min<int64_t>(kManyRows, shape.rows() - row));
             scratch.activated.resize(static_cast<size_t>(count * stride));
-            prepare(context, k, scratch.x, static_cast<const float*>(x.data) + row * columns, columns, row, count, gate_up, x_kept);
+            const float* from = static_cast<const float*>(x.data) + row * columns;
+            prepare(context, k, scratch.x, from, columns, row, count, gate_up, x_bytes, x_kept);
             gated_product(context, k, gate_up, scratch.x, activation, scratch.activated.data(), scratch.partial);
-            prepare(context, k, scratch.z, scratch.activated.data(), stride, row, count, down, z_kept);
+            prepare(context, k, scratch.z, scratch.activated.data(), stride, row, count, down, x_bytes, z_kept);
             product(context, k, down, scratch.z, y + row * columns, columns, scratch.partial);
         }
     }

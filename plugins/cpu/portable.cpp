@@ -59,6 +59,9 @@ struct Isa {
     static CM_INLINE Int more(Int a, Int b) {
         return each<Int>([&](int i) { return a.lane[i] + b.lane[i]; });
     }
+    static CM_INLINE Int times_high(Int v) {
+        return each<Int>([&](int i) { return v.lane[i] * kHigh; });
+    }
     static CM_INLINE Int quad(const int8_t* x) {
         int32_t four;
         std::memcpy(&four, x, sizeof four);

@@ -5,6 +5,7 @@
 //         unpack<bits>     four rows of a panel of W -> bytes, four neighbours for one output, in the order of outputs
 //         dot<bits>        sums + 4 codes of W * 4 codes of x, per lane
 //         zeros            zero points of kLanes outputs, times(zeros, n): each times n, |n| < 2^15
+//         times_high       each lane times kHigh
 //         kTwoCodes        whether dot<8> is exact for every byte, so that one of two 4-bit codes can be multiplied as it is;
 //                          then `pairs` are the bytes of four rows, and upper(pairs) their upper codes times 16
 //
@@ -41,6 +42,14 @@ template <int bits>
 static CM_INLINE Int zeros_at(const Matrix& m, int64_t g, int64_t output) {
     if (m.zero == nullptr) return Isa::all((1 << (bits - 1)) - (bits == 8 ? Isa::kOffset : 0));
     return Isa::template zeros<bits>(m.zero + g * m.panels * kPanel + output);
+}
+
+// Zero points of some outputs, times the sum of a row's codes, which is taken away from sums of codes of W times codes of x.
+template <int bytes>
+static CM_INLINE Int taken_away(Int zeros, const Rows& rows, int row, int64_t g) {
+    const Int first = Isa::times(zeros, -rows.sum_of(row, 0)[g]);
+    if constexpr (bytes == 1) return first;
+    return Isa::more(Isa::times_high(first), Isa::times(zeros, -rows.sum_of(row, 1)[g]));
 }
 
 template <int bits>
@@ -88,14 +97,26 @@ static CM_INLINE void part(Int* sums) {
         for (int r = 0; r < kHalf; ++r) sums[r] = I::less(sums[r], sums[kHalf + r]), sums[kHalf + r] = I::sixteenth(sums[kHalf + r]);
 }
 
+// The same with two bytes of x, the sums of its upper one apart.
+static CM_INLINE void add_quad(const uint8_t* const* rows, int64_t offset, Int high, Int low, Int* sums_high, Int* sums) {
+    Int w[kRegisters];
+    unpack<8>(rows, offset, w);
+    for (int r = 0; r < kRegisters; ++r) {
+        sums_high[r] = Isa::template dot<8>(sums_high[r], w[r], high);
+        sums[r] = Isa::template dot<8>(sums[r], w[r], low);
+    }
+}
+
 // Panels from `begin` to `end` of a span; `now` are the rows of W, `ahead` where to ask for what comes, both less the panel.
 // Without `ahead` that is kAhead further along the same rows.
-template <int bits, int quads>
+template <int bits, int bytes, int quads>
 static CM_INLINE void stretch(const Matrix& m, const Rows& rows, const Pass& pass, const Span& span, int64_t begin, int64_t end,
                               const uint8_t* const* now, const uint8_t* const* ahead, Int* sums) {
     constexpr int kBytes = kPanel * bits / 8;
-    Int x[quads];
-    for (int q = 0; q < quads; ++q) x[q] = Isa::quad(rows.codes.data() + (pass.quad + q) * kQuad);
+    Int x[bytes][quads];
+    for (int byte = 0; byte < bytes; ++byte)
+        for (int q = 0; q < quads; ++q)
+            x[byte][q] = Isa::quad(rows.codes.data() + byte * rows.ids.size() + (pass.quad + q) * kQuad);
     const Float x_scale = Isa::all(rows.scale[pass.g]);
     for (int64_t panel = begin; panel < end; ++panel) {
         for (int i = 0; i < quads * kQuad; ++i)
@@ -104,7 +125,14 @@ static CM_INLINE void stretch(const Matrix& m, const Rows& rows, const Pass& pas
         Int* kept = sums + (panel - span.begin) * kRegisters;
         Int of[kRegisters];
         for (int r = 0; r < kRegisters; ++r) of[r] = pass.first ? Isa::all(0) : kept[r];
-        for (int q = 0; q < quads; ++q) add_quad<Isa, bits>(now + q * kQuad, panel * kBytes, x[q], of);
+        if constexpr (bytes == 1) {
+            for (int q = 0; q < quads; ++q) add_quad<Isa, bits>(now + q * kQuad, panel * kBytes, x[0][q], of);
+        } else {
+            Int high[kRegisters];
+            for (int r = 0; r < kRegisters; ++r) high[r] = Isa::all(0);
+            for (int q = 0; q < quads; ++q) add_quad(now + q * kQuad, panel * kBytes, x[0][q], x[1][q], high, of);
+            for (int r = 0; r < kRegisters; ++r) of[r] = Isa::more(of[r], Isa::times_high(high[r]));
+        }
         if (!pass.last) {
             for (int r = 0; r < kRegisters; ++r) kept[r] = of[r];
             continue;
@@ -114,14 +142,14 @@ static CM_INLINE void stretch(const Matrix& m, const Rows& rows, const Pass& pas
         float* y = span.y + (panel - span.begin) * kPanel;
         for (int r = 0; r < kRegisters; ++r) {
             const int64_t output = r * Isa::kLanes;
-            const Int zeros = Isa::times(zeros_at<bits>(m, pass.g, panel * kPanel + output), -rows.sum[pass.g]);
+            const Int zeros = taken_away<bytes>(zeros_at<bits>(m, pass.g, panel * kPanel + output), rows, 0, pass.g);
             const Float s = Isa::mul(Isa::half(scale + output), x_scale);
             Isa::store(y + output, Isa::fma(Isa::number(Isa::more(of[r], zeros)), s, Isa::load(y + output)));
         }
     }
 }
 
-template <int bits, int quads>
+template <int bits, int bytes, int quads>
 static void take(const Matrix& m, const Rows& rows, const Pass& pass, const Span* spans, int count, int last_quad, Int* sums) {
     constexpr int kBytes = kPanel * bits / 8, kRows = quads * kQuad;
     const uint8_t *now[kRows], *next[kRows], *ahead[kRows];
@@ -133,16 +161,16 @@ static void take(const Matrix& m, const Rows& rows, const Pass& pass, const Span
     for (const Span* span = spans; span != spans + count; ++span) {
         // at the end of a span the next one is asked for, and at the end of the last one the rows that come next
         const int64_t turn = span->end - span->begin > kAhead / kBytes ? span->end - kAhead / kBytes : span->begin;
-        stretch<bits, quads>(m, rows, pass, *span, span->begin, turn, now, nullptr, sums);
+        stretch<bits, bytes, quads>(m, rows, pass, *span, span->begin, turn, now, nullptr, sums);
         const bool is_last = span + 1 == spans + count;
         const int64_t jump = ((is_last ? spans : span + 1)->begin - turn) * kBytes;
         for (int i = 0; i < kRows; ++i) ahead[i] = (is_last ? next : now)[i] + jump;
-        stretch<bits, quads>(m, rows, pass, *span, turn, span->end, now, ahead, sums);
+        stretch<bits, bytes, quads>(m, rows, pass, *span, turn, span->end, now, ahead, sums);
         sums += (span->end - span->begin) * kRegisters;
     }
 }
 
-template <int bits>
+template <int bits, int bytes>
 static void one_row(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
     static thread_local Aligned memory;
     int64_t panels = 0;
@@ -156,17 +184,17 @@ static void one_row(const Matrix& m, const Rows& rows, Groups groups, const Span
             taken = left <= kTogether ? left : left < 2 * kTogether ? (left + 1) / 2 : kTogether;  // two halves: no short rest
             const Pass pass{g, quad, quad == begin, taken == left};
             switch (taken) {
-                case 1: take<bits, 1>(m, rows, pass, spans, count, last_quad, sums); break;
-                case 2: take<bits, 2>(m, rows, pass, spans, count, last_quad, sums); break;
-                case 3: take<bits, 3>(m, rows, pass, spans, count, last_quad, sums); break;
-                default: take<bits, kTogether>(m, rows, pass, spans, count, last_quad, sums);
+                case 1: take<bits, bytes, 1>(m, rows, pass, spans, count, last_quad, sums); break;
+                case 2: take<bits, bytes, 2>(m, rows, pass, spans, count, last_quad, sums); break;
+                case 3: take<bits, bytes, 3>(m, rows, pass, spans, count, last_quad, sums); break;
+                default: take<bits, bytes, kTogether>(m, rows, pass, spans, count, last_quad, sums);
             }
         }
     }
 }
 
 template <>
-void one_row<32>(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
+void one_row<32, 1>(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
     for (int64_t g = groups.begin; g < groups.end; ++g) {
         const int begin = rows.first[g], end = rows.first[g + 1], next = rows.first[g + 1 < groups.end ? g + 2 : g + 1];
         if (begin == end) continue;
@@ -226,7 +254,7 @@ static CM_INLINE void fill(Tile& tile, const Matrix& m, const Rows& rows, int64_
 }
 
 // `n` rows of x from `row`, kColumns registers of outputs from `column`: y += x tile.
-template <int bits, int n>
+template <int bits, int bytes, int n>
 static CM_INLINE void block(const Tile& tile, const Rows& rows, int64_t g_begin, int64_t g_end, int row, int column, float* y,
                             size_t stride) {
     constexpr int kColumns = Isa::kColumns;
@@ -236,15 +264,24 @@ static CM_INLINE void block(const Tile& tile, const Rows& rows, int64_t g_begin,
     for (int64_t g = g_begin; g < g_end; ++g) {
         const Int* zeros = tile.zeros + (g - g_begin) * kRegisters + column;
         const Float* scale = tile.scale + (g - g_begin) * kRegisters + column;
-        Int sums[n][kColumns];
+        Int sums[n][kColumns], high[bytes == 1 ? 1 : n][kColumns];
         for (int i = 0; i < n; ++i)
-            for (int c = 0; c < kColumns; ++c) sums[i][c] = Isa::times(zeros[c], -rows.sum[(row + i) * rows.groups + g]);
+            for (int c = 0; c < kColumns; ++c) sums[i][c] = taken_away<bytes>(zeros[c], rows, row + i, g);
+        if constexpr (bytes == 2)
+            for (int i = 0; i < n; ++i)
+                for (int c = 0; c < kColumns; ++c) high[i][c] = Isa::all(0);
         const Int* w = tile.codes + (rows.first[g] - first) * kRegisters + column;
         for (int quad = rows.first[g]; quad < rows.first[g + 1]; ++quad, w += kRegisters)
             for (int i = 0; i < n; ++i) {
-                const Int codes = Isa::quad(x + i * listed + quad * kQuad);
-                for (int c = 0; c < kColumns; ++c) sums[i][c] = Isa::template dot<bits>(sums[i][c], w[c], codes);
+                const int8_t* codes = x + i * bytes * listed + quad * kQuad;
+                if constexpr (bytes == 2)
+                    for (int c = 0; c < kColumns; ++c) high[i][c] = Isa::template dot<bits>(high[i][c], w[c], Isa::quad(codes));
+                const Int last = Isa::quad(codes + (bytes - 1) * listed);
+                for (int c = 0; c < kColumns; ++c) sums[i][c] = Isa::template dot<bits>(sums[i][c], w[c], last);
             }
+        if constexpr (bytes == 2)
+            for (int i = 0; i < n; ++i)
+                for (int c = 0; c < kColumns; ++c) sums[i][c] = Isa::more(sums[i][c], Isa::times_high(high[i][c]));
         for (int i = 0; i < n; ++i) {
             const Float x_scale = Isa::all(rows.scale[(row + i) * rows.groups + g]);
             for (int c = 0; c < kColumns; ++c) {
@@ -276,7 +313,7 @@ static CM_INLINE void float_block(const Tile& tile, const Rows& rows, int64_t g_
 }
 
 // All rows of x and outputs of the tile, n rows at a time and what is left with smaller n.
-template <int bits, int n>
+template <int bits, int bytes, int n>
 static void blocks(const Tile& tile, const Rows& rows, int64_t g_begin, int64_t g_end, int row, float* y, size_t stride) {
     for (; row + n <= rows.count; row += n)
         for (int column = 0; column < kRegisters; column += Isa::kColumns) {
@@ -284,15 +321,15 @@ static void blocks(const Tile& tile, const Rows& rows, int64_t g_begin, int64_t 
             if constexpr (bits == 32) {
                 float_block<n>(tile, rows, g_begin, g_end, row, column, out, stride);
             } else {
-                block<bits, n>(tile, rows, g_begin, g_end, row, column, out, stride);
+                block<bits, bytes, n>(tile, rows, g_begin, g_end, row, column, out, stride);
             }
         }
     if constexpr (n > 1) {
-        if (row < rows.count) blocks<bits, n - 1>(tile, rows, g_begin, g_end, row, y, stride);
+        if (row < rows.count) blocks<bits, bytes, n - 1>(tile, rows, g_begin, g_end, row, y, stride);
     }
 }
 
-template <int bits>
+template <int bits, int bytes>
 static void several_rows(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
     static thread_local Tile tile;
     // With few rows memory decides, and long stretches of a row of W are read; with many, sums stay in registers longer.
@@ -306,23 +343,26 @@ static void several_rows(const Matrix& m, const Rows& rows, Groups groups, const
             for (int64_t panel = span->begin; panel < span->end; ++panel) {
                 fetch<bits>(m, rows, spans, count, span, panel, begin_quad, end_quad, next_quad);
                 fill<bits>(tile, m, rows, g, end, panel);
-                blocks<bits, Isa::kRows>(tile, rows, g, end, 0, span->y + (panel - span->begin) * kPanel, span->stride);
+                blocks<bits, bytes, Isa::kRows / bytes>(tile, rows, g, end, 0, span->y + (panel - span->begin) * kPanel, span->stride);
             }
     }
 }
 
-template <int bits>
+template <int bits, int bytes>
 static void multiply_bits(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
     for (const Span* span = spans; span != spans + count; ++span)
         for (int row = 0; row < rows.count; ++row)
             std::memset(span->y + row * span->stride, 0, (span->end - span->begin) * kPanel * sizeof(float));
-    return rows.count == 1 ? one_row<bits>(m, rows, groups, spans, count) : several_rows<bits>(m, rows, groups, spans, count);
+    return rows.count == 1 ? one_row<bits, bytes>(m, rows, groups, spans, count)
+                           : several_rows<bits, bytes>(m, rows, groups, spans, count);
 }
 
 static void multiply(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
     switch (m.bits) {
-        case 4: return multiply_bits<4>(m, rows, groups, spans, count);
-        case 8: return multiply_bits<8>(m, rows, groups, spans, count);
-        default: return multiply_bits<32>(m, rows, groups, spans, count);
+        case 4: return multiply_bits<4, 1>(m, rows, groups, spans, count);
+        case 8:
+            if (rows.bytes == 2) return multiply_bits<8, 2>(m, rows, groups, spans, count);
+            return multiply_bits<8, 1>(m, rows, groups, spans, count);
+        default: return multiply_bits<32, 1>(m, rows, groups, spans, count);
     }
 }

@@ -1,8 +1,9 @@
-// x -> which k a row keeps, and int8 codes with one scale per group:  code = round(x / scale), scale = max |kept x| / 127.
+// x -> which k a row keeps, and codes with one scale per group:  code = round(x / scale), scale = max |kept x| / 127 in one
+// byte, / (127 * 128) in two: code = 128 high + low.
 //
 // Included by the file of every instruction set, in its namespace; plain loops that compilers turn into its vectors.
 
-// A group whose largest number is below this counts as zeros: 127 / it would overflow.
+// A group whose largest number is below this counts as zeros: what it is divided by would overflow.
 constexpr float kSmallest = 1e-36f;
 
 template <class Count>
@@ -49,14 +50,26 @@ static CM_INLINE float float_of(int32_t bits) {
     return value;
 }
 
+// The codes of the listed k of a group; a quad is filled up with 0.
+static CM_INLINE void pick(const int8_t* codes, const int32_t* ids, int64_t begin, int numbers, int group, int8_t* out) {
+    if (numbers == group && ids[numbers - 1] != ids[numbers - kQuad]) {  // all are listed, nothing is filled up
+        std::memcpy(out, codes, numbers);
+        return;
+    }
+    for (int i = 0; i < numbers; ++i) out[i] = codes[ids[i] - begin];
+    for (int i = numbers - 1; i > numbers - kQuad && ids[i] == ids[numbers - kQuad]; --i) out[i] = 0;
+}
+
 static void quantise(const float* x, const Matrix& m, Rows& rows, int row) {
     const size_t listed = rows.ids.size();
     const uint64_t* keep = rows.keep.data() + row * rows.words;
     for (int64_t g = 0; g < rows.groups; ++g) {
         const int64_t first = rows.first[g], quads = rows.first[g + 1] - first;
         float* scale = rows.scale.data() + row * rows.groups + g;
-        int32_t* sum = rows.sum.data() + row * rows.groups + g;
-        *scale = 0.0f, *sum = 0;
+        int32_t* sum = rows.sum.data() + row * rows.bytes * rows.groups + g;
+        int8_t* out = rows.codes.data() + row * rows.bytes * listed + first * kQuad;
+        *scale = 0.0f;
+        for (int byte = 0; byte < rows.bytes; ++byte) sum[byte * rows.groups] = 0;
         if (quads == 0) continue;
         const int64_t begin = g * m.group;
         const int count = static_cast<int>(m.inputs - begin < m.group ? m.inputs - begin : m.group);
@@ -88,26 +101,24 @@ static void quantise(const float* x, const Matrix& m, Rows& rows, int row) {
         const float largest = float_of(top);
         if (top >= 0x7f800000) *scale = std::numeric_limits<float>::quiet_NaN();  // so every output is NaN: nothing is hidden
         if (top >= 0x7f800000 || largest < kSmallest) {
-            std::memset(rows.codes.data() + row * listed + first * kQuad, 0, numbers);
+            for (int byte = 0; byte < rows.bytes; ++byte) std::memset(out + byte * listed, 0, numbers);
             continue;
         }
-        const float inverse = 127.0f / largest;
-        int8_t codes[kMaxGroup];
-        int32_t total = 0;
+        const float top_code = rows.bytes == 1 ? 127.0f : 127.0f * kHigh, inverse = top_code / largest;
+        int8_t codes[kMaxGroup], low[kMaxGroup];
+        int32_t total = 0, total_low = 0;
         for (int part = 0; part < m.group; part += 32)
             for (int i = part; i < part + 32; ++i) {
                 // 1.5 * 2^23 leaves no bits for a fraction: adding it rounds to the nearest whole number
                 const int32_t code = bits_of(kept[i] * inverse + 12582912.0f) - bits_of(12582912.0f);
-                codes[i] = static_cast<int8_t>(code);
-                total += code;
+                const int32_t high = rows.bytes == 1 ? code : (code + kHigh / 2) >> 7, rest = code - high * kHigh;
+                codes[i] = static_cast<int8_t>(high), low[i] = static_cast<int8_t>(rest);
+                total += high, total_low += rest;
             }
-        *scale = largest / 127.0f, *sum = total;
-        int8_t* out = rows.codes.data() + row * listed + first * kQuad;
-        if (numbers == m.group && ids[numbers - 1] != ids[numbers - kQuad]) {  // all are listed, nothing is filled up
-            std::memcpy(out, codes, numbers);
-            continue;
-        }
-        for (int i = 0; i < numbers; ++i) out[i] = codes[ids[i] - begin];
-        for (int i = numbers - 1; i > numbers - kQuad && ids[i] == ids[numbers - kQuad]; --i) out[i] = 0;
+        *scale = largest / top_code, *sum = total;
+        pick(codes, ids, begin, numbers, m.group, out);
+        if (rows.bytes == 1) continue;
+        sum[rows.groups] = total_low;
+        pick(low, ids, begin, numbers, m.group, out + listed);
     }
 }

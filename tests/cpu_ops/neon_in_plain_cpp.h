@@ -75,6 +75,9 @@ static inline float32x4_t vcvt_f32_f16(float16x4_t v) {
 static inline int32x4_t vmulq_n_s32(int32x4_t v, int32_t x) {
     return lanes<int32x4_t>([&](int i) { return v.at[i] * x; });
 }
+static inline int32x4_t vshlq_n_s32(int32x4_t v, int n) {
+    return lanes<int32x4_t>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(v.at[i]) << n); });
+}
 static inline int32x4_t vaddq_s32(int32x4_t a, int32x4_t b) {
     return lanes<int32x4_t>([&](int i) { return a.at[i] + b.at[i]; });
 }

@@ -288,7 +288,8 @@ class Backend:
             model = gather_ffns(model, of.family, of.shape)
         if name in ("vision", WHOLE):
             of.packed.file.expect(n for n in of.packed.file.tensors if n.startswith(TOWER))
-        packing = Packing(model, of.packed, self.native is not None, of.every_neuron, self._made)
+        x_bytes = 2 if name.startswith("decode") else 1
+        packing = Packing(model, of.packed, self.native is not None, of.every_neuron, x_bytes, self._made)
         return packing.run(), packing.arrays
 
     def _bind(self, key: Key, model: onnx.ModelProto, external: list[onnx.TensorProto]) -> None:

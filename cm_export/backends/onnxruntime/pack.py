@@ -39,13 +39,22 @@ def gather_ffns(model: onnx.ModelProto, family: Family, shape: Shape) -> onnx.Mo
 class Packing:
     """One graph under the knife. `every_neuron`: whether rows that core_neurons lists are all of them.
 
-    `made`: arrays that were made for another graph of the same file.
+    `x_bytes`: to which the native library rounds what it multiplies with weights of 8 bits. Two cost nothing where reading
+    weights decides the time, and twice the arithmetic where a prompt does. `made`: arrays that were made for another graph
+    of the same file.
     """
 
     def __init__(
-        self, model: onnx.ModelProto, packed: Packed, native: bool, every_neuron: bool, made: Arrays | None = None
+        self,
+        model: onnx.ModelProto,
+        packed: Packed,
+        native: bool,
+        every_neuron: bool,
+        x_bytes: int = 1,
+        made: Arrays | None = None,
     ):
         self.model, self.packed, self.native, self.every_neuron = model, packed, native, every_neuron
+        self.x_bytes = x_bytes
         self.made = {} if made is None else made
         self.arrays: Arrays = {}  # what the session gets as initializers, besides views of the file
         graph = model.graph
@@ -131,7 +140,8 @@ class Packing:
         parts = [f"{name}.{part}" for name in (into, out) for part in PARTS]
         inputs = [node.input[0], *parts, x_norm, z_norm, x_threshold, z_threshold]
         self._add("PackedFFN", inputs, [node.output[0]], domain=NATIVE, activation=activation, D=one.inputs,
-                  F=other.inputs, bits_in=one.bits, group_in=one.group, bits_out=other.bits, group_out=other.group)  # fmt: skip
+                  F=other.inputs, bits_in=one.bits, group_in=one.group, bits_out=other.bits, group_out=other.group,
+                  x_bytes=self.x_bytes)  # fmt: skip
 
     def _product(self, name: str, x: str, limits: list[str]) -> dict[str, str]:
         """x times an entry: the result for each of its weights, by the weight's name."""
@@ -143,7 +153,8 @@ class Packing:
         y = f"{base}/y"
         if self.native:
             inputs = [x, *(f"{name}.{part}" for part in PARTS), norm, threshold]
-            self._add("PackedMatMul", inputs, [y], domain=NATIVE, bits=entry.bits, group=entry.group, N=width)
+            self._add("PackedMatMul", inputs, [y], domain=NATIVE, bits=entry.bits, group=entry.group, N=width,
+                      x_bytes=self.x_bytes)  # fmt: skip
         else:
             if limits:
                 x = self._add("Kept", [x, norm, threshold], [f"{base}/kept"], domain=DOMAIN)
