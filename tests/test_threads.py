@@ -2,12 +2,14 @@
 
 import sys
 import threading
+import time
 import warnings
 
 import pytest
 from PIL import Image
 from test_tensorrt_sessions import IMAGES, QUESTION, SOME, engines_of, wide
 
+from cm_export.base import environment
 from cm_export.host import images as pictures
 from cm_export.host.loaded import load
 
@@ -131,3 +133,16 @@ def test_closing_a_bundle_ends_the_requests_of_other_threads_in_words(demo_bundl
 def test_closing_engines_ends_the_requests_of_other_threads_in_words(sit, version):
     failed = closed_under_threads(engines_of(sit(version)))
     assert len(failed) == THREADS and all("was closed; load it again" in str(e) for e in failed), failed
+
+
+def test_threads_rest_as_soon_as_a_session_is_done(demo_bundle, monkeypatch):
+    """The session that comes next needs their processors; looking for work they would keep them for 50 ms."""
+    monkeypatch.setattr(environment, "processors", lambda: 2)  # a test process may have one
+    model = load(demo_bundle, threads=2)
+    spent = []
+    for _ in range(5):
+        model.generate(QUESTION, images=IMAGES[:1], max_new_tokens=3)
+        before = time.process_time()
+        time.sleep(0.06)
+        spent.append(time.process_time() - before)
+    assert min(spent) < 0.01, spent
