@@ -47,6 +47,7 @@ def folder() -> Path:
 CHOICE = """#include "kernels.h"
 namespace cm::cpu {{
 extern const Kernels {names};
+const bool kSecondCache = false;
 const Kernels* const* all_kernels() {{
     static const Kernels* const kernels[] = {{{pointers}, nullptr}};
     return kernels;

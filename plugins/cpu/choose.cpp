@@ -1,4 +1,4 @@
-// Every set of kernels in this library, best first.
+// Every set of kernels in this library, best first; and what follows from who made the processor.
 #include "kernels.h"
 
 namespace cm::cpu {
@@ -6,6 +6,12 @@ namespace cm::cpu {
 extern const Kernels kAvx512, kAvxVnni, kAvx2;
 #elif defined(__aarch64__)
 extern const Kernels kNeonDot, kNeon;
+#endif
+
+#if defined(__x86_64__)
+const bool kSecondCache = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
+#else
+const bool kSecondCache = false;
 #endif
 
 const Kernels* const* all_kernels() {

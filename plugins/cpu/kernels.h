@@ -127,6 +127,7 @@ struct Kernels {
 };
 
 const Kernels* const* all_kernels();  // best first, ends with null
+extern const bool kSecondCache;          // into which cache this processor is best asked for memory ahead
 extern const Kernels kPortable;
 
 }  // namespace cm::cpu

@@ -22,6 +22,16 @@ static_assert(kRegisters % Isa::kColumns == 0);
 // long stretches of few rows. Rows from quad `begin` to `end` are at `panel` of a span, and are followed by those up to `next`.
 constexpr int kAhead = 768;
 
+// A line of memory is asked for into the first cache or into the second one. AMD's Zen 4 reads up to twice as fast with the
+// second; Intel's Cascade Lake was measured with the first.
+static CM_INLINE void ask(const uint8_t* line, bool second_cache) {
+    if (second_cache) {
+        __builtin_prefetch(line, 0, 2);
+    } else {
+        __builtin_prefetch(line, 0, 3);
+    }
+}
+
 template <int bits>
 static CM_INLINE void fetch(const Matrix& m, const Rows& rows, const Span* spans, int count, const Span* span, int64_t panel,
                             int begin, int end, int next) {
@@ -33,9 +43,10 @@ static CM_INLINE void fetch(const Matrix& m, const Rows& rows, const Span* spans
         panel += span->begin;
         if (panel >= span->end) return;
     }
+    const bool second_cache = kSecondCache;
     for (int i = begin * kQuad; i < end * kQuad; ++i)
         for (int line = 0; line < kBytes; line += 64)
-            __builtin_prefetch(m.codes + static_cast<size_t>(rows.ids[i]) * m.row_bytes() + panel * kBytes + line);
+            ask(m.codes + static_cast<size_t>(rows.ids[i]) * m.row_bytes() + panel * kBytes + line, second_cache);
 }
 
 template <int bits>
@@ -118,10 +129,11 @@ static CM_INLINE void stretch(const Matrix& m, const Rows& rows, const Pass& pas
         for (int q = 0; q < quads; ++q)
             x[byte][q] = Isa::quad(rows.codes.data() + byte * rows.ids.size() + (pass.quad + q) * kQuad);
     const Float x_scale = Isa::all(rows.scale[pass.g]);
+    const bool second_cache = kSecondCache;
     for (int64_t panel = begin; panel < end; ++panel) {
         for (int i = 0; i < quads * kQuad; ++i)
             for (int line = 0; line < kBytes; line += 64)
-                __builtin_prefetch((ahead ? ahead[i] : now[i] + kAhead) + panel * kBytes + line);
+                ask((ahead ? ahead[i] : now[i] + kAhead) + panel * kBytes + line, second_cache);
         Int* kept = sums + (panel - span.begin) * kRegisters;
         Int of[kRegisters];
         for (int r = 0; r < kRegisters; ++r) of[r] = pass.first ? Isa::all(0) : kept[r];
