@@ -103,6 +103,7 @@ HOSTILE = {  # what is wrong: (name of the file, how it is made, words of the er
     "a folder": ("x.mp4", lambda p: p.mkdir(), "is a directory"),
     "a pipe": ("x.mp4", os.mkfifo, "is no regular file"),
     "nothing": ("x.mp4", lambda p: None, "no such file"),
+    "a name without end": ("x" * 300, lambda p: None, "cannot be read (File name too long)"),
 }
 
 

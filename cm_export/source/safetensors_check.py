@@ -34,8 +34,8 @@ def tensor_types(path: Path) -> dict[str, str]:
     length = int.from_bytes(start, "little")
     try:
         header = json.loads(raw)
-        about = header.pop("__metadata__", None) or {}
-        if not all(isinstance(value, str) for value in about.values()):
+        about = header.pop("__metadata__", None)
+        if about is not None and not all(isinstance(value, str) for value in dict.values(about)):
             raise ValueError("__metadata__ holds more than text")
         spans = sorted((*_span(entry), name) for name, entry in header.items())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
