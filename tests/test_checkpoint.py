@@ -195,6 +195,8 @@ def _tensor(shape=(2,), offsets=(0, 8), dtype="F32"):
         (_safetensors(b"\xff\xfe\xfd"), ("damaged",)),
         (_safetensors([1, 2]), ("damaged",)),
         (_safetensors({"t": 3}), ("damaged",)),
+        (_safetensors({"__metadata__": {"format": None}}), ("damaged", "__metadata__")),
+        (_safetensors({"__metadata__": []}), ("damaged",)),
         (_safetensors(_tensor(dtype="Q4"), b"0" * 8), ("dtype Q4",)),
         (_safetensors(_tensor(shape=(-2,)), b"0" * 8), ("damaged",)),
         (_safetensors(_tensor(shape=(True, 2)), b"0" * 8), ("damaged",)),

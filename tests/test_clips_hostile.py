@@ -7,6 +7,7 @@ import base64
 import contextlib
 import io
 import json
+import os
 from fractions import Fraction
 
 import numpy as np
@@ -99,7 +100,10 @@ HOSTILE = {  # what is wrong: (name of the file, how it is made, words of the er
     "sound alone": ("x.wav", sound, "has no pictures that move"),
     "frames of two sizes": ("x.mjpeg", lambda p: p.write_bytes(jpeg() + jpeg(3, (32, 48))), "differ in size"),
     "a list of other files": ("x.m3u8", playlist, "cannot be read"),
-    "a folder": ("x.mp4", lambda p: p.mkdir(), "no such file"),
+    "a folder": ("x.mp4", lambda p: p.mkdir(), "is a directory"),
+    "a pipe": ("x.mp4", os.mkfifo, "is no regular file"),
+    "nothing": ("x.mp4", lambda p: None, "no such file"),
+    "a name without end": ("x" * 300, lambda p: None, "cannot be read (File name too long)"),
 }
 
 
@@ -157,6 +161,28 @@ def test_a_file_that_ends_before_the_frames_that_it_says_is_no_shorter_clip(tmp_
     monkeypatch.setattr(clips, "_facts", lambda *_: (60, 8.0, (64, 48)))
     with pytest.raises(InputError, match="ends after 24 of 60 frames that were chosen of 60"):
         clips.opened_clip(tmp_path / "x.mp4", every)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        ("gray16le", (64, 48)),
+        ("yuv444p10le", (63, 47)),
+        ("yuva420p", (64, 48)),
+        ("yuv444p", (1, 1)),
+    ],
+)
+def test_frames_of_other_pixels_and_of_one_are_read(kind, size, tmp_path):
+    with av.open(str(tmp_path / "x.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=8)
+        (stream.width, stream.height), stream.pix_fmt = size, kind
+        shown = np.full((size[1], size[0], 3), 230, np.uint8)
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(shown, format="rgb24").reformat(format=kind)))
+        container.mux(stream.encode())
+    found = clips.opened_clip(tmp_path / "x.mkv", every).frames
+    assert (len(found.images), found.fps, {(i.mode, i.size) for i in found.images}) == (3, 8.0, {("RGB", size)})
+    np.testing.assert_allclose(np.asarray(found.images[-1]), 230, atol=3)
 
 
 def test_one_frame_is_a_clip(tmp_path):

@@ -190,11 +190,15 @@ WRONG_RULES = {
     "no square": ({"do_center_crop": False, "size": {"shortest_edge": 8}}, "do not become squares"),
     "two edges": ({"size": {"shortest_edge": 8, "longest_edge": 9}}, "no size that is supported"),
     "no number": ({"size": "8"}, "no size that is supported"),
+    "a size without end": ({"size": {"shortest_edge": 10**12}}, "more than 8 times"),
     "no filter": ({"resample": 9}, "none of Pillow's filters"),
     "no flag": ({"do_pad": "yes"}, "neither true nor false"),
+    "a mean beyond float32": ({"image_mean": [0, 1e300, 0]}, "float32 does not hold"),
+    "a divisor that float32 takes for 0": ({"image_std": 1e-300}, "float32 does not hold"),
 }
 WRONG_TILES = {
     "other grids": ({"image_grid_pinpoints": [[8, 8]]}, "image_grid_pinpoints differ"),
+    "grids that are a number": ({"image_grid_pinpoints": 8}, "image_grid_pinpoints differ"),
     "another size": ({"size": {"height": 9, "width": 9}}, "the tower of config.json reads"),
     "no resize": ({"do_resize": False}, "do_resize = false"),
     "another processor": ({"image_processor_type": "CLIPImageProcessor"}, "cuts pictures in another way"),

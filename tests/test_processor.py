@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -125,6 +126,10 @@ REFUSED = {
         lambda f: ((f / "chat_template.jinja").unlink(), _set(f / "tokenizer_config.json", chat_template="{% if %}")),
         "template",
     ),
+    "a special token that is a number": (
+        lambda f: _set(f / "tokenizer_config.json", bos_token=3),
+        "bos_token = 3 in tokenizer_config.json",
+    ),
     "vocab.json alone": (
         lambda f: ((f / "tokenizer.json").unlink(), (f / "vocab.json").write_text('{"a": 0}')),
         "vocab.json",
@@ -141,6 +146,17 @@ def test_a_file_that_run_could_not_use_is_refused_at_the_start(demo, name):
         _notes(demo)
     assert all(word in str(caught.value) for word in words), caught.value
     assert "work-" not in str(caught.value)
+
+
+def test_a_vocabulary_without_end_takes_no_memory(demo):
+    """The weights, which are compared with it, say that it is wrong; their headers are read later."""
+    config = json.loads((demo / "config.json").read_text())
+    _set(demo / "config.json", text_config=config["text_config"] | {"vocab_size": 10**6})
+    tracemalloc.start()
+    assert _notes(demo) == ()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * 10**7, "a set of so many ids would take 60 bytes each"
 
 
 def test_a_template_inside_the_processors_own_file_goes_before_the_others(demo, tmp_path):

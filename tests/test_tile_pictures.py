@@ -241,6 +241,7 @@ WRONG = {
     "a size that is no edge": ("idefics3", {"size": {"height": 3, "width": 4}}, "size = "),
     "no number of pixels": ("idefics3", {"size": {"longest_edge": "64"}}, "size = "),
     "tiles that are not square": ("internvl", {"size": {"height": TILE, "width": 30}}, "size = "),
+    "tiles without end": ("internvl", {"max_patches": 10**9}, "more than 1000 tiles"),
     "a broken number": ("internvl", {"max_patches": 1.5}, "max_patches"),
     "no filter": ("internvl", {"resample": 9}, "resample"),
     "no division": ("smolvlm", {"image_std": [0.5, 0, 0.5]}, "image_std"),

@@ -43,12 +43,16 @@ class Colours:
         if type(chosen) is not int or chosen not in range(6):
             raise InputError(f"resample = {chosen!r} is none of Pillow's filters, 0 to 5", where=RULE_FILE, fix=FIX)
         normalised, rescaled = (flag(processor, f"do_{what}", True, RULE_FILE) for what in ("normalize", "rescale"))
-        return cls(
+        found = cls(
             of_bands(processor, "image_mean", mean) if normalised else (0.0, 0.0, 0.0),
             of_bands(processor, "image_std", std) if normalised else (1.0, 1.0, 1.0),
             number(processor, "rescale_factor", 1 / 255, RULE_FILE) if rescaled else 1.0,
             chosen,
         )
+        if not np.isfinite(found._values()).all():
+            what = "image_mean, image_std and rescale_factor make numbers of colours that float32 does not hold"
+            raise InputError(what, where=RULE_FILE, fix=FIX)
+        return found
 
     def resized(self, image: Image.Image, width: int, height: int) -> Image.Image:
         """At this size."""
@@ -56,11 +60,14 @@ class Colours:
 
     def read(self, image: Image.Image) -> np.ndarray:
         """A PIL RGB picture as [3,height,width] float32."""
-        # What becomes of each of the 256 values of a band.
-        scaled = (np.arange(256, dtype=np.float64) * self.rescale).astype(np.float32)[:, None]
-        values = (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)  # [256,3]
-        bands = np.asarray(image)
+        values, bands = self._values(), np.asarray(image)
         return np.stack([values[:, band][bands[..., band]] for band in range(3)])
+
+    def _values(self) -> np.ndarray:
+        """[256,3] float32: what becomes of each value of a band."""
+        with np.errstate(all="ignore"):
+            scaled = (np.arange(256, dtype=np.float64) * self.rescale).astype(np.float32)[:, None]
+            return np.asarray((scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32))
 
 
 def of_bands(processor: Mapping[str, Any], key: str, default: Bands) -> Bands:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MOST = 12  # tiles of a picture besides the thumbnail, where the file says nothing
+ENOUGH = 1000  # tiles that a file may ask for: all grids of so many are tried for each picture
 # CLIP's colours, which the processor takes where the file says nothing.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -100,10 +101,8 @@ class CanvasRule:
         if self.most <= 1:
             return 1, 1
         best, nearest = (1, 1), float("inf")
-        pairs = ((c, r) for c in range(1, self.most + 1) for r in range(1, self.most + 1))
-        for columns, rows in sorted(
-            (p for p in pairs if self.least <= p[0] * p[1] <= self.most), key=lambda p: p[0] * p[1]
-        ):
+        pairs = ((c, r) for c in range(1, self.most + 1) for r in range(1, self.most // c + 1))
+        for columns, rows in sorted((p for p in pairs if p[0] * p[1] >= self.least), key=lambda p: p[0] * p[1]):
             distance = abs(width / height - columns / rows)
             if distance < nearest or (distance == nearest and width * height > 0.5 * tile * tile * columns * rows):
                 best, nearest = (columns, rows), distance
@@ -172,6 +171,9 @@ class InternVLTower(TileTower):
         least, most = (number(processor, f"{m}_patches", d, RULE_FILE, above=0) for m, d in (("min", 1), ("max", MOST)))
         if least != int(least) or most != int(most):
             raise InputError("min_patches and max_patches are not whole numbers", where=RULE_FILE, fix=FIX)
+        if most > ENOUGH:
+            what = f"max_patches = {most!r}: no picture is cut into more than {ENOUGH} tiles"
+            raise InputError(what, where=RULE_FILE, fix=FIX)
         if most <= 1 and not flag(processor, "do_resize", True, RULE_FILE):
             fix = "remove the key"
             raise InputError("do_resize = false, with which pictures are no tiles", where=RULE_FILE, fix=fix)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
+LARGEST = 8  # times its side: what a square is cut out of; more would take memory for pixels that nothing reads
 WHOLE = {CLIP: 1, SIGLIP: 0}  # tokens before those of the patches: CLIP has one for the whole picture
 
 
@@ -325,6 +326,9 @@ def _square_rule(processor: Config, size: int) -> SquareRule:
     if cut is None and resized != (size, size) and not (pads and resized == size):
         fix = f"add do_center_crop = true, or a size of height and width {size}"
         raise InputError(f"pictures do not become squares of {size} pixels", where=where, fix=fix)
+    if max(resized if isinstance(resized, tuple) else (resized or 0,)) > LARGEST * size:
+        what = f"size = {processor['size']!r} is more than {LARGEST} times the {size} pixels that the tower reads"
+        raise InputError(what, where=where, fix=FIX)
     background = tuple(int(x * 255) for x in of_bands(processor, "image_mean", mean))
     return SquareRule(Colours.of(processor, mean, std, BICUBIC), background, pads, resized)
 

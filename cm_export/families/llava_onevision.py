@@ -296,7 +296,8 @@ def _tile_rule(processor: Config, size: int, grids: Sequence[tuple[int, ...]]) -
         what = f"size = {processor['size']!r}, the tower of {WHERE} reads {size} pixels"
         raise InputError(what, where=where, fix=FIX)
     given = processor.get("image_grid_pinpoints", grids)
-    if [tuple(grid) if isinstance(grid, list | tuple) else grid for grid in given] != list(grids):
+    listed = [tuple(g) if isinstance(g, list | tuple) else g for g in given] if isinstance(given, list | tuple) else []
+    if listed != list(grids):
         fix = "the two files belong to different models"
         raise InputError(f"image_grid_pinpoints differ from those of {WHERE}", where=where, fix=fix)
     background = tuple(int(x * 255) for x in of_bands(processor, "image_mean", CLIP_MEAN))

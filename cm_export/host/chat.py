@@ -20,6 +20,8 @@ from ..families import Layout
 from .control_tokens import ControlTokens, Rendering
 from .writing import Writing
 
+_SETTINGS = "tokenizer_config.json"
+_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MARK = "qzx7"  # a word that no template writes of its own
 
 
@@ -43,7 +45,7 @@ class Chat:
         self._tokenizer = Tokenizer.from_file(str(file))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._bundle, self._config = bundle, _json(bundle, "tokenizer_config.json")
+        self._bundle, self._config = bundle, _json(bundle, _SETTINGS)
         source = _template(bundle, self._config)
         self._template = None if source is None else self._compile(source)
         self.image_token: str | None = None
@@ -58,6 +60,10 @@ class Chat:
         stop = [] if stop is None else stop
         self.stop_ids = frozenset(stop if isinstance(stop, list) else [stop])
         self._special = {k: _content(v) for k, v in self._config.items() if k.endswith("_token") and v}
+        for name in _TOKENS:
+            if not isinstance(self._special.get(name, ""), str):
+                what = f"{name} = {self._special[name]!r} in {_SETTINGS} is no token"
+                raise BundleError(what, where=bundle.path, fix="correct it in the file")
         named = [v for v in self._special.values() if isinstance(v, str)]
         ids = {*self.stop_ids, *(bundle.shape.seen_tokens if bundle.shape.sees else ())}
         self._control = ControlTokens(self._tokenizer, source or "", named, ids)

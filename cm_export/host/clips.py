@@ -20,6 +20,7 @@ import psutil
 from PIL import Image
 
 from ..base.errors import InputError
+from ..base.links import dead
 from ..base.paths import expanded
 from ..base.settings import is_number
 from ..base.units import size as in_words
@@ -70,9 +71,10 @@ def opened_clip(path: str | Path, choose: Choose) -> Clip:
     if re.match(r"(?:[A-Za-z][A-Za-z0-9+.-]+://|data:)", str(path)):
         raise InputError("URLs are not fetched", where=str(path)[:80], fix="download the clip and give its path")
     file = expanded(path)
-    if not file.is_file():
-        raise InputError("no such file", where=file, fix="give the path of a clip")
     try:
+        if not file.is_file():
+            what = "is a directory" if file.is_dir() else "is no regular file" if file.exists() else "no such file"
+            raise InputError(dead(file) or what, where=file, fix="give the path of a clip")
         # Opened twice: not every format can be wound back to its beginning.
         with _container(file) as container:
             total, fps, size = _facts(container, file)

@@ -66,7 +66,7 @@ def _chat_notes(chat: Chat, shape: Shape) -> Iterator[str]:
     if not chat.has_template:
         lost = "pictures, system messages and later questions are refused" if shape.sees else "prompts are continued"
         yield f"no chat template here: {lost}; add chat_template.jinja if the model was trained to answer"
-    if not stop & {*range(shape.vocab)}:
+    if not any(i in range(shape.vocab) for i in stop):
         other = [str(i) for i in shape.stop_ids if i in range(shape.vocab)]
         known = f" ({', '.join(other)} in config.json does not count beside that file)" if other else ""
         yield f"no eos_token_id in generation_config.json{known}: as in transformers, every answer goes to its limit"

@@ -34,7 +34,9 @@ def tensor_types(path: Path) -> dict[str, str]:
     length = int.from_bytes(start, "little")
     try:
         header = json.loads(raw)
-        header.pop("__metadata__", None)
+        about = header.pop("__metadata__", None)
+        if about is not None and not all(isinstance(value, str) for value in dict.values(about)):
+            raise ValueError("__metadata__ holds more than text")
         spans = sorted((*_span(entry), name) for name, entry in header.items())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise damaged(path, f"damaged safetensors header ({type(e).__name__}: {e})") from e
