@@ -113,7 +113,7 @@ def packed(layers: int, x_share: float, z_share: float) -> Chain:
     """Kept inputs have a norm so large that any x passes the threshold, the others one of 0."""
     chain = Chain()
     none, threshold = chain.store(np.empty(0, np.uint8)), chain.store(np.full((1, 1), 1e-30, np.float32))
-    form = {"bits_in": 4, "group_in": GROUP, "bits_out": 4, "group_out": GROUP, "activation": "silu", "D": D, "F": F, "x_bytes": 1}
+    form = {"bits_in": 4, "group_in": GROUP, "bits_out": 4, "group_out": GROUP, "activation": "silu", "x_bytes": 1}
 
     def norm(size: int, share: float) -> str:
         kept = NOISE.permutation(size) < round(share * size)
@@ -136,6 +136,8 @@ def packed(layers: int, x_share: float, z_share: float) -> Chain:
             [chain.x, *weights, norm(D, x_share), norm(F, z_share), threshold, threshold],
             library.DOMAIN,
             **form,
+            D=D,
+            F=F,
         )
         chain.end_layer(y)
     return chain
