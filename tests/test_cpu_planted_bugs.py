@@ -24,10 +24,10 @@ TAKE = """if (free_.empty()) return std::make_unique<Scratch>();
         free_.pop_back();
         return scratch;"""
 TAKE_ONE = "static Scratch* const one = new Scratch;  return std::unique_ptr<Scratch>(one);"
-COUNT = "const int count = static_cast<int>(m.inputs - begin < m.group ? m.inputs - begin : m.group);"
+COUNT = "static_cast<int>(std::min<int64_t>(m.inputs - begin, m.group))"
 FULL = "numbers == group && ids[numbers - 1] != ids[numbers - kQuad]"
 KEPT = "!(std::fabs(x[i]) * norm[i] < threshold)"
-ROUNDED = "bits_of(kept[i] * inverse + 12582912.0f) - bits_of(12582912.0f)"
+ROUNDED = "bits_of(x[i] * factor + 12582912.0f) - bits_of(12582912.0f)"
 PANEL_OUT = "float* y = span.y{};"
 GATE = "k.gate(activation, {} + row * width, {} + row * width,"
 FROM = "float* from = static_cast<const float*>(x.data){};"
@@ -47,11 +47,11 @@ SHARED = {  # what is wrong: (file, right, wrong)
     "sums of another span": (PRODUCT, "sums += (span->end - span->begin) * kRegisters;", ""),
     "x of the first quads": (PRODUCT, "ids.size() + (pass.quad + q) * kQuad", "ids.size() + q * kQuad"),
     "rows of the first quads": (PRODUCT, "bits>(now + q * kQuad,", "bits>(now,"),
-    "the last part of the inputs": (OPS, "m.groups() * (part + 1) / parts}", "m.groups() * (part + 1) / (parts + 1)}"),
+    "the last part of the inputs": (OPS, "m.groups() * (part + 1) / parts,", "m.groups() * (part + 1) / (parts + 1),"),
     "what a part adds": (OPS, "sum[i] += more[i];", "sum[i] = more[i];"),
     "the row that a part adds to": (OPS, "sum_of(partial.data() + row * stride,", "sum_of(partial.data(),"),
     "the row of gates that a part adds to": (OPS, "partial.data() + row * stride + span.begin", "partial.data() + span.begin"),
-    "what a part adds to gates": (OPS, "gate[j] += more[j];", "gate[j] = more[j];"),
+    "what a part adds with many rows": (PRODUCT, "to_y ? Isa::more", "!to_y ? Isa::more"),
     "where up is summed": (OPS, "from + half * kPanel, parts", "from, parts"),
     "the end of a list": (OPS, "end += kPlaces.count[bits];", "end += 8;"),
     "y not cleared": (PRODUCT, "0, (span->end - span->begin) * kPanel * sizeof(float));", "0, sizeof(float));"),
@@ -61,18 +61,19 @@ SHARED = {  # what is wrong: (file, right, wrong)
     "upper bytes of one row": (PRODUCT, "Isa::more(of[r], Isa::times_high(high[r]))", "Isa::more(of[r], high[r])"),
     "upper bytes of several rows": (PRODUCT, "Isa::more(sums[i][c], Isa::times_high(high[i][c]))", "sums[i][c]"),
     "the sum of upper bytes": (PRODUCT, "Isa::more(Isa::times_high(first)", "Isa::more(first"),
-    "lower bytes that are the upper": (QUANTISE, "pick(low, ids", "pick(codes, ids"),
+    "lower bytes that are the upper": (QUANTISE, "pick(codes[byte], ids", "pick(codes[0], ids"),
     "bytes of the next row": (KERNELS, "static_cast<size_t>(row) * bytes * ids.size()", "static_cast<size_t>(row) * ids.size()"),
+    "a part of a group kept, all taken": (QUANTISE, "all &= bits_at(part)", "all |= bits_at(part)"),
     "what is not kept sets the scale": (QUANTISE, "bits >> i & 1 ? x[i] : 0.0f", "x[i]"),
     "one more than the threshold": (QUANTISE, KEPT, "std::fabs(x[i]) * norm[i] > threshold * 1.2f"),
     "the sign of x": (QUANTISE, KEPT, KEPT.replace("std::fabs", "")),
-    "cut instead of rounded": (QUANTISE, ROUNDED, "static_cast<int32_t>(kept[i] * inverse)"),
-    "numbers past the end of x": (QUANTISE, COUNT, "const int count = m.group;"),
+    "cut instead of rounded": (QUANTISE, ROUNDED, "static_cast<int32_t>(x[i] * factor)"),
+    "numbers past the end of x": (QUANTISE, COUNT, "m.group"),
     "threshold of the first request": (OPS, "threshold[row / rows_of_a_request]", "threshold[0]"),
     "list of the first row": (OPS, f"{EACH_ROW}                any |=", f"{FIRST_ROW}                any |="),
     "up taken for gate": (OPS, GATE.format("gate", "up"), GATE.format("up", "gate")),
-    "panels of up": (OPS, "{half + span.begin, half + span.end, out", "{half + span.begin - 1, half + span.end - 1, out"),
-    "last outputs": (OPS, "std::min(width, outputs - first), y", "std::min(width, outputs - first - 1), y"),
+    "panels of up": (OPS, "{half + span.begin, half + span.end, gate", "{half + span.begin - 1, half + span.end - 1, gate"),
+    "last outputs": (OPS, "(outputs - first) * sizeof(float)", "(outputs - first - 1) * sizeof(float)"),
     "second block of rows": (OPS, FROM.format(" + row * shape.columns"), FROM.format("")),
     "slope of an activation": (ACTIVATE, "return g * sigmoid(1.702f * g);", "return g * sigmoid(1.7f * g);"),
     "scratch of all calls": (OPS, TAKE, TAKE_ONE),

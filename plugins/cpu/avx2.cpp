@@ -17,7 +17,7 @@ namespace cm::cpu::avx2 {
 struct Vector {
     using Int = __m256i;
     using Float = __m256;
-    static constexpr int kLanes = 8, kRows = 4, kColumns = 2, kOffset = 0;
+    static constexpr int kLanes = 8, kRows = 4, kColumns = 2, kManyRows = 2, kManyColumns = 2, kOffset = 0;
     static constexpr bool kTwoCodes = false;
 
     static CM_INLINE Int all(int32_t v) { return _mm256_set1_epi32(v); }
@@ -40,6 +40,7 @@ struct Vector {
     static CM_INLINE Float half(const uint16_t* p) {
         return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }
+    static CM_INLINE Float more(Float a, Float b) { return _mm256_add_ps(a, b); }
     static CM_INLINE Int more(Int a, Int b) { return _mm256_add_epi32(a, b); }
     static CM_INLINE Int times_high(Int v) { return _mm256_slli_epi32(v, 7); }
     static CM_INLINE Int quad(const int8_t* x) {

@@ -16,7 +16,7 @@ namespace cm::cpu::avx512 {
 struct Isa {
     using Int = __m512i;
     using Float = __m512;
-    static constexpr int kLanes = 16, kRows = 4, kColumns = 4, kOffset = 0;
+    static constexpr int kLanes = 16, kRows = 4, kColumns = 4, kManyRows = 6, kManyColumns = 2, kOffset = 0;
     static constexpr bool kTwoCodes = true;
 
     static CM_INLINE Int all(int32_t v) { return _mm512_set1_epi32(v); }
@@ -39,6 +39,7 @@ struct Isa {
     static CM_INLINE Float half(const uint16_t* p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
+    static CM_INLINE Float more(Float a, Float b) { return _mm512_add_ps(a, b); }
     static CM_INLINE Int more(Int a, Int b) { return _mm512_add_epi32(a, b); }
     static CM_INLINE Int times_high(Int v) { return _mm512_slli_epi32(v, 7); }
     static CM_INLINE Int less(Int a, Int b) { return _mm512_sub_epi32(a, b); }

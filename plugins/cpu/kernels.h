@@ -22,7 +22,6 @@ constexpr int kQuad = 4;     // inputs
 constexpr int kMaxGroup = 128;
 constexpr int kFewRows = 16;      // rows of x up to which reading W decides the time, not arithmetic
 constexpr int kManyRows = 256;    // taken at once, at most
-constexpr int kTileInputs = 128;  // of W, unpacked at once for many rows: 16 KB of the first cache
 constexpr int kHigh = 128;         // what the upper byte of x counts
 constexpr int kStep = 16;         // floats: what attention computes with is filled up to a multiple of it
 constexpr int kMaxHead = 512;     // numbers of a head of attention
@@ -66,9 +65,11 @@ struct Span {
     size_t stride = 0;
 };
 
-// Neighbouring groups of inputs.
+// Neighbouring groups of inputs, whose products are summed before they become part of y. `add`: y has those of others, which
+// takes more than kFewRows rows of x.
 struct Groups {
     int64_t begin = 0, end = 0;
+    bool add = false;
 };
 
 // Memory that begins where a register of any size may be stored.

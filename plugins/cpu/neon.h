@@ -5,7 +5,7 @@
 struct Isa {
     using Int = int32x4_t;
     using Float = float32x4_t;
-    static constexpr int kLanes = 4, kRows = 4, kColumns = 4, kOffset = 128;
+    static constexpr int kLanes = 4, kRows = 4, kColumns = 4, kManyRows = 4, kManyColumns = 2, kOffset = 128;
     static constexpr bool kTwoCodes = false;
 
     static CM_INLINE Int all(int32_t v) { return vdupq_n_s32(v); }
@@ -26,6 +26,7 @@ struct Isa {
     static CM_INLINE Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
     static CM_INLINE Float number(Int v) { return vcvtq_f32_s32(v); }
     static CM_INLINE Float half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+    static CM_INLINE Float more(Float a, Float b) { return vaddq_f32(a, b); }
     static CM_INLINE Int more(Int a, Int b) { return vaddq_s32(a, b); }
     static CM_INLINE Int times_high(Int v) { return vshlq_n_s32(v, 7); }
     static CM_INLINE Int quad(const int8_t* x) {

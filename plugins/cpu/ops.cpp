@@ -244,11 +244,11 @@ Span span_of(int64_t panels, size_t i, size_t spans) {
 // reads whole rows of W, and what each part adds is summed; long rows may as well be shared. It follows from the sizes alone:
 // y is the same whoever computes it.
 int64_t parts_of(const Matrix& m) {
-    return m.row_bytes() <= kShortRow && m.groups() >= kParts * kMinGroups ? kParts : 1;
+    return m.bits != 32 && m.row_bytes() <= kShortRow && m.groups() >= kParts * kMinGroups ? kParts : 1;
 }
 
-Groups groups_of(const Matrix& m, int64_t part, int64_t parts) {
-    return {m.groups() * part / parts, m.groups() * (part + 1) / parts};
+Groups groups_of(const Matrix& m, int64_t part, int64_t parts, bool add = false) {
+    return {m.groups() * part / parts, m.groups() * (part + 1) / parts, add};
 }
 
 // sum [width] = what the parts have, one after the other, `apart` floats from one another
@@ -291,20 +291,12 @@ void product(const ort::Context* context, const Kernels& k, const Matrix& m, con
     auto task = [&](size_t i) {
         Span span = span_of(m.panels, i, spans);
         const int64_t first = span.begin * kPanel, width = (span.end - span.begin) * kPanel;
-        if (parts == 1 && first + width <= outputs) {
-            span.y = y + first, span.stride = static_cast<size_t>(outputs);
-            return k.multiply(m, rows, {0, m.groups()}, &span, 1);
-        }
-        // several parts, or the last panel is wider than y
-        const size_t apart = static_cast<size_t>(rows.count * width);
-        float* buffer = working(parts * apart);
-        span.stride = static_cast<size_t>(width);
-        for (int64_t part = 0; part < parts; ++part) {
-            span.y = buffer + part * apart;
-            k.multiply(m, rows, groups_of(m, part, parts), &span, 1);
-        }
-        for (int row = 0; row < rows.count; ++row)
-            sum_of(buffer + row * width, parts, apart, std::min(width, outputs - first), y + row * outputs + first);
+        const bool fits = first + width <= outputs;  // the last panel may be wider than y
+        span.y = fits ? y + first : working(static_cast<size_t>(rows.count * width));
+        span.stride = static_cast<size_t>(fits ? outputs : width);
+        for (int64_t part = 0; part < parts; ++part) k.multiply(m, rows, groups_of(m, part, parts, part > 0), &span, 1);
+        for (int row = 0; row < rows.count && !fits; ++row)
+            std::memcpy(y + row * outputs + first, span.y + row * width, (outputs - first) * sizeof(float));
     };
     in_parallel(context, spans, task);
 }
@@ -319,14 +311,8 @@ void gated_product(const ort::Context* context, const Kernels& k, const Matrix& 
     // what all parts add, one task for all of them, to gates and behind them to ups
     auto one_after_the_other = [&](const Span& span, int64_t size, float* gate) {
         const size_t width = static_cast<size_t>(span.end - span.begin) * kPanel;
-        float* more = gate + 2 * size;
-        for (int64_t part = 0; part < parts; ++part) {
-            float* out = part ? more : gate;
-            const Span both[] = {{span.begin, span.end, out, width}, {half + span.begin, half + span.end, out + size, width}};
-            k.multiply(m, rows, groups_of(m, part, parts), both, 2);
-            if (part == 0) continue;
-            for (int64_t j = 0; j < 2 * size; ++j) gate[j] += more[j];
-        }
+        const Span both[] = {{span.begin, span.end, gate, width}, {half + span.begin, half + span.end, gate + size, width}};
+        for (int64_t part = 0; part < parts; ++part) k.multiply(m, rows, groups_of(m, part, parts, part > 0), both, 2);
     };
     // the same of what they have added side by side
     auto side_by_side = [&](const Span& span, int64_t width, float* gate, float* up) {
@@ -340,8 +326,7 @@ void gated_product(const ort::Context* context, const Kernels& k, const Matrix& 
     auto task = [&](size_t i) {
         const Span span = span_of(half, i, spans);
         const int64_t width = (span.end - span.begin) * kPanel, size = rows.count * width;
-        const int64_t held = parts == 1 || together ? 2 : 4;
-        float *gate = working(static_cast<size_t>(held * size)), *up = gate + size;
+        float *gate = working(static_cast<size_t>(2 * size)), *up = gate + size;
         together ? side_by_side(span, width, gate, up) : one_after_the_other(span, size, gate);
         for (int row = 0; row < rows.count; ++row)
             k.gate(activation, gate + row * width, up + row * width, z + row * half * kPanel + span.begin * kPanel, width);

@@ -10,7 +10,7 @@
 namespace cm::cpu::portable {
 
 struct Isa {
-    static constexpr int kLanes = 4, kRows = 2, kColumns = 4, kOffset = 0;
+    static constexpr int kLanes = 4, kRows = 2, kColumns = 4, kManyRows = 2, kManyColumns = 2, kOffset = 0;
     static constexpr bool kTwoCodes = false;
     struct Int {
         int32_t lane[kLanes];
@@ -55,6 +55,9 @@ struct Isa {
     }
     static CM_INLINE Float half(const uint16_t* p) {
         return each<Float>([&](int i) { return half_of(p[i]); });
+    }
+    static CM_INLINE Float more(Float a, Float b) {
+        return each<Float>([&](int i) { return a.lane[i] + b.lane[i]; });
     }
     static CM_INLINE Int more(Int a, Int b) {
         return each<Int>([&](int i) { return a.lane[i] + b.lane[i]; });

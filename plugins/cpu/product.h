@@ -1,7 +1,8 @@
 // The products, for one instruction set: included by its file, in its namespace, after
 //
 //     struct Isa           Int: a register of packed codes or of int32 sums, Float: of as many floats, kLanes of them
-//         kRows, kColumns  rows of x and registers of outputs that are summed in registers at once
+//         kRows, kColumns  rows of x and registers of outputs that are summed in registers at once, group by group
+//         kManyRows, kManyColumns   the same where the sums of groups stay there, too
 //         unpack<bits>     four rows of a panel of W -> bytes, four neighbours for one output, in the order of outputs
 //         dot<bits>        sums + 4 codes of W * 4 codes of x, per lane
 //         zeros            zero points of kLanes outputs, times(zeros, n): each times n, |n| < 2^15
@@ -10,13 +11,13 @@
 //                          then `pairs` are the bytes of four rows, and upper(pairs) their upper codes times 16
 //
 // A single row of x is the common case of writing an answer: W is unpacked in registers. Several rows share a tile:
-// some groups of a panel are unpacked once, into a buffer that stays in the first cache, and multiplied for every row.
+// some groups of a panel are unpacked once, into a buffer that stays in a cache, and multiplied for every row.
 // Every output is summed in the order of k, group by group, in both forms: results do not depend on who computes them.
 
 using Int = Isa::Int;
 using Float = Isa::Float;
 constexpr int kRegisters = kPanel / Isa::kLanes;  // of a panel's outputs
-static_assert(kRegisters % Isa::kColumns == 0);
+static_assert(kRegisters % Isa::kColumns == 0 && kRegisters % Isa::kManyColumns == 0);
 
 // Where W is read next, `kAhead` bytes further along its rows: memory answers late, and processors follow by themselves only
 // long stretches of few rows. Rows from quad `begin` to `end` are at `panel` of a span, and are followed by those up to `next`.
@@ -265,108 +266,145 @@ static CM_INLINE void fill(Tile& tile, const Matrix& m, const Rows& rows, int64_
     }
 }
 
-// `n` rows of x from `row`, kColumns registers of outputs from `column`: y += x tile.
-template <int bits, int bytes, int n>
-static CM_INLINE void block(const Tile& tile, const Rows& rows, int64_t g_begin, int64_t g_end, int row, int column, float* y,
-                            size_t stride) {
-    constexpr int kColumns = Isa::kColumns;
-    const int first = rows.first[g_begin];
-    const size_t listed = rows.ids.size();
-    const int8_t* x = rows.codes_of(row);
-    for (int64_t g = g_begin; g < g_end; ++g) {
-        const Int* zeros = tile.zeros + (g - g_begin) * kRegisters + column;
+// Part of y: `n` rows of x from `row`, `columns` registers of outputs from `column` of the tile; rows of y are `stride` apart.
+template <int n, int columns>
+struct Block {
+    const Tile& tile;
+    const Rows& rows;
+    int64_t g_begin;  // of the tile
+    int row, column;
+    float* y;
+    size_t stride;
+
+    // out += what a group adds
+    template <int bits, int bytes, class Out>
+    CM_INLINE void add(int64_t g, Out out) const {
+        const size_t listed = rows.ids.size();
+        const int8_t* x = rows.codes_of(row);
         const Float* scale = tile.scale + (g - g_begin) * kRegisters + column;
-        Int sums[n][kColumns], high[bytes == 1 ? 1 : n][kColumns];
+        Int sums[n][columns], high[bytes == 1 ? 1 : n][columns];
+        const Int* zeros = tile.zeros + (g - g_begin) * kRegisters + column;
         for (int i = 0; i < n; ++i)
-            for (int c = 0; c < kColumns; ++c) sums[i][c] = taken_away<bytes>(zeros[c], rows, row + i, g);
+            for (int c = 0; c < columns; ++c) sums[i][c] = taken_away<bytes>(zeros[c], rows, row + i, g);
         if constexpr (bytes == 2)
             for (int i = 0; i < n; ++i)
-                for (int c = 0; c < kColumns; ++c) high[i][c] = Isa::all(0);
-        const Int* w = tile.codes + (rows.first[g] - first) * kRegisters + column;
+                for (int c = 0; c < columns; ++c) high[i][c] = Isa::all(0);
+        const Int* w = tile.codes + (rows.first[g] - rows.first[g_begin]) * kRegisters + column;
         for (int quad = rows.first[g]; quad < rows.first[g + 1]; ++quad, w += kRegisters)
             for (int i = 0; i < n; ++i) {
                 const int8_t* codes = x + i * bytes * listed + quad * kQuad;
                 if constexpr (bytes == 2)
-                    for (int c = 0; c < kColumns; ++c) high[i][c] = Isa::template dot<bits>(high[i][c], w[c], Isa::quad(codes));
+                    for (int c = 0; c < columns; ++c) high[i][c] = Isa::template dot<bits>(high[i][c], w[c], Isa::quad(codes));
                 const Int last = Isa::quad(codes + (bytes - 1) * listed);
-                for (int c = 0; c < kColumns; ++c) sums[i][c] = Isa::template dot<bits>(sums[i][c], w[c], last);
+                for (int c = 0; c < columns; ++c) sums[i][c] = Isa::template dot<bits>(sums[i][c], w[c], last);
             }
         if constexpr (bytes == 2)
             for (int i = 0; i < n; ++i)
-                for (int c = 0; c < kColumns; ++c) sums[i][c] = Isa::more(sums[i][c], Isa::times_high(high[i][c]));
+                for (int c = 0; c < columns; ++c) sums[i][c] = Isa::more(sums[i][c], Isa::times_high(high[i][c]));
         for (int i = 0; i < n; ++i) {
             const Float x_scale = Isa::all(rows.scale[(row + i) * rows.groups + g]);
-            for (int c = 0; c < kColumns; ++c) {
-                float* out = y + i * stride + c * Isa::kLanes;
-                Isa::store(out, Isa::fma(Isa::number(sums[i][c]), Isa::mul(scale[c], x_scale), Isa::load(out)));
+            for (int c = 0; c < columns; ++c) {
+                const Float factor = Isa::mul(scale[c], x_scale);
+                out(i, c, [&](Float before) { return Isa::fma(Isa::number(sums[i][c]), factor, before); });
             }
         }
     }
-}
 
-// The same for floats.
-template <int n>
-static CM_INLINE void float_block(const Tile& tile, const Rows& rows, int64_t g_begin, int64_t g_end, int row, int column, float* y,
-                                  size_t stride) {
-    constexpr int kColumns = Isa::kColumns;
-    const size_t listed = rows.ids.size();
-    const float* x = rows.values_of(row);
-    const Float* w = reinterpret_cast<const Float*>(tile.codes) + column;
-    Float out[n][kColumns];
-    for (int i = 0; i < n; ++i)
-        for (int c = 0; c < kColumns; ++c) out[i][c] = Isa::load(y + i * stride + c * Isa::kLanes);
-    for (int k = rows.first[g_begin] * kQuad; k < rows.first[g_end] * kQuad; ++k, w += kRegisters)
-        for (int i = 0; i < n; ++i) {
-            const Float factor = Isa::all(x[i * listed + k]);
-            for (int c = 0; c < kColumns; ++c) out[i][c] = Isa::fma(factor, w[c], out[i][c]);
+    // The same of floats, and of all groups up to g_end.
+    CM_INLINE void add_floats(int64_t g_end, Float (*out)[columns]) const {
+        const size_t listed = rows.ids.size();
+        const float* x = rows.values_of(row);
+        const Float* w = reinterpret_cast<const Float*>(tile.codes) + column;
+        for (int k = rows.first[g_begin] * kQuad; k < rows.first[g_end] * kQuad; ++k, w += kRegisters)
+            for (int i = 0; i < n; ++i) {
+                const Float factor = Isa::all(x[i * listed + k]);
+                for (int c = 0; c < columns; ++c) out[i][c] = Isa::fma(factor, w[c], out[i][c]);
+            }
+    }
+
+    float* at(int i, int c) const { return y + i * stride + c * Isa::kLanes; }
+
+    // y += what the groups up to g_end add, one after the other.
+    template <int bits, int bytes>
+    CM_INLINE void add_each(int64_t g_end) const {
+        if constexpr (bits == 32) {
+            Float out[n][columns];
+            for (int i = 0; i < n; ++i)
+                for (int c = 0; c < columns; ++c) out[i][c] = Isa::load(at(i, c));
+            add_floats(g_end, out);
+            for (int i = 0; i < n; ++i)
+                for (int c = 0; c < columns; ++c) Isa::store(at(i, c), out[i][c]);
+        } else {
+            for (int64_t g = g_begin; g < g_end; ++g)
+                add<bits, bytes>(g, [&](int i, int c, auto more) { Isa::store(at(i, c), more(Isa::load(at(i, c)))); });
         }
-    for (int i = 0; i < n; ++i)
-        for (int c = 0; c < kColumns; ++c) Isa::store(y + i * stride + c * Isa::kLanes, out[i][c]);
-}
+    }
 
-// All rows of x and outputs of the tile, n rows at a time and what is left with smaller n.
-template <int bits, int bytes, int n>
-static void blocks(const Tile& tile, const Rows& rows, int64_t g_begin, int64_t g_end, int row, float* y, size_t stride) {
+    // y = or += what they add together.
+    template <int bits, int bytes>
+    CM_INLINE void add_sum(int64_t g_end, bool to_y) const {
+        Float out[n][columns];
+        for (int i = 0; i < n; ++i)
+            for (int c = 0; c < columns; ++c) out[i][c] = Isa::all(0.0f);
+        for (int64_t g = g_begin; g < g_end; ++g)
+            add<bits, bytes>(g, [&](int i, int c, auto more) { out[i][c] = more(out[i][c]); });
+        for (int i = 0; i < n; ++i)
+            for (int c = 0; c < columns; ++c) Isa::store(at(i, c), to_y ? Isa::more(Isa::load(at(i, c)), out[i][c]) : out[i][c]);
+    }
+};
+
+// All rows of x and outputs of the tile, n rows at a time and what is left with smaller n. compute(block): see above.
+template <int n, int columns, class Compute>
+static CM_INLINE void blocks(const Tile& tile, const Rows& rows, int64_t g_begin, int row, float* y, size_t stride, Compute compute) {
     for (; row + n <= rows.count; row += n)
-        for (int column = 0; column < kRegisters; column += Isa::kColumns) {
-            float* out = y + row * stride + column * Isa::kLanes;
-            if constexpr (bits == 32) {
-                float_block<n>(tile, rows, g_begin, g_end, row, column, out, stride);
-            } else {
-                block<bits, bytes, n>(tile, rows, g_begin, g_end, row, column, out, stride);
-            }
-        }
+        for (int column = 0; column < kRegisters; column += columns)
+            compute(Block<n, columns>{tile, rows, g_begin, row, column, y + row * stride + column * Isa::kLanes, stride});
     if constexpr (n > 1) {
-        if (row < rows.count) blocks<bits, bytes, n - 1>(tile, rows, g_begin, g_end, row, y, stride);
+        if (row < rows.count) blocks<n - 1, columns>(tile, rows, g_begin, row, y, stride, compute);
     }
 }
 
+// Few rows: memory decides, and long stretches of a row of W are read, group after group.
 template <int bits, int bytes>
-static void several_rows(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
+static void few_rows(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
     static thread_local Tile tile;
-    // With few rows memory decides, and long stretches of a row of W are read; with many, sums stay in registers longer.
-    const int64_t step = rows.count <= kFewRows || bits == 32 ? 1 : kTileInputs / m.group;
-    tile.reserve(static_cast<size_t>(step) * m.group / kQuad, step);
-    for (int64_t g = groups.begin; g < groups.end; g += step) {
-        const int64_t end = std::min(g + step, groups.end);
-        const int begin_quad = rows.first[g], end_quad = rows.first[end], next_quad = rows.first[std::min(end + step, groups.end)];
-        if (begin_quad == end_quad) continue;
+    tile.reserve(m.group / kQuad, 1);
+    for (int64_t g = groups.begin; g < groups.end; ++g) {
+        const int begin = rows.first[g], end = rows.first[g + 1], next = rows.first[std::min(g + 2, groups.end)];
+        if (begin == end) continue;
         for (const Span* span = spans; span != spans + count; ++span)
             for (int64_t panel = span->begin; panel < span->end; ++panel) {
-                fetch<bits>(m, rows, spans, count, span, panel, begin_quad, end_quad, next_quad);
-                fill<bits>(tile, m, rows, g, end, panel);
-                blocks<bits, bytes, Isa::kRows / bytes>(tile, rows, g, end, 0, span->y + (panel - span->begin) * kPanel, span->stride);
+                fetch<bits>(m, rows, spans, count, span, panel, begin, end, next);
+                fill<bits>(tile, m, rows, g, g + 1, panel);
+                blocks<Isa::kRows / bytes, Isa::kColumns>(tile, rows, g, 0, span->y + (panel - span->begin) * kPanel, span->stride,
+                                                          [&](const auto& block) { block.template add_each<bits, bytes>(g + 1); });
             }
     }
+}
+
+// Many rows: arithmetic decides. All groups of a panel are unpacked, into the second cache, and summed in registers.
+template <int bits, int bytes>
+static void many_rows(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
+    static thread_local Tile tile;
+    for (const Span* span = spans; span != spans + count; ++span)
+        for (int64_t panel = span->begin; panel < span->end; ++panel) {
+            tile.reserve(rows.first[groups.end] - rows.first[groups.begin], groups.end - groups.begin);
+            fill<bits>(tile, m, rows, groups.begin, groups.end, panel);
+            blocks<Isa::kManyRows / bytes, Isa::kManyColumns>(
+                tile, rows, groups.begin, 0, span->y + (panel - span->begin) * kPanel, span->stride,
+                [&](const auto& block) { block.template add_sum<bits, bytes>(groups.end, groups.add); });
+        }
 }
 
 template <int bits, int bytes>
 static void multiply_bits(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
+    if constexpr (bits != 32) {
+        if (rows.count > kFewRows) return many_rows<bits, bytes>(m, rows, groups, spans, count);
+    }
     for (const Span* span = spans; span != spans + count; ++span)
         for (int row = 0; row < rows.count; ++row)
             std::memset(span->y + row * span->stride, 0, (span->end - span->begin) * kPanel * sizeof(float));
-    return rows.count == 1 ? one_row<bits, bytes>(m, rows, groups, spans, count)
-                           : several_rows<bits, bytes>(m, rows, groups, spans, count);
+    return rows.count == 1 ? one_row<bits, bytes>(m, rows, groups, spans, count) : few_rows<bits, bytes>(m, rows, groups, spans, count);
 }
 
 static void multiply(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {

@@ -60,29 +60,65 @@ static CM_INLINE void pick(const int8_t* codes, const int32_t* ids, int64_t begi
     for (int i = numbers - 1; i > numbers - kQuad && ids[i] == ids[numbers - kQuad]; --i) out[i] = 0;
 }
 
-static void quantise(const float* x, const Matrix& m, Rows& rows, int row) {
+// x of a group of `size`, 0 where k is not kept or behind the end; x itself where all are kept, else in `space`.
+static CM_INLINE const float* kept_of(const float* x, const uint64_t* keep, int64_t begin, int count, int size, float* space) {
+    const auto bits_at = [&](int part) { return static_cast<uint32_t>(keep[(begin + part) >> 6] >> ((begin + part) & 63)); };
+    uint32_t all = count == size ? ~uint32_t{0} : 0;
+    for (int part = 0; part < count; part += 32) all &= bits_at(part);
+    if (all == ~uint32_t{0}) return x + begin;
+    for (int part = 0; part < size; part += 32) {
+        const int left = count - part;
+        if (left >= 32) {
+            select(x + begin + part, bits_at(part), std::integral_constant<int, 32>(), space + part);
+        } else {
+            std::memset(space + part, 0, 32 * sizeof(float));
+            if (left > 0) select(x + begin + part, bits_at(part), left, space + part);
+        }
+    }
+    return space;
+}
+
+// As integers, magnitudes of floats are in the order of the floats, with Inf and NaN on top.
+static CM_INLINE int32_t largest_of(const float* x, int size) {
+    int32_t top = 0;
+    for (int part = 0; part < size; part += 32)
+        for (int i = part; i < part + 32; ++i) {
+            const int32_t magnitude = bits_of(x[i]) & 0x7fffffff;
+            top = magnitude > top ? magnitude : top;
+        }
+    return top;
+}
+
+// x * factor as whole numbers in one or two bytes, and what each byte adds up to.
+template <int bytes>
+static CM_INLINE void round_to(const float* x, float factor, int size, int8_t (*codes)[kMaxGroup], int32_t* total) {
+    int32_t sums[bytes] = {};
+    for (int part = 0; part < size; part += 32)
+        for (int i = part; i < part + 32; ++i) {
+            // 1.5 * 2^23 leaves no bits for a fraction: adding it rounds to the nearest whole number
+            const int32_t code = bits_of(x[i] * factor + 12582912.0f) - bits_of(12582912.0f);
+            const int32_t first = bytes == 1 ? code : (code + kHigh / 2) >> 7;
+            codes[0][i] = static_cast<int8_t>(first), sums[0] += first;
+            if constexpr (bytes == 2) codes[1][i] = static_cast<int8_t>(code - first * kHigh), sums[1] += code - first * kHigh;
+        }
+    for (int byte = 0; byte < bytes; ++byte) total[byte] = sums[byte];
+}
+
+template <int bytes>
+static void quantise_to(const float* x, const Matrix& m, Rows& rows, int row) {
     const size_t listed = rows.ids.size();
     const uint64_t* keep = rows.keep.data() + row * rows.words;
     for (int64_t g = 0; g < rows.groups; ++g) {
         const int64_t first = rows.first[g], quads = rows.first[g + 1] - first;
         float* scale = rows.scale.data() + row * rows.groups + g;
-        int32_t* sum = rows.sum.data() + row * rows.bytes * rows.groups + g;
-        int8_t* out = rows.codes.data() + row * rows.bytes * listed + first * kQuad;
+        int32_t* sum = rows.sum.data() + row * bytes * rows.groups + g;
+        int8_t* out = rows.codes.data() + row * bytes * listed + first * kQuad;
         *scale = 0.0f;
-        for (int byte = 0; byte < rows.bytes; ++byte) sum[byte * rows.groups] = 0;
+        for (int byte = 0; byte < bytes; ++byte) sum[byte * rows.groups] = 0;
         if (quads == 0) continue;
         const int64_t begin = g * m.group;
-        const int count = static_cast<int>(m.inputs - begin < m.group ? m.inputs - begin : m.group);
-        float kept[kMaxGroup] = {};
-        for (int part = 0; part < count; part += 32) {
-            const int64_t at = begin + part;
-            const uint32_t bits = static_cast<uint32_t>(keep[at >> 6] >> (at & 63));
-            if (count - part >= 32) {
-                select(x + at, bits, std::integral_constant<int, 32>(), kept + part);
-            } else {
-                select(x + at, bits, count - part, kept + part);
-            }
-        }
+        float space[kMaxGroup];
+        const float* kept = kept_of(x, keep, begin, static_cast<int>(std::min<int64_t>(m.inputs - begin, m.group)), m.group, space);
         const int32_t* ids = rows.ids.data() + first * kQuad;
         const int numbers = static_cast<int>(quads) * kQuad;
         if (m.bits == 32) {
@@ -91,34 +127,25 @@ static void quantise(const float* x, const Matrix& m, Rows& rows, int row) {
             for (int i = numbers - 1; i > numbers - kQuad && ids[i] == ids[numbers - kQuad]; --i) out[i] = 0.0f;
             continue;
         }
-        // As integers, magnitudes of floats are in the order of the floats, with Inf and NaN on top.
-        int32_t top = 0;
-        for (int part = 0; part < m.group; part += 32)
-            for (int i = part; i < part + 32; ++i) {
-                const int32_t magnitude = bits_of(kept[i]) & 0x7fffffff;
-                top = magnitude > top ? magnitude : top;
-            }
+        const int32_t top = largest_of(kept, m.group);
         const float largest = float_of(top);
         if (top >= 0x7f800000) *scale = std::numeric_limits<float>::quiet_NaN();  // so every output is NaN: nothing is hidden
         if (top >= 0x7f800000 || largest < kSmallest) {
-            for (int byte = 0; byte < rows.bytes; ++byte) std::memset(out + byte * listed, 0, numbers);
+            for (int byte = 0; byte < bytes; ++byte) std::memset(out + byte * listed, 0, numbers);
             continue;
         }
-        const float top_code = rows.bytes == 1 ? 127.0f : 127.0f * kHigh, inverse = top_code / largest;
-        int8_t codes[kMaxGroup], low[kMaxGroup];
-        int32_t total = 0, total_low = 0;
-        for (int part = 0; part < m.group; part += 32)
-            for (int i = part; i < part + 32; ++i) {
-                // 1.5 * 2^23 leaves no bits for a fraction: adding it rounds to the nearest whole number
-                const int32_t code = bits_of(kept[i] * inverse + 12582912.0f) - bits_of(12582912.0f);
-                const int32_t high = rows.bytes == 1 ? code : (code + kHigh / 2) >> 7, rest = code - high * kHigh;
-                codes[i] = static_cast<int8_t>(high), low[i] = static_cast<int8_t>(rest);
-                total += high, total_low += rest;
-            }
-        *scale = largest / top_code, *sum = total;
-        pick(codes, ids, begin, numbers, m.group, out);
-        if (rows.bytes == 1) continue;
-        sum[rows.groups] = total_low;
-        pick(low, ids, begin, numbers, m.group, out + listed);
+        constexpr float kTop = bytes == 1 ? 127.0f : 127.0f * kHigh;
+        int8_t codes[bytes][kMaxGroup];
+        int32_t total[bytes];
+        round_to<bytes>(kept, kTop / largest, m.group, codes, total);
+        *scale = largest / kTop;
+        for (int byte = 0; byte < bytes; ++byte) {
+            sum[byte * rows.groups] = total[byte];
+            pick(codes[byte], ids, begin, numbers, m.group, out + byte * listed);
+        }
     }
+}
+
+static void quantise(const float* x, const Matrix& m, Rows& rows, int row) {
+    return rows.bytes == 1 ? quantise_to<1>(x, m, rows, row) : quantise_to<2>(x, m, rows, row);
 }

@@ -50,6 +50,9 @@ static inline int32x4_t vld1q_s32(const int32_t* p) { return from<int32x4_t>(p);
 static inline uint8x16_t vld1q_u8(const uint8_t* p) { return from<uint8x16_t>(p); }
 static inline uint16x4_t vld1_u16(const uint16_t* p) { return from<uint16x4_t>(p); }
 static inline void vst1q_f32(float* p, float32x4_t v) { std::memcpy(p, v.at, sizeof v.at); }
+static inline float32x4_t vaddq_f32(float32x4_t a, float32x4_t b) {
+    return lanes<float32x4_t>([&](int i) { return a.at[i] + b.at[i]; });
+}
 static inline float32x4_t vmulq_f32(float32x4_t a, float32x4_t b) {
     return lanes<float32x4_t>([&](int i) { return a.at[i] * b.at[i]; });
 }

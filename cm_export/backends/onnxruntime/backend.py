@@ -39,6 +39,7 @@ from .grouped import group_attention
 from .in_place import write_in_place
 from .lower import lower
 from .pack import Packing, gather_ffns
+from .patches import multiply_patches
 from .place import Held, Place, place_for
 from .whole_picture import attend_to_all, borders
 
@@ -224,6 +225,8 @@ class Backend:
         model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph
         if key[0] == WHOLE:
             attend_to_all(model)
+        if key[0] in ("vision", WHOLE) and not self.place.apart:
+            multiply_patches(model)
         model, arrays = self._packed(model, key[0])
         if key[3]:
             write_in_place(model)
