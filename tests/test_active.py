@@ -13,6 +13,7 @@ from tolerances import agrees
 from cm_export.base.errors import BundleError, InputError
 from cm_export.bundle.bundle import Bundle
 from cm_export.bundle.thresholds import FFN_OUT, SIDES, Thresholds
+from cm_export.calibrating.thresholds import Watched, measure
 from cm_export.evals.tasks import easy_vqa
 from cm_export.evals.weights_read import Steps, of_dense
 from cm_export.host import guard
@@ -282,6 +283,14 @@ def test_the_manifest_says_where_thresholds_come_from(active, runner, asked):
     assert (
         runner.prefill(asked[0], Budget()).core_set.counts == np.rint(of_z * active.shape.ffn)
     ).all() and of_z.min() < 1
+
+
+def test_products_that_cannot_be_tried_in_time_count_the_same(active, runner, asked):
+    sizes = active.thresholds.sizes
+    watched = Watched([np.linspace(0, 1, 50, dtype=np.float32) for _ in sizes], [], sizes)
+    answers = [(asked[0], np.array([5, 6]))]
+    tried, untried = (measure(runner, answers, watched, 64, lambda *a: None, seconds) for seconds in (60, 0))
+    assert (tried.sensitivity != 1).any() and (untried.sensitivity == 1).all()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -43,6 +44,11 @@ def usable(threads: int) -> int:
 def default_threads() -> int:
     """Threads where none were asked: a core computes no faster with two, though it may pass for two processors."""
     return min(psutil.cpu_count(logical=False) or processors(), processors())
+
+
+def worked(threads: int) -> float:
+    """Seconds that this process has computed with so many threads (0: all cores), however busy the machine was meanwhile."""
+    return time.process_time() / (usable(threads) or default_threads())
 
 
 def threads_note(asked: int) -> list[str]:

@@ -74,6 +74,7 @@ def _manifest(job: Job, stages: Stages) -> dict[str, Any]:
             *(row["said"] for row in codes or ()),
             *job.generation.notes,
             *_unread(stages.state("weights").get("unread", [])),
+            *(stages.state("measured").get("notes", []) if "measured" in stages.keys else []),
         ],
         "versions": {n: version(n) for n in _LIBRARIES}
         | {"python": platform.python_version(), "platform": platform.machine()},

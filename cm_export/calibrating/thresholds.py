@@ -5,7 +5,6 @@ prompt -> dense greedy (or drawn) answer a_1..a_T -> one dense read of both that
                                                   -> one read with one site at half: KL to dense, its sensitivity
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import onnx
 
 from ..backends.onnxruntime.backend import Rows
-from ..base import dims
+from ..base import dims, environment
 from ..base.errors import InputError
 from ..base.metrics import divergences
 from ..bundle.names import core_row_names
@@ -81,7 +80,7 @@ def measure(
     """Thresholds of a bundle's model on answers that its dense form has written.
 
     `sensitivity_tokens`: of all answers together, on which each site is measured. Where that would take longer than
-    `seconds`, on fewer; where not even one answer can be read per site in that time, every site counts the same.
+    `seconds` of computing, on fewer; where not even one answer can be read per site in that time, every site counts the same.
     """
     thresholds = np.stack([_quantiles(weights) for weights in watched.weights])
     even = Thresholds(LEVELS, thresholds, np.ones(len(thresholds), np.float32), watched.sizes)
@@ -174,9 +173,9 @@ def _sensitivity(
             break
         if not i:
             logits(prefilled, ids, whole)  # makes the session
-        started = time.perf_counter()
+        started = environment.worked(runner.backend.threads)
         expected = logits(prefilled, ids, whole)
-        one = time.perf_counter() - started
+        one = environment.worked(runner.backend.threads) - started
         if spent + one * sites > seconds:
             break
         for site in range(sites):
@@ -184,6 +183,6 @@ def _sensitivity(
             one_alone = np.where(np.arange(sites) == site, at_half, whole).astype(np.float32)
             kl[site] += divergences(expected, logits(prefilled, ids, one_alone)).sum()
         counted += len(ids)
-        spent += time.perf_counter() - started
+        spent += environment.worked(runner.backend.threads) - started
     backend.drop("decode")
     return np.asarray(kl / counted if counted else np.ones(sites), np.float32)

@@ -5,7 +5,6 @@ the dense model writes -> thresholds.safetensors (policy `active`; a calibration
 """
 
 import itertools
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...base import environment
 from ...bundle import thresholds, weights
 from ...bundle.weights import Planned
 from ...calibrating.answers import answering, asking, own_text, prompts_of
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CHANNELS = "channels.safetensors"
 PROMPTS = 24
 TOKENS = 48  # of one answer
-WRITING = 45.0  # seconds, after which no further prompt is answered
+WRITING = 45.0  # seconds of computing, after which no further prompt is answered
 SENSITIVITY_TOKENS, SENSITIVITY_SECONDS = 64, 60.0
 
 
@@ -39,26 +39,31 @@ def _run(folder: Path, job: "Job", stages: "Stages") -> dict[str, Any]:
     known = job.calibration.active if job.calibration else None
     if known is not None and not job.recipe.weights.packs:
         thresholds.write(folder / thresholds.FILE, known)
-        return {"about": "calibration"}
+        return {"about": "calibration", "notes": []}
     job.progress("watch the model's products while it answers")
     runner = Runner(UnderWay(job, stages), job.threads, backend="onnxruntime")
     written = list(_written(job, runner))
     watched = watch(runner, written, job.progress)
-    about = f"{sum(len(answer) for _, answer in written)} tokens of {len(written)} answers, in the build"
+    about, notes = f"{sum(len(answer) for _, answer in written)} tokens of {len(written)} answers, in the build", []
     if job.recipe.neurons.by_threshold:
         found = known or measure(runner, written, watched, SENSITIVITY_TOKENS, job.progress, SENSITIVITY_SECONDS)
+        if not known and (found.sensitivity == 1).all():
+            notes.append(
+                "every product of decode leaves out an equal share, since trying them one by one would take this machine more "
+                f"than {SENSITIVITY_SECONDS:.0f} s; `cm-export calibrate` takes the time it needs, and its file is better"
+            )
         thresholds.write(folder / thresholds.FILE, found)
     if job.recipe.weights.packs:
         planned = [
             Planned(f"site.{i}", np.dtype("<f4"), x.shape, partial(list, [x])) for i, x in enumerate(watched.some)
         ]
         weights.write(folder / CHANNELS, planned)
-    return {"about": "calibration" if known else about}
+    return {"about": "calibration" if known else about, "notes": notes}
 
 
 def _written(job: "Job", runner: Runner) -> Iterator[tuple[Request, np.ndarray]]:
     """Answers of the dense model: to the training questions of a demo model, else to beginnings that are made up."""
-    started, (prompts, _) = time.perf_counter(), prompts_of(None, named(job.source), PROMPTS, seed=0)
+    started, (prompts, _) = environment.worked(job.threads), prompts_of(None, named(job.source), PROMPTS, seed=0)
     asked: Iterator[Any]
     if prompts:
         asked = asking(runner, prompts)
@@ -68,7 +73,7 @@ def _written(job: "Job", runner: Runner) -> Iterator[tuple[Request, np.ndarray]]
         asked = (request for pair in both for request in pair if request is not None)
     for request, answer in answering(runner, asked, TOKENS, drawn=not prompts):
         yield request, answer
-        if time.perf_counter() - started > WRITING:
+        if environment.worked(job.threads) - started > WRITING:
             return
 
 
