@@ -61,8 +61,9 @@ struct Rows {
 // Neighbouring panels, and where their outputs go.
 struct Span {
     int64_t begin = 0, end = 0;
-    float* y = nullptr;  // of panel `begin`; rows of y are `stride` floats apart
+    float* y = nullptr;  // of panel `begin` and the first row of x; rows of y are `stride` floats apart
     size_t stride = 0;
+    int first_row = 0, end_row = 0;  // of x, where there are many; end 0: all of them
 };
 
 // Neighbouring groups of inputs, whose products are summed before they become part of y. `add`: y has those of others, which

@@ -26,6 +26,7 @@ constexpr const char* kDomain = "com.cm_export.native";
 constexpr const char* kVersion = "1";
 constexpr int64_t kCacheBytes = 256 << 10;  // of outputs, in one span
 constexpr size_t kShortRow = 20 << 10;      // bytes of a row of W up to which threads share the inputs
+constexpr int kBlockRows = 64;              // of x, at least, for which a panel of W is unpacked
 constexpr int64_t kParts = 4, kMinGroups = 4;
 
 std::atomic<uint64_t> bytes_read{0}, bytes_dense{0};
@@ -235,6 +236,13 @@ size_t spans_of(int64_t panels, int count, int64_t threads) {
     return static_cast<size_t>(std::max<int64_t>(1, std::min(panels, wanted)));
 }
 
+// Into how many blocks the rows of x are cut besides: where panels are few, some threads would have one more than others.
+size_t blocks_of(const Rows& rows, const Matrix& m, size_t spans) {
+    if (rows.count <= kFewRows || m.bits == 32) return 1;
+    const size_t for_the_threads = (4 * processors() + spans - 1) / spans, most = rows.count / kBlockRows;
+    return std::max<size_t>(1, std::min(for_the_threads, most));
+}
+
 // The i-th of them, less where its outputs go.
 Span span_of(int64_t panels, size_t i, size_t spans) {
     return {static_cast<int64_t>(panels * i / spans), static_cast<int64_t>(panels * (i + 1) / spans)};
@@ -287,18 +295,20 @@ void product(const ort::Context* context, const Kernels& k, const Matrix& m, con
         return;
     }
     // With many rows of x arithmetic decides, and a task computes all parts of its outputs.
-    const size_t spans = spans_of(m.panels, rows.count, processors());
+    const size_t spans = spans_of(m.panels, rows.count, processors()), blocks = blocks_of(rows, m, spans);
     auto task = [&](size_t i) {
-        Span span = span_of(m.panels, i, spans);
+        Span span = span_of(m.panels, i / blocks, spans);
+        span.first_row = static_cast<int>(rows.count * (i % blocks) / blocks);
+        span.end_row = static_cast<int>(rows.count * (i % blocks + 1) / blocks);
         const int64_t first = span.begin * kPanel, width = (span.end - span.begin) * kPanel;
         const bool fits = first + width <= outputs;  // the last panel may be wider than y
         span.y = fits ? y + first : working(static_cast<size_t>(rows.count * width));
         span.stride = static_cast<size_t>(fits ? outputs : width);
         for (int64_t part = 0; part < parts; ++part) k.multiply(m, rows, groups_of(m, part, parts, part > 0), &span, 1);
-        for (int row = 0; row < rows.count && !fits; ++row)
+        for (int row = span.first_row; row < span.end_row && !fits; ++row)
             std::memcpy(y + row * outputs + first, span.y + row * width, (outputs - first) * sizeof(float));
     };
-    in_parallel(context, spans, task);
+    in_parallel(context, spans * blocks, task);
 }
 
 // z [count, panels / 2 * 128] = activation(x W_gate) * (x W_up); the first half of the panels are gates.

@@ -353,14 +353,15 @@ struct Block {
     }
 };
 
-// All rows of x and outputs of the tile, n rows at a time and what is left with smaller n. compute(block): see above.
+// Rows of x from `row` to `end` and all outputs of the tile, n rows at a time and what is left with smaller n. compute(block): see above.
 template <int n, int columns, class Compute>
-static CM_INLINE void blocks(const Tile& tile, const Rows& rows, int64_t g_begin, int row, float* y, size_t stride, Compute compute) {
-    for (; row + n <= rows.count; row += n)
+static CM_INLINE void blocks(const Tile& tile, const Rows& rows, int64_t g_begin, int row, int end, float* y, size_t stride,
+                             Compute compute) {
+    for (; row + n <= end; row += n)
         for (int column = 0; column < kRegisters; column += columns)
             compute(Block<n, columns>{tile, rows, g_begin, row, column, y + row * stride + column * Isa::kLanes, stride});
     if constexpr (n > 1) {
-        if (row < rows.count) blocks<n - 1, columns>(tile, rows, g_begin, row, y, stride, compute);
+        if (row < end) blocks<n - 1, columns>(tile, rows, g_begin, row, end, y, stride, compute);
     }
 }
 
@@ -376,7 +377,8 @@ static void few_rows(const Matrix& m, const Rows& rows, Groups groups, const Spa
             for (int64_t panel = span->begin; panel < span->end; ++panel) {
                 fetch<bits>(m, rows, spans, count, span, panel, begin, end, next);
                 fill<bits>(tile, m, rows, g, g + 1, panel);
-                blocks<Isa::kRows / bytes, Isa::kColumns>(tile, rows, g, 0, span->y + (panel - span->begin) * kPanel, span->stride,
+                float* y = span->y + (panel - span->begin) * kPanel;
+                blocks<Isa::kRows / bytes, Isa::kColumns>(tile, rows, g, 0, rows.count, y, span->stride,
                                                           [&](const auto& block) { block.template add_each<bits, bytes>(g + 1); });
             }
     }
@@ -391,7 +393,8 @@ static void many_rows(const Matrix& m, const Rows& rows, Groups groups, const Sp
             tile.reserve(rows.first[groups.end] - rows.first[groups.begin], groups.end - groups.begin);
             fill<bits>(tile, m, rows, groups.begin, groups.end, panel);
             blocks<Isa::kManyRows / bytes, Isa::kManyColumns>(
-                tile, rows, groups.begin, 0, span->y + (panel - span->begin) * kPanel, span->stride,
+                tile, rows, groups.begin, span->first_row, span->end_row ? span->end_row : rows.count,
+                span->y + (panel - span->begin) * kPanel, span->stride,
                 [&](const auto& block) { block.template add_sum<bits, bytes>(groups.end, groups.add); });
         }
 }
