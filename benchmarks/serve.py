@@ -125,9 +125,11 @@ def asked(server, number, tokens):
             break
     # A piece may hold several tokens, so the first token is there when the server says it was; what a request costs
     # besides, such as reading its picture, counts for the tokens after it.
-    written = time.perf_counter() - started - stats["queue_s"] - stats["ttft_s"]
+    first_s = stats["queue_s"] + stats["ttft_s"]
+    written = time.perf_counter() - started - first_s
     return {
-        "first_ms": 1000 * (times[0] - started),
+        # Random weights may write tokens without a text.
+        "first_ms": 1000 * (times[0] - started if times else first_s),
         "token_ms": 1000 * written / (stats["new_tokens"] - 1),
         "step_ms": 1000 * stats["decode_s"] / (stats["new_tokens"] - 1),
         "tokens": stats["new_tokens"],
