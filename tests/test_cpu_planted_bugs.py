@@ -40,7 +40,7 @@ SHARED = {  # what is wrong: (file, right, wrong)
     "x of the first row": (PRODUCT, "x + i * bytes * listed + quad * kQuad", "x + quad * kQuad"),
     "sum of the first row": (PRODUCT, "(zeros[c], rows, row + i, g)", "(zeros[c], rows, row, g)"),
     "scale of another group": (PRODUCT, "tile.scale + (g - g_begin) * kRegisters + column;", "tile.scale + column;"),
-    "rows left over": (PRODUCT, "if (row < rows.count) blocks", "if (row + 1 < rows.count) blocks"),
+    "rows left over": (PRODUCT, "if (row < end) blocks", "if (row + 1 < end) blocks"),
     "outputs of another panel": (PRODUCT, PANEL_OUT.format(" + (panel - span.begin) * kPanel"), PANEL_OUT.format("")),
     "sums begin again in every pass": (PRODUCT, "quad == begin, taken == left", "true, taken == left"),
     "no pass is a group's last": (PRODUCT, "quad == begin, taken == left", "quad == begin, false"),

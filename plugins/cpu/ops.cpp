@@ -255,8 +255,13 @@ int64_t parts_of(const Matrix& m) {
     return m.bits != 32 && m.row_bytes() <= kShortRow && m.groups() >= kParts * kMinGroups ? kParts : 1;
 }
 
-Groups groups_of(const Matrix& m, int64_t part, int64_t parts, bool add = false) {
+Groups groups_of(const Matrix& m, int64_t part, int64_t parts, bool add) {
     return {m.groups() * part / parts, m.groups() * (part + 1) / parts, add};
+}
+
+// What all parts add, one after the other; several of them only with many rows.
+void multiply_all(const Kernels& k, const Matrix& m, const Rows& rows, int64_t parts, const Span* spans, int count) {
+    for (int64_t part = 0; part < parts; ++part) k.multiply(m, rows, groups_of(m, part, parts, part > 0), spans, count);
 }
 
 // sum [width] = what the parts have, one after the other, `apart` floats from one another
@@ -278,7 +283,7 @@ void multiply_parts(const ort::Context* context, const Kernels& k, const Matrix&
         const size_t part = i / spans;
         Span span = span_of(m.panels, i % spans, spans);
         span.y = partial.data() + part * whole + span.begin * kPanel, span.stride = stride;
-        k.multiply(m, rows, groups_of(m, part, parts), &span, 1);
+        k.multiply(m, rows, groups_of(m, part, parts, false), &span, 1);
     };
     in_parallel(context, spans * parts, task);
 }
@@ -304,7 +309,7 @@ void product(const ort::Context* context, const Kernels& k, const Matrix& m, con
         const bool fits = first + width <= outputs;  // the last panel may be wider than y
         span.y = fits ? y + first : working(static_cast<size_t>(rows.count * width));
         span.stride = static_cast<size_t>(fits ? outputs : width);
-        for (int64_t part = 0; part < parts; ++part) k.multiply(m, rows, groups_of(m, part, parts, part > 0), &span, 1);
+        multiply_all(k, m, rows, parts, &span, 1);
         for (int row = span.first_row; row < span.end_row && !fits; ++row)
             std::memcpy(y + row * outputs + first, span.y + row * width, (outputs - first) * sizeof(float));
     };
@@ -322,7 +327,7 @@ void gated_product(const ort::Context* context, const Kernels& k, const Matrix& 
     auto one_after_the_other = [&](const Span& span, int64_t size, float* gate) {
         const size_t width = static_cast<size_t>(span.end - span.begin) * kPanel;
         const Span both[] = {{span.begin, span.end, gate, width}, {half + span.begin, half + span.end, gate + size, width}};
-        for (int64_t part = 0; part < parts; ++part) k.multiply(m, rows, groups_of(m, part, parts, part > 0), both, 2);
+        multiply_all(k, m, rows, parts, both, 2);
     };
     // the same of what they have added side by side
     auto side_by_side = [&](const Span& span, int64_t width, float* gate, float* up) {

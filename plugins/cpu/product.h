@@ -310,12 +310,12 @@ struct Block {
         }
     }
 
-    // The same of floats, and of all groups up to g_end.
-    CM_INLINE void add_floats(int64_t g_end, Float (*out)[columns]) const {
+    // out += what a group of floats adds, the tile's only one
+    CM_INLINE void add_floats(Float (*out)[columns]) const {
         const size_t listed = rows.ids.size();
         const float* x = rows.values_of(row);
         const Float* w = reinterpret_cast<const Float*>(tile.codes) + column;
-        for (int k = rows.first[g_begin] * kQuad; k < rows.first[g_end] * kQuad; ++k, w += kRegisters)
+        for (int k = rows.first[g_begin] * kQuad; k < rows.first[g_begin + 1] * kQuad; ++k, w += kRegisters)
             for (int i = 0; i < n; ++i) {
                 const Float factor = Isa::all(x[i * listed + k]);
                 for (int c = 0; c < columns; ++c) out[i][c] = Isa::fma(factor, w[c], out[i][c]);
@@ -324,23 +324,22 @@ struct Block {
 
     float* at(int i, int c) const { return y + i * stride + c * Isa::kLanes; }
 
-    // y += what the groups up to g_end add, one after the other.
+    // y += what the tile's only group adds
     template <int bits, int bytes>
-    CM_INLINE void add_each(int64_t g_end) const {
+    CM_INLINE void add_one() const {
         if constexpr (bits == 32) {
             Float out[n][columns];
             for (int i = 0; i < n; ++i)
                 for (int c = 0; c < columns; ++c) out[i][c] = Isa::load(at(i, c));
-            add_floats(g_end, out);
+            add_floats(out);
             for (int i = 0; i < n; ++i)
                 for (int c = 0; c < columns; ++c) Isa::store(at(i, c), out[i][c]);
         } else {
-            for (int64_t g = g_begin; g < g_end; ++g)
-                add<bits, bytes>(g, [&](int i, int c, auto more) { Isa::store(at(i, c), more(Isa::load(at(i, c)))); });
+            add<bits, bytes>(g_begin, [&](int i, int c, auto more) { Isa::store(at(i, c), more(Isa::load(at(i, c)))); });
         }
     }
 
-    // y = or += what they add together.
+    // y = or += what all groups of the tile, up to g_end, add together
     template <int bits, int bytes>
     CM_INLINE void add_sum(int64_t g_end, bool to_y) const {
         Float out[n][columns];
@@ -379,7 +378,7 @@ static void few_rows(const Matrix& m, const Rows& rows, Groups groups, const Spa
                 fill<bits>(tile, m, rows, g, g + 1, panel);
                 float* y = span->y + (panel - span->begin) * kPanel;
                 blocks<Isa::kRows / bytes, Isa::kColumns>(tile, rows, g, 0, rows.count, y, span->stride,
-                                                          [&](const auto& block) { block.template add_each<bits, bytes>(g + 1); });
+                                                          [](const auto& block) { block.template add_one<bits, bytes>(); });
             }
     }
 }

@@ -61,7 +61,7 @@ static CM_INLINE void pick(const int8_t* codes, const int32_t* ids, int64_t begi
 }
 
 // x of a group of `size`, 0 where k is not kept or behind the end; x itself where all are kept, else in `space`.
-static CM_INLINE const float* kept_of(const float* x, const uint64_t* keep, int64_t begin, int count, int size, float* space) {
+static CM_INLINE const float* group_of(const float* x, const uint64_t* keep, int64_t begin, int count, int size, float* space) {
     const auto bits_at = [&](int part) { return static_cast<uint32_t>(keep[(begin + part) >> 6] >> ((begin + part) & 63)); };
     uint32_t all = count == size ? ~uint32_t{0} : 0;
     for (int part = 0; part < count; part += 32) all &= bits_at(part);
@@ -118,7 +118,7 @@ static void quantise_to(const float* x, const Matrix& m, Rows& rows, int row) {
         if (quads == 0) continue;
         const int64_t begin = g * m.group;
         float space[kMaxGroup];
-        const float* kept = kept_of(x, keep, begin, static_cast<int>(std::min<int64_t>(m.inputs - begin, m.group)), m.group, space);
+        const float* kept = group_of(x, keep, begin, static_cast<int>(std::min<int64_t>(m.inputs - begin, m.group)), m.group, space);
         const int32_t* ids = rows.ids.data() + first * kQuad;
         const int numbers = static_cast<int>(quads) * kQuad;
         if (m.bits == 32) {

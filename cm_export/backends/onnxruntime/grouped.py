@@ -13,7 +13,7 @@ packed weights take one native op instead (cached_attention.py), of which the sa
 import onnx
 
 from ...base.onnx_text import DOMAIN
-from .lower import local_function
+from .lower import import_domain, local_function
 
 _NAME = "GroupedAttention"
 
@@ -32,8 +32,7 @@ def group_attention(model: onnx.ModelProto, heads: int) -> None:
         node.attribute.append(scale)
     if found:
         for place in (model, *model.functions):
-            if not any(o.domain == DOMAIN for o in place.opset_import):
-                place.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+            import_domain(place)
         model.functions.append(_together(heads, kv_heads) if heads > kv_heads else _one_by_one())
 
 

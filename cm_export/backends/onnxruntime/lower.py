@@ -193,6 +193,12 @@ def local_function(text: str) -> onnx.FunctionProto:
     return onnx.parser.parse_function(header + text)
 
 
+def import_domain(place: onnx.ModelProto | onnx.FunctionProto) -> None:
+    """Let the nodes of a graph or function call functions of ours."""
+    if not any(o.domain == DOMAIN for o in place.opset_import):
+        place.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+
+
 def _fuse_transposes(nodes: list[onnx.NodeProto], weights: set[str], few_rows: bool) -> list[onnx.NodeProto]:
     turned = {
         n.output[0]: n.input[0]

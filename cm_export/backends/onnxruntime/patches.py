@@ -8,7 +8,7 @@ ONNX Runtime computes the convolution patch by patch, five times as slowly.
 import onnx
 
 from ...base.onnx_text import DOMAIN
-from .lower import attribute, local_function
+from .lower import attribute, import_domain, local_function
 
 
 def multiply_patches(model: onnx.ModelProto) -> None:
@@ -18,7 +18,7 @@ def multiply_patches(model: onnx.ModelProto) -> None:
     tensors = {t.name: t for t in graph.initializer}
     kinds = set()
     for node in graph.node:
-        if node.op_type != "Conv" or (node.input[1:] and node.input[1] not in tensors):
+        if node.op_type != "Conv" or node.input[1] not in tensors:
             continue
         kernel = list(tensors[node.input[1]].dims)[1:]
         if _rows(makers.get(node.input[0]), tensors) != kernel or any(attribute(node, "pads") or ()):
@@ -28,8 +28,8 @@ def multiply_patches(model: onnx.ModelProto) -> None:
         kinds.add((len(kernel) + 1, len(node.input)))
         node.op_type, node.domain = f"Patches{len(kernel) + 1}D{len(node.input)}", DOMAIN
         del node.attribute[:]
-    if kinds and not any(o.domain == DOMAIN for o in model.opset_import):
-        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+    if kinds:
+        import_domain(model)
     model.functions.extend(_product(*kind) for kind in sorted(kinds))
 
 

@@ -10,7 +10,7 @@ import onnx
 from ...base import dims
 from ...base.errors import SurgeryError
 from ...base.onnx_text import DOMAIN
-from .lower import local_function
+from .lower import import_domain, local_function
 
 _NAME = "WholePicture"
 _BORDERS = f"{dims.SEGMENTS}+1"
@@ -43,8 +43,7 @@ def attend_to_all(model: onnx.ModelProto) -> None:
         node.input[:] = node.input[:3]
         del node.attribute[:]
         node.attribute.append(scale)
-    if not any(o.domain == DOMAIN for o in model.opset_import):
-        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+    import_domain(model)
     model.functions.append(_whole_picture(heads.pop()))
 
 

@@ -39,7 +39,7 @@ def _run(folder: Path, job: "Job", stages: "Stages") -> dict[str, Any]:
     known = job.calibration.active if job.calibration else None
     if known is not None and not job.recipe.weights.packs:
         thresholds.write(folder / thresholds.FILE, known)
-        return {"about": "calibration", "notes": []}
+        return {"about": "calibration"}
     job.progress("watch the model's products while it answers")
     runner = Runner(UnderWay(job, stages), job.threads, backend="onnxruntime")
     written = list(_written(job, runner))
