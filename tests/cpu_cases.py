@@ -2,7 +2,8 @@
 
     y = x_kept W          |error| <= sum over groups of (sum over kept k of |W[k,n]|) * scale / 2      scale = max |x_kept| / 127
 
-With `x_bytes` 2 and weights of 8 bits x has 128 times as many steps.
+With `x_bytes` 2 and weights of 8 bits x has 128 times as many steps. With 0 and no threshold, x and W may as well be bfloat16,
+7 bits behind the first: each is off by at most a 256th of itself, half of that on either side.
 
 The weights are made here from codes, scales and zero points; nothing of the packer's inverse is used.
 """
@@ -16,6 +17,7 @@ from onnx import TensorProto, helper
 from cm_export.quant import rows
 
 DOMAIN = "com.cm_export.native"
+BFLOAT16 = 2**-8 * 1.01  # of a product of two numbers that were rounded by up to 2^-9 each
 FLOAT32 = 1e-6  # relative error of a float32 sum as the kernels take it (measured 2e-7), times the sum of magnitudes
 
 
@@ -89,6 +91,10 @@ def product(x: np.ndarray, keep: np.ndarray, w: Weight, x_bytes: int = 1) -> tup
             # x below 1e-36 counts as 0; a millionth more than a half, since scale and quotient are rounded themselves
             step = np.maximum(np.abs(used[..., part]).max(-1, keepdims=True) / steps, 2e-36) / 2 * (1 + 1e-6)
             bound += step * (keep[..., part] @ size[part])
+        if x_bytes == 0 and keep.all():
+            # codes become floats as (256 + code) * scale - (256 + zero) * scale
+            scale = np.repeat(w.packed.scale[:, : size.shape[1]].astype(np.float64), w.packed.group, 0)[: len(size)]
+            bound = np.maximum(bound, np.abs(used) @ (BFLOAT16 * size + 512 * 2**-23 * np.abs(scale)))
     undefined = ~np.isfinite(used).all(-1)
     y[undefined] = np.nan
     return y, bound

@@ -49,7 +49,7 @@ def run(call: Call, threads: int = 1) -> np.ndarray:
     return session(call, threads).run(None, feeds)[0]
 
 
-INSTRUCTIONS = ("avx512-vnni", "avx-vnni", "avx2", "neon-dot", "neon", "portable")
+INSTRUCTIONS = ("amx-bf16", "avx512-vnni", "avx-vnni", "avx2", "neon-dot", "neon", "portable")
 
 
 def use(name: str) -> None:
@@ -90,6 +90,14 @@ SIZES = [
     Sizes(B=2, S=150, K=40, bits=32),
     Sizes(S=0),
     Sizes(B=0),
+    Sizes(share=1, x_bytes=0),
+    Sizes(K=1, N=1, share=1, x_bytes=0),
+    Sizes(K=33, N=257, S=16, share=1, x_bytes=0, zeros=True),
+    Sizes(K=700, N=700, S=33, share=1, x_bytes=0, zeros=True, group=128),
+    Sizes(K=290, N=140, S=47, share=1, x_bytes=0, bits=8, group=64),
+    Sizes(K=600, N=260, B=2, S=170, share=1, x_bytes=0, bits=8, zeros=True),
+    Sizes(K=600, N=260, S=17, share=0.7, x_bytes=0),
+    Sizes(S=0, share=1, x_bytes=0),
 ]
 
 
@@ -113,9 +121,11 @@ def test_ffns_are_as_near_as_rounding_x_and_z_allows(name):
             (Sizes(bits=32, B=2, S=2, share=1), 4, 32),
             (Sizes(K=1, N=1), 8, 32),
             (Sizes(B=2, S=130, K=70, N=200, zeros=True), 4, 128),
+            (Sizes(S=40, K=300, N=1300, zeros=True, share=1, x_bytes=0), 8, 64),
+            (Sizes(S=3, K=70, N=200, bits=8, share=1, x_bytes=0), 4, 32),
         ]
     ):
-        call = ffn(sizes, bits_out=bits, group_out=group, seed=seed)
+        call = ffn(sizes, bits_out=bits, group_out=group, seed=seed, **({"z_share": 1} if sizes.x_bytes == 0 else {}))
         call.check(run(call))
 
 
@@ -158,7 +168,7 @@ def test_activations_end_in_their_limits_for_huge_gates():
         group=st.sampled_from([32, 64, 128]),
         zeros=st.booleans(),
         share=st.floats(0, 1),
-        x_bytes=st.sampled_from([1, 2]),
+        x_bytes=st.sampled_from([0, 1, 2]),
     ),
     seed=st.integers(0, 1000),
     place=st.integers(0, len(INSTRUCTIONS) - 1),
@@ -268,7 +278,7 @@ REFUSED = [
     ({"bits": 3}, {}, "bits are 3, not 4, 8 or 32"),
     ({"group": 48}, {}, "a group of 48, not 32, 64 or 128"),
     ({"N": 0}, {}, "N is 0"),
-    ({"x_bytes": 3}, {}, "x_bytes are 3, not 1 or 2"),
+    ({"x_bytes": 3}, {}, "x_bytes are 3, not 0, 1 or 2"),
     ({"N": 300}, {}, "input 1 (codes) is [128,128], expected [128,192]"),
     ({"bits": 8}, {}, "input 1 (codes) is [128,128], expected [128,256]"),
     ({"bits": 32}, {}, "input 1 (codes) must be float32 with bits 32"),

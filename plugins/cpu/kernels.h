@@ -20,8 +20,10 @@ namespace cm::cpu {
 constexpr int kPanel = 128;  // outputs
 constexpr int kQuad = 4;     // inputs
 constexpr int kMaxGroup = 128;
+constexpr int kTileRows = 16;      // of x, where it comes in tiles
+constexpr int kStepInputs = 32;    // and its inputs; every group has a multiple of them
 constexpr int kFewRows = 16;      // rows of x up to which reading W decides the time, not arithmetic
-constexpr int kManyRows = 256;    // taken at once, at most
+constexpr int kManyRows = 320;    // taken at once, at most
 constexpr int kHigh = 128;         // what the upper byte of x counts
 constexpr int kStep = 16;         // floats: what attention computes with is filled up to a multiple of it
 constexpr int kMaxHead = 512;     // numbers of a head of attention
@@ -36,7 +38,22 @@ struct Matrix {
     const uint8_t* zero = nullptr;    // the same shape; null: 8 or 128 everywhere
 
     int64_t groups() const { return (inputs + group - 1) / group; }
+    int64_t steps() const { return groups() * group / kStepInputs; }
     size_t row_bytes() const { return static_cast<size_t>(panels) * kPanel * bits / 8; }
+};
+
+// Memory that begins where a register of any size may be stored.
+class Aligned {
+public:
+    template <class Register>
+    Register* of(size_t count) {
+        const size_t needed = count * sizeof(Register) + 64;
+        if (memory_.size() < needed) memory_.resize(needed);
+        return reinterpret_cast<Register*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t{63});
+    }
+
+private:
+    std::vector<uint8_t> memory_;
 };
 
 // A block of rows of x, made ready for a product. The listed k are those that any of its rows keeps.
@@ -48,14 +65,22 @@ struct Rows {
     std::vector<uint64_t> keep;    // [count, words] one bit for each k
     std::vector<int32_t> ids;      // listed k, a multiple of four in every group: the last is filled up with its first
     std::vector<int32_t> first;    // [groups + 1] quad with which a group begins
-    std::vector<int8_t> codes;     // [count, bytes, ids], the upper byte first; 0 where a row does not keep k
+    int8_t* codes = nullptr;       // [count, bytes, ids], the upper byte first; 0 where a row does not keep k
     std::vector<float> values;     // [count, ids] with weights of 32 bits
     std::vector<float> scale;      // [count, groups]
     std::vector<int32_t> sum;      // [count, bytes, groups] of codes
+    // In place of all that is listed, with every k: x in bfloat16 [blocks of 16 rows, steps, 16, 32], 0 behind the last input.
+    uint16_t* tiles = nullptr;
 
-    const int8_t* codes_of(int row) const { return codes.data() + static_cast<size_t>(row) * bytes * ids.size(); }
+    void reserve_codes() { codes = memory_.of<int8_t>(count * bytes * ids.size()), tiles = nullptr; }
+    int64_t blocks() const { return (count + kTileRows - 1) / kTileRows; }
+    void reserve_tiles(int64_t steps) { tiles = memory_.of<uint16_t>(blocks() * kTileRows * steps * kStepInputs); }
+    const int8_t* codes_of(int row) const { return codes + static_cast<size_t>(row) * bytes * ids.size(); }
     const int32_t* sum_of(int row, int byte) const { return sum.data() + (static_cast<size_t>(row) * bytes + byte) * groups; }
     const float* values_of(int row) const { return values.data() + static_cast<size_t>(row) * ids.size(); }
+
+private:
+    Aligned memory_;
 };
 
 // Neighbouring panels, and where their outputs go.
@@ -71,20 +96,6 @@ struct Span {
 struct Groups {
     int64_t begin = 0, end = 0;
     bool add = false;
-};
-
-// Memory that begins where a register of any size may be stored.
-class Aligned {
-public:
-    template <class Register>
-    Register* of(size_t count) {
-        const size_t needed = count * sizeof(Register) + 64;
-        if (memory_.size() < needed) memory_.resize(needed);
-        return reinterpret_cast<Register*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t{63});
-    }
-
-private:
-    std::vector<uint8_t> memory_;
 };
 
 // How a head of a query or a key is made of what its product gave: bias, norm over the head, rotation, factor.
@@ -126,6 +137,8 @@ struct Kernels {
     void (*turn)(const Turn&, const float* x, float* out);
     // y = softmax(q keys + added) values
     void (*attend)(const Attention&);
+    // Fills `tiles` of 16 rows of x, `stride` floats apart, from row 16 * block on; null: there are no instructions for them.
+    void (*widen)(const float* x, size_t stride, const Matrix&, Rows&, int block) = nullptr;
 };
 
 const Kernels* const* all_kernels();  // best first, ends with null

@@ -28,6 +28,7 @@ constexpr int64_t kCacheBytes = 256 << 10;  // of outputs, in one span
 constexpr size_t kShortRow = 20 << 10;      // bytes of a row of W up to which threads share the inputs
 constexpr int kBlockRows = 64;              // of x, at least, for which a panel of W is unpacked
 constexpr int64_t kParts = 4, kMinGroups = 4;
+constexpr int64_t kTilePanels = 4;          // of a span where x comes in tiles: long pieces of rows of W, and the second cache holds them
 
 std::atomic<uint64_t> bytes_read{0}, bytes_dense{0};
 std::atomic<const Kernels*> in_use{nullptr};
@@ -74,10 +75,11 @@ Matrix matrix(const ort::Context* context, const std::string& op, size_t index, 
     return m;
 }
 
-// Bytes to which numbers of x are rounded; weights of 4 bits are multiplied with one byte of x all the same.
+// Bytes to which numbers of x are rounded; weights of 4 bits are multiplied with one byte of x all the same. 0, for prompts and
+// pictures: one, or bfloat16 where this processor multiplies tiles of it.
 int64_t x_bytes_of(const ort::Info* info, const char* op) {
     const int64_t bytes = integer(info, op, "x_bytes");
-    if (bytes != 1 && bytes != 2) fail(op, "x_bytes are " + std::to_string(bytes) + ", not 1 or 2");
+    if (bytes < 0 || bytes > 2) fail(op, "x_bytes are " + std::to_string(bytes) + ", not 0, 1 or 2");
     return bytes;
 }
 
@@ -190,8 +192,8 @@ void list(Rows& rows, const Matrix& m) {
 }
 
 void count_bytes(const Rows& rows, const Matrix& m) {
-    int64_t groups = 0;
-    for (int64_t g = 0; g < rows.groups; ++g) groups += rows.first[g] != rows.first[g + 1];
+    int64_t groups = rows.groups;
+    for (int64_t g = 0; g < rows.groups && !rows.tiles; ++g) groups -= rows.first[g] == rows.first[g + 1];
     const uint64_t scales = m.bits == 32 ? 0 : static_cast<uint64_t>(m.panels) * kPanel * (m.zero ? 3 : 2);
     bytes_read += static_cast<uint64_t>(rows.kept) * m.row_bytes() + groups * scales;
     bytes_dense += static_cast<uint64_t>(m.inputs) * m.row_bytes() + rows.groups * scales;
@@ -201,8 +203,15 @@ void count_bytes(const Rows& rows, const Matrix& m) {
 void prepare(const ort::Context* context, const Kernels& k, Rows& rows, const float* x, size_t stride, int64_t first_row, int count,
              const Matrix& m, int64_t x_bytes, const Selection& selection) {
     rows.count = count;
-    rows.bytes = m.bits == 8 ? static_cast<int>(x_bytes) : 1;
     rows.groups = m.groups();
+    if (x_bytes == 0 && k.widen != nullptr && m.bits != 32 && selection.norm == nullptr) {
+        rows.kept = m.inputs;
+        rows.reserve_tiles(m.steps());
+        auto widen = [&](size_t block) { k.widen(x, stride, m, rows, static_cast<int>(block)); };
+        in_parallel(context, static_cast<size_t>(rows.blocks()), widen);
+        return count_bytes(rows, m);
+    }
+    rows.bytes = m.bits == 8 && x_bytes == 2 ? 2 : 1;
     rows.words = static_cast<size_t>(m.inputs + 63) / 64;
     rows.keep.resize(count * rows.words);
     rows.scale.resize(count * rows.groups);
@@ -221,26 +230,41 @@ void prepare(const ort::Context* context, const Kernels& k, Rows& rows, const fl
     if (m.bits == 32) {
         rows.values.resize(count * rows.ids.size());
     } else {
-        rows.codes.resize(count * rows.bytes * rows.ids.size());
+        rows.reserve_codes();
     }
     auto quantise = [&](size_t task) { rows_of(task, [&](int row) { k.quantise(x + row * stride, m, rows, row); }); };
     in_parallel(context, tasks, quantise);
     count_bytes(rows, m);
 }
 
+// Whether reading W decides the time of a product, not arithmetic.
+bool are_few(const Rows& rows) { return rows.count <= kFewRows && rows.tiles == nullptr; }
+
 // How many spans the panels are cut into for so many threads. Few rows: long ones, so that each row of W is read in long
 // stretches, but with outputs that fit into the second cache, since every group of inputs adds to all of them.
-size_t spans_of(int64_t panels, int count, int64_t threads) {
-    const int64_t for_the_cache = panels * count * kPanel * static_cast<int64_t>(sizeof(float)) / kCacheBytes;
-    const int64_t wanted = count <= kFewRows ? std::max(threads, for_the_cache) : panels;
+size_t spans_of(int64_t panels, const Rows& rows, int64_t threads) {
+    const int64_t for_the_cache = panels * rows.count * kPanel * static_cast<int64_t>(sizeof(float)) / kCacheBytes;
+    int64_t wanted = are_few(rows) ? std::max(threads, for_the_cache) : panels;
+    if (rows.tiles) wanted = std::max(2 * threads, (panels + kTilePanels - 1) / kTilePanels);
     return static_cast<size_t>(std::max<int64_t>(1, std::min(panels, wanted)));
 }
 
 // Into how many blocks the rows of x are cut besides: where panels are few, some threads would have one more than others.
 size_t blocks_of(const Rows& rows, const Matrix& m, size_t spans) {
-    if (rows.count <= kFewRows || m.bits == 32) return 1;
+    if (are_few(rows) || m.bits == 32) return 1;
     const size_t for_the_threads = (4 * processors() + spans - 1) / spans, most = rows.count / kBlockRows;
     return std::max<size_t>(1, std::min(for_the_threads, most));
+}
+
+// The first row of the i-th of them: the first of a tile.
+int row_of(const Rows& rows, size_t i, size_t blocks) {
+    return std::min(rows.count, static_cast<int>(rows.blocks() * i / blocks) * kTileRows);
+}
+
+// How many of `total` rows are taken at once.
+int at_once(int64_t total) {
+    const int64_t times = (total + kManyRows - 1) / kManyRows;
+    return static_cast<int>((total + times - 1) / std::max<int64_t>(times, 1));
 }
 
 // The i-th of them, less where its outputs go.
@@ -251,7 +275,8 @@ Span span_of(int64_t panels, size_t i, size_t spans) {
 // Into how many parts the inputs are cut. Memory is read fastest from one end to the other, so threads share the inputs, each
 // reads whole rows of W, and what each part adds is summed; long rows may as well be shared. It follows from the sizes alone:
 // y is the same whoever computes it.
-int64_t parts_of(const Matrix& m) {
+int64_t parts_of(const Matrix& m, const Rows& rows) {
+    if (rows.tiles) return 1;
     return m.bits != 32 && m.row_bytes() <= kShortRow && m.groups() >= kParts * kMinGroups ? kParts : 1;
 }
 
@@ -277,7 +302,7 @@ void sum_of(const float* parts, int64_t count, size_t apart, int64_t width, floa
 void multiply_parts(const ort::Context* context, const Kernels& k, const Matrix& m, const Rows& rows, int64_t parts,
                     std::vector<float>& partial) {
     const size_t stride = static_cast<size_t>(m.panels * kPanel), whole = rows.count * stride;
-    const size_t spans = spans_of(m.panels, rows.count, processors() / parts);
+    const size_t spans = spans_of(m.panels, rows, processors() / parts);
     partial.resize(std::max(partial.size(), parts * whole));
     auto task = [&](size_t i) {
         const size_t part = i / spans;
@@ -291,8 +316,8 @@ void multiply_parts(const ort::Context* context, const Kernels& k, const Matrix&
 // y [count, outputs] = rows W
 void product(const ort::Context* context, const Kernels& k, const Matrix& m, const Rows& rows, float* y, int64_t outputs,
              std::vector<float>& partial) {
-    const int64_t parts = parts_of(m);
-    if (parts > 1 && rows.count <= kFewRows) {
+    const int64_t parts = parts_of(m, rows);
+    if (parts > 1 && are_few(rows)) {
         const size_t stride = static_cast<size_t>(m.panels * kPanel);
         multiply_parts(context, k, m, rows, parts, partial);
         for (int row = 0; row < rows.count; ++row)
@@ -300,11 +325,10 @@ void product(const ort::Context* context, const Kernels& k, const Matrix& m, con
         return;
     }
     // With many rows of x arithmetic decides, and a task computes all parts of its outputs.
-    const size_t spans = spans_of(m.panels, rows.count, processors()), blocks = blocks_of(rows, m, spans);
+    const size_t spans = spans_of(m.panels, rows, processors()), blocks = blocks_of(rows, m, spans);
     auto task = [&](size_t i) {
         Span span = span_of(m.panels, i / blocks, spans);
-        span.first_row = static_cast<int>(rows.count * (i % blocks) / blocks);
-        span.end_row = static_cast<int>(rows.count * (i % blocks + 1) / blocks);
+        span.first_row = row_of(rows, i % blocks, blocks), span.end_row = row_of(rows, i % blocks + 1, blocks);
         const int64_t first = span.begin * kPanel, width = (span.end - span.begin) * kPanel;
         const bool fits = first + width <= outputs;  // the last panel may be wider than y
         span.y = fits ? y + first : working(static_cast<size_t>(rows.count * width));
@@ -319,9 +343,9 @@ void product(const ort::Context* context, const Kernels& k, const Matrix& m, con
 // z [count, panels / 2 * 128] = activation(x W_gate) * (x W_up); the first half of the panels are gates.
 void gated_product(const ort::Context* context, const Kernels& k, const Matrix& m, const Rows& rows, Activation activation,
                    float* z, std::vector<float>& partial) {
-    const int64_t half = m.panels / 2, parts = parts_of(m);
-    const size_t spans = spans_of(half, rows.count, processors());
-    const bool together = parts > 1 && rows.count <= kFewRows;
+    const int64_t half = m.panels / 2, parts = parts_of(m, rows);
+    const size_t spans = spans_of(half, rows, processors());
+    const bool together = parts > 1 && are_few(rows);
     if (together) multiply_parts(context, k, m, rows, parts, partial);
     // what all parts add, one task for all of them, to gates and behind them to ups
     auto one_after_the_other = [&](const Span& span, int64_t size, float* gate) {
@@ -390,8 +414,8 @@ struct PackedMatMul {
         float* y = output(context, of_y);
         const Loan loan;
         const Kernels& k = kernels();
-        for (int64_t row = 0; row < shape.rows(); row += kManyRows) {
-            const int count = static_cast<int>(std::min<int64_t>(kManyRows, shape.rows() - row));
+        for (int64_t row = 0, most = at_once(shape.rows()); row < shape.rows(); row += most) {
+            const int count = static_cast<int>(std::min(most, shape.rows() - row));
             const float* from = static_cast<const float*>(x.data) + row * shape.columns;
             prepare(context, k, loan.scratch->x, from, shape.columns, row, count, m, x_bytes, kept);
             product(context, k, m, loan.scratch->x, y + row * outputs, outputs, loan.scratch->partial);
@@ -441,8 +465,8 @@ struct PackedFFN {
         const Loan loan;
         Scratch& scratch = *loan.scratch;
         const Kernels& k = kernels();
-        for (int64_t row = 0; row < shape.rows(); row += kManyRows) {
-            const int count = static_cast<int>(std::min<int64_t>(kManyRows, shape.rows() - row));
+        for (int64_t row = 0, most = at_once(shape.rows()); row < shape.rows(); row += most) {
+            const int count = static_cast<int>(std::min(most, shape.rows() - row));
             scratch.activated.resize(static_cast<size_t>(count * stride));
             const float* from = static_cast<const float*>(x.data) + row * columns;
             prepare(context, k, scratch.x, from, columns, row, count, gate_up, x_bytes, x_kept);

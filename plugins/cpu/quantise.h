@@ -112,7 +112,7 @@ static void quantise_to(const float* x, const Matrix& m, Rows& rows, int row) {
         const int64_t first = rows.first[g], quads = rows.first[g + 1] - first;
         float* scale = rows.scale.data() + row * rows.groups + g;
         int32_t* sum = rows.sum.data() + row * bytes * rows.groups + g;
-        int8_t* out = rows.codes.data() + row * bytes * listed + first * kQuad;
+        int8_t* out = rows.codes + row * bytes * listed + first * kQuad;
         *scale = 0.0f;
         for (int byte = 0; byte < bytes; ++byte) sum[byte * rows.groups] = 0;
         if (quads == 0) continue;

@@ -11,4 +11,9 @@
 #define CM_TARGET_END CM_PRAGMA(GCC pop_options)
 #endif
 
+// Compilers before GCC 11 and clang 12 do not know tiles.
+#if defined(__x86_64__) && defined(__linux__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
+#define CM_AMX
+#endif
+
 #define CM_INLINE inline __attribute__((always_inline))

@@ -294,7 +294,7 @@ class Backend:
             model = gather_ffns(model, of.family, of.shape)
         if name in ("vision", WHOLE):
             of.packed.file.expect(n for n in of.packed.file.tensors if n.startswith(TOWER))
-        x_bytes = 2 if name.startswith("decode") else 1
+        x_bytes = 2 if name.startswith("decode") else 0
         packing = Packing(model, of.packed, self.native is not None, of.every_neuron, x_bytes, self._made)
         return packing.run(), packing.arrays
 

@@ -40,8 +40,8 @@ class Packing:
     """One graph under the knife. `every_neuron`: whether rows that core_neurons lists are all of them.
 
     `x_bytes`: to which the native library rounds what it multiplies with weights of 8 bits. Two cost nothing where reading
-    weights decides the time, and twice the arithmetic where a prompt does. `made`: arrays that were made for another graph
-    of the same file.
+    weights decides the time, and twice the arithmetic where a prompt does; 0, for prompts and pictures: one, or bfloat16 if the
+    processor has tiles of it. `made`: arrays that were made for another graph of the same file.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Packing:
         packed: Packed,
         native: bool,
         every_neuron: bool,
-        x_bytes: int = 1,
+        x_bytes: int = 0,
         made: Arrays | None = None,
     ):
         self.model, self.packed, self.native, self.every_neuron = model, packed, native, every_neuron
@@ -153,8 +153,10 @@ class Packing:
         y = f"{base}/y"
         if self.native:
             inputs = [x, *(f"{name}.{part}" for part in PARTS), norm, threshold]
+            # The head reads one row of a prompt, for which tiles are slower.
+            x_bytes = max(self.x_bytes, 1) if name == "head" else self.x_bytes
             self._add("PackedMatMul", inputs, [y], domain=NATIVE, bits=entry.bits, group=entry.group, N=width,
-                      x_bytes=self.x_bytes)  # fmt: skip
+                      x_bytes=x_bytes)  # fmt: skip
         else:
             if limits:
                 x = self._add("Kept", [x, norm, threshold], [f"{base}/kept"], domain=DOMAIN)

@@ -1,0 +1,254 @@
+// AMX: Intel's servers since Sapphire Rapids. One instruction multiplies 16 rows of 32 inputs by 16 outputs, in bfloat16.
+//
+// For prompts and pictures, whose time is arithmetic: W is unpacked to bfloat16, scale and zero point included, and sums of
+// all groups stay in tiles. Where single rows and several have to have the same bits (steps of decode), and with thresholds,
+// avx512.cpp multiplies.
+#include "target.h"
+#if defined(CM_AMX)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace cm::cpu {
+extern const Kernels kAvx512;
+}
+
+CM_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16")
+namespace cm::cpu::amx {
+
+#include "avx512.h"
+
+using Int = Isa::Int;
+using Float = Isa::Float;
+constexpr int kRegisters = kPanel / Isa::kLanes;  // columns of a panel, 16 outputs each
+constexpr int64_t kMostSteps = 16;                // of W at a time, so that everything that is read again stays in the second cache
+
+// Two floats in every 32 bits, that of `first` below.
+static CM_INLINE Int beside(Float first, Float second) {
+    const Int order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
+                                       18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, (Int)_mm512_cvtne2ps_pbh(second, first));
+}
+
+// ---------------------------------------------------------------- x
+
+// 16 rows of x, or what is left of them -> tiles. An infinite number becomes NaN, as with whole numbers (quantise.h).
+void widen(const float* x, size_t stride, const Matrix& m, Rows& rows, int block) {
+    const int64_t steps = m.steps();
+    const int count = std::min(rows.count - block * kTileRows, kTileRows);
+    for (int row = 0; row < count; ++row) {
+        const float* from = x + (static_cast<size_t>(block) * kTileRows + row) * stride;
+        uint16_t* to = rows.tiles + (block * steps * kTileRows + row) * kStepInputs;
+        for (int64_t at = 0; at < steps * kStepInputs; at += kStepInputs, to += kTileRows * kStepInputs) {
+            const int64_t left = std::max<int64_t>(m.inputs - at, 0);
+            const uint32_t there = left >= kStepInputs ? ~0u : (1u << left) - 1;
+            const auto part = [&](int i) {
+                const Float v = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> i), from + at + i);
+                return _mm512_add_ps(v, _mm512_sub_ps(v, v));
+            };
+            _mm512_storeu_si512(to, (Int)_mm512_cvtne2ps_pbh(part(Isa::kLanes), part(0)));
+        }
+    }
+}
+
+// ---------------------------------------------------------------- W
+
+// Code k of each of four, at bit `low` of its byte, as 256 + code: the bits of a float below its exponent.
+template <int bits, int low, int k>
+static CM_INLINE Float above_256(Int codes) {
+    constexpr int kShift = 15 - 8 * k - low;
+    const Int moved = kShift > 0 ? _mm512_slli_epi32(codes, kShift > 0 ? kShift : 0) : _mm512_srli_epi32(codes, kShift > 0 ? 0 : -kShift);
+    constexpr int kAndOr = 0xea;
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(moved, Isa::all(((1 << bits) - 1) << 15), Isa::all(0x43800000), kAndOr));
+}
+
+// Four inputs of 16 outputs -> two registers of W: (256 + code) * scale + less.
+template <int bits, int low>
+static CM_INLINE void numbers(Int codes, Float scale, Float less, Int* out) {
+    const auto number = [&](Float code) { return Isa::fma(code, scale, less); };
+    out[0] = beside(number(above_256<bits, low, 0>(codes)), number(above_256<bits, low, 1>(codes)));
+    out[1] = beside(number(above_256<bits, low, 2>(codes)), number(above_256<bits, low, 3>(codes)));
+}
+
+// One step of a panel -> its tiles, `apart` registers from one column's to the next one's.
+template <int bits>
+static CM_INLINE void unpack(const Matrix& m, int64_t step, int64_t panel, const uint8_t* row, size_t row_bytes, Int* out,
+                             int64_t apart) {
+    const int64_t scales = (step * kStepInputs / m.group * m.panels + panel) * kPanel;
+    Float scale[kRegisters], less[kRegisters];
+    for (int r = 0; r < kRegisters; ++r) {
+        scale[r] = Isa::half(m.scale + scales + r * Isa::kLanes);
+        const Int zero = m.zero ? Isa::zeros<bits>(m.zero + scales + r * Isa::kLanes) : Isa::all(1 << (bits - 1));
+        less[r] = Isa::mul(Isa::number(Isa::less(Isa::all(-256), zero)), scale[r]);
+    }
+    for (int quad = 0; quad < kStepInputs / kQuad; ++quad, out += 2) {
+        const uint8_t* four[kQuad];
+        for (int i = 0; i < kQuad; ++i, row += row_bytes) four[i] = row;
+        Int codes[4];
+        if constexpr (bits == 4) {
+            Isa::pairs(four[0], four[1], four[2], four[3], codes);
+            for (int r = 0; r < 4; ++r) numbers<4, 0>(codes[r], scale[r], less[r], out + r * apart);
+            for (int r = 0; r < 4; ++r) numbers<4, 4>(codes[r], scale[4 + r], less[4 + r], out + (4 + r) * apart);
+        } else {
+            for (int half = 0; half < 2; ++half) {
+                Isa::pairs(four[0] + 64 * half, four[1] + 64 * half, four[2] + 64 * half, four[3] + 64 * half, codes);
+                for (int r = 4 * half; r < 4 * half + 4; ++r) numbers<8, 0>(codes[r - 4 * half], scale[r], less[r], out + r * apart);
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------- products
+
+// This thread's tiles, by number, since instructions take nothing else: 0 to 3 sums (two columns of the first 16 rows, two of
+// the second), 4 and 5 x (the first rows, the second), 6 and 7 W (two columns).
+class Tiles {
+public:
+    Tiles() = default;
+    Tiles(const Tiles&) = delete;
+    Tiles& operator=(const Tiles&) = delete;
+    ~Tiles() { _tile_release(); }
+
+    CM_INLINE void shape(int first, int second) {
+        if (first == first_ && second == second_) return;
+        first_ = first, second_ = second;
+        Shape s;
+        for (int tile = 0; tile < 8; ++tile) {
+            s.row_bytes[tile] = 64;
+            s.rows[tile] = static_cast<uint8_t>(tile > 5 ? kTileRows : (tile < 2 || tile == 4 ? first : std::max(second, 1)));
+        }
+        _tile_loadconfig(&s);
+    }
+
+private:
+    struct Shape {
+        uint8_t palette = 1, start = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {};
+        uint8_t rows[16] = {};
+    };
+    int first_ = 0, second_ = 0;
+};
+
+// Sums of 16 rows and 16 outputs, as a tile stores them.
+using Sums = Float[kTileRows];
+
+// Sums of two columns of a panel, and the rows of one block of x or of two (`two`): = or += x W
+template <bool two>
+static CM_INLINE void multiply_columns(const uint16_t* x, size_t x_apart, const Int* w, int64_t w_apart, int64_t steps, Sums* sums,
+                                       bool add) {
+    asm volatile("" ::: "memory");  // what tiles load has been written
+    if (add) {
+        _tile_loadd(0, sums[0], 64);
+        _tile_loadd(1, sums[1], 64);
+        if (two) {
+            _tile_loadd(2, sums[kRegisters], 64);
+            _tile_loadd(3, sums[kRegisters + 1], 64);
+        }
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t step = 0; step < steps; ++step, x += kTileRows * kStepInputs, w += kTileRows) {
+        _tile_loadd(4, x, 64);
+        _tile_loadd(6, w, 64);
+        _tile_loadd(7, w + w_apart, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (two) {
+            _tile_loadd(5, x + x_apart, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    if (two) {
+        _tile_stored(2, sums[kRegisters], 64);
+        _tile_stored(3, sums[kRegisters + 1], 64);
+    }
+}
+
+// y = the sums of a panel's columns and some rows of a block of x
+static CM_INLINE void give(const Sums* sums, int rows, float* y, size_t stride) {
+    for (int row = 0; row < rows; ++row, y += stride)
+        for (int column = 0; column < kRegisters; ++column) Isa::store(y + column * Isa::kLanes, sums[column][row]);
+}
+
+// Memory is read in long pieces of a row of W, since each row lies in another page: some steps of all panels of a span are copied
+// first, then unpacked panel by panel.
+template <int bits>
+static void multiply_bits(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
+    static thread_local Aligned copied, unpacked, summed;
+    constexpr size_t kBytes = kPanel * bits / 8;
+    const int64_t all = m.steps(), begin = groups.begin * m.group / kStepInputs, last = groups.end * m.group / kStepInputs;
+    Int* w = unpacked.of<Int>(kMostSteps * kTileRows * kRegisters);
+    Tiles tiles;
+    for (const Span* span = spans; span != spans + count; ++span) {
+        const int from = span->first_row, to = span->end_row ? span->end_row : rows.count;
+        const int64_t blocks = (to - from + kTileRows - 1) / kTileRows;
+        const size_t width = (span->end - span->begin) * kBytes;
+        Sums* sums = summed.of<Sums>((span->end - span->begin) * blocks * kRegisters);
+        uint8_t* codes = copied.of<uint8_t>(kMostSteps * kStepInputs * width);
+        for (int64_t first = begin; first < last; first += kMostSteps) {
+            const int64_t steps = std::min(kMostSteps, last - first);
+            for (int64_t row = 0; row < steps * kStepInputs; ++row)
+                std::memcpy(codes + row * width, m.codes + (first * kStepInputs + row) * m.row_bytes() + span->begin * kBytes, width);
+            for (int64_t panel = span->begin; panel < span->end; ++panel) {
+                for (int64_t step = 0; step < steps; ++step)
+                    unpack<bits>(m, first + step, panel, codes + step * kStepInputs * width + (panel - span->begin) * kBytes, width,
+                                 w + step * kTileRows, steps * kTileRows);
+                for (int row = from; row < to; row += 2 * kTileRows) {
+                    const int here = std::min(to - row, kTileRows), next = std::min(to - row - here, kTileRows);
+                    const uint16_t* x = rows.tiles + (row / kTileRows * all + first) * kTileRows * kStepInputs;
+                    Sums* of_rows = sums + ((panel - span->begin) * blocks + (row - from) / kTileRows) * kRegisters;
+                    tiles.shape(here, next);
+                    for (int column = 0; column < kRegisters; column += 2)
+                        (next ? multiply_columns<true> : multiply_columns<false>)(
+                            x, static_cast<size_t>(all) * kTileRows * kStepInputs, w + column * steps * kTileRows, steps * kTileRows, steps,
+                            of_rows + column, first > begin);
+                    if (first + steps < last) continue;
+                    float* y = span->y + row * span->stride + (panel - span->begin) * kPanel;
+                    give(of_rows, here, y, span->stride);
+                    give(of_rows + kRegisters, next, y + kTileRows * span->stride, span->stride);
+                }
+            }
+        }
+    }
+}
+
+void multiply(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
+    if (rows.tiles == nullptr) return kAvx512.multiply(m, rows, groups, spans, count);
+    return m.bits == 4 ? multiply_bits<4>(m, rows, groups, spans, count) : multiply_bits<8>(m, rows, groups, spans, count);
+}
+
+}  // namespace cm::cpu::amx
+CM_TARGET_END
+
+namespace cm::cpu::amx {
+// The processor multiplies tiles of bfloat16, and Linux lets this process use them (it asks, since signal frames grow by them).
+bool usable() {
+    const auto leaf = [](uint32_t sub, uint32_t& a, uint32_t& d) {
+        uint32_t b, c = sub;
+        a = 7;
+        asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    };
+    constexpr uint32_t kTile = 1u << 24, kTileBf16 = 1u << 22, kBf16 = 1u << 5;
+    constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool granted = [&] {
+        uint32_t a, d, a1, d1;
+        leaf(0, a, d), leaf(1, a1, d1);
+        return (d & kTile) && (d & kTileBf16) && (a1 & kBf16) && kAvx512.usable() &&
+               syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+    }();
+    return granted;
+}
+}  // namespace cm::cpu::amx
+#endif
