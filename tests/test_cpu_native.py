@@ -23,6 +23,7 @@ CALLS = [
         Sizes(K=130, N=130, group=128, S=17), Sizes(K=70, N=200, bits=8, group=64, B=2, S=9), Sizes(bits=32),
         Sizes(K=200, N=257, bits=8, zeros=True, x_bytes=2), Sizes(K=70, N=130, bits=8, S=3, x_bytes=2),
         Sizes(bits=32, S=19), Sizes(share=0, S=2), Sizes(share=1), Sizes(share=1, S=19, zeros=True), Sizes(S=0),
+        Sizes(K=600, N=140, share=1, S=19, x_bytes=0, zeros=True), Sizes(K=70, N=129, share=1, x_bytes=0, bits=8, group=64),
     ])),
     ffn(Sizes(B=2, zeros=True, N=300, group=64), bits_out=8, group_out=64),
     ffn(Sizes(S=19, K=40, bits=8), bits_out=32, seed=1),
@@ -47,11 +48,11 @@ def checked(run, **how) -> list:
 @functools.cache
 def sanitized():
     flags = {f: SANITIZERS for f in ("ops.cpp", "attention.cpp", "portable.cpp")} | {
-        f: ADDRESS for f in ("avx512.cpp", "avx2.cpp")
+        f: ADDRESS for f in ("amx.cpp", "avx512.cpp", "avx2.cpp")
     }
     if platform.machine() != "x86_64":
         flags = {f: SANITIZERS for f in ("ops.cpp", "attention.cpp", "portable.cpp")}
-    kernels = ("kAvx512", "kAvxVnni", "kAvx2")[: 3 if "avx2.cpp" in flags else 0]
+    kernels = ("kAmx", "kAvx512", "kAvxVnni", "kAvx2")[: 4 if "avx2.cpp" in flags else 0]
     made = objects("sanitized", (*kernels, "kPortable"), tuple(flags.items()))
     return linked(made.values(), folder() / "sanitized" / "run", SANITIZERS)
 
@@ -66,7 +67,7 @@ def arm():
     return linked(made.values(), folder() / "arm" / "run")
 
 
-@pytest.mark.parametrize("instructions", ["avx512-vnni", "avx-vnni", "avx2", "portable"])
+@pytest.mark.parametrize("instructions", ["amx-bf16", "avx512-vnni", "avx-vnni", "avx2", "portable"])
 def test_sanitizers_find_nothing_and_calls_at_once_do_not_disturb_each_other(instructions):
     if build.compiler() and instructions not in usable():
         pytest.skip(f"this processor has no {instructions}")

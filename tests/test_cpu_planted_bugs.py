@@ -87,7 +87,7 @@ SHARED = {  # what is wrong: (file, right, wrong)
     "where a product's keys begin": (CACHE, "(x.data) + first[index]", "(x.data)"),
 }  # fmt: skip
 MORE = [
-    matmul(Sizes(S=300, K=40, N=129, share=0.5), 3), ffn(Sizes(bits=32, S=2, share=1), "quick_gelu", bits_out=32, z_share=1),
+    matmul(Sizes(S=330, K=40, N=129, share=0.5), 3), ffn(Sizes(bits=32, S=2, share=1), "quick_gelu", bits_out=32, z_share=1),
     matmul(Sizes(K=128, N=256, share=0.95, bits=8), 4), matmul(Sizes(K=64, N=8, share=0.5, zeros=True, S=2, B=2), 5),
     matmul(Sizes(K=520, N=129, zeros=True), 6), matmul(Sizes(K=520, N=129, S=2), 7), ffn(Sizes(N=300, zeros=True), seed=8),
     ffn(Sizes(K=520, N=129, S=2, zeros=True), seed=9), ffn(Sizes(K=520, N=129, S=19), seed=10),
@@ -134,7 +134,7 @@ QUICK = {
     "where up is summed", "what is not kept sets the scale", "numbers past the end of x", "threshold of the first request",
     "up taken for gate",
     "slope of an activation", "scratch of all calls",
-    "AVX-512: upper codes of one row", "AVX2: signs of x", "ARM: zero points of 8 bits", "ARM: order of lanes",
+    "AMX: zero points", "AVX-512: upper codes of one row", "AVX2: signs of x", "ARM: zero points of 8 bits", "ARM: order of lanes",
 }  # fmt: skip
 
 
@@ -151,16 +151,23 @@ def test_a_wrong_kernel_is_seen(bug):
 
 LANES = "out[8] = vreinterpretq_s32_u16(vzip1q_u16({0}_high, {1}_high));"
 ONE_FILE = {
-    "AVX-512: upper codes": ("avx512-vnni", "avx512.cpp", "_mm512_srli_epi16(both, 4)", "both"),
-    "AVX-512: upper codes of one row": ("avx512-vnni", "avx512.cpp", "_mm512_srai_epi32(v, 4)", "v"),
-    "AVX-512: bytes of two codes": ("avx512-vnni", "avx512.cpp", "_mm512_sub_epi32(a, b)", "a"),
-    "AVX-512: second half of 8 bits": ("avx512-vnni", "avx512.cpp", "p2 + 64, p3 + 64", "p2, p3 + 64"),
+    "AMX: zero points": ("amx-bf16", "amx.cpp", "Isa::less(Isa::all(-256), zero)", "Isa::all(-256)"),
+    "AMX: order of two inputs": ("amx-bf16", "amx.cpp", "_mm512_cvtne2ps_pbh(second, first)", "_mm512_cvtne2ps_pbh(first, second)"),
+    "AMX: sums of the steps before": ("amx-bf16", "amx.cpp", "of_rows + column, first > begin);", "of_rows + column, false);"),
+    "AMX: second block of rows": ("amx-bf16", "amx.cpp", "x + x_apart, 64)", "x, 64)"),
+    "AVX-512: upper codes": ("avx512-vnni", "avx512.h", "_mm512_srli_epi16(both, 4)", "both"),
+    "AVX-512: upper codes of one row": ("avx512-vnni", "avx512.h", "_mm512_srai_epi32(v, 4)", "v"),
+    "AVX-512: bytes of two codes": ("avx512-vnni", "avx512.h", "_mm512_sub_epi32(a, b)", "a"),
+    "AVX-512: second half of 8 bits": ("avx512-vnni", "avx512.h", "p2 + 64, p3 + 64", "p2, p3 + 64"),
     "AVX2: products that do not fit": ("avx2", "avx2.cpp", "if constexpr (bits == 4) {  // 2", "if constexpr (true) {  // 2"),
     "AVX2: signs of x": ("avx2", "avx2.cpp", "x_odd = _mm256_srai_epi16(x, 8);", "x_odd = _mm256_srli_epi16(x, 8);"),
     "ARM: zero points of 8 bits": ("neon", "neon.h", "bits == 8 ? kOffset : 0;", "bits == 4 ? kOffset : 0;"),
     "ARM: upper bytes": ("neon", "neon.cpp", "vmull_high_s8(w, x)", "vmull_s8(vget_low_s8(w), vget_low_s8(x))"),
     "ARM: order of lanes": ("neon-dot", "neon.h", LANES.format("ab", "cd"), LANES.format("cd", "ab")),
 }  # fmt: skip
+
+
+X86 = {"avx2": ("avx2.cpp", "kAvx2"), "avx512-vnni": ("avx512.cpp", "kAvx512"), "amx-bf16": ("amx.cpp", "kAmx")}
 
 
 @pytest.mark.parametrize("bug", quick_or_wide(ONE_FILE))
@@ -172,7 +179,8 @@ def test_a_wrong_file_of_one_instruction_set_is_seen(bug):
     else:
         if build.compiler() and instructions not in usable():
             pytest.skip(f"this processor has no {instructions}")
-        unit, kernel = {"avx2": ("avx2.cpp", "kAvx2"), "avx512-vnni": ("avx512.cpp", "kAvx512")}[instructions]
-        made, flags = objects(instructions, (kernel,), (*PLAIN[:2], (unit, ("-O0",))), unit), ("-O0",)
+        unit, kernel = X86[instructions]
+        beside = (("avx512.cpp", ("-O0",)),) if unit == "amx.cpp" else ()
+        made, flags = objects(instructions, (kernel,), (*PLAIN[:2], *beside, (unit, ("-O0",))), unit), ("-O0",)
     run = with_bug(bug.replace(" ", "-").replace(":", ""), made, unit, flags, tuple(change))
     assert wrong_answers(run, instructions=instructions)

@@ -38,16 +38,16 @@ static CM_INLINE Int beside(Float first, Float second) {
 
 // ---------------------------------------------------------------- x
 
-// 16 rows of x, or what is left of them -> tiles. An infinite number becomes NaN, as with whole numbers (quantise.h).
-void widen(const float* x, size_t stride, const Matrix& m, Rows& rows, int block) {
+// 16 rows of x, or what is left of them -> tiles, whose other rows are multiplied, too, but given to nobody. An infinite number becomes NaN, as with whole numbers (quantise.h).
+static void widen(const float* x, size_t stride, const Matrix& m, Rows& rows, int block) {
     const int64_t steps = m.steps();
-    const int count = std::min(rows.count - block * kTileRows, kTileRows);
+    const int count = std::min(rows.count - block * kRowsOfTile, kRowsOfTile);
     for (int row = 0; row < count; ++row) {
-        const float* from = x + (static_cast<size_t>(block) * kTileRows + row) * stride;
-        uint16_t* to = rows.tiles + (block * steps * kTileRows + row) * kStepInputs;
-        for (int64_t at = 0; at < steps * kStepInputs; at += kStepInputs, to += kTileRows * kStepInputs) {
+        const float* from = x + (static_cast<size_t>(block) * kRowsOfTile + row) * stride;
+        uint16_t* to = rows.tiles + (block * steps * kRowsOfTile + row) * kInputsOfTile;
+        for (int64_t at = 0; at < steps * kInputsOfTile; at += kInputsOfTile, to += kRowsOfTile * kInputsOfTile) {
             const int64_t left = std::max<int64_t>(m.inputs - at, 0);
-            const uint32_t there = left >= kStepInputs ? ~0u : (1u << left) - 1;
+            const uint32_t there = left >= kInputsOfTile ? ~0u : (1u << left) - 1;
             const auto part = [&](int i) {
                 const Float v = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> i), from + at + i);
                 return _mm512_add_ps(v, _mm512_sub_ps(v, v));
@@ -80,14 +80,14 @@ static CM_INLINE void numbers(Int codes, Float scale, Float less, Int* out) {
 template <int bits>
 static CM_INLINE void unpack(const Matrix& m, int64_t step, int64_t panel, const uint8_t* row, size_t row_bytes, Int* out,
                              int64_t apart) {
-    const int64_t scales = (step * kStepInputs / m.group * m.panels + panel) * kPanel;
+    const int64_t scales = (step * kInputsOfTile / m.group * m.panels + panel) * kPanel;
     Float scale[kRegisters], less[kRegisters];
     for (int r = 0; r < kRegisters; ++r) {
         scale[r] = Isa::half(m.scale + scales + r * Isa::kLanes);
         const Int zero = m.zero ? Isa::zeros<bits>(m.zero + scales + r * Isa::kLanes) : Isa::all(1 << (bits - 1));
         less[r] = Isa::mul(Isa::number(Isa::less(Isa::all(-256), zero)), scale[r]);
     }
-    for (int quad = 0; quad < kStepInputs / kQuad; ++quad, out += 2) {
+    for (int quad = 0; quad < kInputsOfTile / kQuad; ++quad, out += 2) {
         const uint8_t* four[kQuad];
         for (int i = 0; i < kQuad; ++i, row += row_bytes) four[i] = row;
         Int codes[4];
@@ -106,37 +106,25 @@ static CM_INLINE void unpack(const Matrix& m, int64_t step, int64_t panel, const
 
 // ---------------------------------------------------------------- products
 
-// This thread's tiles, by number, since instructions take nothing else: 0 to 3 sums (two columns of the first 16 rows, two of
-// the second), 4 and 5 x (the first rows, the second), 6 and 7 W (two columns).
-class Tiles {
-public:
-    Tiles() = default;
+// While it lives, this thread's tiles have 16 rows of 64 bytes. By number, since instructions take nothing else: 0 to 3 are sums (two
+// columns of the first 16 rows, two of the second), 4 and 5 x (the first rows, the second), 6 and 7 W (two columns).
+struct Tiles {
+    Tiles() {
+        struct {
+            uint8_t palette = 1, start = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {};
+            uint8_t rows[16] = {};
+        } shape;
+        for (int tile = 0; tile < 8; ++tile) shape.row_bytes[tile] = 64, shape.rows[tile] = kRowsOfTile;
+        _tile_loadconfig(&shape);
+    }
+    ~Tiles() { _tile_release(); }
     Tiles(const Tiles&) = delete;
     Tiles& operator=(const Tiles&) = delete;
-    ~Tiles() { _tile_release(); }
-
-    CM_INLINE void shape(int first, int second) {
-        if (first == first_ && second == second_) return;
-        first_ = first, second_ = second;
-        Shape s;
-        for (int tile = 0; tile < 8; ++tile) {
-            s.row_bytes[tile] = 64;
-            s.rows[tile] = static_cast<uint8_t>(tile > 5 ? kTileRows : (tile < 2 || tile == 4 ? first : std::max(second, 1)));
-        }
-        _tile_loadconfig(&s);
-    }
-
-private:
-    struct Shape {
-        uint8_t palette = 1, start = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {};
-        uint8_t rows[16] = {};
-    };
-    int first_ = 0, second_ = 0;
 };
 
 // Sums of 16 rows and 16 outputs, as a tile stores them.
-using Sums = Float[kTileRows];
+using Sums = Float[kRowsOfTile];
 
 // Sums of two columns of a panel, and the rows of one block of x or of two (`two`): = or += x W
 template <bool two>
@@ -156,7 +144,7 @@ static CM_INLINE void multiply_columns(const uint16_t* x, size_t x_apart, const 
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (int64_t step = 0; step < steps; ++step, x += kTileRows * kStepInputs, w += kTileRows) {
+    for (int64_t step = 0; step < steps; ++step, x += kRowsOfTile * kInputsOfTile, w += kRowsOfTile) {
         _tile_loadd(4, x, 64);
         _tile_loadd(6, w, 64);
         _tile_loadd(7, w + w_apart, 64);
@@ -188,43 +176,42 @@ template <int bits>
 static void multiply_bits(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
     static thread_local Aligned copied, unpacked, summed;
     constexpr size_t kBytes = kPanel * bits / 8;
-    const int64_t all = m.steps(), begin = groups.begin * m.group / kStepInputs, last = groups.end * m.group / kStepInputs;
-    Int* w = unpacked.of<Int>(kMostSteps * kTileRows * kRegisters);
-    Tiles tiles;
+    const int64_t all = m.steps(), begin = groups.begin * m.group / kInputsOfTile, last = groups.end * m.group / kInputsOfTile;
+    Int* w = unpacked.of<Int>(kMostSteps * kRowsOfTile * kRegisters);
+    const Tiles tiles;
     for (const Span* span = spans; span != spans + count; ++span) {
         const int from = span->first_row, to = span->end_row ? span->end_row : rows.count;
-        const int64_t blocks = (to - from + kTileRows - 1) / kTileRows;
+        const int64_t blocks = (to - from + kRowsOfTile - 1) / kRowsOfTile;
         const size_t width = (span->end - span->begin) * kBytes;
         Sums* sums = summed.of<Sums>((span->end - span->begin) * blocks * kRegisters);
-        uint8_t* codes = copied.of<uint8_t>(kMostSteps * kStepInputs * width);
+        uint8_t* codes = copied.of<uint8_t>(kMostSteps * kInputsOfTile * width);
         for (int64_t first = begin; first < last; first += kMostSteps) {
             const int64_t steps = std::min(kMostSteps, last - first);
-            for (int64_t row = 0; row < steps * kStepInputs; ++row)
-                std::memcpy(codes + row * width, m.codes + (first * kStepInputs + row) * m.row_bytes() + span->begin * kBytes, width);
+            for (int64_t row = 0; row < steps * kInputsOfTile; ++row)
+                std::memcpy(codes + row * width, m.codes + (first * kInputsOfTile + row) * m.row_bytes() + span->begin * kBytes, width);
             for (int64_t panel = span->begin; panel < span->end; ++panel) {
                 for (int64_t step = 0; step < steps; ++step)
-                    unpack<bits>(m, first + step, panel, codes + step * kStepInputs * width + (panel - span->begin) * kBytes, width,
-                                 w + step * kTileRows, steps * kTileRows);
-                for (int row = from; row < to; row += 2 * kTileRows) {
-                    const int here = std::min(to - row, kTileRows), next = std::min(to - row - here, kTileRows);
-                    const uint16_t* x = rows.tiles + (row / kTileRows * all + first) * kTileRows * kStepInputs;
-                    Sums* of_rows = sums + ((panel - span->begin) * blocks + (row - from) / kTileRows) * kRegisters;
-                    tiles.shape(here, next);
+                    unpack<bits>(m, first + step, panel, codes + step * kInputsOfTile * width + (panel - span->begin) * kBytes, width,
+                                 w + step * kRowsOfTile, steps * kRowsOfTile);
+                for (int row = from; row < to; row += 2 * kRowsOfTile) {
+                    const int here = std::min(to - row, kRowsOfTile), next = std::min(to - row - here, kRowsOfTile);
+                    const uint16_t* x = rows.tiles + (row / kRowsOfTile * all + first) * kRowsOfTile * kInputsOfTile;
+                    Sums* of_rows = sums + ((panel - span->begin) * blocks + (row - from) / kRowsOfTile) * kRegisters;
                     for (int column = 0; column < kRegisters; column += 2)
                         (next ? multiply_columns<true> : multiply_columns<false>)(
-                            x, static_cast<size_t>(all) * kTileRows * kStepInputs, w + column * steps * kTileRows, steps * kTileRows, steps,
+                            x, static_cast<size_t>(all) * kRowsOfTile * kInputsOfTile, w + column * steps * kRowsOfTile, steps * kRowsOfTile, steps,
                             of_rows + column, first > begin);
                     if (first + steps < last) continue;
                     float* y = span->y + row * span->stride + (panel - span->begin) * kPanel;
                     give(of_rows, here, y, span->stride);
-                    give(of_rows + kRegisters, next, y + kTileRows * span->stride, span->stride);
+                    give(of_rows + kRegisters, next, y + kRowsOfTile * span->stride, span->stride);
                 }
             }
         }
     }
 }
 
-void multiply(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
+static void multiply(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
     if (rows.tiles == nullptr) return kAvx512.multiply(m, rows, groups, spans, count);
     return m.bits == 4 ? multiply_bits<4>(m, rows, groups, spans, count) : multiply_bits<8>(m, rows, groups, spans, count);
 }
@@ -232,9 +219,9 @@ void multiply(const Matrix& m, const Rows& rows, Groups groups, const Span* span
 }  // namespace cm::cpu::amx
 CM_TARGET_END
 
-namespace cm::cpu::amx {
+namespace cm::cpu {
 // The processor multiplies tiles of bfloat16, and Linux lets this process use them (it asks, since signal frames grow by them).
-bool usable() {
+static bool usable() {
     const auto leaf = [](uint32_t sub, uint32_t& a, uint32_t& d) {
         uint32_t b, c = sub;
         a = 7;
@@ -250,5 +237,12 @@ bool usable() {
     }();
     return granted;
 }
-}  // namespace cm::cpu::amx
+
+extern const Kernels kAmx;
+const Kernels kAmx = [] {
+    Kernels k = kAvx512;  // is there before anything that has to be computed
+    k.name = "amx-bf16", k.usable = usable, k.multiply = amx::multiply, k.widen = amx::widen;
+    return k;
+}();
+}  // namespace cm::cpu
 #endif

@@ -30,15 +30,5 @@ static bool usable() {
 extern const Kernels kAvx512;
 const Kernels kAvx512 = {"avx512-vnni",    usable, avx512::keep, avx512::quantise,
                          avx512::multiply, avx512::gate, avx512::turn, avx512::attend};
-#if defined(CM_AMX)
-namespace amx {
-bool usable();
-void widen(const float* x, size_t stride, const Matrix&, Rows&, int block);
-void multiply(const Matrix&, const Rows&, Groups, const Span* spans, int count);
-}  // namespace amx
-extern const Kernels kAmx;
-const Kernels kAmx = {"amx-bf16",    amx::usable,  avx512::keep, avx512::quantise,
-                      amx::multiply, avx512::gate, avx512::turn, avx512::attend,   amx::widen};
-#endif
 }  // namespace cm::cpu
 #endif

@@ -20,8 +20,8 @@ namespace cm::cpu {
 constexpr int kPanel = 128;  // outputs
 constexpr int kQuad = 4;     // inputs
 constexpr int kMaxGroup = 128;
-constexpr int kTileRows = 16;      // of x, where it comes in tiles
-constexpr int kStepInputs = 32;    // and its inputs; every group has a multiple of them
+constexpr int kRowsOfTile = 16;      // of x, where it comes in tiles
+constexpr int kInputsOfTile = 32;    // and its inputs; every group has a multiple of them
 constexpr int kFewRows = 16;      // rows of x up to which reading W decides the time, not arithmetic
 constexpr int kManyRows = 320;    // taken at once, at most
 constexpr int kHigh = 128;         // what the upper byte of x counts
@@ -38,7 +38,7 @@ struct Matrix {
     const uint8_t* zero = nullptr;    // the same shape; null: 8 or 128 everywhere
 
     int64_t groups() const { return (inputs + group - 1) / group; }
-    int64_t steps() const { return groups() * group / kStepInputs; }
+    int64_t steps() const { return groups() * group / kInputsOfTile; }
     size_t row_bytes() const { return static_cast<size_t>(panels) * kPanel * bits / 8; }
 };
 
@@ -73,8 +73,8 @@ struct Rows {
     uint16_t* tiles = nullptr;
 
     void reserve_codes() { codes = memory_.of<int8_t>(count * bytes * ids.size()), tiles = nullptr; }
-    int64_t blocks() const { return (count + kTileRows - 1) / kTileRows; }
-    void reserve_tiles(int64_t steps) { tiles = memory_.of<uint16_t>(blocks() * kTileRows * steps * kStepInputs); }
+    int64_t blocks() const { return (count + kRowsOfTile - 1) / kRowsOfTile; }
+    void reserve_tiles(int64_t steps) { tiles = memory_.of<uint16_t>(blocks() * kRowsOfTile * steps * kInputsOfTile); }
     const int8_t* codes_of(int row) const { return codes + static_cast<size_t>(row) * bytes * ids.size(); }
     const int32_t* sum_of(int row, int byte) const { return sum.data() + (static_cast<size_t>(row) * bytes + byte) * groups; }
     const float* values_of(int row) const { return values.data() + static_cast<size_t>(row) * ids.size(); }

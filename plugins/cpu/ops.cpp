@@ -258,7 +258,7 @@ size_t blocks_of(const Rows& rows, const Matrix& m, size_t spans) {
 
 // The first row of the i-th of them: the first of a tile.
 int row_of(const Rows& rows, size_t i, size_t blocks) {
-    return std::min(rows.count, static_cast<int>(rows.blocks() * i / blocks) * kTileRows);
+    return std::min(rows.count, static_cast<int>(rows.blocks() * i / blocks) * kRowsOfTile);
 }
 
 // How many of `total` rows are taken at once.
