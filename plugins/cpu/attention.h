@@ -1,4 +1,4 @@
-// Attention of one token over rows of a cache, for one instruction set: included behind activate.h and product.h.
+// Attention of a few queries over rows of a cache, for one instruction set: included behind activate.h and product.h.
 //
 //     score[h, r] = q[h] . key[r] + added[r]     share = e^(score - largest)     y[h] = sum over r share[h, r] value[r] / sum share[h]
 //
@@ -67,23 +67,57 @@ static CM_INLINE void scores_of(const Attention& a, int head, const float* const
     }
 }
 
+// The same of turned keys, without sums over lanes: kStep * `steps` rows from `row` on.
+template <int n, int steps>
+static CM_INLINE void scores_of_turned(const Attention& a, int head, int64_t row, size_t stride) {
+    constexpr int kColumns = kStep / Isa::kLanes * steps;
+    for (; head + n <= a.heads; head += n) {
+        Float sums[n][kColumns];
+        for (int h = 0; h < n; ++h)
+            for (int c = 0; c < kColumns; ++c) sums[h][c] = Isa::all(0.0f);
+        const float* keys = a.turned + row * a.width;
+        for (int i = 0; i < a.width; ++i, keys += kStep) {
+            Float k[kColumns];
+            for (int c = 0; c < kColumns; ++c)
+                k[c] = Isa::load(keys + static_cast<size_t>(c * Isa::kLanes / kStep) * a.width * kStep + c * Isa::kLanes % kStep);
+            for (int h = 0; h < n; ++h) {
+                const Float q = Isa::all(a.q[(head + h) * a.apart + i]);
+                for (int c = 0; c < kColumns; ++c) sums[h][c] = Isa::fma(q, k[c], sums[h][c]);
+            }
+        }
+        for (int h = 0; h < n; ++h)
+            for (int c = 0; c < kColumns; ++c) Isa::store(a.scores + (head + h) * stride + row + c * Isa::kLanes, sums[h][c]);
+    }
+    if constexpr (n > 1) {
+        if (head < a.heads) scores_of_turned<n - 1, steps>(a, head, row, stride);
+    }
+}
+
 // ---------------------------------------------------------------- shares
 
-// scores -> e^(score + added - largest), 0 where they are filled up; their sum. NaN and Inf make it NaN.
+// scores -> e^(score + added - largest), 0 where they are filled up; their sum, or 1 where nothing is seen. NaN and Inf make it NaN.
 static float shares(float* __restrict scores, const float* __restrict added, int64_t seen, int64_t filled) {
-    for (int64_t i = seen; i < filled; ++i) scores[i] = -std::numeric_limits<float>::infinity();
-    float tops[kStep];
-    for (int j = 0; j < kStep; ++j) tops[j] = -std::numeric_limits<float>::infinity();
-    for (int64_t i = 0; i < filled; i += kStep)
-        for (int j = 0; j < kStep; ++j) {
-            const float score = scores[i + j] + added[i + j];
-            scores[i + j] = score;
-            tops[j] = score > tops[j] ? score : tops[j];
-        }
-    const float top = *std::max_element(tops, tops + kStep);
-    for (int64_t i = 0; i < filled; i += kStep)
-        for (int j = 0; j < kStep; ++j) scores[i + j] = exponential(scores[i + j] - top);
-    return add_all(filled, [&](int64_t i) { return scores[i]; });
+    constexpr float kNothing = -std::numeric_limits<float>::infinity();
+    Float top = Isa::all(kNothing);
+    int64_t i = 0;
+    for (; i + Isa::kLanes <= seen; i += Isa::kLanes) {
+        const Float score = Isa::more(Isa::load(scores + i), Isa::load(added + i));
+        Isa::store(scores + i, score);
+        top = Isa::larger(score, top);
+    }
+    float tops[Isa::kLanes];
+    Isa::store(tops, top);
+    float largest = *std::max_element(tops, tops + Isa::kLanes);
+    for (; i < seen; ++i) {
+        scores[i] += added[i];
+        largest = scores[i] > largest ? scores[i] : largest;
+    }
+    for (; i < filled; ++i) scores[i] = kNothing;
+    if (largest == kNothing) largest = 0.0f;  // what is left are zeros, and NaN
+    for (i = 0; i < filled; i += kStep)
+        for (int j = 0; j < kStep; ++j) scores[i + j] = exponential_of_negative(scores[i + j] - largest);
+    const float sum = add_all(filled, [&](int64_t at) { return scores[at]; });
+    return sum == 0.0f ? 1.0f : sum;
 }
 
 // ---------------------------------------------------------------- values
@@ -123,14 +157,19 @@ static CM_INLINE void values_of(const Attention& a, int head, int64_t begin, int
 
 static void attend(const Attention& a) {
     const size_t stride = static_cast<size_t>(a.seen + kStep - 1) / kStep * kStep;
-    for (int64_t r = 0; r < a.seen; r += kFour) {
+    const int64_t filled = static_cast<int64_t>(stride);
+    constexpr int kSteps = std::max(1, Isa::kColumns * Isa::kLanes / kStep);
+    int64_t row = a.turned ? 0 : filled;
+    for (; row + kSteps * kStep <= filled; row += kSteps * kStep) scores_of_turned<Isa::kRows, kSteps>(a, 0, row, stride);
+    for (; row < filled; row += kStep) scores_of_turned<Isa::kRows, 1>(a, 0, row, stride);
+    for (int64_t r = a.turned ? a.seen : 0; r < a.seen; r += kFour) {
         const float* keys[kFour];
         for (int i = 0; i < kFour; ++i) keys[i] = a.keys + static_cast<size_t>(a.rows[std::min(r + i, a.seen - 1)]) * a.width;
         scores_of<Isa::kColumns>(a, 0, keys, a.scores + r, stride);
     }
     std::memset(a.y, 0, a.heads * a.apart * sizeof(float));
     float inverse[kMaxHeads];
-    for (int h = 0; h < a.heads; ++h) inverse[h] = 1.0f / shares(a.scores + h * stride, a.added, a.seen, static_cast<int64_t>(stride));
+    for (int h = 0; h < a.heads; ++h) inverse[h] = 1.0f / shares(a.scores + h * stride, a.added + h * a.added_apart, a.seen, filled);
     for (int64_t r = 0; r < a.seen; r += kTileRows) values_of<Isa::kRows>(a, 0, r, std::min(r + kTileRows, a.seen), stride);
     for (int h = 0; h < a.heads; ++h)
         for (size_t i = 0; i < a.apart; ++i) a.y[h * a.apart + i] *= inverse[h];

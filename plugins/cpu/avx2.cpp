@@ -34,6 +34,7 @@ struct Vector {
         const Float both = _mm256_hadd_ps(_mm256_hadd_ps(four[0], four[1]), _mm256_hadd_ps(four[2], four[3]));
         _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
     }
+    static CM_INLINE Float larger(Float a, Float b) { return _mm256_max_ps(a, b); }
     static CM_INLINE Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
     static CM_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
     static CM_INLINE Float number(Int v) { return _mm256_cvtepi32_ps(v); }

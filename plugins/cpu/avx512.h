@@ -20,6 +20,7 @@ struct Isa {
         const __m256 both = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
         _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
     }
+    static CM_INLINE Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }
     static CM_INLINE Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
     static CM_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
     static CM_INLINE Float number(Int v) { return _mm512_cvtepi32_ps(v); }

@@ -27,7 +27,7 @@ constexpr int kManyRows = 320;    // taken at once, at most
 constexpr int kHigh = 128;         // what the upper byte of x counts
 constexpr int kStep = 16;         // floats: what attention computes with is filled up to a multiple of it
 constexpr int kMaxHead = 512;     // numbers of a head of attention
-constexpr int kMaxHeads = 32;     // of a token, attended to in one task
+constexpr int kMaxHeads = 32;     // of a token, or tokens of a head, attended to in one task
 
 struct Matrix {
     int bits = 0;   // 4, 8 or 32
@@ -107,15 +107,17 @@ struct Turn {
     float epsilon = 0.0f, factor = 1.0f;
 };
 
-// The query heads of one token that share keys, and the rows of the cache that it sees. Rows of q, y and scores are apart
-// by a multiple of kStep floats.
+// Queries of the same keys: the heads of one token that share them, or the same head of several tokens ("heads" here, too); and
+// the rows of the cache that they see. Rows of q, y and scores are apart by a multiple of kStep floats.
 struct Attention {
     int heads = 0, width = 0;
     size_t apart = 0;                  // floats from a head of q or y to the next: width, filled up
     const float* q = nullptr;          // turned, times the scale; 0 where it is filled up
     const float *keys = nullptr, *values = nullptr;  // of row 0; rows are `width` floats
     const int32_t* rows = nullptr;     // [seen]
-    const float* added = nullptr;      // [seen, filled up with 0] by the mask, to the scores
+    const float* turned = nullptr;     // keys of the rows once more, [seen filled up / kStep, width, kStep]; null: there is no such copy
+    const float* added = nullptr;      // [seen] by the mask, to the scores
+    size_t added_apart = 0;            // floats from those of a head to the next one's; 0: the same for all
     int64_t seen = 0;
     float* scores = nullptr;           // [heads, seen, filled up] to work in
     float* y = nullptr;                // filled up, too

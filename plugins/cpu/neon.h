@@ -22,6 +22,7 @@ struct Isa {
     static CM_INLINE void add_up(const Float* four, float* out) {
         vst1q_f32(out, vpaddq_f32(vpaddq_f32(four[0], four[1]), vpaddq_f32(four[2], four[3])));
     }
+    static CM_INLINE Float larger(Float a, Float b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
     static CM_INLINE Float mul(Float a, Float b) { return vmulq_f32(a, b); }
     static CM_INLINE Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
     static CM_INLINE Float number(Int v) { return vcvtq_f32_s32(v); }

@@ -18,6 +18,7 @@ namespace cm::cpu {
 
 const Kernels& kernels();              // those in use
 const ort::CustomOp* cached_attention();  // attention.cpp
+const ort::CustomOp* prompt_attention();  // prompt.cpp
 
 // Processors that this process may use. ONNX Runtime does not tell how many threads a session has.
 inline int processors() {

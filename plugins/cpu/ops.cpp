@@ -495,7 +495,7 @@ CM_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort
     ort::Api::table = static_cast<void* const*>(table);
     ort::Domain* domain = nullptr;  // lives as long as the process: sessions keep pointing to it
     if (ort::Status* status = ort::Api::create_domain(kDomain, &domain)) return status;
-    for (const ort::CustomOp* op : {described<PackedMatMul>(), described<PackedFFN>(), cached_attention()})
+    for (const ort::CustomOp* op : {described<PackedMatMul>(), described<PackedFFN>(), cached_attention(), prompt_attention()})
         if (ort::Status* status = ort::Api::add_op(domain, op)) return status;
     return ort::Api::add_domain(options, domain);
 }

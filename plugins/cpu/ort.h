@@ -25,7 +25,7 @@ struct ApiBase {
     const char* (*GetVersionString)();
 };
 
-enum ElementType : int { kAny = 0, kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kFloat16 = 10 };
+enum ElementType : int { kAny = 0, kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kBool = 9, kFloat16 = 10 };
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kInvalidGraph = 10 };
 
 // What ONNX Runtime calls; as of version 17, without the callbacks that came later.

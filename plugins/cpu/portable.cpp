@@ -37,6 +37,9 @@ struct Isa {
     static CM_INLINE void add_up(const Float* four, float* out) {
         for (int i = 0; i < 4; ++i) out[i] = (four[i].lane[0] + four[i].lane[1]) + (four[i].lane[2] + four[i].lane[3]);
     }
+    static CM_INLINE Float larger(Float a, Float b) {
+        return each<Float>([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+    }
     static CM_INLINE Float mul(Float a, Float b) {
         return each<Float>([&](int i) { return a.lane[i] * b.lane[i]; });
     }

@@ -7,6 +7,7 @@
 //         dot<bits>        sums + 4 codes of W * 4 codes of x, per lane
 //         zeros            zero points of kLanes outputs, times(zeros, n): each times n, |n| < 2^15
 //         times_high       each lane times kHigh
+//         larger(a, b)     a if it is larger than b, else b
 //         kTwoCodes        whether dot<8> is exact for every byte, so that one of two 4-bit codes can be multiplied as it is;
 //                          then `pairs` are the bytes of four rows, and upper(pairs) their upper codes times 16
 //

@@ -19,6 +19,7 @@ using uint16x8_t = Lanes<uint16_t, 8>;
 using uint16x4_t = Lanes<uint16_t, 4>;
 using float16x4_t = Lanes<uint16_t, 4>;
 using int32x4_t = Lanes<int32_t, 4>;
+using uint32x4_t = Lanes<uint32_t, 4>;
 using float32x4_t = Lanes<float, 4>;
 
 template <class V, class F>
@@ -52,6 +53,12 @@ static inline uint16x4_t vld1_u16(const uint16_t* p) { return from<uint16x4_t>(p
 static inline void vst1q_f32(float* p, float32x4_t v) { std::memcpy(p, v.at, sizeof v.at); }
 static inline float32x4_t vaddq_f32(float32x4_t a, float32x4_t b) {
     return lanes<float32x4_t>([&](int i) { return a.at[i] + b.at[i]; });
+}
+static inline uint32x4_t vcgtq_f32(float32x4_t a, float32x4_t b) {
+    return lanes<uint32x4_t>([&](int i) { return a.at[i] > b.at[i] ? ~0u : 0u; });
+}
+static inline float32x4_t vbslq_f32(uint32x4_t choose, float32x4_t a, float32x4_t b) {
+    return lanes<float32x4_t>([&](int i) { return choose.at[i] ? a.at[i] : b.at[i]; });
 }
 static inline float32x4_t vmulq_f32(float32x4_t a, float32x4_t b) {
     return lanes<float32x4_t>([&](int i) { return a.at[i] * b.at[i]; });

@@ -40,6 +40,7 @@ from .in_place import write_in_place
 from .lower import lower
 from .pack import Packing, gather_ffns
 from .patches import multiply_patches
+from .prompt_attention import attend_together
 from .place import Held, Place, place_for
 from .whole_picture import attend_to_all, borders
 
@@ -228,10 +229,13 @@ class Backend:
         if key[0] in ("vision", WHOLE) and not self.place.apart:
             multiply_patches(model)
         model, arrays = self._packed(model, key[0])
+        native = self.native is not None and bool(arrays)
         if key[3]:
             write_in_place(model)
-            if self.native is not None and arrays and self._heads:
+            if native and self._heads:
                 attend_natively(model, self._heads)
+        if native:
+            attend_together(model)
         if self.place.products != np.float32:
             from .halve import in_16_bit  # with graphsurgeon, which float32 does not wait for
 
