@@ -237,7 +237,7 @@ def ffn(
 
 
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": TensorProto.UINT8}
-TYPES |= {"int64": TensorProto.INT64, "int32": TensorProto.INT32}
+TYPES |= {"int64": TensorProto.INT64, "int32": TensorProto.INT32, "bool": TensorProto.BOOL}
 
 
 # Of CachedAttention, in this order.
@@ -260,7 +260,7 @@ def model(call: Call) -> bytes:
         if n not in call.constants
     ]
     stored = [onnx.numpy_helper.from_array(call.inputs[n], n) for n in call.constants]
-    rank = {"y": 3}
+    rank = {"y": 4 if call.op == "PromptAttention" else 3}
     out = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None] * rank.get(n, 4)) for n in call.outputs]
     graph = helper.make_graph([node], "one", given, out, stored)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]

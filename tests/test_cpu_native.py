@@ -14,6 +14,8 @@ from cpu_attention_cases import CASES
 from cpu_attention_cases import attention as attention_of
 from cpu_builds import answers, folder, linked, objects
 from cpu_cases import Sizes, ffn, matmul
+from cpu_prompt_cases import CASES as PROMPTS
+from cpu_prompt_cases import prompt
 
 from cm_export.plugins.cpu import build, library
 
@@ -29,6 +31,7 @@ CALLS = [
     ffn(Sizes(S=19, K=40, bits=8), bits_out=32, seed=1),
     ffn(Sizes(S=1, K=40, bits=32), "gelu", bits_out=4, seed=2),
     *(attention_of(sizes, seed) for seed, sizes in enumerate(CASES)),
+    *(prompt(sizes, seed) for seed, sizes in enumerate(PROMPTS) if not sizes.pad),
 ]  # fmt: skip
 # Not optimised, and checks as calls: compiling takes longer than the calls.
 QUICKLY = ("-O0", "-g1", "--param", "asan-instrumentation-with-call-threshold=0")
@@ -47,18 +50,23 @@ def checked(run, **how) -> list:
 
 @functools.cache
 def sanitized():
-    flags = {f: SANITIZERS for f in ("ops.cpp", "attention.cpp", "portable.cpp")} | {
+    flags = {f: SANITIZERS for f in ("ops.cpp", "attention.cpp", "prompt.cpp", "portable.cpp")} | {
         f: ADDRESS for f in ("amx.cpp", "avx512.cpp", "avx2.cpp")
     }
     if platform.machine() != "x86_64":
-        flags = {f: SANITIZERS for f in ("ops.cpp", "attention.cpp", "portable.cpp")}
+        flags = {f: SANITIZERS for f in ("ops.cpp", "attention.cpp", "prompt.cpp", "portable.cpp")}
     kernels = ("kAmx", "kAvx512", "kAvxVnni", "kAvx2")[: 4 if "avx2.cpp" in flags else 0]
     made = objects("sanitized", (*kernels, "kPortable"), tuple(flags.items()))
     return linked(made.values(), folder() / "sanitized" / "run", SANITIZERS)
 
 
-PLAIN = (("ops.cpp", ("-O0",)), ("attention.cpp", ("-O0",)), ("portable.cpp", ("-O0",)))
-ARM = (("ops.cpp", ("-O0",)), ("attention.cpp", ("-O0",)), ("neon.cpp", ("-O0", "-DCM_NEON_IN_PLAIN_CPP")))
+PLAIN = (("ops.cpp", ("-O0",)), ("attention.cpp", ("-O0",)), ("prompt.cpp", ("-O0",)), ("portable.cpp", ("-O0",)))
+ARM = (
+    ("ops.cpp", ("-O0",)),
+    ("attention.cpp", ("-O0",)),
+    ("prompt.cpp", ("-O0",)),
+    ("neon.cpp", ("-O0", "-DCM_NEON_IN_PLAIN_CPP")),
+)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from test_cpu_native import ARM, CALLS, PLAIN, usable
 from cm_export.plugins.cpu import build
 
 PRODUCT, QUANTISE, OPS, ACTIVATE, KERNELS = "product.h", "quantise.h", "ops.cpp", "activate.h", "kernels.h"
-ATTEND, CACHE = "attention.h", "attention.cpp"
+ATTEND, CACHE, PROMPT = "attention.h", "attention.cpp", "prompt.cpp"
 EACH_GROUP = "const int last_quad = rows.first[groups.end];\n    for (int64_t g = groups.begin; g < groups.end; ++g) {"
 EACH_ROW = "for (int row = 0; row < rows.count; ++row)\n"
 FIRST_ROW = EACH_ROW.replace("rows.count", "1")
@@ -84,6 +84,12 @@ SHARED = {  # what is wrong: (file, right, wrong)
     "list of the first request": (CACHE, "call.listed[b * call.those + i]", "call.listed[i]"),
     "cache of the first request": (CACHE, "(token / call.tokens * kv_heads + kv)", "kv"),
     "angles of the first request": (CACHE, "call.angles_of_each ? token : n", "n"),
+    "keys that a neighbour sees": (PROMPT, "key > std::max(seen.end, seen.begin)", "key > std::max(seen.end, call.keys - 1)"),
+    "the mask of the first query": (PROMPT, "a.added_apart = call.mask.apart[2];", "a.added_apart = 0;"),
+    "keys of the first head": (PROMPT, "head / (call.heads / call.kv_heads);", "0;"),
+    "turned keys from the first one on": (PROMPT, "call.turned_of(kv) + seen.begin * call.width;", "call.turned_of(kv);"),
+    "the second register of turned keys": (ATTEND, "a.width * kStep + c * Isa::kLanes % kStep);", "a.width * kStep);"),
+    "what is filled up": (ATTEND, "for (; i < filled; ++i) scores[i] = kNothing;", ""),
     "where a product's keys begin": (CACHE, "(x.data) + first[index]", "(x.data)"),
 }  # fmt: skip
 MORE = [
@@ -132,7 +138,7 @@ def with_bug(name: str, made: dict, unit: str, flags: tuple[str, ...], bug: tupl
 QUICK = {
     "last group", "x of the first row", "sums of another span", "rows of the first quads", "what a part adds",
     "where up is summed", "what is not kept sets the scale", "numbers past the end of x", "threshold of the first request",
-    "up taken for gate",
+    "up taken for gate", "keys that a neighbour sees",
     "slope of an activation", "scratch of all calls",
     "AMX: zero points", "AVX-512: upper codes of one row", "AVX2: signs of x", "ARM: zero points of 8 bits", "ARM: order of lanes",
 }  # fmt: skip
@@ -181,6 +187,6 @@ def test_a_wrong_file_of_one_instruction_set_is_seen(bug):
             pytest.skip(f"this processor has no {instructions}")
         unit, kernel = X86[instructions]
         beside = (("avx512.cpp", ("-O0",)),) if unit == "amx.cpp" else ()
-        made, flags = objects(instructions, (kernel,), (*PLAIN[:2], *beside, (unit, ("-O0",))), unit), ("-O0",)
+        made, flags = objects(instructions, (kernel,), (*PLAIN[:3], *beside, (unit, ("-O0",))), unit), ("-O0",)
     run = with_bug(bug.replace(" ", "-").replace(":", ""), made, unit, flags, tuple(change))
     assert wrong_answers(run, instructions=instructions)

@@ -37,7 +37,7 @@ struct ort::Value {
     size_t bytes = 0;
 
     void allocate() {
-        bytes = info.type == kAny ? 0 : info.type == kUint8 ? 1 : info.type == kFloat16 ? 2 : info.type == kInt64 ? 8 : 4;
+        bytes = info.type == kAny ? 0 : info.type == kUint8 || info.type == kBool ? 1 : info.type == kFloat16 ? 2 : info.type == kInt64 ? 8 : 4;
         for (int64_t size : info.shape) bytes *= size;
         data.reset(new char[bytes]);
     }
@@ -93,6 +93,7 @@ static void fill_table() {
         return std::memcpy(out, text.c_str(), *size = text.size() + 1), nullptr;
     });
     put(90, +[](const Context* context, size_t i, Value** out) -> Status* {
+        if (i >= context->inputs->size()) return *out = nullptr, nullptr;  // as ONNX Runtime has it
         Value& value = (*context->inputs)[i];
         return *out = value.info.type == kAny ? nullptr : &value, nullptr;  // one that a node leaves out
     });
