@@ -65,9 +65,11 @@ def prompt(s: Sizes, seed: int = 0) -> Call:
 
 
 CASES = [
-    Sizes(), Sizes(seen="all"), Sizes(N=1, M=1, d=1, heads=1, kv_heads=1), Sizes(N=70, M=70, d=64, heads=6, kv_heads=2, B=2, pad=3),
+    Sizes(), Sizes(seen="all"), Sizes(N=1, M=1, d=1, heads=1, kv_heads=1),
+    Sizes(N=70, M=70, d=64, heads=6, kv_heads=2, B=2, pad=3),
     Sizes(N=33, M=100, d=80, seen="all", heads=3, kv_heads=3), Sizes(N=40, M=130, d=72, seen="pieces", mask="bool", shape="NM"),
-    Sizes(N=5, M=60, mask="infinite", seen="holes", shape="BHNM", B=2), Sizes(N=37, M=37, d=17, seen="holes", mask="bool", shape="HNM"),
+    Sizes(N=5, M=60, mask="infinite", seen="holes", shape="BHNM", B=2),
+    Sizes(N=37, M=37, d=17, seen="holes", mask="bool", shape="HNM"),
     Sizes(N=8, M=90, seen="holes", shape="M"), Sizes(N=64, M=200, d=128, heads=8, kv_heads=1, shape="NM", mask="infinite"),
     Sizes(N=0, M=4), Sizes(B=0), Sizes(N=50, M=50, seen="pieces", mask="infinite", shape="NM"),
 ]  # fmt: skip

@@ -40,8 +40,8 @@ from .in_place import write_in_place
 from .lower import lower
 from .pack import Packing, gather_ffns
 from .patches import multiply_patches
-from .prompt_attention import attend_together
 from .place import Held, Place, place_for
+from .prompt_attention import attend_together
 from .whole_picture import attend_to_all, borders
 
 _PRODUCTS = {"head", "layers.0.attention_in", "layers.0.ffn_in"}  # entries of a bundle that has packed them all
