@@ -60,13 +60,9 @@ def sanitized():
     return linked(made.values(), folder() / "sanitized" / "run", SANITIZERS)
 
 
-PLAIN = (("ops.cpp", ("-O0",)), ("attention.cpp", ("-O0",)), ("prompt.cpp", ("-O0",)), ("portable.cpp", ("-O0",)))
-ARM = (
-    ("ops.cpp", ("-O0",)),
-    ("attention.cpp", ("-O0",)),
-    ("prompt.cpp", ("-O0",)),
-    ("neon.cpp", ("-O0", "-DCM_NEON_IN_PLAIN_CPP")),
-)
+OPS = tuple((file, ("-O0",)) for file in ("ops.cpp", "attention.cpp", "prompt.cpp"))
+PLAIN = (*OPS, ("portable.cpp", ("-O0",)))
+ARM = (*OPS, ("neon.cpp", ("-O0", "-DCM_NEON_IN_PLAIN_CPP")))
 
 
 @functools.cache

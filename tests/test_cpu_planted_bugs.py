@@ -10,7 +10,7 @@ from cpu_attention_cases import Sizes as Attention
 from cpu_attention_cases import attention
 from cpu_builds import answers, changed, compiled, folder, linked, objects, prelude
 from cpu_cases import Sizes, ffn, matmul
-from test_cpu_native import ARM, CALLS, PLAIN, usable
+from test_cpu_native import ARM, CALLS, OPS, PLAIN, usable
 
 from cm_export.plugins.cpu import build
 
@@ -140,7 +140,8 @@ QUICK = {
     "where up is summed", "what is not kept sets the scale", "numbers past the end of x", "threshold of the first request",
     "up taken for gate", "keys that a neighbour sees",
     "slope of an activation", "scratch of all calls",
-    "AMX: zero points", "AVX-512: upper codes of one row", "AVX2: signs of x", "ARM: zero points of 8 bits", "ARM: order of lanes",
+    "AMX: zero points", "AVX-512: upper codes of one row", "AVX2: signs of x", "ARM: zero points of 8 bits",
+    "ARM: order of lanes",
 }  # fmt: skip
 
 
@@ -158,7 +159,7 @@ def test_a_wrong_kernel_is_seen(bug):
 LANES = "out[8] = vreinterpretq_s32_u16(vzip1q_u16({0}_high, {1}_high));"
 ONE_FILE = {
     "AMX: zero points": ("amx-bf16", "amx.cpp", "Isa::less(Isa::all(-256), zero)", "Isa::all(-256)"),
-    "AMX: order of two inputs": ("amx-bf16", "amx.cpp", "_mm512_cvtne2ps_pbh(second, first)", "_mm512_cvtne2ps_pbh(first, second)"),
+    "AMX: order of two inputs": ("amx-bf16", "amx.cpp", "_pbh(second, first)", "_pbh(first, second)"),
     "AMX: sums of the steps before": ("amx-bf16", "amx.cpp", "of_rows + column, first > begin);", "of_rows + column, false);"),
     "AMX: second block of rows": ("amx-bf16", "amx.cpp", "x + x_apart, 64)", "x, 64)"),
     "AVX-512: upper codes": ("avx512-vnni", "avx512.h", "_mm512_srli_epi16(both, 4)", "both"),
@@ -187,6 +188,6 @@ def test_a_wrong_file_of_one_instruction_set_is_seen(bug):
             pytest.skip(f"this processor has no {instructions}")
         unit, kernel = X86[instructions]
         beside = (("avx512.cpp", ("-O0",)),) if unit == "amx.cpp" else ()
-        made, flags = objects(instructions, (kernel,), (*PLAIN[:3], *beside, (unit, ("-O0",))), unit), ("-O0",)
+        made, flags = objects(instructions, (kernel,), (*OPS, *beside, (unit, ("-O0",))), unit), ("-O0",)
     run = with_bug(bug.replace(" ", "-").replace(":", ""), made, unit, flags, tuple(change))
     assert wrong_answers(run, instructions=instructions)

@@ -97,7 +97,7 @@ def graph(text: str) -> onnx.ModelProto:
         (") => (float[1,4,N,8] y) { y = cm_export.CoreAttention <scale: float = 0.5> (q, k, v, mask) }", True),
         (") => (float[1,4,N,8] y) { y = cm_export.WholePicture <scale: float = 0.5> (q, k, v) }", True),
         (") => (float[1,4,N,8] y) { y = Attention <scale: float = 0.5, softcap: float = 2> (q, k, v, mask) }", False),
-        (", int32[1,M] ids) => (float[1,4,N,8] y) { y = cm_export.CoreAttention <scale: float = 0.5> (q, k, v, mask, ids) }", False),
+        (", int32[1,M] ids) => (float[1,4,N,8] y) { y = cm_export.CoreAttention <scale: float = 0.5> (q,k,v,mask,ids) }", False),
         (', float[1,2,P,8] "past.0.key") => (float[1,4,N,8] y) { y = Attention <scale: float = 0.5> (q, k, v, mask) }', False),
     ],
 )  # fmt: skip
