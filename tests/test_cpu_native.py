@@ -60,9 +60,9 @@ def sanitized():
     return linked(made.values(), folder() / "sanitized" / "run", SANITIZERS)
 
 
-OPS = tuple((file, ("-O0",)) for file in ("ops.cpp", "attention.cpp", "prompt.cpp"))
-PLAIN = (*OPS, ("portable.cpp", ("-O0",)))
-ARM = (*OPS, ("neon.cpp", ("-O0", "-DCM_NEON_IN_PLAIN_CPP")))
+ALL_OPS = tuple((file, ("-O0",)) for file in ("ops.cpp", "attention.cpp", "prompt.cpp"))
+PLAIN = (*ALL_OPS, ("portable.cpp", ("-O0",)))
+ARM = (*ALL_OPS, ("neon.cpp", ("-O0", "-DCM_NEON_IN_PLAIN_CPP")))
 
 
 @functools.cache

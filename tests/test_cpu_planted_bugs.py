@@ -10,7 +10,7 @@ from cpu_attention_cases import Sizes as Attention
 from cpu_attention_cases import attention
 from cpu_builds import answers, changed, compiled, folder, linked, objects, prelude
 from cpu_cases import Sizes, ffn, matmul
-from test_cpu_native import ARM, CALLS, OPS, PLAIN, usable
+from test_cpu_native import ALL_OPS, ARM, CALLS, PLAIN, usable
 
 from cm_export.plugins.cpu import build
 
@@ -188,6 +188,6 @@ def test_a_wrong_file_of_one_instruction_set_is_seen(bug):
             pytest.skip(f"this processor has no {instructions}")
         unit, kernel = X86[instructions]
         beside = (("avx512.cpp", ("-O0",)),) if unit == "amx.cpp" else ()
-        made, flags = objects(instructions, (kernel,), (*OPS, *beside, (unit, ("-O0",))), unit), ("-O0",)
+        made, flags = objects(instructions, (kernel,), (*ALL_OPS, *beside, (unit, ("-O0",))), unit), ("-O0",)
     run = with_bug(bug.replace(" ", "-").replace(":", ""), made, unit, flags, tuple(change))
     assert wrong_answers(run, instructions=instructions)
