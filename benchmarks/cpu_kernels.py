@@ -4,8 +4,12 @@
     python benchmarks/cpu_kernels.py --out artifacts/cpu-kernels.json
 
 The FFN of Qwen2-VL-2B (D 1536, F 8960) in int4, groups of 32, as a chain of layers too large for any cache. Which neurons a
-token keeps is drawn at random for each layer; x is dense noise. `ffn` is PackedFFN at a share of the bytes, `matmulnbits` the
-same layers as MatMulNBits (accuracy_level 4: int8 products), `read` every byte of an array once. Times are milliseconds a layer.
+token keeps is drawn at random for each layer; x is dense noise. Times are milliseconds a layer.
+
+    ffn SHARE      PackedFFN that reads this share of the bytes
+    prompt         the same as prompts have it: every input counts, in bfloat16 if the processor has tiles of it
+    matmulnbits    the same layers as MatMulNBits (accuracy_level 4: int8 products)
+    read           every byte of an array once
 """
 
 import argparse
@@ -109,13 +113,16 @@ def matmulnbits(layers: int) -> Chain:
     return chain
 
 
-def packed(layers: int, x_share: float, z_share: float) -> Chain:
+def packed(layers: int, x_share: float, z_share: float, prompt: bool = False) -> Chain:
     """Kept inputs have a norm so large that any x passes the threshold, the others one of 0."""
     chain = Chain()
     none, threshold = chain.store(np.empty(0, np.uint8)), chain.store(np.full((1, 1), 1e-30, np.float32))
-    form = {"bits_in": 4, "group_in": GROUP, "bits_out": 4, "group_out": GROUP, "activation": "silu", "x_bytes": 1}
+    form = {"bits_in": 4, "group_in": GROUP, "bits_out": 4, "group_out": GROUP, "activation": "silu"}
+    form["x_bytes"] = 0 if prompt else 1
 
     def norm(size: int, share: float) -> str:
+        if prompt:
+            return chain.store(np.empty(0, np.float32))
         kept = NOISE.permutation(size) < round(share * size)
         return chain.store(np.where(kept, np.float32(1e20), np.float32(0)))
 
@@ -161,6 +168,7 @@ def measure(layers: int, threads: int, repeats: int) -> dict[str, Any]:
     """
     chains: dict[str, Chain] = {"matmulnbits": matmulnbits(layers)}
     chains |= {f"ffn {share}": packed(layers, *sides) for share, sides in SHARES.items()}
+    chains["prompt"] = packed(layers, 1, 1, prompt=True)
     sessions = {name: chain.session(threads) for name, chain in chains.items()}
     weights = NOISE.integers(0, 1 << 62, layers * 3 * D * F // 16, dtype=np.int64)
     parts = np.array_split(weights, threads)
@@ -168,7 +176,7 @@ def measure(layers: int, threads: int, repeats: int) -> dict[str, Any]:
     with ThreadPoolExecutor(threads) as pool:
         for rows in ROWS:
             x = {"x": NOISE.standard_normal((1, rows, D)).astype(np.float32)}
-            runs = {name: functools.partial(session.run, None, x) for name, session in sessions.items()}
+            runs = {n: functools.partial(s.run, None, x) for n, s in sessions.items() if n != "prompt" or rows > 16}
             if rows == 1:
                 runs["read"] = lambda: list(pool.map(np.max, parts))
             times: dict[str, list[float]] = {name: [] for name in runs}
