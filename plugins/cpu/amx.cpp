@@ -38,7 +38,8 @@ static CM_INLINE Int beside(Float first, Float second) {
 
 // ---------------------------------------------------------------- x
 
-// 16 rows of x, or what is left of them -> tiles, whose other rows are multiplied, too, but given to nobody. An infinite number becomes NaN, as with whole numbers (quantise.h).
+// 16 rows of x, or what is left of them -> tiles, whose other rows are multiplied, too, but given to nobody. An infinite number
+// becomes NaN, as with whole numbers (quantise.h).
 static void widen(const float* x, size_t stride, const Matrix& m, Rows& rows, int block) {
     const int64_t steps = m.steps();
     const int count = std::min(rows.count - block * kRowsOfTile, kRowsOfTile);
@@ -197,10 +198,10 @@ static void multiply_bits(const Matrix& m, const Rows& rows, Groups groups, cons
                     const int here = std::min(to - row, kRowsOfTile), next = std::min(to - row - here, kRowsOfTile);
                     const uint16_t* x = rows.tiles + (row / kRowsOfTile * all + first) * kRowsOfTile * kInputsOfTile;
                     Sums* of_rows = sums + ((panel - span->begin) * blocks + (row - from) / kRowsOfTile) * kRegisters;
+                    const size_t x_apart = static_cast<size_t>(all) * kRowsOfTile * kInputsOfTile, w_apart = steps * kRowsOfTile;
                     for (int column = 0; column < kRegisters; column += 2)
-                        (next ? multiply_columns<true> : multiply_columns<false>)(
-                            x, static_cast<size_t>(all) * kRowsOfTile * kInputsOfTile, w + column * steps * kRowsOfTile, steps * kRowsOfTile, steps,
-                            of_rows + column, first > begin);
+                        (next ? multiply_columns<true> : multiply_columns<false>)(x, x_apart, w + column * w_apart, w_apart, steps,
+                                                                                 of_rows + column, first > begin);
                     if (first + steps < last) continue;
                     float* y = span->y + row * span->stride + (panel - span->begin) * kPanel;
                     give(of_rows, here, y, span->stride);
