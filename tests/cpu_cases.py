@@ -3,7 +3,7 @@
     y = x_kept W          |error| <= sum over groups of (sum over kept k of |W[k,n]|) * scale / 2      scale = max |x_kept| / 127
 
 With `x_bytes` 2 and weights of 8 bits x has 128 times as many steps. With 0 and no threshold, x and W may as well be bfloat16,
-7 bits behind the first: each is off by at most a 256th of itself, half of that on either side.
+7 bits behind the first: each is off by at most a 256th of itself.
 
 The weights are made here from codes, scales and zero points; nothing of the packer's inverse is used.
 """
@@ -17,7 +17,8 @@ from onnx import TensorProto, helper
 from cm_export.quant import rows
 
 DOMAIN = "com.cm_export.native"
-BFLOAT16 = 2**-8 * 1.01  # of a product of two numbers that were rounded by up to 2^-9 each
+TILES = "amx-bf16"
+BFLOAT16 = 2**-7 * 1.01  # of a product of two numbers that were rounded by up to 2^-8 each
 FLOAT32 = 1e-6  # relative error of a float32 sum as the kernels take it (measured 2e-7), times the sum of magnitudes
 
 
@@ -42,13 +43,15 @@ class Call:
     dense: int = 0
     constants: tuple[str, ...] = field(default=())
     outputs: tuple[str, ...] = ("y",)  # of several, `expected` has the numbers one after the other
+    in_tiles: np.ndarray | None = None  # the bound where the processor multiplies tiles of bfloat16; none: the same
 
-    def check(self, y: np.ndarray) -> None:
+    def check(self, y: np.ndarray, instructions: str = "") -> None:
         assert y.shape == self.expected.shape
         undefined = ~np.isfinite(self.expected)
         assert not np.isfinite(y[undefined]).any(), "a number that is not one was hidden"
         error = np.abs(y.astype(np.float64) - self.expected)[~undefined]
-        limit = self.bound[~undefined]
+        bound = self.bound if self.in_tiles is None or instructions != TILES else self.in_tiles
+        limit = bound[~undefined]
         worst = int(np.argmax(error - limit)) if error.size else 0
         assert (error <= limit).all(), f"off by {error[worst]:.3g}, allowed {limit[worst]:.3g}"
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from cpu_cases import Call
+from cpu_cases import BFLOAT16, Call
 
 LEAST = np.finfo(np.float32).min
 FLOAT32 = 1e-6  # relative error of a sum, of an exponential
@@ -60,8 +60,12 @@ def prompt(s: Sizes, seed: int = 0) -> Call:
         share = np.exp(scores - scores.max(-1, keepdims=True, initial=-1e30))
     total = share.sum(-1, keepdims=True)
     share = np.divide(share, total, out=np.zeros_like(share), where=total > 0)
-    error = (2 * sizes.max(-1, keepdims=True, initial=0) + 3 * FLOAT32) * (share @ np.abs(values))
-    return Call("PromptAttention", {"scale": scale}, inputs, share @ values, error + 1e-30)
+    size = share @ np.abs(values)
+    error = (2 * sizes.max(-1, keepdims=True, initial=0) + 3 * FLOAT32) * size
+    # q and k in two parts of bfloat16 each, of which the product of the second ones is left out; shares and values in one
+    rest = 2**-14 * scale * (np.abs(q).astype(np.float64) @ np.abs(keys).swapaxes(-1, -2)).max(-1, keepdims=True, initial=0)
+    tiles = error + (2 * rest + BFLOAT16) * size
+    return Call("PromptAttention", {"scale": scale}, inputs, share @ values, error + 1e-30, in_tiles=tiles + 1e-30)
 
 
 CASES = [

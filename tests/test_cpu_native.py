@@ -44,7 +44,7 @@ def checked(run, **how) -> list:
     assert len(found) == len(CALLS)
     for call, y in zip(CALLS, found, strict=True):
         assert isinstance(y, np.ndarray), y
-        call.check(y)
+        call.check(y, how.get("instructions", ""))
     return found
 
 

@@ -12,6 +12,7 @@ from test_cpu_ops import INSTRUCTIONS, best_instructions, compiled, session, use
 
 from cm_export.backends.onnxruntime.pack import NATIVE
 from cm_export.backends.onnxruntime.prompt_attention import attend_together
+from cm_export.plugins.cpu import library
 
 
 def run(call, threads=1):
@@ -23,7 +24,8 @@ def check(call, y):
     assert y.shape == call.expected.shape
     assert np.isfinite(y).all()
     sees = np.abs(call.expected).sum(-1) > 0
-    replace(call, expected=call.expected[sees], bound=call.bound[sees]).check(y[sees])
+    of_those = replace(call, expected=call.expected[sees], bound=call.bound[sees], in_tiles=call.in_tiles[sees])
+    of_those.check(y[sees], library.info()["instructions"])
 
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "kernels.h"
 
@@ -23,9 +24,13 @@ CM_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx
 namespace cm::cpu::amx {
 
 #include "avx512.h"
+#include "exponential.h"
 
 using Int = Isa::Int;
 using Float = Isa::Float;
+
+#include "shares.h"
+
 constexpr int kRegisters = kPanel / Isa::kLanes;  // columns of a panel, 16 outputs each
 constexpr int64_t kMostSteps = 16;                // of W at a time, so that everything that is read again stays in the second cache
 
@@ -217,6 +222,157 @@ static void multiply(const Matrix& m, const Rows& rows, Groups groups, const Spa
     return m.bits == 4 ? multiply_bits<4>(m, rows, groups, spans, count) : multiply_bits<8>(m, rows, groups, spans, count);
 }
 
+// ---------------------------------------------------------------- attention of a prompt
+
+// Steps of kInputsOfTile numbers of a head. Scores are made of three products, since they are exponents: x = high + low, both
+// bfloat16, and low * low is left out. Shares and values are bfloat16 alone.
+static int64_t steps_of(int64_t width) { return (width + kInputsOfTile - 1) / kInputsOfTile; }
+
+constexpr size_t kTile = kRowsOfTile * kInputsOfTile;  // numbers
+constexpr int kKeyTiles = kInputsOfTile / kRowsOfTile; // tiles of keys, 16 each, in a step of values
+
+// For 32 keys: [2 tiles of keys, steps, high and low] of K^T, then [2 * steps] of V.
+static size_t tiles_of_keys(int64_t width) { return kTile * static_cast<size_t>(steps_of(width)) * 3 * kKeyTiles; }
+
+// 32 floats at p, of which `there` are read, and 0: their upper bits, and the upper bits of what is left.
+static CM_INLINE void halve(const float* p, int64_t there, Int& high, Int& low) {
+    const uint32_t mask = there >= kInputsOfTile ? ~0u : (there > 0 ? (1u << there) - 1 : 0);
+    const Float a = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p);
+    const Float b = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> Isa::kLanes), p + Isa::kLanes);
+    high = (Int)_mm512_cvtne2ps_pbh(b, a);
+    const auto rest = [](Float v, __m256i bits) {
+        return _mm512_sub_ps(v, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
+    };
+    low = (Int)_mm512_cvtne2ps_pbh(rest(b, _mm512_extracti64x4_epi64(high, 1)), rest(a, _mm512_castsi512_si256(high)));
+}
+
+static void tile_head(const float* keys, const float* values, int64_t count, int64_t width, uint16_t* tiles) {
+    const int64_t steps = steps_of(width);
+    for (int64_t first = 0; first < count; first += kInputsOfTile) {
+        uint32_t* of_keys = reinterpret_cast<uint32_t*>(tiles);
+        for (int64_t key = 0; key < kInputsOfTile; ++key)
+            for (int64_t step = 0; step < steps; ++step) {
+                alignas(64) uint32_t pairs[2][kRowsOfTile];
+                Int high = Isa::all(0), low = Isa::all(0);
+                if (first + key < count)
+                    halve(keys + (first + key) * width + step * kInputsOfTile, width - step * kInputsOfTile, high, low);
+                _mm512_store_si512(pairs[0], high);
+                _mm512_store_si512(pairs[1], low);
+                uint32_t* to = of_keys + (key / kRowsOfTile * steps + step) * 2 * (kTile / 2) + key % kRowsOfTile;
+                for (int part = 0; part < 2; ++part)
+                    for (int pair = 0; pair < kRowsOfTile; ++pair) to[part * (kTile / 2) + pair * kRowsOfTile] = pairs[part][pair];
+            }
+        Int* of_values = reinterpret_cast<Int*>(tiles + kKeyTiles * steps * 2 * kTile);
+        for (int64_t at = 0; at < 2 * steps; ++at)
+            for (int pair = 0; pair < kRowsOfTile; ++pair) {
+                const int64_t left = std::min<int64_t>(std::max<int64_t>(width - at * Isa::kLanes, 0), Isa::kLanes), key = first + 2 * pair;
+                const auto there = static_cast<__mmask16>((1u << left) - 1);
+                const float* from = values + key * width + at * Isa::kLanes;
+                const Float one = _mm512_maskz_loadu_ps(key < count ? there : 0, from);
+                const Float other = _mm512_maskz_loadu_ps(key + 1 < count ? there : 0, from + width);
+                _mm512_store_si512(of_values++, beside(one, other));
+            }
+        tiles += tiles_of_keys(width);
+    }
+}
+
+// Scores of all queries and 32 keys: tiles 0 to 3 are sums, of two tiles of queries and two of keys.
+template <bool two>
+static CM_INLINE void score(const uint16_t* q, const uint16_t* keys, int64_t steps, float* scores, size_t stride) {
+    const size_t row = stride * sizeof(float), of_block = static_cast<size_t>(steps) * 2 * kTile;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t step = 0; step < steps; ++step, q += 2 * kTile, keys += 2 * kTile) {
+        const auto add = [&](size_t of_q, size_t of_keys) __attribute__((always_inline)) {
+            _tile_loadd(4, q + of_q, 64);
+            _tile_loadd(6, keys + of_keys, 64);
+            _tile_loadd(7, keys + of_block + of_keys, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (two) {
+                _tile_loadd(5, q + of_block + of_q, 64);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        };
+        add(0, kTile), add(kTile, 0), add(0, 0);
+    }
+    _tile_stored(0, scores, row);
+    _tile_stored(1, scores + kRowsOfTile, row);
+    if (two) {
+        _tile_stored(2, scores + kRowsOfTile * stride, row);
+        _tile_stored(3, scores + kRowsOfTile * stride + kRowsOfTile, row);
+    }
+}
+
+// y = shares * values, 32 numbers of a head.
+template <bool two>
+static CM_INLINE void mix(const uint16_t* shares, size_t stride, const uint16_t* values, size_t apart, int64_t key_steps, float* y,
+                          size_t y_stride) {
+    const size_t row = stride * sizeof(uint16_t), y_row = y_stride * sizeof(float);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t step = 0; step < key_steps; ++step, shares += kInputsOfTile, values += apart) {
+        _tile_loadd(4, shares, row);
+        _tile_loadd(6, values, 64);
+        _tile_loadd(7, values + kTile, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (two) {
+            _tile_loadd(5, shares + kRowsOfTile * stride, row);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, y, y_row);
+    _tile_stored(1, y + kRowsOfTile, y_row);
+    if (two) {
+        _tile_stored(2, y + kRowsOfTile * y_stride, y_row);
+        _tile_stored(3, y + kRowsOfTile * y_stride + kRowsOfTile, y_row);
+    }
+}
+
+static void attend_tiles(const Attention& a) {
+    static_assert(kMaxHeads == 2 * kRowsOfTile);
+    static thread_local Aligned of_q, of_scores, of_shares, of_y;
+    const int64_t steps = steps_of(a.width), key_steps = steps_of(a.seen), filled = key_steps * kInputsOfTile;
+    const size_t apart = tiles_of_keys(a.width), wide = static_cast<size_t>(steps) * kInputsOfTile;
+    const size_t stride = static_cast<size_t>(filled) + kInputsOfTile;  // not a power of two
+    const bool two = a.heads > kRowsOfTile;
+    uint16_t* q = of_q.of<uint16_t>(kMaxHeads * wide * 2);
+    float *scores = of_scores.of<float>(kMaxHeads * stride), *y = of_y.of<float>(kMaxHeads * wide);
+    uint16_t* shares_of = of_shares.of<uint16_t>(kMaxHeads * stride);
+    for (int query = 0; query < (two ? 2 : 1) * kRowsOfTile; ++query)
+        for (int64_t step = 0; step < steps; ++step) {
+            Int high = Isa::all(0), low = Isa::all(0);
+            if (query < a.heads) halve(a.q + query * a.apart + step * kInputsOfTile, a.width - step * kInputsOfTile, high, low);
+            uint16_t* to = q + ((query / kRowsOfTile * steps + step) * 2) * kTile + query % kRowsOfTile * kInputsOfTile;
+            _mm512_store_si512(to, high);
+            _mm512_store_si512(to + kTile, low);
+        }
+    const Tiles tiles;
+    asm volatile("" ::: "memory");  // what tiles load has been written
+    for (int64_t step = 0; step < key_steps; ++step)
+        (two ? score<true> : score<false>)(q, a.tiles + step * apart, steps, scores + step * kInputsOfTile, stride);
+    float inverse[kMaxHeads];
+    for (int query = 0; query < a.heads; ++query) {
+        float* row = scores + query * stride;
+        inverse[query] = 1.0f / shares(row, a.added + query * a.added_apart, a.seen, filled);
+        for (int64_t i = 0; i < filled; i += kInputsOfTile)
+            _mm512_store_si512(shares_of + query * stride + i, (Int)_mm512_cvtne2ps_pbh(Isa::load(row + i + Isa::kLanes), Isa::load(row + i)));
+    }
+    asm volatile("" ::: "memory");
+    const uint16_t* values = a.tiles + kKeyTiles * steps * 2 * kTile;
+    for (int64_t step = 0; step < steps; ++step)
+        (two ? mix<true> : mix<false>)(shares_of, stride, values + step * 2 * kTile, apart, key_steps, y + step * kInputsOfTile, wide);
+    for (int query = 0; query < a.heads; ++query)
+        for (int i = 0; i < a.width; ++i) a.y[query * a.apart + i] = y[query * wide + i] * inverse[query];
+}
+
 }  // namespace cm::cpu::amx
 CM_TARGET_END
 
@@ -243,6 +399,7 @@ extern const Kernels kAmx;
 const Kernels kAmx = [] {
     Kernels k = kAvx512;  // is there before anything that has to be computed
     k.name = "amx-bf16", k.usable = usable, k.multiply = amx::multiply, k.widen = amx::widen;
+    k.tiles_of_keys = amx::tiles_of_keys, k.tile_head = amx::tile_head, k.attend_tiles = amx::attend_tiles;
     return k;
 }();
 }  // namespace cm::cpu

@@ -115,6 +115,7 @@ struct Attention {
     const float* q = nullptr;          // turned, times the scale; 0 where it is filled up
     const float *keys = nullptr, *values = nullptr;  // of row 0; rows are `width` floats
     const int32_t* rows = nullptr;     // [seen]
+    const uint16_t* tiles = nullptr;   // of the head, from a key on that is the first of a step; what `tile_head` made
     const float* turned = nullptr;     // keys of the rows once more, [seen filled up / kStep, width, kStep]; null: there is no such copy
     const float* added = nullptr;      // [seen] by the mask, to the scores
     size_t added_apart = 0;            // floats from those of a head to the next one's; 0: the same for all
@@ -141,6 +142,11 @@ struct Kernels {
     void (*attend)(const Attention&);
     // Fills `tiles` of 16 rows of x, `stride` floats apart, from row 16 * block on; null: there are no instructions for them.
     void (*widen)(const float* x, size_t stride, const Matrix&, Rows&, int block) = nullptr;
+    // Where there are tiles: keys and values [keys, width] of a head -> as many numbers as `tiles_of_keys` says for every kInputsOfTile
+    // keys, the last of them filled up; and the same as `attend` with those.
+    size_t (*tiles_of_keys)(int64_t width) = nullptr;
+    void (*tile_head)(const float* keys, const float* values, int64_t count, int64_t width, uint16_t* tiles) = nullptr;
+    void (*attend_tiles)(const Attention&) = nullptr;
 };
 
 const Kernels* const* all_kernels();  // best first, ends with null

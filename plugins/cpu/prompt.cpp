@@ -48,10 +48,15 @@ struct PromptAttention {
         float* y;
         Mask mask;
         const int32_t* rows;  // 0 .. keys - 1
-        float* turned;        // keys once more, [B,Hk, M filled up / kStep, d, kStep]
-        int64_t filled;
+        // Keys once more, so that a register holds the same number of several: [B,Hk, M filled up / kStep, d, kStep]; where
+        // there are tiles those of keys and values in their place.
+        float* turned;
+        uint16_t* tiles;
+        size_t tiles_of_keys;  // of kInputsOfTile
+        int64_t filled;        // M, filled up to a multiple of kInputsOfTile
 
         const float* turned_of(int64_t kv) const { return turned + kv * filled * width; }
+        uint16_t* tiles_of(int64_t kv, int64_t key) const { return tiles + (kv * filled + key) / kInputsOfTile * tiles_of_keys; }
     };
 
     static void sizes(const ort::Context* context, Call& call) {
@@ -105,12 +110,23 @@ struct PromptAttention {
             std::iota(rows.begin(), rows.end(), 0);
         }
         call.rows = rows.data();
-        call.filled = (call.keys + kStep - 1) / kStep * kStep;
-        const std::unique_ptr<float[]> turned(new float[static_cast<size_t>(call.batch * call.kv_heads * call.filled * call.width)]);
-        call.turned = turned.get();
-        auto turn_head = [&](size_t kv) { turn(call, static_cast<int64_t>(kv)); };
-        in_parallel(context, static_cast<size_t>(call.batch * call.kv_heads), turn_head);
         const Kernels& kernel = kernels();
+        const bool in_tiles = kernel.attend_tiles != nullptr;
+        const int64_t heads_of_keys = call.batch * call.kv_heads;
+        call.filled = (call.keys + kInputsOfTile - 1) / kInputsOfTile * kInputsOfTile;
+        call.tiles_of_keys = in_tiles ? kernel.tiles_of_keys(call.width) : 0;
+        Aligned memory;  // not kept: it grows with the prompt
+        if (in_tiles) {
+            call.tiles = memory.of<uint16_t>(heads_of_keys * call.filled / kInputsOfTile * call.tiles_of_keys);
+        } else {
+            call.turned = memory.of<float>(static_cast<size_t>(heads_of_keys * call.filled * call.width));
+        }
+        auto make_ready = [&](size_t i) {
+            const int64_t kv = static_cast<int64_t>(i), first = kv * call.keys * call.width;
+            if (in_tiles) return kernel.tile_head(call.k + first, call.v + first, call.keys, call.width, call.tiles_of(kv, 0));
+            turn(call, kv);
+        };
+        in_parallel(context, static_cast<size_t>(heads_of_keys), make_ready);
         const int64_t blocks = (call.queries + kMaxHeads - 1) / kMaxHeads;
         const int64_t masks = (call.mask.apart[0] ? call.batch : 1) * (call.mask.apart[1] ? call.heads : 1);
         std::vector<Range> seen(static_cast<size_t>(masks * blocks));
@@ -128,7 +144,6 @@ struct PromptAttention {
         in_parallel(context, static_cast<size_t>(call.batch * call.heads * blocks), attend_block);
     }
 
-    // kStep keys beside each other, so that a register holds the same number of several.
     static void turn(const Call& call, int64_t kv) {
         const float* from = call.k + kv * call.keys * call.width;
         float* to = call.turned + kv * call.filled * call.width;
@@ -152,7 +167,7 @@ struct PromptAttention {
             for (int64_t key = call.keys; key > std::max(seen.end, seen.begin); --key)
                 if (shows(key - 1)) seen.end = key;
         }
-        return {seen.begin / kStep * kStep, seen.end};
+        return {seen.begin / kInputsOfTile * kInputsOfTile, seen.end};
     }
 
     // Queries from `first` on of one head.
@@ -168,7 +183,9 @@ struct PromptAttention {
         a.heads = static_cast<int>(count), a.width = static_cast<int>(call.width), a.seen = keys;
         a.apart = static_cast<size_t>(call.width + kStep - 1) / kStep * kStep;
         a.keys = call.k + kv * call.keys * call.width, a.values = call.v + kv * call.keys * call.width;
-        a.rows = call.rows + seen.begin, a.turned = call.turned_of(kv) + seen.begin * call.width;
+        a.rows = call.rows + seen.begin;
+        if (call.tiles) a.tiles = call.tiles_of(kv, seen.begin);
+        if (call.turned) a.turned = call.turned_of(kv) + seen.begin * call.width;
         const bool in_place = call.mask.added != nullptr && call.mask.apart[3] == 1;
         float* space = working(count * (2 * a.apart + 2 * filled) + filled);
         float *q = space, *added = space + 2 * count * a.apart + count * filled;
@@ -188,7 +205,7 @@ struct PromptAttention {
                     added[i * filled + key] =
                         call.mask.any() ? call.mask.of(mask_at(call, b, head, first + i) + (seen.begin + key) * call.mask.apart[3]) : 0.0f;
         }
-        kernel.attend(a);
+        (call.tiles ? kernel.attend_tiles : kernel.attend)(a);
         for (int64_t i = 0; i < count; ++i) std::memcpy(y + i * call.width, a.y + i * a.apart, call.width * sizeof(float));
     }
 };

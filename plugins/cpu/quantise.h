@@ -3,6 +3,8 @@
 //
 // Included by the file of every instruction set, in its namespace; plain loops that compilers turn into its vectors.
 
+#include "exponential.h"
+
 // A group whose largest number is below this counts as zeros: what it is divided by would overflow.
 constexpr float kSmallest = 1e-36f;
 
@@ -36,18 +38,6 @@ static void keep(const float* x, const float* norm, float threshold, int64_t inp
 template <class Count>
 static CM_INLINE void select(const float* x, uint32_t bits, Count count, float* out) {
     for (int i = 0; i < count; ++i) out[i] = bits >> i & 1 ? x[i] : 0.0f;
-}
-
-static CM_INLINE int32_t bits_of(float value) {
-    int32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-static CM_INLINE float float_of(int32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
 }
 
 // The codes of the listed k of a group; a quad is filled up with 0.
