@@ -20,12 +20,17 @@ from .quantize import Part, Parts, external, set_function
 THRESHOLDS = "core_thresholds"
 
 
-def products(edit: Edit, activation: str) -> None:
-    """Every CoreFFN with thresholds becomes three products and what stands between them."""
-    gated = function(f"""Gated (gate_out, up_out) => (z) {{
+def gated_function(activation: str) -> onnx.FunctionProto:
+    """What stands between the products of an FFN."""
+    return function(f"""Gated (gate_out, up_out) => (z) {{
         {ACTIVATIONS[activation]}
         z = Mul (activated, up_out)
     }}""")
+
+
+def products(edit: Edit, activation: str) -> None:
+    """Every CoreFFN with thresholds becomes three products and what stands between them."""
+    gated = gated_function(activation)
     for node in [n for n in edit.graph.nodes if n.op == "CoreFFN"]:
         x, w_gate, w_up, w_down_t, x_norm, z_norm, x_threshold, z_threshold = node.inputs
         layer, y, name = node.attrs["layer"], node.outputs[0], node.name
@@ -58,7 +63,7 @@ def turn(model: onnx.ModelProto) -> Parts:
             node.input[1] = turned.input[0]
         else:
             weight = stored[node.input[1]]
-            name, shape = f"{weight.name}/by_inputs", tuple(reversed(weight.dims))
+            name, shape = f"{weight.name}{core_linear.BY_INPUTS}", tuple(reversed(weight.dims))
             dtype = onnx.helper.tensor_dtype_to_np_dtype(weight.data_type)
             parts[name] = Part(weight.name, None, "turned", dtype, shape)
             new[name] = external(name, weight.data_type, shape)
