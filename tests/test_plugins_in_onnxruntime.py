@@ -3,7 +3,9 @@
 What is shown: types, shapes, attributes, refusals, the graph that gets them and its answers. What only a GPU can show is not.
 """
 
+import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -15,13 +17,17 @@ from random_models import copy, request
 from test_device import APART, HALF, deciding
 from tolerances import agrees
 
+from cm_export.backends.onnxruntime import backend as backends
 from cm_export.backends.onnxruntime.backend import Backend
 from cm_export.backends.onnxruntime.kernels import held_by_inputs
-from cm_export.backends.onnxruntime.place import Place
 from cm_export.bundle.bundle import Bundle
+from cm_export.cli import main
+from cm_export.evals.tasks import easy_vqa
 from cm_export.host.core_set import CoreSet
-from cm_export.host.decode import Row, teacher_forced
-from cm_export.host.request import prefill_feeds
+from cm_export.host.decode import Reader, Row
+from cm_export.host.images import open_image
+from cm_export.host.request import prefill_feeds, sparse_feeds
+from cm_export.host.runner import Budget, Runner
 from cm_export.plugins import places
 from cm_export.plugins.core_linear.op import BY_INPUTS
 from cm_export.plugins.harness.cases import OPS, Call, calls, has_kernel
@@ -92,7 +98,7 @@ REFUSED = {
     "the weight as stored": (LINEAR, None, {"by_inputs": 0}, "by_inputs = 0.*give by_inputs 1"),
     "words": (LINEAR, None, {"bits": 4, "group": 8}, "CoreLinear: bits = 4: .*weights of its numbers' type"),
     "norms in another type": (LINEAR, lambda f: f | {"norm": f["norm"].astype(np.float16)}, {}, "norm"),
-    "two types": (FFN, lambda f: f | {"w_up": f["w_up"].astype(np.float16)}, {}, "w_up"),
+    "two types": (FFN, lambda f: f | {"w_up": f["w_up"].astype(np.float16)}, {}, "no kernel def matches node inputs for Op: CoreFFN"),
     "one weight": (FFN, short("w_up", 0), {}, r"input 2 is \[23,16\], not \[F,16\]"),
     "a list of another batch": (FFN, short("core_neurons", 0), {}, r"core_neurons is \[0,6\], not \[B,K\]"),
     "an activation": (FFN, None, {"activation": "silo"}, 'unknown activation "silo"; known: silu'),
@@ -116,28 +122,98 @@ def test_what_a_kernel_does_not_take_is_refused_in_one_line(what, capfd):
 
 # ---------------------------------------------------------------------------------------------------- graphs
 def with_kernels(place):
-    return Place(place.device, place.number, True, place.products, plugin_builds.emulated())
+    return replace(place, kernels=plugin_builds.emulated())
 
 
-def kernels_of(backend, name="decode"):
+def ops(backend, name="decode"):
+    """What kernels compute in a graph: op -> number of nodes."""
     model, _ = backend._prepared(backend._graph(name), (name, True, False, name.startswith("decode")))
     return Counter(n.op_type for n in model.graph.node if n.domain == places.DOMAIN)
 
 
 @pytest.mark.parametrize("place", [APART, HALF], ids=["float32", "float16"])
-def test_active_decode_runs_on_the_kernels_and_says_what_it_said_without(demo_bundle, place):
-    bundle = Bundle(active_bundle(demo_bundle, "fp32"))
-    layers, said = bundle.shape.layers, []
-    rng = np.random.default_rng(0)
-    thresholds = np.full(4 * layers + 1, 0.3, np.float32)
-    feeds = {
-        "inputs_embeds": rng.standard_normal((1, 5, bundle.shape.hidden)).astype(np.float32),
-        "position_ids": np.broadcast_to(np.arange(5), (3, 1, 5)).copy(),
-        "attention_mask": np.ones((1, 5), np.int64),
-    }
+def test_an_active_bundle_runs_on_the_kernels_and_says_what_it_said_without(demo_bundle, monkeypatch, place):
+    bundle, said = Bundle(active_bundle(demo_bundle, "fp32")), {}
+    question, layers = easy_vqa.questions("sentence")[0], bundle.shape.layers
     for at in (place, with_kernels(place)):
-        backend = Backend(bundle.graph, bundle.weights, 1, heads=bundle.shape.heads, place=at)
-        assert said or not kernels_of(backend)
-        print(feeds.keys(), [(i.name, i.shape, i.type) for i in backend.session("prefill_dense").get_inputs()][:4])
-        break
-    assert False
+        monkeypatch.setattr(backends, "place_for", lambda *_, at=at: (at, []))
+        runner = Runner(bundle, 1, device="cuda")
+        asked = runner.ask(question.text, runner.see([open_image(question.pictures[0])]))
+        row = runner.prefill(asked, Budget(neuron_share=0.5)).row()
+        reader, said[at] = Reader(runner.backend), []
+        for ids in ([5], [9, 12, 4], [7]):
+            reader.read([row], [ids])
+            said[at].append(np.atleast_2d(row.logits))
+        dense = runner.prefill(asked, Budget(dense=True)).row()
+        reader.read([dense], [[5, 9]])
+        said[at].append(np.atleast_2d(dense.logits))
+        expected = {"CoreLinear": 7 * layers + 1, "CoreAttention": layers} if at.kernels else {}
+        assert ops(runner.backend) == expected and not ops(runner.backend, "prefill")
+        held = {name.removesuffix("/float16") for name in runner.backend._views}
+        turned = {name for name in held if name.endswith(BY_INPUTS)}
+        assert len(turned) == (6 * layers + 1 if at.kernels else 0), "down lies by inputs already"
+        assert not held & {name.removesuffix(BY_INPUTS) for name in turned}, "a weight is on the device once"
+        assert runner.backend.reads("decode") <= set(bundle.weights.tensors)
+    without, ours = (np.concatenate(logits) for logits in said.values())
+    if place is APART:
+        agrees("export", ours, without)
+    assert np.abs(ours - without).max() < 2e-2 * np.abs(without).max()
+
+
+@pytest.mark.parametrize("policy", ["predicted", "active"])
+def test_requests_that_share_a_step_answer_on_the_kernels_as_without(exported, policy):
+    """Each with thresholds of its own, or neurons listed anew for each token."""
+    x = next(m for seed in range(12) if (m := exported(seed)).shape.hidden % 16 == 0)
+    recipe = Recipe().replace(neurons__policy=policy, tokens__policy="dense")
+    counts, said = np.full(x.shape.layers, x.shape.ffn // 3), []
+    for place in (APART, with_kernels(APART)):
+        backend, rows = deciding(x, recipe, place), []
+        for seed, least in ((1, 0.8), (2, 0.2)):
+            asked = request(x, seed)
+            found, cache = backend.prefill(prefill_feeds(asked), "prefill_dense")
+            thresholds = np.full(4 * x.shape.layers + 1, least, np.float32) if policy == "active" else None
+            rows.append(Row(asked, CoreSet(None, counts, x.shape.ffn, thresholds=thresholds), cache, found["logits"][0]))
+        Reader(backend).read(rows, [[5, 6, 7], [8, 9, 10]])
+        said.append(np.concatenate([row.logits for row in rows]))
+        if place.kernels:
+            core = {"CoreFFN": x.shape.layers} if policy == "predicted" else {"CoreLinear": 7 * x.shape.layers + 1}
+            assert ops(backend) == core | {"CoreAttention": x.shape.layers}
+    agrees("export", said[1], said[0])
+
+
+def test_graphs_that_read_every_neuron_take_weights_as_decode_has_them(exported):
+    """A prefill that cuts tokens: its FFNs are nodes of ours, without thresholds."""
+    x, said = exported(1), []
+    recipe = Recipe().replace(neurons__policy="active", tokens__prune_layer=1)
+    prefill, _ = pipeline.sparse_prefill(copy(x.dense["prefill"]), x.family, x.shape, recipe)
+    decode, _ = pipeline.sparse_decode(copy(x.dense["decode"]), x.family, x.shape, recipe, file=x.weights)
+    graphs, asked = {"prefill": prefill, "decode": decode}, request(x, 1)
+    for place in (APART, with_kernels(APART)):
+        backend = Backend(lambda n: copy(graphs[n]), x.weights, 1, heads=x.shape.heads, place=place)
+        found, _ = backend.prefill(prefill_feeds(asked) | sparse_feeds(asked, recipe, None))
+        said.append(found["logits"])
+        names = {name.removesuffix(BY_INPUTS) for name in backend._views if name.endswith(BY_INPUTS)}
+        assert names == (held_by_inputs(decode) if place.kernels else set())
+    agrees("same numbers", said[1], said[0])
+
+
+# ---------------------------------------------------------------------------------------------------- where it is found
+def test_a_machine_without_the_library_says_what_is_slow_and_how_to_build_it(demo_bundle, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(places, "cache", lambda: tmp_path / "cache")
+    assert places.find() is None and "`make plugins` builds it" in places.why_unusable()
+    broken = tmp_path / places.NAME
+    broken.write_text("no library")
+    assert f"{broken} does not load (" in places.why_unusable()
+    broken.unlink()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / places.NAME).symlink_to(plugin_builds.emulated())
+    assert places.find() == plugin_builds.emulated() and places.why_unusable() is None
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kernels"] == {"library": str(plugin_builds.emulated()), "missing": None}
+    monkeypatch.setattr(backends, "place_for", lambda *_: (APART, []))
+    recipe = Recipe().replace(neurons__policy="active", engine__plugins="nowhere.so", tokens__policy="dense")
+    for chosen, count in ((recipe, 1), (Recipe(), 0)):
+        notes = backends.open(Bundle(demo_bundle), 1, chosen, device="cuda").notes
+        said = [n for n in notes if "every weight is read there" in n and "there is no nowhere.so" in n]
+        assert len(said) == count

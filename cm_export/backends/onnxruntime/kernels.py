@@ -79,7 +79,7 @@ def _read_by_inputs(model: onnx.ModelProto, held: Container[str]) -> None:
         return new.setdefault(weight, weight + BY_INPUTS)
 
     def product(x: str, weight: str, y: str) -> None:
-        nodes.append(onnx.helper.make_node("MatMul", [x, weight], [y], y))
+        nodes.append(onnx.helper.make_node("MatMul", [x, weight], [y], f"{y}/product"))
 
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in turned:
@@ -92,7 +92,7 @@ def _read_by_inputs(model: onnx.ModelProto, held: Container[str]) -> None:
             product(x, by_inputs(gate), f"{y}/gate")
             product(x, by_inputs(up), f"{y}/up")
             gated = gated_function(attribute(node, "activation"))
-            nodes.append(onnx.helper.make_node(gated.name, [f"{y}/gate", f"{y}/up"], [z], y, domain=gated.domain))
+            nodes.append(onnx.helper.make_node(gated.name, [f"{y}/gate", f"{y}/up"], [z], f"{y}/gated", domain=gated.domain))
             product(z, down, y)
             if all(f.name != gated.name for f in model.functions):
                 check_one_activation(graph)
