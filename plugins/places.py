@@ -1,6 +1,6 @@
 """Where this machine's plugin library lies, which TensorRT loads, and ONNX Runtime where it has CUDA.
 
-    the recipe's engine.plugins  or  artifacts/plugins (where `make plugins` puts it) -> the current directory -> the user's cache
+the recipe's engine.plugins  or  artifacts/plugins (where `make plugins` puts it) -> the current directory -> the user's cache
 """
 
 from pathlib import Path

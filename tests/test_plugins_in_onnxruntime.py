@@ -8,10 +8,9 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
-import onnx
-import onnxruntime as ort
 import plugin_builds
 import pytest
+from click.testing import CliRunner
 from conftest import active_bundle
 from random_models import copy, request
 from test_device import APART, HALF, deciding
@@ -30,59 +29,38 @@ from cm_export.host.request import prefill_feeds, sparse_feeds
 from cm_export.host.runner import Budget, Runner
 from cm_export.plugins import places
 from cm_export.plugins.core_linear.op import BY_INPUTS
-from cm_export.plugins.harness.cases import OPS, Call, calls, has_kernel
-from cm_export.plugins.harness.limits import LIMITS
+from cm_export.plugins.harness import in_onnxruntime
+from cm_export.plugins.harness.cases import OPS, Call, has_kernel
+from cm_export.plugins.harness.in_onnxruntime import chosen, session, wrong
 from cm_export.recipe.recipe import Recipe
 from cm_export.surgery import pipeline
 
 FFN, ATTENTION, LINEAR = OPS
 
 
-def session_of(call, feeds=None, library=None, **attributes):
-    """One node with the inputs of a call, or with these, and what it makes besides memory to work in."""
-    feeds, outputs = feeds or call.feeds, list(call.expected)
-    own = call.case.attributes | attributes
-    node = onnx.helper.make_node(call.op.name, list(feeds), [*outputs, "workspace"], domain=places.DOMAIN, **own)
-    given = [
-        onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(a.dtype), [None] * a.ndim)
-        for n, a in feeds.items()
-    ]
-    graph = onnx.helper.make_graph([node], "one", given, [onnx.ValueInfoProto(name=n) for n in outputs])
-    opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid(places.DOMAIN, 1)]
-    options = ort.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 4, 1  # errors are what some tests are after
-    options.register_custom_ops_library(str(library or plugin_builds.emulated()))
-    made = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    return ort.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def answered(call, feeds=None, library=None, **attributes):
-    return session_of(call, feeds, library, **attributes).run(list(call.expected), feeds or call.feeds)
-
-
-def wrong(call, library=None):
-    """Names of outputs that are further from the op's function than its type explains."""
-    found = zip(answered(call, library=library), call.expected.items(), strict=True)
-    off = {n: np.abs(y.astype(np.float64) - e) / np.maximum(1, np.abs(e)) for y, (n, e) in found}
-    return [n for n, by in off.items() if not np.max(by) <= LIMITS[call.dtype][0]]
-
-
-def of_onnxruntime():
-    """The calls of a plugin library but those in types that graphs for ONNX Runtime do not have."""
-    return [c for c in calls() if c.dtype != "bfloat16" and not c.case.attributes.get("bits") and not c.shifted]
-
-
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_every_call_in_a_session_equals_the_function_of_its_op(op):
-    chosen = [call for call in of_onnxruntime() if call.op is op]
-    assert {c.dtype for c in chosen} == {"float32", "float16"} and len(chosen) > 20
-    assert [str(call) for call in chosen if wrong(call)] == []
+    those = [call for call in chosen() if call.op is op]
+    assert {c.dtype for c in those} == {"float32", "float16"} and len(those) > 20
+    assert [str(call) for call in those if wrong(call, plugin_builds.emulated())] == []
+
+
+def test_the_proof_runs_them_where_the_provider_is_and_says_where_it_is_not(monkeypatch):
+    monkeypatch.setattr(in_onnxruntime, "chosen", lambda: [c for c in chosen() if c.op is LINEAR][:2])
+    told = CliRunner().invoke(in_onnxruntime.main, ["--library", str(plugin_builds.emulated())])
+    assert told.exit_code == 0 and told.output.endswith("CPUExecutionProvider: 0 of 2 wrong\n")
+    monkeypatch.setattr(in_onnxruntime, "wrong", lambda *_: ["y"])
+    told = CliRunner().invoke(in_onnxruntime.main, ["--library", str(plugin_builds.emulated())])
+    assert told.exit_code == 1 and "float32" in told.output and told.output.endswith("2 of 2 wrong\n")
+    monkeypatch.setattr(in_onnxruntime.ctypes, "CDLL", lambda _: None)  # as nvcc made it
+    told = CliRunner().invoke(in_onnxruntime.main, ["--library", str(plugin_builds.emulated())])
+    assert told.exit_code == 0 and told.output.startswith("NOT RUN: the installed ONNX Runtime ")
 
 
 def test_an_attribute_that_gets_lost_is_seen():
     lost = {"ort/ops.cpp": [("number(info, kName, field.name)", "1.0f")]}
     library = plugin_builds.changed("attribute_lost", lost, ["ort/ops.cpp"])
-    call = next(c for c in of_onnxruntime() if c.op is ATTENTION)
+    call = next(c for c in chosen() if c.op is ATTENTION)
     assert wrong(call, library) == ["y"]
 
 
@@ -97,8 +75,13 @@ REFUSED = {
     "a threshold": (LINEAR, short("threshold", 0), {}, r"threshold is \[0,1\], not \[B,1\] for x"),
     "the weight as stored": (LINEAR, None, {"by_inputs": 0}, "by_inputs = 0.*give by_inputs 1"),
     "words": (LINEAR, None, {"bits": 4, "group": 8}, "CoreLinear: bits = 4: .*weights of its numbers' type"),
-    "norms in another type": (LINEAR, lambda f: f | {"norm": f["norm"].astype(np.float16)}, {}, "norm"),
-    "two types": (FFN, lambda f: f | {"w_up": f["w_up"].astype(np.float16)}, {}, "no kernel def matches node inputs for Op: CoreFFN"),
+    "norms in another type": (LINEAR, lambda f: f | {"norm": f["norm"].astype(np.float16)}, {}, r"float16.*\(norm\)"),
+    "two types": (
+        FFN,
+        lambda f: f | {"w_up": f["w_up"].astype(np.float16)},
+        {},
+        "no kernel def matches",
+    ),
     "one weight": (FFN, short("w_up", 0), {}, r"input 2 is \[23,16\], not \[F,16\]"),
     "a list of another batch": (FFN, short("core_neurons", 0), {}, r"core_neurons is \[0,6\], not \[B,K\]"),
     "an activation": (FFN, None, {"activation": "silo"}, 'unknown activation "silo"; known: silu'),
@@ -114,8 +97,9 @@ def test_what_a_kernel_does_not_take_is_refused_in_one_line(what, capfd):
     listed = {FFN: {"index": "request"}, ATTENTION: {"index": True}}.get(op, {}).items()
     case = next(c for c in op.cases if has_kernel(c) and c.dtype == "float32" and listed <= c.form.items())
     call = Call(op, case, "float32")
+    feeds = change(call.feeds) if change else call.feeds
     with pytest.raises(Exception, match=words) as raised:
-        answered(call, change(call.feeds) if change else None, **attributes)
+        session(call, plugin_builds.emulated(), feeds=feeds, **attributes).run(None, feeds)
     assert "\n" not in str(raised.value).strip()
     assert capfd.readouterr().err == "", "said once, by ONNX Runtime"
 
@@ -172,7 +156,9 @@ def test_requests_that_share_a_step_answer_on_the_kernels_as_without(exported, p
             asked = request(x, seed)
             found, cache = backend.prefill(prefill_feeds(asked), "prefill_dense")
             thresholds = np.full(4 * x.shape.layers + 1, least, np.float32) if policy == "active" else None
-            rows.append(Row(asked, CoreSet(None, counts, x.shape.ffn, thresholds=thresholds), cache, found["logits"][0]))
+            rows.append(
+                Row(asked, CoreSet(None, counts, x.shape.ffn, thresholds=thresholds), cache, found["logits"][0])
+            )
         Reader(backend).read(rows, [[5, 6, 7], [8, 9, 10]])
         said.append(np.concatenate([row.logits for row in rows]))
         if place.kernels:
@@ -198,7 +184,9 @@ def test_graphs_that_read_every_neuron_take_weights_as_decode_has_them(exported)
 
 
 # ---------------------------------------------------------------------------------------------------- where it is found
-def test_a_machine_without_the_library_says_what_is_slow_and_how_to_build_it(demo_bundle, monkeypatch, tmp_path, capsys):
+def test_a_machine_without_the_library_says_what_is_slow_and_how_to_build_it(
+    demo_bundle, monkeypatch, tmp_path, capsys
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(places, "cache", lambda: tmp_path / "cache")
     assert places.find() is None and "`make plugins` builds it" in places.why_unusable()
@@ -213,7 +201,7 @@ def test_a_machine_without_the_library_says_what_is_slow_and_how_to_build_it(dem
     assert json.loads(capsys.readouterr().out)["kernels"] == {"library": str(plugin_builds.emulated()), "missing": None}
     monkeypatch.setattr(backends, "place_for", lambda *_: (APART, []))
     recipe = Recipe().replace(neurons__policy="active", engine__plugins="nowhere.so", tokens__policy="dense")
-    for chosen, count in ((recipe, 1), (Recipe(), 0)):
-        notes = backends.open(Bundle(demo_bundle), 1, chosen, device="cuda").notes
+    for asked, count in ((recipe, 1), (Recipe(), 0)):
+        notes = backends.open(Bundle(demo_bundle), 1, asked, device="cuda").notes
         said = [n for n in notes if "every weight is read there" in n and "there is no nowhere.so" in n]
         assert len(said) == count

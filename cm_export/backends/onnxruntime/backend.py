@@ -317,15 +317,13 @@ class Backend:
         model.graph.initializer.extend(kept)
 
     def _array(self, tensor: onnx.TensorProto, arrays: Arrays) -> np.ndarray:
-        """What an initializer reads: the mapped file as it is or in 16 bit, or int4 pairs turned into what is multiplied."""
+        """What an initializer reads: the mapped file as it is, in 16 bit or turned, or int4 pairs made what is multiplied."""
         if tensor.name in arrays:
             return arrays[tensor.name]
-        if tensor.name.endswith(BY_INPUTS):
-            kind, stored = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type), tensor.name.removesuffix(BY_INPUTS)
-            return np.ascontiguousarray(_in_type(self.weights[stored], kind, stored).T)
-        if tensor.name in self.weights:
-            kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-            return _in_type(self.weights[tensor.name], kind, tensor.name)
+        name = tensor.name.removesuffix(BY_INPUTS)
+        if name in self.weights:
+            found = _in_type(self.weights[name], onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type), name)
+            return found if name == tensor.name else np.ascontiguousarray(found.T)
         assert self.predictor is not None  # a tensor in neither file was refused before
         stored = self.predictor[tensor.name]
         if tensor.data_type == onnx.TensorProto.INT8:

@@ -61,7 +61,9 @@ def _by_threshold(node: onnx.NodeProto) -> bool:
 
 
 def _has_kernel(node: onnx.NodeProto, chosen: Container[str]) -> bool:
-    return node.op_type == "CoreLinear" or (node.op_type == "CoreFFN" and len(node.input) == 5 and node.input[4] in chosen)
+    return node.op_type == "CoreLinear" or (
+        node.op_type == "CoreFFN" and len(node.input) == 5 and node.input[4] in chosen
+    )
 
 
 def _attends(node: onnx.NodeProto, graph: onnx.GraphProto) -> bool:
@@ -92,7 +94,9 @@ def _read_by_inputs(model: onnx.ModelProto, held: Container[str]) -> None:
             product(x, by_inputs(gate), f"{y}/gate")
             product(x, by_inputs(up), f"{y}/up")
             gated = gated_function(attribute(node, "activation"))
-            nodes.append(onnx.helper.make_node(gated.name, [f"{y}/gate", f"{y}/up"], [z], f"{y}/gated", domain=gated.domain))
+            nodes.append(
+                onnx.helper.make_node(gated.name, [f"{y}/gate", f"{y}/up"], [z], f"{y}/gated", domain=gated.domain)
+            )
             product(z, down, y)
             if all(f.name != gated.name for f in model.functions):
                 check_one_activation(graph)
