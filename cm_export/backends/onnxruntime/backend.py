@@ -73,7 +73,8 @@ def open(
         graph or bundle.graph, bundle.weights, threads, predictor, names, low_bits, bundle.shape.heads, place
     )
     made.notes += notes
-    if place.apart and place.kernels is None and (chooses or recipe.neurons.by_threshold):
+    decides = chooses or recipe.neurons.by_threshold
+    if place.apart and place.kernels is None and bundle.packed is None and decides:
         why = libraries.why_unusable(recipe.engine.plugins)
         made.notes.append(f"every weight is read there, since our kernels cannot be used: {why}")
     return made
