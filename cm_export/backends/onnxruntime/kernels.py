@@ -4,7 +4,7 @@
     CoreLinear(x, W [N,D], ..)                     ->  CoreLinear(x, W by inputs [D,N], ..)
     CoreFFN that reads what PredictNeurons lists, CoreAttention in a step: as they stand
 
-The first two are what engines have, too (tensorrt/active.py). A weight is on the device once, so every other graph reads those by
+The first two are what engines have, too (active.py). A weight is on the device once, so every other graph reads those by
 inputs as they lie. An op has one output more, the memory in which it works. What has no kernel is left to `lower`.
 """
 
@@ -13,7 +13,6 @@ from collections.abc import Container
 import onnx
 
 from ...plugins import places
-from ...plugins.core_linear.op import BY_INPUTS
 from .lower import ACTIVE_INPUTS, attribute, check_one_activation, import_domain
 
 _WIDEST = 256  # numbers of a head, kMostColumns of the kernels
@@ -30,19 +29,15 @@ def use_kernels(model: onnx.ModelProto, held: Container[str], is_step: bool) -> 
 
     Raises SurgeryError for FFNs of several activations.
     """
-    if any(_by_threshold(n) for n in model.graph.node):
-        from ...surgery.edit import Edit  # with graphsurgeon, which other graphs do not wait for
-        from ..tensorrt import active
+    from ...surgery.edit import Edit  # with graphsurgeon, which places without kernels do not wait for
+    from . import active
 
+    if by_threshold := [n for n in model.graph.node if _by_threshold(n)]:
         check_one_activation(model.graph)
         edit = Edit(model, "kernels")
-        active.products(edit, next(attribute(n, "activation") for n in model.graph.node if _by_threshold(n)))
+        active.products(edit, attribute(by_threshold[0], "activation"))
         model = edit.export()
-        active.turn(model)
-    elif any(n.op_type == "CoreLinear" for n in model.graph.node):
-        from ..tensorrt import active
-
-        active.turn(model)
+    active.turn(model)
     _read_by_inputs(model, held)
     chosen = {n.output[0] for n in model.graph.node if n.op_type == "PredictNeurons"}
     ours = [n for n in model.graph.node if _has_kernel(n, chosen) or (is_step and _attends(n, model.graph))]
@@ -73,12 +68,14 @@ def _attends(node: onnx.NodeProto, graph: onnx.GraphProto) -> bool:
 
 def _read_by_inputs(model: onnx.ModelProto, held: Container[str]) -> None:
     """MatMul(x, Transpose(W)) -> MatMul(x, W by inputs), and a CoreFFN of every neuron becomes its products."""
-    graph, nodes, new = model.graph, [], dict[str, str]()
+    from . import active
+
+    graph, nodes, new = model.graph, [], dict[str, onnx.TensorProto]()
     stored = {t.name: t for t in graph.initializer if t.name in held}
     turned = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose" and n.input[0] in stored}
 
     def by_inputs(weight: str) -> str:
-        return new.setdefault(weight, weight + BY_INPUTS)
+        return new.setdefault(weight, active.by_inputs(stored[weight])).name
 
     def product(x: str, weight: str, y: str) -> None:
         nodes.append(onnx.helper.make_node("MatMul", [x, weight], [y], f"{y}/product"))
@@ -87,13 +84,11 @@ def _read_by_inputs(model: onnx.ModelProto, held: Container[str]) -> None:
         if node.op_type == "MatMul" and node.input[1] in turned:
             node.input[1] = by_inputs(turned[node.input[1]])
         elif node.op_type == "CoreFFN" and len(node.input) == 4 and node.input[1] in stored:
-            from ..tensorrt.active import gated_function
-
             x, gate, up, down = node.input
             y, z = node.output[0], node.output[1] or f"{node.output[0]}/z"
             product(x, by_inputs(gate), f"{y}/gate")
             product(x, by_inputs(up), f"{y}/up")
-            gated = gated_function(attribute(node, "activation"))
+            gated = active.gated_function(attribute(node, "activation"))
             nodes.append(
                 onnx.helper.make_node(gated.name, [f"{y}/gate", f"{y}/up"], [z], f"{y}/gated", domain=gated.domain)
             )
@@ -106,7 +101,4 @@ def _read_by_inputs(model: onnx.ModelProto, held: Container[str]) -> None:
         nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
-    for weight, name in new.items():
-        graph.initializer.add().CopyFrom(stored[weight])
-        graph.initializer[-1].name = name
-        graph.initializer[-1].dims[:] = reversed(stored[weight].dims)
+    graph.initializer.extend(new.values())
