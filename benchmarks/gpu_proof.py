@@ -5,7 +5,8 @@
     python benchmarks/gpu_proof.py --report benchmarks/gpu/h100.json --docs docs/gpu.md     writes that page's tables
 
 Each part is a process of its own with a time limit, so that one that fails or hangs takes no other with it. Needs a
-python with torch, numpy, onnx and onnxruntime; cm_export need not be installed.
+python with torch, numpy, onnx and onnxruntime; cm_export need not be installed. With onnxruntime-gpu, the ops also run on its
+CUDA provider.
 """
 
 import argparse
@@ -58,6 +59,9 @@ def parts(out: Path, architecture: str, rehearse: bool, include: str | None) -> 
     device = "cpu" if rehearse else "cuda"
     check = [python, "-m", "cm_export.plugins.harness", "--library", str(library), "--device", device]
     yield Part("calls", check, 240)
+    # On ONNX Runtime's CUDA provider, if this python has it; the last line says so if not.
+    inside = [python, "-m", "cm_export.plugins.harness.in_onnxruntime", "--library", str(library)]
+    yield Part("in ONNX Runtime", inside, 240)
     watched = [*check, *(f"--only={text}" for text in WATCHED)]
     for tool in ("memcheck", "racecheck"):
         watch = [] if rehearse else ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]

@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import active_bundle
 from fake_ort import FakeOrt
 from random_models import copy, request
 from tolerances import agrees
@@ -18,6 +19,7 @@ from cm_export.backends.onnxruntime.backend import Backend
 from cm_export.backends.onnxruntime.place import Place
 from cm_export.base.errors import InputError
 from cm_export.bundle import predictor
+from cm_export.bundle.bundle import Bundle
 from cm_export.bundle.names import core_row_names
 from cm_export.bundle.weights import WeightFile
 from cm_export.cli import main
@@ -26,6 +28,7 @@ from cm_export.host.decode import Reader, Row, teacher_forced
 from cm_export.host.images import open_image
 from cm_export.host.loaded import load
 from cm_export.host.request import kept_slots, prefill_feeds, sparse_feeds
+from cm_export.plugins.cpu import library
 from cm_export.recipe import aliases
 from cm_export.recipe.recipe import Recipe
 from cm_export.surgery import pipeline
@@ -158,6 +161,17 @@ def test_what_decode_decides_itself_it_decides_on_a_device_too(exported, policy)
     assert np.abs(said[HALF] - said[APART]).max() < 0.1 * np.abs(said[APART]).max()
 
 
+@pytest.mark.skipif(library.find() is None, reason="the CPU ops are not built here")
+def test_a_device_gets_no_op_of_the_cpu(demo_bundle):
+    bundle = Bundle(active_bundle(demo_bundle, "int8"))
+    low_bits = backends.LowBits(bundle.packed, bundle.family, bundle.shape, False)
+    for place, there in ((Place(), True), (APART, False)):
+        backend = Backend(bundle.graph, bundle.weights, 1, low_bits=low_bits, heads=bundle.shape.heads, place=place)
+        model, _ = backend._prepared(bundle.graph("decode"), ("decode", True, False, True))
+        found = {n.op_type for n in model.graph.node if n.domain == library.DOMAIN}
+        assert found == ({"CachedAttention", "PackedFFN", "PackedMatMul"} if there else set())
+
+
 def test_later_questions_and_the_guard_work_on_a_device(whole_bundle, monkeypatch):
     def answered(place):
         monkeypatch.setattr(backends, "place_for", lambda *_: (place, []))
@@ -180,6 +194,7 @@ def gpu(monkeypatch):
         ort = FakeOrt(**how)
         monkeypatch.setattr(places, "ort", ort)
         monkeypatch.setattr(places.ctypes, "CDLL", lambda name: None)
+        monkeypatch.setattr(places.libraries, "find", lambda given="": None)  # of a checkout where it was built
         return ort
 
     return at

@@ -10,6 +10,7 @@ import tomllib
 from setuptools import find_packages
 
 from cm_export.base.errors import InputError
+from cm_export.plugins import places
 from cm_export.plugins.build import SOURCES, compile_library
 from cm_export.plugins.core_ffn.body import ACTIVATIONS
 from cm_export.plugins.harness.cases import OPS
@@ -32,9 +33,10 @@ BUILDS = [
 
 
 @pytest.mark.parametrize("build", BUILDS)
-def test_the_library_exports_what_tensorrt_looks_for_and_nothing_else(build):
+def test_the_library_exports_what_tensorrt_and_onnxruntime_look_for_and_nothing_else(build):
     emulators = {"cm_emulator_reverse"} if build is plugin_builds.emulated else set()
-    assert symbols(build(), "--defined-only") == {"getCreators", "setLoggerFinder"} | emulators
+    exported = {"getCreators", "setLoggerFinder", "RegisterCustomOps"}
+    assert symbols(build(), "--defined-only") == exported | emulators
 
 
 @pytest.mark.parametrize("file", ["core_attention/run_half.cu"])
@@ -53,6 +55,14 @@ def test_the_library_needs_neither_tensorrt_nor_a_cuda_runtime_to_be_loaded():
     assert needed <= {"libc", "libm", "libstdc++", "libgcc_s", "libdl", "libpthread", "librt", "ld-linux-x86-64"}
     foreign = re.compile(r"nvinfer|^cuda|^cu[A-Z]", re.IGNORECASE)
     assert not [s for s in symbols(plugin_builds.real(), "--undefined-only") if foreign.search(s)]
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_onnxruntime_takes_the_ops_for_the_provider_that_the_library_is_for(build):
+    """Its CPU provider runs no op of CUDA's: only that it is registered shows here."""
+    assert places.why_unusable(str(build())) is None
+    found = {p for p in (b"CPUExecutionProvider", b"CUDAExecutionProvider") if p in build().read_bytes()}
+    assert found == {b"CPUExecutionProvider" if build is plugin_builds.emulated else b"CUDAExecutionProvider"}
 
 
 @pytest.mark.parametrize("build", BUILDS)

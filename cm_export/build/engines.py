@@ -27,6 +27,7 @@ from ..base.errors import CmExportError, InputError
 from ..base.hashes import file_sha256
 from ..base.install import pip_install
 from ..families import Family
+from ..plugins import places
 from ..quant.precision import PRECISIONS
 from ..recipe.engine import EngineSettings
 from ..recipe.recipe import Recipe
@@ -34,9 +35,7 @@ from ..source.probe import Probe
 from . import gates_lowered
 
 FOLDER = "engines"
-PLUGINS = "libcm_plugins.so"
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # backend -> Python module
-_PLUGIN_PLACES = (Path("artifacts/plugins") / PLUGINS, Path(PLUGINS))
 _CHILD = "cm_export.backends.tensorrt.builder"
 Step = Callable[..., None]
 Piece = Callable[[str, Callable[[Path], dict[str, Any]]], tuple[Path, dict[str, Any]]]
@@ -124,12 +123,12 @@ def build_engines(
             for file in (p for p in built.iterdir() if p.name.startswith(f"{name}.")):
                 disk.link_or_copy(file, folder / file.name)
     if aim.library:
-        shutil.copyfile(aim.library, folder / PLUGINS)
+        shutil.copyfile(aim.library, folder / places.NAME)
     return {
         "backend": aim.backend,
         "version": aim.version,
         "architecture": ",".join(aim.architectures),
-        "plugins": {"name": PLUGINS, "sha256": file_sha256(aim.library)} if aim.library else None,
+        "plugins": {"name": places.NAME, "sha256": file_sha256(aim.library)} if aim.library else None,
         "capacity": aim.engine.capacity,
         "kv": aim.target.kv,
         "precision": aim.engine.precision,
@@ -228,12 +227,11 @@ def run_builder(job: dict[str, Any], progress: Step) -> dict[str, Any]:
 
 
 def _plugin_library(given: str) -> Path:
-    places = [Path(given)] if given else _PLUGIN_PLACES
-    found = next((p for p in places if p.is_file()), None)
+    found = places.find(given)
     if found is None:
         fix = "build it with `make plugins` on this machine, or name it with --plugins"
-        raise InputError("no plugin library", where=str(places[0]), fix=fix)
-    return found.resolve()
+        raise InputError("no plugin library", where=str(places.candidates(given)[0]), fix=fix)
+    return found
 
 
 def _architectures(asked: str, what: Target) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from ..threshold import above, between
 
 ATTRIBUTES = ("by_inputs", "bits", "group")
 LIMITS = ("norm", "threshold")
+BY_INPUTS = "/by_inputs"  # behind the name of a weight [N,D] that is held as [D,N]
 AS_STORED = {"by_inputs": 0, "bits": 0, "group": 0}  # of a node whose weight is the checkpoint's
 
 

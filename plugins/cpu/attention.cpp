@@ -16,6 +16,7 @@
 #include <cstring>
 #include <limits>
 
+#include "kernels.h"
 #include "op.h"
 
 namespace cm::cpu {
@@ -42,7 +43,9 @@ struct CachedAttention {
     static constexpr ort::ElementType kTypes[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat,
                                                   ort::kInt64, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat,
                                                   ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt32};
-    static constexpr size_t kRequired = 7, kOutputs = 3;
+    static constexpr const char* kProvider = nullptr;
+    static constexpr size_t kRequired = 7;
+    static constexpr ort::ElementType kOutputs[] = {ort::kFloat, ort::kFloat, ort::kFloat};
     int64_t heads, kv_heads, width, rotary, first[3];
     float scale, epsilon;
 

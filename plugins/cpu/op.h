@@ -1,7 +1,10 @@
-// What an op of this library needs of ONNX Runtime: its inputs, outputs and attributes, errors that name the op, threads.
+// What an op of ours needs of ONNX Runtime: its inputs, outputs and attributes, errors that name the op, and, of the CPU ops,
+// threads. The kernels for a GPU are described with it, too (../ort/ops.cpp).
 #pragma once
 
 #include <algorithm>
+#include <exception>
+#include <initializer_list>
 #include <iterator>
 #include <memory>
 #include <string>
@@ -11,26 +14,9 @@
 #include <sched.h>
 #endif
 
-#include "kernels.h"
 #include "ort.h"
 
-namespace cm::cpu {
-
-const Kernels& kernels();              // those in use
-const ort::CustomOp* cached_attention();  // attention.cpp
-const ort::CustomOp* prompt_attention();  // prompt.cpp
-
-// Processors that this process may use. ONNX Runtime does not tell how many threads a session has.
-inline int processors() {
-    static const int count = [] {
-#if defined(__linux__)
-        cpu_set_t set;
-        if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
-#endif
-        return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-    }();
-    return count;
-}
+namespace cm {
 
 // ---------------------------------------------------------------- errors and inputs
 
@@ -86,12 +72,13 @@ inline Tensor input(const ort::Context* context, size_t index) {
     return value == nullptr ? Tensor{} : read_shape_and_data(value);
 }
 
-inline float* output(ort::Context* context, const std::vector<int64_t>& shape, size_t index = 0) {
+template <class T = float>
+T* output(ort::Context* context, const std::vector<int64_t>& shape, size_t index = 0) {
     ort::Value* value = nullptr;
     void* data = nullptr;
     check(ort::Api::output(context, index, shape.data(), shape.size(), &value));
     check(ort::Api::tensor_data(value, &data));
-    return static_cast<float*>(data);
+    return static_cast<T*>(data);
 }
 
 // Of an attribute: without it the node is refused.
@@ -120,22 +107,7 @@ inline std::string text(const ort::Info* info, const char* op, const char* name)
     return value;
 }
 
-// ---------------------------------------------------------------- threads and the description of an op
-
-// Numbers for a task to work in, which its thread keeps for the next one.
-inline float* working(size_t count) {
-    static thread_local std::vector<float> buffer;
-    if (buffer.size() < count) buffer.resize(count);
-    return buffer.data();
-}
-
-// Calls function(0 .. total - 1) on the session's threads.
-template <class Function>
-void in_parallel(const ort::Context* context, size_t total, Function& function) {
-    if (total == 1) return function(0);
-    const auto call = [](void* data, size_t i) { (*static_cast<Function*>(data))(i); };
-    check(ort::Api::parallel_for(context, call, total, &function));
-}
+// ---------------------------------------------------------------- the description of an op
 
 // No exception may leave the library: each becomes a status that ONNX Runtime reports.
 template <class Function>
@@ -150,7 +122,8 @@ ort::Status* as_status(Function function) {
     }
 }
 
-// What ONNX Runtime is told of an op: a class with kName, kTypes of its inputs, how many of them are kRequired, kOutputs.
+// What ONNX Runtime is told of an op: a class with kName, kProvider (null: the CPU's), kTypes of its inputs, how many of them are
+// kRequired, kOutputs (types). Ops of one name with other types are one op: ONNX Runtime takes the one that fits.
 template <class Op>
 const ort::CustomOp* described() {
     static const ort::CustomOp op = [] {
@@ -158,11 +131,11 @@ const ort::CustomOp* described() {
         o.version = 17;
         o.CreateKernel = [](const ort::CustomOp*, const void*, const ort::Info*) -> void* { return nullptr; };
         o.GetName = [](const ort::CustomOp*) { return Op::kName; };
-        o.GetExecutionProviderType = [](const ort::CustomOp*) -> const char* { return nullptr; };
+        o.GetExecutionProviderType = [](const ort::CustomOp*) { return Op::kProvider; };
         o.GetInputType = [](const ort::CustomOp*, size_t i) { return Op::kTypes[i]; };
         o.GetInputTypeCount = [](const ort::CustomOp*) { return std::size(Op::kTypes); };
-        o.GetOutputType = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
-        o.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return Op::kOutputs; };
+        o.GetOutputType = [](const ort::CustomOp*, size_t i) { return Op::kOutputs[i]; };
+        o.GetOutputTypeCount = [](const ort::CustomOp*) { return std::size(Op::kOutputs); };
         o.KernelCompute = [](void*, ort::Context*) {};
         o.KernelDestroy = [](void* kernel) { delete static_cast<Op*>(kernel); };
         o.GetInputCharacteristic = [](const ort::CustomOp*, size_t i) { return i < Op::kRequired ? 0 : 1; };
@@ -179,6 +152,64 @@ const ort::CustomOp* described() {
         return o;
     }();
     return &op;
+}
+
+// What RegisterCustomOps of a library does. `what`: its ops, for the error.
+inline ort::Status* register_ops(ort::SessionOptions* options, const ort::ApiBase* base, const char* domain_name,
+                                 const char* what, std::initializer_list<const ort::CustomOp*> ops) {
+    const void* table = base->GetApi(ort::kApiVersion);
+    if (table == nullptr) {
+        // Slot 0, CreateStatus, is the same in every version since the first.
+        ort::Api::table = static_cast<void* const*>(base->GetApi(1));
+        const std::string text = std::string(what) + " of cm_export need ONNX Runtime 1.20 or newer, this one is " +
+                                 base->GetVersionString();
+        return ort::Api::create_status(ort::kFail, text.c_str());
+    }
+    ort::Api::table = static_cast<void* const*>(table);
+    ort::Domain* domain = nullptr;  // lives as long as the process: sessions keep pointing to it
+    if (ort::Status* status = ort::Api::create_domain(domain_name, &domain)) return status;
+    for (const ort::CustomOp* op : ops)
+        if (ort::Status* status = ort::Api::add_op(domain, op)) return status;
+    return ort::Api::add_domain(options, domain);
+}
+
+}  // namespace cm
+
+namespace cm::cpu {
+
+struct Kernels;
+
+const Kernels& kernels();                 // those in use
+const ort::CustomOp* cached_attention();  // attention.cpp
+const ort::CustomOp* prompt_attention();  // prompt.cpp
+
+// ---------------------------------------------------------------- threads of the CPU ops
+
+// Processors that this process may use. ONNX Runtime does not tell how many threads a session has.
+inline int processors() {
+    static const int count = [] {
+#if defined(__linux__)
+        cpu_set_t set;
+        if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+        return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+    }();
+    return count;
+}
+
+// Numbers for a task to work in, which its thread keeps for the next one.
+inline float* working(size_t count) {
+    static thread_local std::vector<float> buffer;
+    if (buffer.size() < count) buffer.resize(count);
+    return buffer.data();
+}
+
+// Calls function(0 .. total - 1) on the session's threads.
+template <class Function>
+void in_parallel(const ort::Context* context, size_t total, Function& function) {
+    if (total == 1) return function(0);
+    const auto call = [](void* data, size_t i) { (*static_cast<Function*>(data))(i); };
+    check(ort::Api::parallel_for(context, call, total, &function));
 }
 
 }  // namespace cm::cpu

@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels.h"
 #include "op.h"
 
 #define CM_EXPORT extern "C" __attribute__((visibility("default")))
@@ -390,7 +391,9 @@ int64_t panels_of(int64_t outputs) { return (outputs + kPanel - 1) / kPanel; }
 
 struct PackedMatMul {
     static constexpr const char* kName = "PackedMatMul";
-    static constexpr size_t kRequired = 6, kOutputs = 1;
+    static constexpr const char* kProvider = nullptr;
+    static constexpr size_t kRequired = 6;
+    static constexpr ort::ElementType kOutputs[] = {ort::kFloat};
     static constexpr ort::ElementType kTypes[] = {ort::kFloat, ort::kAny,   ort::kFloat16,
                                                   ort::kUint8, ort::kFloat, ort::kFloat};
     int64_t bits, group, outputs, x_bytes;
@@ -431,7 +434,9 @@ Activation activation_of(const char* op, const std::string& name) {
 
 struct PackedFFN {
     static constexpr const char* kName = "PackedFFN";
-    static constexpr size_t kRequired = 11, kOutputs = 1;
+    static constexpr const char* kProvider = nullptr;
+    static constexpr size_t kRequired = 11;
+    static constexpr ort::ElementType kOutputs[] = {ort::kFloat};
     static constexpr ort::ElementType kTypes[] = {ort::kFloat, ort::kAny,   ort::kFloat16, ort::kUint8, ort::kAny,  ort::kFloat16,
                                                   ort::kUint8, ort::kFloat, ort::kFloat,   ort::kFloat, ort::kFloat};
     int64_t bits_in, group_in, bits_out, group_out, columns, neurons, x_bytes;
@@ -483,21 +488,10 @@ struct PackedFFN {
 // ---------------------------------------------------------------- exports
 
 CM_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
+    using namespace cm;
     using namespace cm::cpu;
-    const void* table = base->GetApi(ort::kApiVersion);
-    if (table == nullptr) {
-        // Slot 0, CreateStatus, is the same in every version since the first.
-        ort::Api::table = static_cast<void* const*>(base->GetApi(1));
-        const std::string what = std::string("the CPU ops of cm_export need ONNX Runtime 1.20 or newer, this one is ") +
-                                 base->GetVersionString();
-        return ort::Api::create_status(ort::kFail, what.c_str());
-    }
-    ort::Api::table = static_cast<void* const*>(table);
-    ort::Domain* domain = nullptr;  // lives as long as the process: sessions keep pointing to it
-    if (ort::Status* status = ort::Api::create_domain(kDomain, &domain)) return status;
-    for (const ort::CustomOp* op : {described<PackedMatMul>(), described<PackedFFN>(), cached_attention(), prompt_attention()})
-        if (ort::Status* status = ort::Api::add_op(domain, op)) return status;
-    return ort::Api::add_domain(options, domain);
+    return register_ops(options, base, kDomain, "the CPU ops",
+                        {described<PackedMatMul>(), described<PackedFFN>(), cached_attention(), prompt_attention()});
 }
 
 // Bytes of weights that products read, and that they would have read with every k listed; since the last reset.

@@ -104,6 +104,10 @@ struct Api {
     }
     static void release_status(Status* status) { at<void (*)(Status*)>(93)(status); }
     static void release_shape_info(ShapeInfo* info) { at<void (*)(ShapeInfo*)>(99)(info); }
+    // The cudaStream_t on which the CUDA provider works; null from the CPU's.
+    static Status* gpu_stream(const Context* context, void** out) {
+        return at<Status* (*)(const Context*, void**)>(193)(context, out);
+    }
     // Calls task(data, 0 .. total - 1) on the threads of the session.
     static Status* parallel_for(const Context* context, void (*task)(void*, size_t), size_t total, void* data) {
         return at<Status* (*)(const Context*, void (*)(void*, size_t), size_t, size_t, void*)>(274)(context, task, total, 0,

@@ -11,6 +11,7 @@
 #include <limits>
 #include <numeric>
 
+#include "kernels.h"
 #include "op.h"
 
 namespace cm::cpu {
@@ -19,7 +20,9 @@ namespace {
 struct PromptAttention {
     static constexpr const char* kName = "PromptAttention";
     static constexpr ort::ElementType kTypes[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kAny};
-    static constexpr size_t kRequired = 3, kOutputs = 1;
+    static constexpr const char* kProvider = nullptr;
+    static constexpr size_t kRequired = 3;
+    static constexpr ort::ElementType kOutputs[] = {ort::kFloat};
     float scale;
 
     explicit PromptAttention(const ort::Info* info) : scale(number(info, kName, "scale")) {}

@@ -7,7 +7,11 @@ namespace cm {
 
 namespace {
 std::atomic<nvinfer1::ILoggerFinder*> finder_of_logger{nullptr};
-}
+thread_local Refusals* refusals = nullptr;
+}  // namespace
+
+Refusals::Refusals() { refusals = this; }
+Refusals::~Refusals() { refusals = nullptr; }
 
 void set_logger_finder(nvinfer1::ILoggerFinder* finder) { finder_of_logger = finder; }
 
@@ -22,7 +26,12 @@ void log(nvinfer1::ILogger::Severity severity, const std::string& text) {
 }
 
 bool refuse(const char* plugin, const std::string& text) {
-    log(nvinfer1::ILogger::Severity::kERROR, std::string(plugin) + ": " + text);
+    const std::string whole = std::string(plugin) + ": " + text;
+    if (refusals != nullptr) {
+        refusals->text = whole;
+    } else {
+        log(nvinfer1::ILogger::Severity::kERROR, whole);
+    }
     return false;
 }
 

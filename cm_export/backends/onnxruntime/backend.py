@@ -28,6 +28,8 @@ from ...families import Arrays, Family, Shape
 from ...host.backend import Cache, Feeds, Graphs, Tokens
 from ...host.core_rows import CoreRows
 from ...host.core_set import CoreSet
+from ...plugins import places as libraries
+from ...plugins.core_linear.op import BY_INPUTS
 from ...plugins.cpu import library as native
 from ...quant.error import codes_of
 from ...quant.packing import blocks
@@ -37,6 +39,7 @@ from .cached_attention import attend_natively
 from .device_rows import DeviceRows
 from .grouped import group_attention
 from .in_place import write_in_place
+from .kernels import held_by_inputs, use_kernels
 from .lower import lower
 from .pack import Packing, gather_ffns
 from .patches import multiply_patches
@@ -59,7 +62,7 @@ def open(
     recipe = recipe or bundle.recipe
     # For checks, and for low bits, whose products are asked for in float32, a device computes in it, too.
     exact = bundle.packed is not None or recipe.engine.precision == "fp32"
-    place, notes = place_for(device, np.float32 if exact else np.float16)
+    place, notes = place_for(device, np.float32 if exact else np.float16, recipe.engine.plugins)
     chooses = recipe.neurons.in_decode
     names = core_row_names(bundle.family, bundle.shape.layers)
     low_bits = None
@@ -71,6 +74,10 @@ def open(
         graph or bundle.graph, bundle.weights, threads, predictor, names, low_bits, bundle.shape.heads, place
     )
     made.notes += notes
+    decides = chooses or recipe.neurons.by_threshold
+    if place.apart and place.kernels is None and bundle.packed is None and decides:
+        why = libraries.why_unusable(recipe.engine.plugins)
+        made.notes.append(f"every weight is read there, since our kernels cannot be used: {why}")
     return made
 
 
@@ -216,7 +223,7 @@ class Backend:
     def reads(self, name: str) -> set[str]:
         """Weights of the weight file that the session of graph `name` reads, and the rows that are gathered for it."""
         model, arrays = self._prepared(self._graph(name), self._key(name, True, False, False))
-        read = {t.name for t in _external(model)} - arrays.keys()
+        read = {t.name.removesuffix(BY_INPUTS) for t in _external(model)} - arrays.keys()
         gathers = any(i.name.startswith("ffn.") or i.name == "core_bias" for i in model.graph.input)
         rows = (self._row_names or []) if gathers else []
         return {n for n in read if n in self.weights}.union(*rows)
@@ -240,6 +247,8 @@ class Backend:
             from .halve import in_16_bit  # with graphsurgeon, which float32 does not wait for
 
             model = in_16_bit(model, self.weights.tensors, self.place.products)
+        if self.place.kernels is not None and key[0] not in ("vision", WHOLE):
+            model = use_kernels(model, self._held_by_inputs, is_step=key[3])
         model = lower(model, rows_as_inputs=key[1], few_rows=key[2], place=self.place)
         if self._heads and key[1]:
             group_attention(model, self._heads)
@@ -249,8 +258,9 @@ class Backend:
         where = graph if isinstance(graph, Path) else "a graph made in memory"
         model, arrays = self._prepared(graph, key)
         options = ort.SessionOptions()
-        if self.native is not None and arrays:
-            options.register_custom_ops_library(str(self.native))
+        library = self.place.kernels or (self.native if arrays else None)
+        if library is not None:
+            options.register_custom_ops_library(str(library))
         # Left to itself, ONNX Runtime takes every core of the machine, also in a container that allows two.
         options.intra_op_num_threads = self.threads or environment.default_threads()
         # Sessions take turns. Left to itself, each one's threads look for work for 50 ms after a run, on the processors that the
@@ -259,7 +269,7 @@ class Backend:
         options.log_severity_level = 3
         external = _external(model)
         known = (*arrays, *self.weights.tensors, *(self.predictor.tensors if self.predictor else ()))
-        missing = [t.name for t in external if t.name not in known]
+        missing = [t.name for t in external if t.name.removesuffix(BY_INPUTS) not in known]
         if missing:
             raise BundleError(f"the weight file has no {missing[0]}", where=where, fix="build the bundle again")
         for tensor in external:
@@ -312,12 +322,13 @@ class Backend:
         model.graph.initializer.extend(kept)
 
     def _array(self, tensor: onnx.TensorProto, arrays: Arrays) -> np.ndarray:
-        """What an initializer reads: the mapped file as it is or in 16 bit, or int4 pairs turned into what is multiplied."""
+        """What an initializer reads: the mapped file as it is, in 16 bit or turned, or int4 pairs made what is multiplied."""
         if tensor.name in arrays:
             return arrays[tensor.name]
-        if tensor.name in self.weights:
-            kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-            return _in_type(self.weights[tensor.name], kind, tensor.name)
+        name = tensor.name.removesuffix(BY_INPUTS)
+        if name in self.weights:
+            found = _in_type(self.weights[name], onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type), name)
+            return found if name == tensor.name else np.ascontiguousarray(found.T)
         assert self.predictor is not None  # a tensor in neither file was refused before
         stored = self.predictor[tensor.name]
         if tensor.data_type == onnx.TensorProto.INT8:
@@ -337,10 +348,18 @@ class Backend:
         return self._borders is not None
 
     @cached_property
+    def _held_by_inputs(self) -> set[str]:
+        """Weights [N,D] that a device has as [D,N], for the kernels of decode."""
+        return held_by_inputs(self._read("decode"))
+
+    def _read(self, name: str) -> onnx.ModelProto:
+        graph = self._graph(name)
+        return onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph
+
+    @cached_property
     def _borders(self) -> str | None:
         """The input of the vision graph that says where pictures end."""
-        graph = self._graph("vision")
-        return borders(onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph)
+        return borders(self._read("vision"))
 
     def prefill(self, feeds: Feeds, graph: str = "prefill") -> tuple[Arrays, Rows]:
         """A prefill graph's outputs, and its cache."""

@@ -6,6 +6,7 @@
                                                      three inputs [B,K,D] that the host gathers once per request
     CoreFFN(x, Wg, Wu, Wd_t, PredictNeurons(...)) -> CoreMasked(x, Wg, Wu, Wd_t, ids), ids by MatMulNBits on the int4 bytes
     CoreFFN, CoreLinear with thresholds           -> the same, their products as above
+    what a device's kernels compute (kernels.py)  -> as it stands
 
 Gathering inside every step is slower than dense (a gather of 40 % costs more than the products it saves). So a set that
 is new for every token buys no time here: every row is read, those that are not listed are multiplied by zero.
@@ -22,6 +23,7 @@ from ...base.errors import SurgeryError
 from ...base.onnx_text import DOMAIN, OPSET
 from ...host.core_rows import ROWS
 from ...plugins.core_ffn.body import ACTIVATIONS, inputs
+from ...plugins.places import DOMAIN as KERNELS
 from ...plugins.threshold import above
 from ...policies.choose_neurons import choose_text
 from .place import Place
@@ -43,7 +45,7 @@ def lower(
     nodes, activation, by_threshold = [], None, None
     chosen = {n.output[0] for n in graph.node if n.op_type == "PredictNeurons"}
     for node in graph.node:
-        if node.op_type == "PredictNeurons":
+        if node.op_type == "PredictNeurons" or node.domain == KERNELS:
             nodes.append(node)
             continue
         if node.op_type == "CoreFFN" and len(node.input) == ACTIVE_INPUTS:
@@ -76,10 +78,10 @@ def lower(
             onnx.helper.make_node("CoreRows", [node.input[0], *weights], list(node.output), node.name, domain=DOMAIN)
         )
     if activation is not None:
-        _check_one_activation(graph)
+        check_one_activation(graph)
         model.functions.append(_core_rows(activation))
     if by_threshold is not None:
-        _check_one_activation(graph)
+        check_one_activation(graph)
         model.functions.extend([_core_active(by_threshold), _active_linear()])
     if chosen:
         reader = next(n for n in graph.node if n.op_type == "CoreFFN")
@@ -100,7 +102,7 @@ def _norms_in_one_kernel(nodes: list[onnx.NodeProto]) -> None:
             node.op_type = "SimplifiedLayerNormalization"
 
 
-def _check_one_activation(graph: onnx.GraphProto) -> None:
+def check_one_activation(graph: onnx.GraphProto) -> None:
     """Raises SurgeryError for layers of unlike activations: one function here stands for all of them."""
     found = {node.name: attribute(node, "activation") for node in graph.node if node.op_type == "CoreFFN"}
     if len(set(found.values())) > 1:

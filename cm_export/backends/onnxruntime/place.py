@@ -25,6 +25,7 @@ import onnxruntime as ort
 
 from ...base.errors import BundleError, InputError
 from ...base.onnx_text import IR_VERSION, OPSET
+from ...plugins import places as libraries
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _PACKAGE = "'onnxruntime-gpu[cuda,cudnn]'"
@@ -48,12 +49,14 @@ class Place:
     """`device`: as ONNX Runtime names it; `apart`: whether its memory is another than this process's.
 
     `products`: the type of what is large (products with weights, attention, the cache): float32, or float16 where apart.
+    `kernels`: the plugin library whose ops sessions take where apart; None: what ONNX Runtime makes of our nodes runs.
     """
 
     device: str = "cpu"
     number: int = 0
     apart: bool = False
     products: np.dtype = np.dtype(np.float32)  # noqa: RUF009 (a constant)
+    kernels: Path | None = None
 
     @property
     def name(self) -> str:
@@ -140,10 +143,11 @@ def _copy_graph(dtype: np.dtype) -> onnx.ModelProto:
 
 
 # ------------------------------------------------------------------------------------------------- which one
-def place_for(asked: str | None, products: Any = np.float16) -> tuple[Place, list[str]]:
+def place_for(asked: str | None, products: Any = np.float16, plugins: str = "") -> tuple[Place, list[str]]:
     """The place that --device asks for (None: this process's memory), and what the user should know about it.
 
-    `products`: their type where it is a device. Raises InputError that says what is missing here.
+    `products`: their type where it is a device; `plugins`: the recipe's engine.plugins. Raises InputError that says what is
+    missing here.
     """
     if asked is None or asked == "cpu":
         return Place(), []
@@ -155,7 +159,8 @@ def place_for(asked: str | None, products: Any = np.float16) -> tuple[Place, lis
         return Place(), [f"runs on the CPU: {missing[0]}"]
     if missing:
         raise InputError(missing[0], where=f"--device {asked}", fix=f"{missing[1]}; or --device cpu")
-    place = Place("cuda", int(found["number"] or 0), True, np.dtype(products))
+    kernels = None if libraries.why_unusable(plugins) else libraries.find(plugins)
+    place = Place("cuda", int(found["number"] or 0), True, np.dtype(products), kernels)
     try:
         place.session(_copy_graph(np.dtype(np.float32)))
     except Exception as e:  # no such GPU, or a driver that is too old: CUDA's own words

@@ -1,76 +1,25 @@
-"""Decode of the policy `active`: its products as engines have them.
+"""Decode of the policy `active` for engines: the file for the builder gets the weights of its products turned.
 
-    CoreFFN "active"  ->  CoreLinear gate, CoreLinear up, Gated, CoreLinear down         one op for every product with a threshold
-    CoreLinear(x, W [N,D])  ->  CoreLinear(x, W by inputs [D,N], by_inputs = 1)          rows that are left out are not read
-
-The first is a rewrite of the graph, the second of its weights: the file for the builder gets them turned. Where there is no
-plugin the functions are written out, over weights as they are stored: every channel is multiplied, the others by zero.
+What the graph becomes is ../onnxruntime/active.py. Where there is no plugin the functions are written out, over weights as they
+are stored: every channel is multiplied, the others by zero.
 """
 
 import onnx
-import onnx_graphsurgeon as gs
-from onnx import TensorProto
 
-from ...base.onnx_text import function
-from ...plugins.core_ffn.body import ACTIVATIONS
 from ...plugins.core_linear import op as core_linear
-from ...surgery.edit import Edit
-from .quantize import Part, Parts, external, set_function
+from ..onnxruntime import active
+from .quantize import Part, Parts, set_function
 
 THRESHOLDS = "core_thresholds"
-
-
-def products(edit: Edit, activation: str) -> None:
-    """Every CoreFFN with thresholds becomes three products and what stands between them."""
-    gated = function(f"""Gated (gate_out, up_out) => (z) {{
-        {ACTIVATIONS[activation]}
-        z = Mul (activated, up_out)
-    }}""")
-    for node in [n for n in edit.graph.nodes if n.op == "CoreFFN"]:
-        x, w_gate, w_up, w_down_t, x_norm, z_norm, x_threshold, z_threshold = node.inputs
-        layer, y, name = node.attrs["layer"], node.outputs[0], node.name
-        node.outputs.clear()
-
-        def linear(part: str, given: list[gs.Tensor], name: str = name, layer: int = layer) -> gs.Variable:
-            out = gs.Variable(f"{name}.{part}/y")
-            edit.core_node(core_linear.OP, {}, f"{name}.{part}", layer, given, [out], **core_linear.AS_STORED)
-            return out
-
-        parts = [linear(p, [x, w, x_norm, x_threshold]) for p, w in (("gate", w_gate), ("up", w_up))]
-        z = edit.call(gated, *parts)[0]
-        w_down = edit.op("Transpose", w_down_t, perm=[1, 0])  # as a checkpoint has it; `turn` takes it back
-        edit.core_node(core_linear.OP, {}, f"{name}.down", layer, [z, w_down, z_norm, z_threshold], [y],
-                       **core_linear.AS_STORED)  # fmt: skip
+products = active.products
 
 
 def turn(model: onnx.ModelProto) -> Parts:
     """Rewrite a lowered graph so that its CoreLinear read weights by inputs; returns how the new initializers are made."""
-    graph, parts = model.graph, Parts()
-    stored = {t.name: t for t in graph.initializer if t.data_location == TensorProto.EXTERNAL}
-    makers = {n.output[0]: n for n in graph.node if n.op_type == "Transpose"}
-    new = {}
-    linear = [n for n in graph.node if n.op_type == "CoreLinear"]
-    if not linear:
-        return parts
-    for node in linear:
-        turned = makers.get(node.input[1])
-        if turned is not None:
-            node.input[1] = turned.input[0]
-        else:
-            weight = stored[node.input[1]]
-            name, shape = f"{weight.name}/by_inputs", tuple(reversed(weight.dims))
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(weight.data_type)
-            parts[name] = Part(weight.name, None, "turned", dtype, shape)
-            new[name] = external(name, weight.data_type, shape)
-            node.input[1] = name
-        for attribute in node.attribute:
-            if attribute.name == "by_inputs":
-                attribute.i = 1
-    read = {i for n in graph.node for i in n.input} | {o.name for o in graph.output}
-    kept = [t for t in graph.initializer if t.name in read]
-    nodes = [n for n in graph.node if not (n.op_type == "Transpose" and n.output[0] not in read)]
-    del graph.initializer[:], graph.node[:]
-    graph.initializer.extend([*kept, *new.values()])
-    graph.node.extend(nodes)
-    set_function(model, core_linear.function(by_inputs=True))
-    return parts
+    new = active.turn(model)
+    if any(n.op_type == "CoreLinear" for n in model.graph.node):
+        set_function(model, core_linear.function(by_inputs=True))
+    return {
+        name: Part(w.name, None, "turned", onnx.helper.tensor_dtype_to_np_dtype(w.data_type), tuple(reversed(w.dims)))
+        for name, w in new.items()
+    }

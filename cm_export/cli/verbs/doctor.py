@@ -73,6 +73,7 @@ def examine() -> dict[str, Any]:
         "misfits": pairs,
         "onnxruntime_providers": _providers(),
         "cuda": _cuda(),
+        "kernels": _kernels(),
         "native": _native(),
         "demo_model": (DEMO / "config.json").is_file() and (DEMO / "model.safetensors").is_file(),
     }
@@ -100,6 +101,17 @@ def _cuda() -> dict[str, Any]:
     return {"ok": True, "missing": None, "fix": None}
 
 
+def _kernels() -> dict[str, Any]:
+    """The plugin library, from which --device cuda takes our kernels, or why it cannot. Nothing needs it."""
+    try:
+        from ...plugins import places
+
+        missing = places.why_unusable()
+    except ImportError as e:
+        return {"library": None, "missing": str(e)}
+    return {"library": None if missing else str(places.find()), "missing": missing}
+
+
 def _native() -> dict[str, Any]:
     """The library of low-bit products: what it runs on here, or why it is missing. Nothing needs it; without, they are slower."""
     from ...plugins.cpu import library
@@ -125,6 +137,7 @@ def _print(found: dict[str, Any]) -> None:
                 "--device cuda",
                 "works" if found["cuda"]["ok"] else f"no: {found['cuda']['missing']}; {found['cuda']['fix']}",
             ),
+            ("CUDA kernels", found["kernels"]["missing"] or found["kernels"]["library"]),
             ("low-bit products", found["native"]["missing"] or f"native, {found['native']['instructions']}"),
             ("demo model", "present" if found["demo_model"] else "MISSING: install cm-export again"),
         ],

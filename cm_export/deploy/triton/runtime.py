@@ -23,7 +23,7 @@ NEEDS = (
     "jinja2", "ml-dtypes", "numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "pillow", "psutil", "safetensors",
     "tokenizers",
 )  # fmt: skip
-_IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.cu", "*.cuh", "native", "emulator", "harness")
+_IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.cu", "*.cuh", "native", "emulator", "harness", "ort")
 
 
 def copy(folder: Path) -> None:
