@@ -18,6 +18,7 @@ namespace cm::cpu {
 
 const Kernels& kernels();              // those in use
 const ort::CustomOp* cached_attention();  // attention.cpp
+const ort::CustomOp* cached_attention_8();
 
 // Processors that this process may use. ONNX Runtime does not tell how many threads a session has.
 inline int processors() {
@@ -85,12 +86,13 @@ inline Tensor input(const ort::Context* context, size_t index) {
     return value == nullptr ? Tensor{} : read_shape_and_data(value);
 }
 
-inline float* output(ort::Context* context, const std::vector<int64_t>& shape, size_t index = 0) {
+template <class T = float>
+T* output(ort::Context* context, const std::vector<int64_t>& shape, size_t index = 0) {
     ort::Value* value = nullptr;
     void* data = nullptr;
     check(ort::Api::output(context, index, shape.data(), shape.size(), &value));
     check(ort::Api::tensor_data(value, &data));
-    return static_cast<float*>(data);
+    return static_cast<T*>(data);
 }
 
 // Of an attribute: without it the node is refused.
@@ -160,8 +162,8 @@ const ort::CustomOp* described() {
         o.GetExecutionProviderType = [](const ort::CustomOp*) -> const char* { return nullptr; };
         o.GetInputType = [](const ort::CustomOp*, size_t i) { return Op::kTypes[i]; };
         o.GetInputTypeCount = [](const ort::CustomOp*) { return std::size(Op::kTypes); };
-        o.GetOutputType = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
-        o.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return Op::kOutputs; };
+        o.GetOutputType = [](const ort::CustomOp*, size_t i) { return Op::kOutputs[i]; };
+        o.GetOutputTypeCount = [](const ort::CustomOp*) { return std::size(Op::kOutputs); };
         o.KernelCompute = [](void*, ort::Context*) {};
         o.KernelDestroy = [](void* kernel) { delete static_cast<Op*>(kernel); };
         o.GetInputCharacteristic = [](const ort::CustomOp*, size_t i) { return i < Op::kRequired ? 0 : 1; };

@@ -390,7 +390,8 @@ int64_t panels_of(int64_t outputs) { return (outputs + kPanel - 1) / kPanel; }
 
 struct PackedMatMul {
     static constexpr const char* kName = "PackedMatMul";
-    static constexpr size_t kRequired = 6, kOutputs = 1;
+    static constexpr size_t kRequired = 6;
+    static constexpr ort::ElementType kOutputs[] = {ort::kFloat};
     static constexpr ort::ElementType kTypes[] = {ort::kFloat, ort::kAny,   ort::kFloat16,
                                                   ort::kUint8, ort::kFloat, ort::kFloat};
     int64_t bits, group, outputs, x_bytes;
@@ -431,7 +432,8 @@ Activation activation_of(const char* op, const std::string& name) {
 
 struct PackedFFN {
     static constexpr const char* kName = "PackedFFN";
-    static constexpr size_t kRequired = 11, kOutputs = 1;
+    static constexpr size_t kRequired = 11;
+    static constexpr ort::ElementType kOutputs[] = {ort::kFloat};
     static constexpr ort::ElementType kTypes[] = {ort::kFloat, ort::kAny,   ort::kFloat16, ort::kUint8, ort::kAny,  ort::kFloat16,
                                                   ort::kUint8, ort::kFloat, ort::kFloat,   ort::kFloat, ort::kFloat};
     int64_t bits_in, group_in, bits_out, group_out, columns, neurons, x_bytes;
@@ -495,7 +497,7 @@ CM_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort
     ort::Api::table = static_cast<void* const*>(table);
     ort::Domain* domain = nullptr;  // lives as long as the process: sessions keep pointing to it
     if (ort::Status* status = ort::Api::create_domain(kDomain, &domain)) return status;
-    for (const ort::CustomOp* op : {described<PackedMatMul>(), described<PackedFFN>(), cached_attention()})
+    for (const ort::CustomOp* op : {described<PackedMatMul>(), described<PackedFFN>(), cached_attention(), cached_attention_8()})
         if (ort::Status* status = ort::Api::add_op(domain, op)) return status;
     return ort::Api::add_domain(options, domain);
 }
@@ -506,6 +508,19 @@ CM_EXPORT void cm_native_counts(uint64_t out[2]) {
 }
 
 CM_EXPORT void cm_native_reset() { cm::cpu::bytes_read = cm::cpu::bytes_dense = 0; }
+
+// Rows of a cache, `count` of them, from numbers to bytes (kernels.h) and back.
+CM_EXPORT void cm_native_round(const float* x, int64_t count, int64_t width, uint8_t* rows) {
+    const auto& kernel = cm::cpu::kernels();
+    const size_t size = cm::cpu::row_of_bytes(width);
+    for (int64_t i = 0; i < count; ++i) kernel.round(x + i * width, static_cast<int>(width), rows + i * size);
+}
+
+CM_EXPORT void cm_native_widen(const uint8_t* rows, int64_t count, int64_t width, float* x) {
+    const auto& kernel = cm::cpu::kernels();
+    const size_t size = cm::cpu::row_of_bytes(width);
+    for (int64_t i = 0; i < count; ++i) kernel.widen_row(rows + i * size, static_cast<int>(width), x + i * width);
+}
 
 // JSON: which instructions are used, which could be.
 CM_EXPORT const char* cm_native_info() {
