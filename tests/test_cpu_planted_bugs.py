@@ -80,6 +80,10 @@ SHARED = {  # what is wrong: (file, right, wrong)
     "the rest of a key": (ATTEND, "if (at < a.width) add_products", "if (at < 0) add_products"),
     "second tile of values": (ATTEND, "std::min(r + kTileRows, a.seen), stride", "std::min<int64_t>(kTileRows, a.seen), stride"),
     "shares of the first head": (ATTEND, "*= inverse[h];", "*= inverse[0];"),
+    "scale of the first numbers of a row": (ATTEND, "Isa::scale(row + width + at / kRounded * 2)", "Isa::scale(row + width)"),
+    "the rest of a row of bytes": (ATTEND, "at + i < width ? codes[i] : 0", "0"),
+    "a row of bytes is cut instead of rounded": (ATTEND, "bits += 0x7fff + (bits >> 16 & 1);", "bits += 0x10000;"),
+    "where a head's bytes are written": (CACHE, "kernel.round(made + h * width,", "kernel.round(made,"),
     "what the mask adds": (CACHE, "added[count] = mask[row];", "added[count] = 0.0f;"),
     "list of the first request": (CACHE, "call.listed[b * call.those + i]", "call.listed[i]"),
     "cache of the first request": (CACHE, "(token / call.tokens * kv_heads + kv)", "kv"),
@@ -133,7 +137,7 @@ QUICK = {
     "last group", "x of the first row", "sums of another span", "rows of the first quads", "what a part adds",
     "where up is summed", "what is not kept sets the scale", "numbers past the end of x", "threshold of the first request",
     "up taken for gate",
-    "slope of an activation", "scratch of all calls",
+    "slope of an activation", "scratch of all calls", "scale of the first numbers of a row",
     "AMX: zero points", "AVX-512: upper codes of one row", "AVX2: signs of x", "ARM: zero points of 8 bits", "ARM: order of lanes",
 }  # fmt: skip
 
