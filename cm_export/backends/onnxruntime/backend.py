@@ -151,7 +151,7 @@ class Backend:
         self._row_names, self.threads = row_names, environment.usable(threads)
         self._graph, self.weights, self.predictor = graph, weights, predictor
         self._bytes_wanted = bytes_wanted
-        self._attended_to: dict[Key, tuple[onnx.ModelProto, Arrays]] = {}  # graphs that `in_bytes` has looked at
+        self._looked_at: dict[Key, tuple[onnx.ModelProto, Arrays]] = {}  # graphs that `in_bytes` has looked at
         self._sessions: dict[Key, ort.InferenceSession] = {}
         self._views: dict[str, Held] = {}  # sessions read these buffers as long as they live
         self._inputs: dict[Key, dict[str, str]] = {}  # weights that a session takes as inputs -> in _views
@@ -190,8 +190,8 @@ class Backend:
             return False
         with self._making:
             keys = [self._key(name, True, False, True) for name in ("decode", "decode_dense")]
-            self._attended_to = {key: self._attended(self._graph(key[0]), key) for key in keys}
-            return all(reads_natively(model) for model, _ in self._attended_to.values())
+            self._looked_at = {key: self._rewritten(self._graph(key[0]), key) for key in keys}
+            return all(reads_natively(model) for model, _ in self._looked_at.values())
 
     def has(self, graph: str) -> bool:
         """Every graph of a bundle runs here."""
@@ -242,8 +242,16 @@ class Backend:
         rows = (self._row_names or []) if gathers else []
         return {n for n in read if n in self.weights}.union(*rows)
 
-    def _attended(self, graph: Path | onnx.ModelProto, key: Key) -> tuple[onnx.ModelProto, Arrays]:
-        """The graph with packed products, one of a step with its attention, and the arrays that its products read."""
+    def _prepared(self, graph: Path | onnx.ModelProto, key: Key) -> tuple[onnx.ModelProto, Arrays]:
+        """The graph as its session takes it, and the arrays that its packed products read."""
+        in_bytes = key[3] and self.in_bytes
+        model, arrays = self._looked_at.pop(key) if key in self._looked_at else self._rewritten(graph, key)
+        if in_bytes:
+            read_bytes(model)
+        return model, arrays
+
+    def _rewritten(self, graph: Path | onnx.ModelProto, key: Key) -> tuple[onnx.ModelProto, Arrays]:
+        """The same over a cache of floats."""
         model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph
         if key[0] == WHOLE:
             attend_to_all(model)
@@ -254,14 +262,6 @@ class Backend:
             write_in_place(model)
             if self.native is not None and arrays and self._heads:
                 attend_natively(model, self._heads)
-        return model, arrays
-
-    def _prepared(self, graph: Path | onnx.ModelProto, key: Key) -> tuple[onnx.ModelProto, Arrays]:
-        """The graph as its session takes it, and the arrays that its packed products read."""
-        in_bytes = key[3] and self.in_bytes
-        model, arrays = self._attended_to.pop(key) if key in self._attended_to else self._attended(graph, key)
-        if in_bytes:
-            read_bytes(model)
         if self.place.products != np.float32:
             from .halve import in_16_bit  # with graphsurgeon, which float32 does not wait for
 

@@ -63,7 +63,7 @@ def attend_natively(model: onnx.ModelProto, heads: int) -> None:
 
 
 def reads_natively(model: onnx.ModelProto) -> bool:
-    """Whether nothing but such nodes reads the cache of a decode graph."""
+    """Whether nothing but such nodes reads the cache of a decode graph, whose dead nodes are gone."""
     pasts = {v.name for v in model.graph.input if v.name.startswith("past.")}
     read = [(n.op_type, name) for n in model.graph.node for name in pasts.intersection(names_read(n))]
     return bool(pasts) and {kind for kind, _ in read} == {OP} and {name for _, name in read} == pasts
