@@ -58,9 +58,7 @@ class Rows:
             self.memory.caches.add(self)
 
     @classmethod
-    def of(
-        cls, arrays: Mapping[str, np.ndarray | ort.OrtValue], place: Place = HERE, in_bytes: bool = False
-    ) -> Rows:
+    def of(cls, arrays: Mapping[str, np.ndarray | ort.OrtValue], place: Place = HERE, in_bytes: bool = False) -> Rows:
         """Keys and values of requests that all have as many rows: past.i.key/value or present.i.key/value, copied.
 
         `in_bytes`: rounded to rows of bytes.
