@@ -203,7 +203,8 @@ CASES = [
     Sizes(d=128, heads=14, kv_heads=2, past=70, rotary=32, B=3, shared=True), Sizes(past=0, room=0), Sizes(B=0), Sizes(N=0),
     Sizes(N=3, B=2, norm=True, bias=True, side=True, d=80), Sizes(heads=40, kv_heads=1, d=8, past=20),
     Sizes(B=2, N=3, past=60, holes=0.2, listed=25, pad=9), Sizes(N=5, heads=6, kv_heads=6, d=70, turned="whole", norm=True),
-    Sizes(bytes=True), Sizes(bytes=True, d=64, heads=9, kv_heads=3, past=130, holes=0.3), Sizes(bytes=True, d=1, heads=1, kv_heads=1),
-    Sizes(bytes=True, B=2, N=7, past=70, pad=11, bias=True, d=70, heads=6, kv_heads=6), Sizes(bytes=True, B=0),
+    Sizes(bytes=True), Sizes(bytes=True, d=64, heads=9, kv_heads=3, past=130, holes=0.3),
+    Sizes(bytes=True, d=1, heads=1, kv_heads=1), Sizes(bytes=True, B=0),
+    Sizes(bytes=True, B=2, N=7, past=70, pad=11, bias=True, d=70, heads=6, kv_heads=6),
     Sizes(bytes=True, B=2, N=3, d=128, heads=14, kv_heads=2, past=80, rotary=32, listed=25, norm=True, side=True),
 ]  # fmt: skip

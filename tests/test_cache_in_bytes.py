@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import active_bundle, low_bits
+from conftest import active_bundle, built, few_answers, low_bits, take_stages
 from test_packed import IDS, asked_of, logits
 
 from cm_export.backends.onnxruntime import backend as runtime
@@ -138,3 +138,15 @@ def test_without_the_library_a_cache_holds_floats(low, monkeypatch):
     found = logits(runner, asked_of(runner))
     assert not runner.backend.in_bytes
     np.testing.assert_array_equal(found, logits(Runner(low, 1), asked_of(runner)))
+
+
+def test_a_build_measures_what_the_cache_costs_as_well(low, tmp_path):
+    take_stages(low.path, tmp_path / "bytes.plan")
+    options = ["--model", "demo", "--neurons", "dense", "--weights", "int8", "--keep-floats", "--cache", "int8"]
+    with few_answers():
+        built(tmp_path / "bytes.plan", *options)
+    bundle = Bundle(tmp_path / "bytes.plan")
+    ours, floats = (b.manifest["weights_drift"] for b in (bundle, low))
+    assert ours != floats
+    runner = Runner(bundle, 1)
+    assert runner.backend.in_bytes and answer(runner) == answer(Runner(low, 1))
