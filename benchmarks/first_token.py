@@ -101,7 +101,7 @@ def child(path: Path, started: float, args: argparse.Namespace) -> dict[str, Any
         "prompt_tokens": stats["prompt_tokens"],
         "peak": environment.peak_memory_bytes(),
         "weights": weights,
-        "cache": 2 * 4 * shape.layers * shape.kv_heads * shape.head_dim * rows,
+        "cache": 2 * shape.layers * shape.kv_heads * model.bundle.recipe.weights.row_of_cache(shape.head_dim) * rows,
         "disk": sum(f["bytes"] for f in files.values()),
     }
 

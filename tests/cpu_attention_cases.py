@@ -1,4 +1,8 @@
-"""Calls of CachedAttention with their meaning in float64, and how far sums in float32 may take an answer from it."""
+"""Calls of CachedAttention with their meaning in float64, and how far sums in float32 may take an answer from it.
+
+A cache in bytes (CachedAttention8) is widened here; a new row may be off by half a step: |error| <= scale / 2, scale =
+max |x| / 127 of 32 numbers, rounded to a bfloat16.
+"""
 
 from dataclasses import dataclass
 
@@ -8,6 +12,38 @@ from cpu_cases import Call
 LEAST = np.finfo(np.float32).min
 EPSILON = 1e-5
 FLOAT32 = 1e-6  # relative error of a sum, of an exponential
+TOGETHER = 32  # numbers of a row that share a scale
+BFLOAT16 = 2**-8  # relative error of a scale
+
+
+def widened(rows: np.ndarray, d: int) -> np.ndarray:
+    """float32 [...,d] of rows of bytes [...,w]: int8 codes, then the upper halves of their float32 scales."""
+    scales = np.ascontiguousarray(rows[..., d:]).view(np.uint16).astype(np.uint32) << 16
+    of_each = np.repeat(scales.view(np.float32), TOGETHER, -1)[..., :d]
+    return rows[..., :d].view(np.int8).astype(np.float32) * of_each
+
+
+def half_a_step(x: np.ndarray) -> np.ndarray:
+    """How far rounding takes each number of float64 [...,d]."""
+    out = np.empty_like(x)
+    for begin in range(0, x.shape[-1], TOGETHER):
+        part = slice(begin, begin + TOGETHER)
+        out[..., part] = np.abs(x[..., part]).max(-1, keepdims=True) / 127 / 2 * (1 + BFLOAT16)
+    return out
+
+
+@dataclass(frozen=True)
+class CallInBytes(Call):
+    """Its answer: y and the bytes of keys and values, flat; what is expected: y and their numbers."""
+
+    def check(self, y: np.ndarray) -> None:
+        d = self.attributes["d"]
+        w = d + 2 * -(-d // TOGETHER)
+        cache = self.inputs["past_key"].size
+        ends = np.cumsum([y.size - 2 * cache, cache])
+        of_y, *both = np.split(y, ends)
+        numbers = [widened(part.astype(np.uint8).reshape(-1, w), d).ravel() for part in both]
+        super().check(np.concatenate([of_y, *numbers]))
 
 
 @dataclass(frozen=True)
@@ -33,6 +69,7 @@ class Sizes:
     side: bool = False
     listed: int = 0  # rows of the past that are listed, besides the new ones; 0: no list
     shared: bool = False  # one mask, one row of cos and sin for all requests
+    bytes: bool = False  # the cache
 
     @property
     def capacity(self) -> int:
@@ -59,6 +96,8 @@ def attention(s: Sizes, seed: int = 0, **changed: np.ndarray) -> Call:
         inputs = {name: normal(s.B, s.N, w) for name, w in zip("qkv", widths, strict=True)}
     cache = (s.B, s.kv_heads, s.capacity, s.d)
     inputs |= {"past_key": normal(*cache), "past_value": normal(*cache)}
+    if s.bytes:
+        inputs |= {name: _in_bytes(rng, inputs[name]) for name in ("past_key", "past_value")}
     slots = np.moveaxis(np.indices((s.B, s.kv_heads, s.N)), 0, -1).copy()
     slots[..., 2] += s.past
     mask_of = 1 if s.shared else s.B
@@ -84,7 +123,19 @@ def attention(s: Sizes, seed: int = 0, **changed: np.ndarray) -> Call:
     attributes = dict(heads=s.heads, kv_heads=s.kv_heads, d=s.d, rotary=turned, scale=0.3, epsilon=EPSILON)
     attributes |= dict(zip(("q_first", "k_first", "v_first"), first, strict=True))
     expected, bound = meaning(s, first, inputs)
-    return Call("CachedAttention", attributes, inputs, expected, bound, outputs=("y", "present_key", "present_value"))
+    outputs = ("y", "present_key", "present_value")
+    if s.bytes:
+        return CallInBytes("CachedAttention8", attributes, inputs, expected, bound, outputs=outputs)
+    return Call("CachedAttention", attributes, inputs, expected, bound, outputs=outputs)
+
+
+def _in_bytes(rng: np.random.Generator, rows: np.ndarray) -> np.ndarray:
+    """Rows of bytes of the same shape: random codes, and scales that differ from one 32 numbers to the next."""
+    d = rows.shape[-1]
+    scales = (rng.uniform(0.2, 2, (*rows.shape[:-1], -(-d // TOGETHER))) / 127).astype(np.float32)
+    upper = np.ascontiguousarray((scales.view(np.uint32) >> 16).astype(np.uint16)).view(np.uint8)
+    codes = rng.integers(-127, 127, rows.shape, np.int8, endpoint=True)
+    return np.concatenate([codes.view(np.uint8), upper], -1)
 
 
 def _row(inputs: dict[str, np.ndarray], name: str, place: int, s: Sizes, first: int) -> tuple[np.ndarray, np.ndarray]:
@@ -110,11 +161,14 @@ def _row(inputs: dict[str, np.ndarray], name: str, place: int, s: Sizes, first: 
 
 def meaning(s: Sizes, first: list[int], inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """y, keys and values one after the other, flat, and how far away each number may be."""
-    memory = {n: inputs[f"past_{n}"].astype(np.float64) for n in ("key", "value")}
+    memory = {n: inputs[f"past_{n}"] for n in ("key", "value")}
+    memory = {n: (widened(a, s.d) if s.bytes else a).astype(np.float64) for n, a in memory.items()}
     error = {n: np.zeros_like(a) for n, a in memory.items()}
     for h in range(s.kv_heads):
         for name, part in (("key", "k"), ("value", "v")):
             rows, errors = _row(inputs, part, h, s, first["qkv".index(part)])
+            if s.bytes:
+                errors = errors + half_a_step(np.abs(rows) + errors)
             for b, n in np.ndindex(s.B, s.N):
                 memory[name][b, h, inputs["slots"][b, h, n, 2]] = rows[b, n]
                 error[name][b, h, inputs["slots"][b, h, n, 2]] = errors[b, n]
@@ -136,9 +190,9 @@ def meaning(s: Sizes, first: list[int], inputs: dict[str, np.ndarray]) -> tuple[
                 share = np.exp(score - score.max())
                 share /= share.sum()
                 y[b, n, h] = share @ values
-                y_error[b, n, h] = (2 * sizes.max() + 3 * FLOAT32) * (share @ np.abs(values)) + share @ error["value"][
-                    b, kv
-                ][read]
+                grown = np.expm1(2 * sizes.max()) + 3 * FLOAT32  # by which a share may be off
+                y_error[b, n, h] = grown * (share @ np.abs(values))
+                y_error[b, n, h] += (1 + grown) * (share @ error["value"][b, kv][read])
     parts = [(y, y_error), *((memory[n], error[n]) for n in ("key", "value"))]
     return tuple(np.concatenate([part[i].ravel() for part in parts]) for i in (0, 1))
 
@@ -149,4 +203,8 @@ CASES = [
     Sizes(d=128, heads=14, kv_heads=2, past=70, rotary=32, B=3, shared=True), Sizes(past=0, room=0), Sizes(B=0), Sizes(N=0),
     Sizes(N=3, B=2, norm=True, bias=True, side=True, d=80), Sizes(heads=40, kv_heads=1, d=8, past=20),
     Sizes(B=2, N=3, past=60, holes=0.2, listed=25, pad=9), Sizes(N=5, heads=6, kv_heads=6, d=70, turned="whole", norm=True),
+    Sizes(bytes=True), Sizes(bytes=True, d=64, heads=9, kv_heads=3, past=130, holes=0.3),
+    Sizes(bytes=True, d=1, heads=1, kv_heads=1), Sizes(bytes=True, B=0),
+    Sizes(bytes=True, B=2, N=7, past=70, pad=11, bias=True, d=70, heads=6, kv_heads=6),
+    Sizes(bytes=True, B=2, N=3, d=128, heads=14, kv_heads=2, past=80, rotary=32, listed=25, norm=True, side=True),
 ]  # fmt: skip

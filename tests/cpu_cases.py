@@ -243,14 +243,14 @@ TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": 
 TYPES |= {"int64": TensorProto.INT64, "int32": TensorProto.INT32, "bool": TensorProto.BOOL}
 
 
-# Of CachedAttention, in this order.
+# Of CachedAttention and CachedAttention8, in this order.
 OPTIONAL = ("cos", "sin", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "listed")
 
 
 def names(call: Call) -> list[str]:
     """The inputs of its node, "" where an optional one is left out."""
     required = [n for n in call.inputs if n not in OPTIONAL]
-    left_out = [n if n in call.inputs else "" for n in OPTIONAL] if call.op == "CachedAttention" else []
+    left_out = [n if n in call.inputs else "" for n in OPTIONAL] if call.op.startswith("CachedAttention") else []
     return required + left_out
 
 
@@ -264,7 +264,11 @@ def model(call: Call) -> bytes:
     ]
     stored = [onnx.numpy_helper.from_array(call.inputs[n], n) for n in call.constants]
     rank = {"y": 4 if call.op == "PromptAttention" else 3}
-    out = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None] * rank.get(n, 4)) for n in call.outputs]
+    of_cache = TensorProto.UINT8 if call.op == "CachedAttention8" else TensorProto.FLOAT
+    kinds = {"present_key": of_cache, "present_value": of_cache}
+    out = [
+        helper.make_tensor_value_info(n, kinds.get(n, TensorProto.FLOAT), [None] * rank.get(n, 4)) for n in call.outputs
+    ]
     graph = helper.make_graph([node], "one", given, out, stored)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()

@@ -63,7 +63,11 @@ def prompt(s: Sizes, seed: int = 0) -> Call:
     size = share @ np.abs(values)
     error = (2 * sizes.max(-1, keepdims=True, initial=0) + 3 * FLOAT32) * size
     # q and k in two parts of bfloat16 each, of which the product of the second ones is left out; shares and values in one
-    rest = 2**-14 * scale * (np.abs(q).astype(np.float64) @ np.abs(keys).swapaxes(-1, -2)).max(-1, keepdims=True, initial=0)
+    rest = (
+        2**-14
+        * scale
+        * (np.abs(q).astype(np.float64) @ np.abs(keys).swapaxes(-1, -2)).max(-1, keepdims=True, initial=0)
+    )
     tiles = error + (2 * rest + BFLOAT16) * size
     return Call("PromptAttention", {"scale": scale}, inputs, share @ values, error + 1e-30, in_tiles=tiles + 1e-30)
 

@@ -5,13 +5,17 @@ from dataclasses import replace
 import numpy as np
 import onnxruntime as ort
 import pytest
-from cpu_attention_cases import CASES, LEAST, Sizes, attention
+from cpu_attention_cases import CASES, LEAST, Sizes, attention, half_a_step
+from cpu_attention_cases import widened as meant
 from cpu_cases import Call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cpu_ops import INSTRUCTIONS, best_instructions, compiled, session, use  # noqa: F401 (fixtures)
 
+from cm_export.plugins.cpu import library
+
 SEVERAL = Sizes(N=6, heads=6, kv_heads=2, d=40, past=70, pad=3, holes=0.2, bias=True, norm=True)
+BOTH = pytest.mark.parametrize("sizes", [SEVERAL, replace(SEVERAL, bytes=True)], ids=["floats", "bytes"])
 
 
 def run(call: Call, threads: int = 1) -> list[np.ndarray]:
@@ -49,6 +53,7 @@ def test_it_is_attention_over_the_cache_with_the_new_rows(name):
         side=st.booleans(),
         shared=st.booleans(),
         listed=st.sampled_from([0, 0, 7]),
+        bytes=st.booleans(),
     ),
     seed=st.integers(0, 1000),
 )
@@ -68,11 +73,12 @@ def only(call: Call, tokens: slice, past: list[np.ndarray] | None = None) -> Cal
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_token_has_the_same_bits_alone_and_among_others(name, threads):
+@BOTH
+def test_a_token_has_the_same_bits_alone_and_among_others(name, threads, sizes):
     use(name)
-    call = attention(SEVERAL)
+    call = attention(sizes)
     together, past = run(call, threads), None
-    for i in range(SEVERAL.N):
+    for i in range(sizes.N):
         alone, *past = run(only(call, slice(i, i + 1), past))
         np.testing.assert_array_equal(alone[:, 0], together[0][:, i])
     for one, other in zip(past, together[1:], strict=True):
@@ -84,26 +90,29 @@ def moved(call: Call, rows: int) -> Call:
     inputs = dict(call.inputs)
     for name in ("past_key", "past_value"):
         hidden = ~(call.inputs["mask"] > LEAST).any((0, 1, 2))
-        filled = np.where(hidden[:, None], np.float32(np.nan), call.inputs[name])
-        inputs[name] = np.pad(filled, ((0, 0), (0, 0), (rows, 5), (0, 0)), constant_values=np.nan)
+        nan = 255 if call.op == "CachedAttention8" else np.nan  # in a scale as well
+        filled = np.where(hidden[:, None], call.inputs[name].dtype.type(nan), call.inputs[name])
+        inputs[name] = np.pad(filled, ((0, 0), (0, 0), (rows, 5), (0, 0)), constant_values=nan)
     inputs["mask"] = np.pad(call.inputs["mask"], ((0, 0),) * 3 + ((rows, 5),), constant_values=LEAST)
     inputs["slots"] = call.inputs["slots"] + [0, 0, rows]
     return replace(call, inputs=inputs)
 
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
-def test_neither_where_rows_lie_nor_what_is_hidden_changes_a_bit(name):
+@BOTH
+def test_neither_where_rows_lie_nor_what_is_hidden_changes_a_bit(name, sizes):
     use(name)
-    call = attention(replace(SEVERAL, holes=0.4))
+    call = attention(replace(sizes, holes=0.4))
     for rows in (0, 1, 13):
         np.testing.assert_array_equal(run(moved(call, rows))[0], run(call)[0])
 
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_no_number_shows_where_it_is_read_and_nowhere_else(name, bad):
+@pytest.mark.parametrize("of_bytes", [False, True])
+def test_what_is_no_number_shows_where_it_is_read_and_nowhere_else(name, bad, of_bytes):
     use(name)
-    sizes = Sizes(N=4, heads=4, kv_heads=2, d=24, past=20)
+    sizes = Sizes(N=4, heads=4, kv_heads=2, d=24, past=20, bytes=of_bytes)
     call, right = attention(sizes), run(attention(sizes))[0]
     q = call.inputs["q"].copy()
     q[0, 1, 30] = bad  # head 1 of token 1
@@ -123,8 +132,9 @@ def test_a_token_that_sees_no_row_is_no_number():
     assert np.isnan(run(blind)[0]).all()
 
 
-def test_new_rows_are_written_into_the_memory_of_the_cache():
-    call = attention(SEVERAL)
+@BOTH
+def test_new_rows_are_written_into_the_memory_of_the_cache(sizes):
+    call = attention(sizes)
     expected, opened = run(call), session(call)
     memory = {n: ort.OrtValue.ortvalue_from_numpy(call.inputs[f"past_{n}"].copy()) for n in ("key", "value")}
     binding = opened.io_binding()
@@ -139,6 +149,35 @@ def test_new_rows_are_written_into_the_memory_of_the_cache():
     np.testing.assert_array_equal(binding.get_outputs()[0].numpy(), expected[0])
     for value, right in zip(memory.values(), expected[1:], strict=True):
         np.testing.assert_array_equal(value.numpy(), right)
+
+
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+@pytest.mark.parametrize("d", [1, 31, 32, 64, 70, 128])
+def test_a_row_in_bytes_is_off_by_half_a_step_and_stays_as_it_is_from_then_on(name, d):
+    use(name)
+    rng = np.random.default_rng(d)
+    rows = (rng.standard_normal((2, 3, 50, d)) * np.exp(4 * rng.standard_normal((2, 3, 50, 1)))).astype(np.float32)
+    rows[0, 0, 0], rows[0, 0, 1, 0] = 0, 0
+    packed = library.rounded(rows)
+    assert packed.shape == (2, 3, 50, d + 2 * -(-d // 32)) and packed.dtype == np.uint8
+    back = library.widened(packed)
+    np.testing.assert_array_equal(back, meant(packed, d))
+    assert (np.abs(back - rows) <= half_a_step(rows.astype(np.float64)) * (1 + 1e-6)).all()
+    assert (np.abs(packed[..., :d].view(np.int8)).max(-1)[rows.any(-1)] == 127).all()
+    np.testing.assert_array_equal(library.rounded(back), packed)
+    np.testing.assert_array_equal(library.rounded(rows[:, :, 7:9]), packed[:, :, 7:9])
+    rows[1, 1, 1, d - 1] = np.inf
+    again = library.widened(library.rounded(rows))
+    others = np.ones(rows.shape, bool)
+    others[1, 1, 1, (d - 1) // 32 * 32 :] = False
+    assert np.isnan(again[~others]).all()
+    np.testing.assert_array_equal(again[others], back[others])
+
+
+@pytest.mark.parametrize("rows", [np.zeros((2, 36), np.uint8), np.zeros((2, 34), np.float32)])
+def test_what_are_no_rows_in_bytes_is_not_widened(rows):
+    with pytest.raises(TypeError, match="not rows of a cache in bytes"):
+        library.widened(rows)
 
 
 def test_a_row_that_is_listed_twice_counts_twice():
@@ -192,6 +231,11 @@ WRONG = {
     "heads too wide": (with_attributes(d=600), "d is 600, not 1 to 512"),
     "half a pair turned": (with_attributes(rotary=3), "rotary is 3"),
 }
+
+
+def test_a_cache_in_bytes_of_another_width_is_refused():
+    with pytest.raises(Exception, match=r"CachedAttention8: input 3 is \[1,2,9,25\], expected \[1,2,9,26\]"):
+        run(cut("past_key", 3)(attention(Sizes(bytes=True))))
 
 
 @pytest.mark.parametrize("change, message", WRONG.values(), ids=WRONG)

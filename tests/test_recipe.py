@@ -84,6 +84,9 @@ def test_what_cannot_hold_is_refused_in_one_line(values, words):
         ({"tokens__share": 0.2, "tokens__budget": "knee", "tokens__min_share": 0.2}, []),
         ({"tokens__min_share": 0.2}, ["tokens.min_share"]),
         ({"tokens__first_share": 0.7}, ["tokens.first_share"]),
+        ({"weights__cache": "int8", "weights__precision": "fp32"}, ["weights.cache"]),
+        ({"weights__cache": "int8", "weights__precision": "int4", "backend": "tensorrt"}, ["weights.cache"]),
+        ({"weights__cache": "int8", "weights__precision": "int8", "neurons__policy": "dense"}, []),
         ({"tokens__share": 0.2, "tokens__policy": "dense"}, ["tokens.share"]),
     ],
 )

@@ -9,6 +9,7 @@ A TensorRT engine has its own precision ([engine]); its graphs are made from the
 from dataclasses import dataclass
 
 from ..base.errors import InputError
+from ..quant.cache_rows import row_of_bytes
 from .option import check_fields, option
 
 PRECISIONS = ("fp32", "int8", "int4")
@@ -37,6 +38,12 @@ class StoredWeights:
         "", "", "Bits of the token embedding; one that is the LM head, too, has its bits or fp32", choices=_AS_PRECISION
     )
     vision: str = option("", "", "Bits of the products of the vision tower", choices=_AS_PRECISION)
+    cache: str = option(
+        "fp32",
+        "--cache",
+        "Keys and values that decode keeps; int8: a quarter of the bytes, where products of few bits read them",
+        choices=("fp32", "int8"),
+    )
     group: int = option(32, "--weight-group", "Weights along the inputs that share a scale", choices=(32, 64, 128))
     zeros: bool = option(True, "", "Whether a group has a zero point besides its scale, at 4 bits")
     codes: str = option(
@@ -74,11 +81,15 @@ class StoredWeights:
         """What decides the bytes of the packed file."""
         return {kind: self.of(kind) for kind in KINDS} | {"group": self.group, "zeros": self.zeros}
 
+    def row_of_cache(self, width: int) -> int:
+        """Bytes of one token's keys or values of a head of `width` numbers, in decode."""
+        return row_of_bytes(width) if self.cache == "int8" and self.packs else 4 * width
+
     @property
     def words(self) -> str:
-        """The precision, and kinds that are stored otherwise than it says: "int4", "int4, ffn fp32"."""
+        """The precision, and kinds that are stored otherwise than it says: "int4", "int4, ffn fp32, cache int8"."""
         others = [f"{kind} {getattr(self, kind)}" for kind in KINDS if getattr(self, kind)]
-        return ", ".join([self.precision, *others])
+        return ", ".join([self.precision, *others, *(["cache int8"] if self.cache == "int8" else [])])
 
     @property
     def packs(self) -> bool:

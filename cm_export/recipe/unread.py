@@ -33,6 +33,10 @@ def _reasons(recipe: Recipe) -> list[tuple[str, str]]:
     found = [
         (key, f"by policy {getattr(recipe, key.split('.')[0]).policy!r}") for key, read in wanted.items() if not read
     ]
+    if recipe.backend != "onnxruntime":
+        found.append(("weights.cache", f"by {recipe.backend}, whose engines' cache is as engine.precision says"))
+    elif not (recipe.weights.packs or recipe.weights.is_open):
+        found.append(("weights.cache", "with float32 weights, whose steps read a float32 cache"))
     if n.policy == "dense":
         found += [(f"neurons.{key}", _NOTHING_LEFT_OUT) for key in ("share", "fill", "layers")]
     if t.policy == "dense":

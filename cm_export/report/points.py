@@ -22,8 +22,6 @@ from ..families import Shape
 from ..recipe import recipe
 from ..recipe.recipe import Recipe
 
-_BYTES = 4  # of a float32 cache entry
-
 
 @dataclass(frozen=True)
 class Figures:
@@ -179,7 +177,7 @@ def _point(
         bits=float(row["bits_read_per_weight"]),
         weight_bytes=round(row["weight_bytes_read"]),
         exact=bool(row["read_exact"]),
-        image_kv_bytes=round(2 * shape.layers * shape.kv_heads * shape.head_dim * _BYTES * kept),
+        image_kv_bytes=round(2 * shape.layers * shape.kv_heads * as_recipe.weights.row_of_cache(shape.head_dim) * kept),
         beside_dense=tuple(paired(np.array(dense), np.array(right)).tolist()) if dense and right else None,
     )
 

@@ -12,6 +12,9 @@
 //     *_bias     [heads d] added first      *_norm [d]: RMS norm over a head, with `epsilon`, before it is turned
 //     listed     int32 [B,M]: only these rows are read, in this order; one that is listed twice counts twice; none: all rows
 //
+//     CachedAttention8(the same)    past_* and present_* are uint8 [B,Hk,C,w]: rows of bytes (kernels.h); a new row is rounded,
+//                                   and read as it was rounded, by its own token as well
+//
 // Heads, Hk, d, rotary (the first numbers of a head that are turned, even), scale and epsilon are attributes.
 #include <cstring>
 #include <limits>
@@ -38,14 +41,16 @@ Scratch& scratch() {
     return buffers;
 }
 
+template <bool bytes>
 struct CachedAttention {
-    static constexpr const char* kName = "CachedAttention";
-    static constexpr ort::ElementType kTypes[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat,
+    static constexpr const char* kName = bytes ? "CachedAttention8" : "CachedAttention";
+    static constexpr ort::ElementType kOfCache = bytes ? ort::kUint8 : ort::kFloat;
+    static constexpr ort::ElementType kTypes[] = {ort::kFloat, ort::kFloat, ort::kFloat, kOfCache,    kOfCache,
                                                   ort::kInt64, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat,
                                                   ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt32};
     static constexpr const char* kProvider = nullptr;
+    static constexpr ort::ElementType kOutputs[] = {ort::kFloat, kOfCache, kOfCache};
     static constexpr size_t kRequired = 7;
-    static constexpr ort::ElementType kOutputs[] = {ort::kFloat, ort::kFloat, ort::kFloat};
     int64_t heads, kv_heads, width, rotary, first[3];
     float scale, epsilon;
 
@@ -75,7 +80,8 @@ struct CachedAttention {
         int64_t batch = 0, tokens = 0, capacity = 0;
         size_t apart = 0;  // of a head, filled up
         Source q, k, v;
-        float *keys = nullptr, *values = nullptr, *y = nullptr;
+        uint8_t *keys = nullptr, *values = nullptr;
+        float* y = nullptr;
         const int64_t* slots = nullptr;
         const int32_t* listed = nullptr;  // [B, those]; null: every row of the capacity
         int64_t those = 0;
@@ -118,15 +124,18 @@ struct CachedAttention {
         return static_cast<const float*>(x.data);
     }
 
+    int64_t row_width() const { return bytes ? static_cast<int64_t>(row_of_bytes(width)) : width; }
+    size_t row_size() const { return static_cast<size_t>(row_width()) * (bytes ? 1 : sizeof(float)); }
+
     // The memory that holds the cache afterwards, with what `past` holds.
-    float* cache(ort::Context* context, size_t index, Call& call, size_t of_output) const {
+    uint8_t* cache(ort::Context* context, size_t index, Call& call, size_t of_output) const {
         const Tensor past = input(context, index);
         if (index == kPastKey && past.shape.size() == 4) call.capacity = past.shape[2];
-        const std::vector<int64_t> expected{call.batch, kv_heads, call.capacity, width};
+        const std::vector<int64_t> expected{call.batch, kv_heads, call.capacity, row_width()};
         if (past.shape != expected) wrong(index, past.shape, text_of(expected));
-        float* present = output(context, past.shape, of_output);
-        const size_t bytes = static_cast<size_t>(past.count()) * sizeof(float);
-        if (present != past.data && bytes != 0) std::memcpy(present, past.data, bytes);
+        auto* present = output<uint8_t>(context, past.shape, of_output);
+        const size_t size = static_cast<size_t>(call.batch * kv_heads * call.capacity) * row_size();
+        if (present != past.data && size != 0) std::memcpy(present, past.data, size);
         return present;
     }
 
@@ -232,13 +241,22 @@ struct CachedAttention {
                 kernel.turn(turn, x, to(h));
             }
         };
-        const auto row_of = [&](float* memory, int64_t h) {
+        const auto row_of = [&](uint8_t* memory, int64_t h) {
             const int64_t head = b * kv_heads + h, row = call.slots[(head * call.tokens + n) * 3 + 2];
-            return memory + (head * call.capacity + row) * width;
+            return memory + (head * call.capacity + row) * row_size();
+        };
+        const auto write_heads = [&](const Source& from, uint8_t* memory) {
+            if constexpr (bytes) {
+                float* made = working(kv_heads * width);
+                each_head(from, kv_heads, [&](int64_t h) { return made + h * width; });
+                for (int64_t h = 0; h < kv_heads; ++h) kernel.round(made + h * width, static_cast<int>(width), row_of(memory, h));
+            } else {
+                each_head(from, kv_heads, [&](int64_t h) { return reinterpret_cast<float*>(row_of(memory, h)); });
+            }
         };
         each_head(call.q, heads, [&](int64_t h) { return call.scratch->q.data() + (token * heads + h) * call.apart; });
-        each_head(call.k, kv_heads, [&](int64_t h) { return row_of(call.keys, h); });
-        each_head(call.v, kv_heads, [&](int64_t h) { return row_of(call.values, h); });
+        write_heads(call.k, call.keys);
+        write_heads(call.v, call.values);
         list(call, token);
     }
 
@@ -246,11 +264,11 @@ struct CachedAttention {
     void attend(const Call& call, const Kernels& kernel, int64_t task, int64_t parts) const {
         const int64_t group = heads / kv_heads, token = task / parts % call.all(), kv = task / parts / call.all();
         const int64_t begin = group * (task % parts) / parts, end = group * (task % parts + 1) / parts, head = kv * group + begin;
-        const int64_t in_cache = (token / call.tokens * kv_heads + kv) * call.capacity * width;
+        const size_t in_cache = static_cast<size_t>((token / call.tokens * kv_heads + kv) * call.capacity) * row_size();
         Attention a;
         a.heads = static_cast<int>(end - begin), a.width = static_cast<int>(width), a.apart = call.apart;
         a.q = call.scratch->q.data() + (token * heads + head) * call.apart;
-        a.keys = call.keys + in_cache, a.values = call.values + in_cache;
+        a.keys = call.keys + in_cache, a.values = call.values + in_cache, a.bytes = bytes, a.row = row_size();
         a.rows = call.scratch->rows.data() + token * call.those;
         a.added = call.scratch->added.data() + token * call.row_of_added();
         a.seen = call.scratch->seen[static_cast<size_t>(token)];
@@ -273,6 +291,7 @@ struct CachedAttention {
 
 }  // namespace
 
-const ort::CustomOp* cached_attention() { return described<CachedAttention>(); }
+const ort::CustomOp* cached_attention() { return described<CachedAttention<false>>(); }
+const ort::CustomOp* cached_attention_8() { return described<CachedAttention<true>>(); }
 
 }  // namespace cm::cpu

@@ -3,7 +3,8 @@
 //     score[h, r] = q[h] . key[r] + added[r]     share = e^(score - largest)     y[h] = sum over r share[h, r] value[r] / sum share[h]
 //
 // Each head of each token is computed by itself, row by row in the order of the list, with steps that depend on nothing but
-// its length. So its numbers are the same whoever is read beside it and wherever in the cache its rows begin.
+// its length. So its numbers are the same whoever is read beside it and wherever in the cache its rows begin. Rows of bytes
+// become floats in registers, in one and the same way for every head.
 
 #include "shares.h"
 
@@ -29,12 +30,63 @@ static void turn(const Turn& t, const float* __restrict x, float* __restrict out
     for (int i = t.rotary; i < t.width; ++i) out[i] = head[i] * t.factor;
 }
 
+// ---------------------------------------------------------------- rows
+
+// code = round(x / scale), scale = max |x| / 127 as a bfloat16. That is off by less than half a code of 127, so the largest
+// number always gets 127, and its scale again when the row that comes back is rounded once more.
+static void round(const float* x, int width, uint8_t* row) {
+    for (int begin = 0; begin < width; begin += kRounded) {
+        const int count = std::min(kRounded, width - begin);
+        float numbers[kRounded] = {};
+        std::memcpy(numbers, x + begin, count * sizeof(float));
+        const int32_t top = largest_of(numbers, kRounded);
+        uint32_t bits = 0;
+        float factor = 0.0f;
+        if (top >= 0x7f800000) {
+            bits = 0x7fc00000;  // so that all of them are NaN: nothing is hidden
+        } else if (float_of(top) >= kSmallest) {
+            bits = static_cast<uint32_t>(bits_of(float_of(top) / 127.0f));
+            bits += 0x7fff + (bits >> 16 & 1);
+            factor = 1.0f / float_of(static_cast<int32_t>(bits & 0xffff0000u));
+        }
+        int8_t codes[1][kMaxGroup] = {};
+        int32_t total;
+        if (factor != 0.0f) round_to<1>(numbers, factor, kRounded, codes, &total);
+        std::memcpy(row + begin, codes, count);
+        const uint16_t scale = static_cast<uint16_t>(bits >> 16);
+        std::memcpy(row + width + begin / kRounded * 2, &scale, sizeof scale);
+    }
+}
+
+// A register of numbers of a row, from number `at` on; where the row ends within it, 0 behind the end.
+template <bool bytes, bool whole>
+static CM_INLINE Float numbers_of(const uint8_t* row, int width, int at) {
+    static_assert(kRounded % Isa::kLanes == 0);
+    if constexpr (bytes) {
+        int8_t rest[Isa::kLanes];
+        const auto* codes = reinterpret_cast<const int8_t*>(row + at);
+        if (!whole)
+            for (int i = 0; i < Isa::kLanes; ++i) rest[i] = at + i < width ? codes[i] : 0;
+        return Isa::mul(Isa::bytes(whole ? codes : rest), Isa::scale(row + width + at / kRounded * 2));
+    } else {
+        const float* x = reinterpret_cast<const float*>(row) + at;
+        return whole ? Isa::load(x) : Isa::some(x, width - at);
+    }
+}
+
+static void widen_row(const uint8_t* row, int width, float* x) {
+    int at = 0;
+    for (; at + Isa::kLanes <= width; at += Isa::kLanes) Isa::store(x + at, numbers_of<true, true>(row, width, at));
+    float rest[Isa::kLanes];
+    if (at < width) Isa::store(rest, numbers_of<true, false>(row, width, at)), std::memcpy(x + at, rest, (width - at) * sizeof(float));
+}
+
 // ---------------------------------------------------------------- scores
 
-template <int n, bool whole>
-static CM_INLINE void add_products(const Attention& a, int head, const float* const* keys, int at, Float (*sums)[kFour]) {
+template <bool bytes, int n, bool whole>
+static CM_INLINE void add_products(const Attention& a, int head, const uint8_t* const* keys, int at, Float (*sums)[kFour]) {
     Float k[kFour];
-    for (int r = 0; r < kFour; ++r) k[r] = whole ? Isa::load(keys[r] + at) : Isa::some(keys[r] + at, a.width - at);
+    for (int r = 0; r < kFour; ++r) k[r] = numbers_of<bytes, whole>(keys[r], a.width, at);
     for (int h = 0; h < n; ++h) {
         const Float q = Isa::load(a.q + (head + h) * a.apart + at);
         for (int r = 0; r < kFour; ++r) sums[h][r] = Isa::fma(q, k[r], sums[h][r]);
@@ -42,19 +94,19 @@ static CM_INLINE void add_products(const Attention& a, int head, const float* co
 }
 
 // Of n heads at a time, and of what is left with smaller n, for four rows.
-template <int n>
-static CM_INLINE void scores_of(const Attention& a, int head, const float* const* keys, float* out, size_t stride) {
+template <bool bytes, int n>
+static CM_INLINE void scores_of(const Attention& a, int head, const uint8_t* const* keys, float* out, size_t stride) {
     for (; head + n <= a.heads; head += n) {
         Float sums[n][kFour];
         for (int h = 0; h < n; ++h)
             for (int r = 0; r < kFour; ++r) sums[h][r] = Isa::all(0.0f);
         int at = 0;
-        for (; at + Isa::kLanes <= a.width; at += Isa::kLanes) add_products<n, true>(a, head, keys, at, sums);
-        if (at < a.width) add_products<n, false>(a, head, keys, at, sums);
+        for (; at + Isa::kLanes <= a.width; at += Isa::kLanes) add_products<bytes, n, true>(a, head, keys, at, sums);
+        if (at < a.width) add_products<bytes, n, false>(a, head, keys, at, sums);
         for (int h = 0; h < n; ++h) Isa::add_up(sums[h], out + (head + h) * stride);
     }
     if constexpr (n > 1) {
-        if (head < a.heads) scores_of<n - 1>(a, head, keys, out, stride);
+        if (head < a.heads) scores_of<bytes, n - 1>(a, head, keys, out, stride);
     }
 }
 
@@ -87,15 +139,15 @@ static CM_INLINE void scores_of_turned(const Attention& a, int head, int64_t row
 // ---------------------------------------------------------------- values
 
 // y += shares * values, of n heads and `columns` registers from number `at` of a head.
-template <int n, int columns, bool whole>
+template <bool bytes, int n, int columns, bool whole>
 static CM_INLINE void add_values(const Attention& a, int head, int at, int64_t begin, int64_t end, size_t stride) {
     Float sums[n][columns];
     for (int h = 0; h < n; ++h)
         for (int c = 0; c < columns; ++c) sums[h][c] = Isa::load(a.y + (head + h) * a.apart + at + c * Isa::kLanes);
     for (int64_t r = begin; r < end; ++r) {
-        const float* v = a.values + static_cast<size_t>(a.rows[r]) * a.width + at;
+        const uint8_t* v = a.values + static_cast<size_t>(a.rows[r]) * a.row;
         Float value[columns];
-        for (int c = 0; c < columns; ++c) value[c] = whole ? Isa::load(v + c * Isa::kLanes) : Isa::some(v, a.width - at);
+        for (int c = 0; c < columns; ++c) value[c] = numbers_of<bytes, whole>(v, a.width, at + c * Isa::kLanes);
         for (int h = 0; h < n; ++h) {
             const Float share = Isa::all(a.scores[(head + h) * stride + r]);
             for (int c = 0; c < columns; ++c) sums[h][c] = Isa::fma(share, value[c], sums[h][c]);
@@ -105,21 +157,22 @@ static CM_INLINE void add_values(const Attention& a, int head, int at, int64_t b
         for (int c = 0; c < columns; ++c) Isa::store(a.y + (head + h) * a.apart + at + c * Isa::kLanes, sums[h][c]);
 }
 
-template <int n>
+template <bool bytes, int n>
 static CM_INLINE void values_of(const Attention& a, int head, int64_t begin, int64_t end, size_t stride) {
     constexpr int kColumns = Isa::kColumns, kWide = kColumns * Isa::kLanes;
     for (; head + n <= a.heads; head += n) {
         int at = 0;
-        for (; at + kWide <= a.width; at += kWide) add_values<n, kColumns, true>(a, head, at, begin, end, stride);
-        for (; at + Isa::kLanes <= a.width; at += Isa::kLanes) add_values<n, 1, true>(a, head, at, begin, end, stride);
-        if (at < a.width) add_values<n, 1, false>(a, head, at, begin, end, stride);
+        for (; at + kWide <= a.width; at += kWide) add_values<bytes, n, kColumns, true>(a, head, at, begin, end, stride);
+        for (; at + Isa::kLanes <= a.width; at += Isa::kLanes) add_values<bytes, n, 1, true>(a, head, at, begin, end, stride);
+        if (at < a.width) add_values<bytes, n, 1, false>(a, head, at, begin, end, stride);
     }
     if constexpr (n > 1) {
-        if (head < a.heads) values_of<n - 1>(a, head, begin, end, stride);
+        if (head < a.heads) values_of<bytes, n - 1>(a, head, begin, end, stride);
     }
 }
 
-static void attend(const Attention& a) {
+template <bool bytes>
+static void attend_to(const Attention& a) {
     const size_t stride = static_cast<size_t>(a.seen + kStep - 1) / kStep * kStep;
     const int64_t filled = static_cast<int64_t>(stride);
     constexpr int kSteps = std::max(1, Isa::kColumns * Isa::kLanes / kStep);
@@ -127,14 +180,16 @@ static void attend(const Attention& a) {
     for (; row + kSteps * kStep <= filled; row += kSteps * kStep) scores_of_turned<Isa::kRows, kSteps>(a, 0, row, stride);
     for (; row < filled; row += kStep) scores_of_turned<Isa::kRows, 1>(a, 0, row, stride);
     for (int64_t r = a.turned ? a.seen : 0; r < a.seen; r += kFour) {
-        const float* keys[kFour];
-        for (int i = 0; i < kFour; ++i) keys[i] = a.keys + static_cast<size_t>(a.rows[std::min(r + i, a.seen - 1)]) * a.width;
-        scores_of<Isa::kColumns>(a, 0, keys, a.scores + r, stride);
+        const uint8_t* keys[kFour];
+        for (int i = 0; i < kFour; ++i) keys[i] = a.keys + static_cast<size_t>(a.rows[std::min(r + i, a.seen - 1)]) * a.row;
+        scores_of<bytes, Isa::kColumns>(a, 0, keys, a.scores + r, stride);
     }
     std::memset(a.y, 0, a.heads * a.apart * sizeof(float));
     float inverse[kMaxHeads];
     for (int h = 0; h < a.heads; ++h) inverse[h] = 1.0f / shares(a.scores + h * stride, a.added + h * a.added_apart, a.seen, filled);
-    for (int64_t r = 0; r < a.seen; r += kTileRows) values_of<Isa::kRows>(a, 0, r, std::min(r + kTileRows, a.seen), stride);
+    for (int64_t r = 0; r < a.seen; r += kTileRows) values_of<bytes, Isa::kRows>(a, 0, r, std::min(r + kTileRows, a.seen), stride);
     for (int h = 0; h < a.heads; ++h)
         for (size_t i = 0; i < a.apart; ++i) a.y[h * a.apart + i] *= inverse[h];
 }
+
+static void attend(const Attention& a) { return a.bytes ? attend_to<true>(a) : attend_to<false>(a); }

@@ -29,6 +29,15 @@ struct Vector {
         const Int lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
         return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes));
     }
+    // kLanes numbers of one byte, and the bfloat16 at p in every lane.
+    static CM_INLINE Float bytes(const int8_t* p) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+    }
+    static CM_INLINE Float scale(const uint8_t* p) {
+        int16_t bits;
+        std::memcpy(&bits, p, sizeof bits);
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi16(bits), 16));
+    }
     // The lanes of each of four registers, added up in one order.
     static CM_INLINE void add_up(const Float* four, float* out) {
         const Float both = _mm256_hadd_ps(_mm256_hadd_ps(four[0], four[1]), _mm256_hadd_ps(four[2], four[3]));
@@ -132,8 +141,8 @@ static bool usable_with_vnni() {
 }
 extern const Kernels kAvx2, kAvxVnni;
 const Kernels kAvx2 = {"avx2", usable, avx2::keep, avx2::quantise, avx2::multiply,
-                       avx2::gate, avx2::turn, avx2::attend};
+                       avx2::gate, avx2::turn, avx2::attend, avx2::round, avx2::widen_row};
 const Kernels kAvxVnni = {"avx-vnni", usable_with_vnni, avx2::keep, avx2::quantise, avx_vnni::multiply,
-                          avx2::gate, avx2::turn,        avx2::attend};
+                          avx2::gate, avx2::turn,        avx2::attend, avx2::round, avx2::widen_row};
 }  // namespace cm::cpu
 #endif

@@ -29,6 +29,6 @@ static bool usable() {
 }
 extern const Kernels kAvx512;
 const Kernels kAvx512 = {"avx512-vnni",    usable, avx512::keep, avx512::quantise,
-                         avx512::multiply, avx512::gate, avx512::turn, avx512::attend};
+                         avx512::multiply, avx512::gate, avx512::turn, avx512::attend, avx512::round, avx512::widen_row};
 }  // namespace cm::cpu
 #endif

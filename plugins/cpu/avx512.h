@@ -12,6 +12,15 @@ struct Isa {
     static CM_INLINE void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
     // The first n numbers at p, 0 < n < kLanes; 0 behind them.
     static CM_INLINE Float some(const float* p, int n) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p); }
+    // kLanes numbers of one byte, and the bfloat16 at p in every lane.
+    static CM_INLINE Float bytes(const int8_t* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    }
+    static CM_INLINE Float scale(const uint8_t* p) {
+        int16_t bits;
+        std::memcpy(&bits, p, sizeof bits);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16(bits), 16));
+    }
     // The lanes of each of four registers, added up in one order.
     static CM_INLINE void add_up(const Float* four, float* out) {
         const auto halves = [](Float a, Float b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };

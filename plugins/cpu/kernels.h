@@ -28,6 +28,7 @@ constexpr int kHigh = 128;         // what the upper byte of x counts
 constexpr int kStep = 16;         // floats: what attention computes with is filled up to a multiple of it
 constexpr int kMaxHead = 512;     // numbers of a head of attention
 constexpr int kMaxHeads = 32;     // of a token, or tokens of a head, attended to in one task
+constexpr int kRounded = 32;      // numbers of a row of the cache that share a scale, where they are bytes
 
 struct Matrix {
     int bits = 0;   // 4, 8 or 32
@@ -107,13 +108,18 @@ struct Turn {
     float epsilon = 0.0f, factor = 1.0f;
 };
 
+// A row of a cache in bytes: int8 [width], then for every kRounded of them a scale, bfloat16, in the order of the machine.
+inline size_t row_of_bytes(int64_t width) { return static_cast<size_t>(width + (width + kRounded - 1) / kRounded * 2); }
+
 // Queries of the same keys: the heads of one token that share them, or the same head of several tokens ("heads" here, too); and
 // the rows of the cache that they see. Rows of q, y and scores are apart by a multiple of kStep floats.
 struct Attention {
     int heads = 0, width = 0;
     size_t apart = 0;                  // floats from a head of q or y to the next: width, filled up
     const float* q = nullptr;          // turned, times the scale; 0 where it is filled up
-    const float *keys = nullptr, *values = nullptr;  // of row 0; rows are `width` floats
+    const uint8_t *keys = nullptr, *values = nullptr;  // of row 0
+    bool bytes = false;                // whether a row is one of bytes, or `width` floats
+    size_t row = 0;                    // bytes from one to the next
     const int32_t* rows = nullptr;     // [seen]
     const uint16_t* tiles = nullptr;   // of the head, from a key on that is the first of a step; what `tile_head` made
     const float* turned = nullptr;     // keys of the rows once more, [seen filled up / kStep, width, kStep]; null: there is no such copy
@@ -140,6 +146,9 @@ struct Kernels {
     void (*turn)(const Turn&, const float* x, float* out);
     // y = softmax(q keys + added) values
     void (*attend)(const Attention&);
+    // A row of a cache from numbers to bytes and back; what back gave goes to the same bytes again.
+    void (*round)(const float* x, int width, uint8_t* row);
+    void (*widen_row)(const uint8_t* row, int width, float* x);
     // Fills `tiles` of 16 rows of x, `stride` floats apart, from row 16 * block on; null: there are no instructions for them.
     void (*widen)(const float* x, size_t stride, const Matrix&, Rows&, int block) = nullptr;
     // Where there are tiles: keys and values [keys, width] of a head -> as many numbers as `tiles_of_keys` says for every kInputsOfTile

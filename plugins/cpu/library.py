@@ -9,13 +9,17 @@ Only a library of exactly these sources is found: its name carries their hash.
 import ctypes
 import functools
 import json
+import math
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cm_export.base.errors import CmExportError, InputError
 from cm_export.base.install import pip_install
+from cm_export.quant.cache_rows import TOGETHER, row_of_bytes
 
 from . import build
 
@@ -70,6 +74,34 @@ def counts() -> tuple[int, int]:
 def reset() -> None:
     """Counts begin at nothing again."""
     _loaded(_path()).cm_native_reset()
+
+
+def rounded(rows: np.ndarray) -> np.ndarray:
+    """Rows of a cache, float32 [...,d], as bytes uint8 [...,w]; what `widened` gave goes to the same bytes again."""
+    rows = np.ascontiguousarray(rows, np.float32)
+    width = rows.shape[-1]
+    out = np.empty((*rows.shape[:-1], row_of_bytes(width)), np.uint8)
+    _loaded(_path()).cm_native_round(
+        ctypes.c_void_p(rows.ctypes.data), _count(rows), ctypes.c_int64(width), ctypes.c_void_p(out.ctypes.data)
+    )
+    return out
+
+
+def widened(rows: np.ndarray) -> np.ndarray:
+    """float32 [...,d] of rows of bytes uint8 [...,w]."""
+    rows = np.ascontiguousarray(rows)
+    width = rows.shape[-1] - 2 * -(-rows.shape[-1] // (TOGETHER + 2))
+    if rows.dtype != np.uint8 or rows.shape[-1] != row_of_bytes(width):
+        raise TypeError(f"not rows of a cache in bytes: {rows.dtype} {list(rows.shape)}")
+    out = np.empty((*rows.shape[:-1], width), np.float32)
+    _loaded(_path()).cm_native_widen(
+        ctypes.c_void_p(rows.ctypes.data), _count(rows), ctypes.c_int64(width), ctypes.c_void_p(out.ctypes.data)
+    )
+    return out
+
+
+def _count(rows: np.ndarray) -> ctypes.c_int64:
+    return ctypes.c_int64(math.prod(rows.shape[:-1]))
 
 
 def info() -> dict[str, Any]:

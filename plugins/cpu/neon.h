@@ -18,6 +18,16 @@ struct Isa {
         for (int i = 0; i < n; ++i) four[i] = p[i];
         return vld1q_f32(four);
     }
+    // kLanes numbers of one byte, and the bfloat16 at p in every lane.
+    static CM_INLINE Float bytes(const int8_t* p) {
+        const int8x16_t four = vreinterpretq_s8_s32(quad(p));
+        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vget_low_s8(four)))));
+    }
+    static CM_INLINE Float scale(const uint8_t* p) {
+        uint16_t bits;
+        std::memcpy(&bits, p, sizeof bits);
+        return vreinterpretq_f32_u32(vdupq_n_u32(static_cast<uint32_t>(bits) << 16));
+    }
     // The lanes of each of four registers, added up in one order.
     static CM_INLINE void add_up(const Float* four, float* out) {
         vst1q_f32(out, vpaddq_f32(vpaddq_f32(four[0], four[1]), vpaddq_f32(four[2], four[3])));

@@ -181,6 +181,7 @@ struct Kernels;
 
 const Kernels& kernels();                 // those in use
 const ort::CustomOp* cached_attention();  // attention.cpp
+const ort::CustomOp* cached_attention_8();
 const ort::CustomOp* prompt_attention();  // prompt.cpp
 
 // ---------------------------------------------------------------- threads of the CPU ops

@@ -33,6 +33,18 @@ struct Isa {
     static CM_INLINE Float some(const float* p, int n) {
         return each<Float>([&](int i) { return i < n ? p[i] : 0.0f; });
     }
+    // kLanes numbers of one byte, and the bfloat16 at p in every lane.
+    static CM_INLINE Float bytes(const int8_t* p) {
+        return each<Float>([&](int i) { return static_cast<float>(p[i]); });
+    }
+    static CM_INLINE Float scale(const uint8_t* p) {
+        uint16_t upper;
+        std::memcpy(&upper, p, sizeof upper);
+        const uint32_t bits = static_cast<uint32_t>(upper) << 16;
+        float value;
+        std::memcpy(&value, &bits, sizeof value);
+        return all(value);
+    }
     // The lanes of each of four registers, added up in one order.
     static CM_INLINE void add_up(const Float* four, float* out) {
         for (int i = 0; i < 4; ++i) out[i] = (four[i].lane[0] + four[i].lane[1]) + (four[i].lane[2] + four[i].lane[3]);
@@ -113,5 +125,5 @@ struct Isa {
 namespace cm::cpu {
 static bool usable() { return true; }
 const Kernels kPortable = {"portable",         usable, portable::keep, portable::quantise,
-                           portable::multiply, portable::gate, portable::turn, portable::attend};
+                           portable::multiply, portable::gate, portable::turn, portable::attend, portable::round, portable::widen_row};
 }  // namespace cm::cpu

@@ -185,7 +185,9 @@ struct PromptAttention {
         Attention a;
         a.heads = static_cast<int>(count), a.width = static_cast<int>(call.width), a.seen = keys;
         a.apart = static_cast<size_t>(call.width + kStep - 1) / kStep * kStep;
-        a.keys = call.k + kv * call.keys * call.width, a.values = call.v + kv * call.keys * call.width;
+        const int64_t of_head = kv * call.keys * call.width;
+        a.keys = reinterpret_cast<const uint8_t*>(call.k + of_head), a.values = reinterpret_cast<const uint8_t*>(call.v + of_head);
+        a.row = static_cast<size_t>(call.width) * sizeof(float);
         a.rows = call.rows + seen.begin;
         if (call.tiles) a.tiles = call.tiles_of(kv, seen.begin);
         if (call.turned) a.turned = call.turned_of(kv) + seen.begin * call.width;

@@ -48,6 +48,7 @@ struct ort::Info {
 struct ort::Context {
     std::vector<Value>* inputs;
     Value outputs[3];
+    int types[3];
 };
 struct ort::Domain {
     std::map<std::string, const CustomOp*> ops;
@@ -98,7 +99,7 @@ static void fill_table() {
         return *out = value.info.type == kAny ? nullptr : &value, nullptr;  // one that a node leaves out
     });
     put(91, +[](Context* context, size_t i, const int64_t* shape, size_t rank, Value** out) -> Status* {
-        context->outputs[i].info = {kFloat, {shape, shape + rank}};
+        context->outputs[i].info = {context->types[i], {shape, shape + rank}};
         context->outputs[i].allocate();
         return *out = &context->outputs[i], nullptr;
     });
@@ -119,6 +120,7 @@ static void fill_table() {
 static std::string compute(const CustomOp* op, void* kernel, std::vector<Value>& inputs) {
     Context context{};
     context.inputs = &inputs;
+    for (size_t i = 0; i < op->GetOutputTypeCount(op); ++i) context.types[i] = op->GetOutputType(op, i);
     if (Status* status = op->KernelComputeV2(kernel, &context)) {
         const std::string text = "error " + status->text + "\n";
         delete status;
@@ -129,7 +131,11 @@ static std::string compute(const CustomOp* op, void* kernel, std::vector<Value>&
     for (const Value& one : context.outputs) {  // the shape of one, or how many numbers several have together
         if (count == 1 && &one == context.outputs)
             for (int64_t size : one.info.shape) text += " " + std::to_string(size);
-        numbers.append(one.data.get(), one.bytes);
+        if (one.info.type != kUint8) numbers.append(one.data.get(), one.bytes);
+        for (size_t i = 0; one.info.type == kUint8 && i < one.bytes; ++i) {  // each of them as a float
+            const float number = static_cast<uint8_t>(one.data[i]);
+            numbers.append(reinterpret_cast<const char*>(&number), sizeof number);
+        }
     }
     if (count > 1) text += " " + std::to_string(numbers.size() / sizeof(float));
     return text + "\n" + numbers;

@@ -16,6 +16,7 @@ using int8x16_t = Lanes<int8_t, 16>;
 using uint8x16_t = Lanes<uint8_t, 16>;
 using int16x8_t = Lanes<int16_t, 8>;
 using uint16x8_t = Lanes<uint16_t, 8>;
+using int16x4_t = Lanes<int16_t, 4>;
 using uint16x4_t = Lanes<uint16_t, 4>;
 using float16x4_t = Lanes<uint16_t, 4>;
 using int32x4_t = Lanes<int32_t, 4>;
@@ -42,6 +43,8 @@ static inline V from(const T* p) {
 }
 
 static inline int32x4_t vdupq_n_s32(int32_t x) { return {{x, x, x, x}}; }
+static inline uint32x4_t vdupq_n_u32(uint32_t x) { return {{x, x, x, x}}; }
+static inline float32x4_t vreinterpretq_f32_u32(uint32x4_t v) { return same_bits<float32x4_t>(v); }
 static inline float32x4_t vdupq_n_f32(float x) { return {{x, x, x, x}}; }
 static inline uint8x16_t vdupq_n_u8(uint8_t x) {
     return lanes<uint8x16_t>([&](int) { return x; });
@@ -97,6 +100,13 @@ static inline int32x4_t vreinterpretq_s32_u8(uint8x16_t v) { return same_bits<in
 static inline uint16x8_t vreinterpretq_u16_u8(uint8x16_t v) { return same_bits<uint16x8_t>(v); }
 static inline int32x4_t vreinterpretq_s32_u16(uint16x8_t v) { return same_bits<int32x4_t>(v); }
 static inline int8x8_t vget_low_s8(int8x16_t v) { return from<int8x8_t>(v.at); }
+static inline int16x4_t vget_low_s16(int16x8_t v) { return from<int16x4_t>(v.at); }
+static inline int16x8_t vmovl_s8(int8x8_t v) {
+    return lanes<int16x8_t>([&](int i) { return v.at[i]; });
+}
+static inline int32x4_t vmovl_s16(int16x4_t v) {
+    return lanes<int32x4_t>([&](int i) { return v.at[i]; });
+}
 static inline int16x8_t vmull_s8(int8x8_t a, int8x8_t b) {
     return lanes<int16x8_t>([&](int i) { return static_cast<int16_t>(a.at[i] * b.at[i]); });
 }

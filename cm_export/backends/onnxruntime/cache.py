@@ -3,6 +3,9 @@
     past.i.key, past.i.value [B,Hk,C,d]     each request's own rows end at `width`; before them padding, behind them room
                                C >= width   a step writes its rows there and copies nothing; a block that is full moves
 
+Where the native library alone reads it in decode, a row may be bytes instead, [B,Hk,C,w] uint8: rounded when a prompt hands it
+over or a step writes it, and numbers again for whoever asks for arrays.
+
 A cache is a value. Those that come one after the other share their memory; one that reads on from a place where another
 has already gone on, and that other is still held, gets memory of its own first. A block on a device never leaves it (place.py).
 """
@@ -19,6 +22,7 @@ import onnxruntime as ort
 
 from ...families import Arrays
 from ...host.backend import Cache, Tokens
+from ...plugins.cpu import library as native
 from .in_place import BIAS, SLOTS
 from .place import Held, Place
 
@@ -54,12 +58,17 @@ class Rows:
             self.memory.caches.add(self)
 
     @classmethod
-    def of(cls, arrays: Mapping[str, np.ndarray | ort.OrtValue], place: Place = HERE) -> Rows:
-        """Keys and values of requests that all have as many rows: past.i.key/value or present.i.key/value, copied."""
+    def of(cls, arrays: Mapping[str, np.ndarray | ort.OrtValue], place: Place = HERE, in_bytes: bool = False) -> Rows:
+        """Keys and values of requests that all have as many rows: past.i.key/value or present.i.key/value, copied.
+
+        `in_bytes`: rounded to rows of bytes.
+        """
         given = {
             n.replace("present", "past", 1): place.hold(a) if isinstance(a, np.ndarray) else place.held(a)
             for n, a in arrays.items()
         }
+        if in_bytes:
+            given = {n: place.hold(native.rounded(_array(held))) for n, held in given.items()}
         batch, _, width, _ = next(iter(given.values())).shape
         memory = Memory(place, given, batch, width)
         for name, source in given.items():
@@ -68,16 +77,18 @@ class Rows:
         return cls(memory, (width,) * batch, width)
 
     def arrays(self) -> Arrays:
-        """The rows as arrays [B,Hk,width,d]: views of the memory, or copies of what lies on a device."""
-        found = {n: h.value.numpy() if h.array is None else h.array for n, h in self.memory.held.items()}
-        return {name: array[:, :, : self.width] for name, array in found.items()}
+        """The rows as arrays [B,Hk,width,d]: views of the memory, or copies of what is in bytes or lies on a device."""
+        found = {n: _array(h)[:, :, : self.width] for n, h in self.memory.held.items()}
+        return {n: native.widened(a) if a.dtype == np.uint8 else a for n, a in found.items()}
 
     def alone(self) -> dict[str, ort.OrtValue]:
         """The rows of one request as values [1,Hk,width,d], for a graph that takes no room behind them."""
         place, out = self.memory.place, {}
         for name, held in self.memory.held.items():
             if held.array is not None:
-                out[name] = place.hold(np.ascontiguousarray(held.array[:, :, : self.width])).value
+                rows = held.array[:, :, : self.width]
+                numbers = native.widened(rows) if rows.dtype == np.uint8 else np.ascontiguousarray(rows)
+                out[name] = place.hold(numbers).value
                 continue
             one = place.zeros((1, held.shape[1], self.width, held.shape[3]), held.dtype)
             place.copy_rows(one, (0, 0), held, (0, 0), self.width)
@@ -151,6 +162,10 @@ def _copied(
             source, start = cache.memory.held[name], cache.width - had[b]
             first.place.copy_rows(there, (b, width - lengths[b]), source, (i, start), lengths[b])
     return memory
+
+
+def _array(held: Held) -> np.ndarray:
+    return held.value.numpy() if held.array is None else held.array
 
 
 def own(cache: Cache) -> Rows:

@@ -10,6 +10,8 @@
 A step of a small model has some 25 such nodes a layer, and each costs some microseconds whatever it computes. A layer that
 looks otherwise stays as it is. The op computes every head of every token by itself (attention.h), so a token has the same
 numbers alone and among others.
+
+CachedAttention8 is the same over a cache in bytes.
 """
 
 from collections import defaultdict
@@ -17,12 +19,13 @@ from dataclasses import dataclass
 
 import onnx
 
+from ...quant.cache_rows import row_of_bytes
 from .grouped import is_plain
 from .in_place import BIAS, SLOTS
-from .lower import attribute
+from .lower import attribute, names_read
 from .pack import NATIVE
 
-OP = "CachedAttention"
+OP, OP_IN_BYTES = "CachedAttention", "CachedAttention8"
 _TO_HEADS = [0, 2, 1, 3]  # [B,N,H,d] <-> [B,H,N,d]
 _MOST = 512  # numbers of a head, kMaxHead of the kernels
 
@@ -57,6 +60,25 @@ def attend_natively(model: onnx.ModelProto, heads: int) -> None:
     _Graph(model, heads).run()
     if not any(o.domain == NATIVE for o in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(NATIVE, 1))
+
+
+def reads_natively(model: onnx.ModelProto) -> bool:
+    """Whether nothing but such nodes reads the cache of a decode graph, whose dead nodes are gone."""
+    pasts = {v.name for v in model.graph.input if v.name.startswith("past.")}
+    read = [(n.op_type, name) for n in model.graph.node for name in pasts.intersection(names_read(n))]
+    return bool(pasts) and {kind for kind, _ in read} == {OP} and {name for _, name in read} == pasts
+
+
+def read_bytes(model: onnx.ModelProto) -> None:
+    """Let those nodes read and write a cache in bytes, [B,Hk,C,w]."""
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name.startswith(("past.", "present.")):
+            kind = value.type.tensor_type
+            kind.elem_type = onnx.TensorProto.UINT8
+            kind.shape.dim[3].dim_value = row_of_bytes(kind.shape.dim[3].dim_value)
+    for node in model.graph.node:
+        if node.op_type == OP:
+            node.op_type = OP_IN_BYTES
 
 
 class _Graph:

@@ -43,7 +43,8 @@ def _run(folder: Path, job: "Job", stages: "Stages") -> dict[str, Any]:
 
 
 def _inputs(job: "Job") -> dict[str, Any]:
-    return {"threads": job.threads, "least_agreement": job.recipe.weights.least_agreement}
+    weights = job.recipe.weights
+    return {"threads": job.threads, "least_agreement": weights.least_agreement, "cache": weights.cache}
 
 
 STAGE = Stage("gates", ("weights", "graphs", "measured", "packed"), _inputs, _run)
