@@ -36,14 +36,14 @@ def half_a_step(x: np.ndarray) -> np.ndarray:
 class CallInBytes(Call):
     """Its answer: y and the bytes of keys and values, flat; what is expected: y and their numbers."""
 
-    def check(self, y: np.ndarray) -> None:
+    def check(self, y: np.ndarray, instructions: str = "") -> None:
         d = self.attributes["d"]
         w = d + 2 * -(-d // TOGETHER)
         cache = self.inputs["past_key"].size
         ends = np.cumsum([y.size - 2 * cache, cache])
         of_y, *both = np.split(y, ends)
         numbers = [widened(part.astype(np.uint8).reshape(-1, w), d).ravel() for part in both]
-        super().check(np.concatenate([of_y, *numbers]))
+        super().check(np.concatenate([of_y, *numbers]), instructions)
 
 
 @dataclass(frozen=True)

@@ -33,5 +33,5 @@ static float shares(float* __restrict scores, const float* __restrict added, int
     for (i = 0; i < filled; i += kStep)
         for (int j = 0; j < kStep; ++j) scores[i + j] = exponential_of_negative(scores[i + j] - largest);
     const float sum = add_all(filled, [&](int64_t at) { return scores[at]; });
-    return sum == 0.0f ? 1.0f : sum;
+    return sum == 0.0f && seen > 0 ? 1.0f : sum;
 }
