@@ -1,6 +1,8 @@
 """Where this machine's plugin library lies, which TensorRT loads, and ONNX Runtime where it has CUDA.
 
-the recipe's engine.plugins  or  artifacts/plugins (where `make plugins` puts it) -> the current directory -> the user's cache
+a build, which its user has asked for    the recipe's engine.plugins, or artifacts/plugins (where `make plugins` puts it) ->
+                                         the current directory -> the user's cache
+a run                                    the user's cache alone: a bundle's recipe and a directory may be somebody else's
 """
 
 from pathlib import Path
@@ -17,17 +19,23 @@ def candidates(given: str = "") -> list[Path]:
 
 
 def find(given: str = "") -> Path | None:
-    """The library, None without one."""
+    """The library for a build, None without one."""
     return next((place.resolve() for place in candidates(given) if place.is_file()), None)
 
 
-def why_unusable(given: str = "") -> str | None:
+def trusted() -> Path | None:
+    """The library that a run may load, None without one."""
+    found = cache() / NAME
+    return found.resolve() if found.is_file() else None
+
+
+def why_unusable() -> str | None:
     """One line on why ONNX Runtime cannot take our kernels from it, None where it can."""
     import onnxruntime as ort
 
-    found = find(given)
+    found = trusted()
     if found is None:
-        return f"there is no {given or NAME}; `make plugins` builds it, {cache()} is looked through as well"
+        return f"there is no {cache() / NAME}; `make plugins` builds it in artifacts/plugins, copy it from there"
     try:
         ort.SessionOptions().register_custom_ops_library(str(found))
     except Exception as e:  # not a library, of another system, or of before it had these ops

@@ -6,6 +6,7 @@ What is shown: types, shapes, attributes, refusals, the graph that gets them and
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import plugin_builds
@@ -205,19 +206,28 @@ def test_a_machine_without_the_library_says_what_is_slow_and_how_to_build_it(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(places, "cache", lambda: tmp_path / "cache")
-    assert places.find() is None and "`make plugins` builds it" in places.why_unusable()
-    broken = tmp_path / places.NAME
-    broken.write_text("no library")
-    assert f"{broken} does not load (" in places.why_unusable()
-    broken.unlink()
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / places.NAME).symlink_to(plugin_builds.emulated())
-    assert places.find() == plugin_builds.emulated() and places.why_unusable() is None
+    for folder in (
+        Path(),
+        Path("artifacts/plugins"),
+    ):  # where a build looks, and a run does not: they may be somebody else's
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / places.NAME).symlink_to(plugin_builds.emulated())
+    assert places.find() == plugin_builds.emulated()
+    assert places.trusted() is None and "`make plugins` builds it" in places.why_unusable()
+    kept = tmp_path / "cache" / places.NAME
+    kept.write_text("no library")
+    assert f"{kept} does not load (" in places.why_unusable()
+    kept.unlink()
+    kept.symlink_to(plugin_builds.emulated())
+    assert places.trusted() == plugin_builds.emulated() and places.why_unusable() is None
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kernels"] == {"library": str(plugin_builds.emulated()), "missing": None}
     monkeypatch.setattr(backends, "place_for", lambda *_: (APART, []))
-    recipe = Recipe().replace(neurons__policy="active", engine__plugins="nowhere.so", tokens__policy="dense")
+    kept.unlink()
+    theirs = str(plugin_builds.emulated())  # a bundle's recipe is not asked either
+    recipe = Recipe().replace(neurons__policy="active", engine__plugins=theirs, tokens__policy="dense")
     for asked, count in ((recipe, 1), (Recipe(), 0)):
         notes = backends.open(Bundle(demo_bundle), 1, asked, device="cuda").notes
-        said = [n for n in notes if "every weight is read there" in n and "there is no nowhere.so" in n]
+        said = [n for n in notes if "every weight is read there" in n and f"there is no {kept}" in n]
         assert len(said) == count

@@ -62,7 +62,7 @@ def open(
     recipe = recipe or bundle.recipe
     # For checks, and for low bits, whose products are asked for in float32, a device computes in it, too.
     exact = bundle.packed is not None or recipe.engine.precision == "fp32"
-    place, notes = place_for(device, np.float32 if exact else np.float16, recipe.engine.plugins)
+    place, notes = place_for(device, np.float32 if exact else np.float16)
     chooses = recipe.neurons.in_decode
     names = core_row_names(bundle.family, bundle.shape.layers)
     low_bits = None
@@ -84,7 +84,7 @@ def open(
     made.notes += notes
     decides = chooses or recipe.neurons.by_threshold
     if place.apart and place.kernels is None and bundle.packed is None and decides:
-        why = libraries.why_unusable(recipe.engine.plugins)
+        why = libraries.why_unusable()
         made.notes.append(f"every weight is read there, since our kernels cannot be used: {why}")
     return made
 

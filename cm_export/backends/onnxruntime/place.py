@@ -143,11 +143,10 @@ def _copy_graph(dtype: np.dtype) -> onnx.ModelProto:
 
 
 # ------------------------------------------------------------------------------------------------- which one
-def place_for(asked: str | None, products: Any = np.float16, plugins: str = "") -> tuple[Place, list[str]]:
+def place_for(asked: str | None, products: Any = np.float16) -> tuple[Place, list[str]]:
     """The place that --device asks for (None: this process's memory), and what the user should know about it.
 
-    `products`: their type where it is a device; `plugins`: the recipe's engine.plugins. Raises InputError that says what is
-    missing here.
+    `products`: their type where it is a device. Raises InputError that says what is missing here.
     """
     if asked is None or asked == "cpu":
         return Place(), []
@@ -159,7 +158,7 @@ def place_for(asked: str | None, products: Any = np.float16, plugins: str = "") 
         return Place(), [f"runs on the CPU: {missing[0]}"]
     if missing:
         raise InputError(missing[0], where=f"--device {asked}", fix=f"{missing[1]}; or --device cpu")
-    kernels = None if libraries.why_unusable(plugins) else libraries.find(plugins)
+    kernels = None if libraries.why_unusable() else libraries.trusted()
     place = Place("cuda", int(found["number"] or 0), True, np.dtype(products), kernels)
     try:
         place.session(_copy_graph(np.dtype(np.float32)))

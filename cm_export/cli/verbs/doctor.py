@@ -109,7 +109,7 @@ def _kernels() -> dict[str, Any]:
         missing = places.why_unusable()
     except ImportError as e:
         return {"library": None, "missing": str(e)}
-    return {"library": None if missing else str(places.find()), "missing": missing}
+    return {"library": None if missing else str(places.trusted()), "missing": missing}
 
 
 def _native() -> dict[str, Any]:
