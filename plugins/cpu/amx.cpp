@@ -224,15 +224,10 @@ static void multiply(const Matrix& m, const Rows& rows, Groups groups, const Spa
 
 // ---------------------------------------------------------------- attention of a prompt
 
-// Steps of kInputsOfTile numbers of a head. Scores are made of three products, since they are exponents: x = high + low, both
+// Scores are made of three products, since they are exponents: x = high + low, both
 // bfloat16, and low * low is left out. Shares and values are bfloat16 alone.
-static int64_t steps_of(int64_t width) { return (width + kInputsOfTile - 1) / kInputsOfTile; }
-
 constexpr size_t kTile = kRowsOfTile * kInputsOfTile;  // numbers
 constexpr int kKeyTiles = kInputsOfTile / kRowsOfTile; // tiles of keys, 16 each, in a step of values
-
-// For 32 keys: [2 tiles of keys, steps, high and low] of K^T, then [2 * steps] of V.
-static size_t tiles_of_keys(int64_t width) { return kTile * static_cast<size_t>(steps_of(width)) * 3 * kKeyTiles; }
 
 // 32 floats at p, of which `there` are read, and 0: their upper bits, and the upper bits of what is left.
 static CM_INLINE void halve(const float* p, int64_t there, Int& high, Int& low) {
@@ -246,6 +241,7 @@ static CM_INLINE void halve(const float* p, int64_t there, Int& high, Int& low) 
     low = (Int)_mm512_cvtne2ps_pbh(rest(b, _mm512_extracti64x4_epi64(high, 1)), rest(a, _mm512_castsi512_si256(high)));
 }
 
+// For 32 keys: [2 tiles of keys, steps, high and low] of K^T, then [2 * steps] of V.
 static void tile_head(const float* keys, const float* values, int64_t count, int64_t width, uint16_t* tiles) {
     const int64_t steps = steps_of(width);
     for (int64_t first = 0; first < count; first += kInputsOfTile) {
@@ -399,7 +395,7 @@ extern const Kernels kAmx;
 const Kernels kAmx = [] {
     Kernels k = kAvx512;  // is there before anything that has to be computed
     k.name = "amx-bf16", k.usable = usable, k.multiply = amx::multiply, k.widen = amx::widen;
-    k.tiles_of_keys = amx::tiles_of_keys, k.tile_head = amx::tile_head, k.attend_tiles = amx::attend_tiles;
+    k.tile_head = amx::tile_head, k.attend_tiles = amx::attend_tiles;
     return k;
 }();
 }  // namespace cm::cpu

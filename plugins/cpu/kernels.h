@@ -151,12 +151,17 @@ struct Kernels {
     void (*widen_row)(const uint8_t* row, int width, float* x);
     // Fills `tiles` of 16 rows of x, `stride` floats apart, from row 16 * block on; null: there are no instructions for them.
     void (*widen)(const float* x, size_t stride, const Matrix&, Rows&, int block) = nullptr;
-    // Where there are tiles: keys and values [keys, width] of a head -> as many numbers as `tiles_of_keys` says for every kInputsOfTile
-    // keys, the last of them filled up; and the same as `attend` with those.
-    size_t (*tiles_of_keys)(int64_t width) = nullptr;
+    // Where there are tiles: keys and values [keys, width] of a head -> tiles_of_keys(width) numbers for every kInputsOfTile keys,
+    // the last of them filled up; and the same as `attend` with those.
     void (*tile_head)(const float* keys, const float* values, int64_t count, int64_t width, uint16_t* tiles) = nullptr;
     void (*attend_tiles)(const Attention&) = nullptr;
 };
+
+// Steps of kInputsOfTile numbers of a head, the last one filled up.
+inline int64_t steps_of(int64_t width) { return (width + kInputsOfTile - 1) / kInputsOfTile; }
+
+// Numbers of the tiles of kInputsOfTile keys and their values: keys are two parts (high and low), values one.
+inline size_t tiles_of_keys(int64_t width) { return static_cast<size_t>(steps_of(width)) * kInputsOfTile * kInputsOfTile * 3; }
 
 const Kernels* const* all_kernels();  // best first, ends with null
 extern const bool kSecondCache;          // into which cache this processor is best asked for memory ahead

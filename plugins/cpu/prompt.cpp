@@ -55,11 +55,10 @@ struct PromptAttention {
         // there are tiles those of keys and values in their place.
         float* turned;
         uint16_t* tiles;
-        size_t tiles_of_keys;  // of kInputsOfTile
         int64_t filled;        // M, filled up to a multiple of kInputsOfTile
 
         const float* turned_of(int64_t kv) const { return turned + kv * filled * width; }
-        uint16_t* tiles_of(int64_t kv, int64_t key) const { return tiles + (kv * filled + key) / kInputsOfTile * tiles_of_keys; }
+        uint16_t* tiles_of(int64_t kv, int64_t key) const { return tiles + (kv * filled + key) / kInputsOfTile * tiles_of_keys(width); }
     };
 
     static void sizes(const ort::Context* context, Call& call) {
@@ -116,11 +115,10 @@ struct PromptAttention {
         const Kernels& kernel = kernels();
         const bool in_tiles = kernel.attend_tiles != nullptr;
         const int64_t heads_of_keys = call.batch * call.kv_heads;
-        call.filled = (call.keys + kInputsOfTile - 1) / kInputsOfTile * kInputsOfTile;
-        call.tiles_of_keys = in_tiles ? kernel.tiles_of_keys(call.width) : 0;
+        call.filled = steps_of(call.keys) * kInputsOfTile;
         Aligned memory;  // not kept: it grows with the prompt
         if (in_tiles) {
-            call.tiles = memory.of<uint16_t>(heads_of_keys * call.filled / kInputsOfTile * call.tiles_of_keys);
+            call.tiles = memory.of<uint16_t>(heads_of_keys * call.filled / kInputsOfTile * tiles_of_keys(call.width));
         } else {
             call.turned = memory.of<float>(static_cast<size_t>(heads_of_keys * call.filled * call.width));
         }
