@@ -112,6 +112,27 @@ def test_costs_are_what_was_measured_and_one_disturbed_measurement_changes_nothi
     assert Costs().check(2) > 1 and Costs().sparse(0.5, lambda: 0.55) == 0.55 and not Costs().known
 
 
+def test_checks_cost_what_passes_of_that_length_took_and_never_more_than_longer_ones():
+    """The second row costs more than the third; beyond what was measured each row costs a tenth of a step, until it was."""
+    costs = habits(row=0.1).costs  # 5 rows: 1.4
+    for _ in range(2):
+        costs.read(2, 1.3)
+        costs.read(3, 9.0)
+    assert costs.check(2) == pytest.approx(1.3) and costs.check(3) == pytest.approx(1.4)
+    assert costs.check(4) == pytest.approx(1.4) and costs.check(7) == pytest.approx(1.6)
+
+
+def test_what_a_pass_took_long_ago_counts_no_more():
+    costs = habits(row=0.1).costs
+    for _ in range(2):
+        costs.read(7, 60.0)
+    assert costs.check(7) == pytest.approx(60.0) and costs.check(6) > 20
+    for _ in range(600):
+        costs.read(1, 1.0)
+        costs.read(5, 1.4)
+    assert costs.check(7) == pytest.approx(1.6)
+
+
 def test_the_first_pass_over_so_many_rows_and_the_first_sparse_step_say_nothing_of_later_ones():
     """As measured: the first pass over several rows of a process took 11.6 steps, later ones 1.4."""
     found = habits()

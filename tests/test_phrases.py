@@ -109,6 +109,17 @@ def test_chances_are_how_often_drafts_are_right_in_answers_that_were_not_kept():
     assert abs(expected - right) < 0.05 * drafted and 0.5 < right / drafted < 0.95
 
 
+def test_text_that_says_nothing_twice_is_not_drafted():
+    """What was seen once is right only in the answer where it was seen."""
+    rng = np.random.default_rng(4)
+    texts = [([1], rng.integers(0, 60, 12).tolist()) for _ in range(40)]
+    table = Table(Phrases.of(texts))
+    chances = [
+        table.guess([*prompt, *text[:i]], 1, frozenset()).chances for prompt, text in texts for i in range(2, 12)
+    ]
+    assert all(chance <= 0.2 for found in chances for chance in found)
+
+
 def test_what_is_wrong_is_soon_expected_to_be_and_no_longer_drafted():
     table, end = Table(Phrases.of(grammar(np.random.default_rng(3), 100))), [9, 20, 3]
     before = table.guess(end, 3, frozenset())

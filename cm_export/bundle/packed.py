@@ -119,8 +119,8 @@ class Table:
 
     def __init__(self, rows: PackedRows, entry: Entry):
         """`entry`: one whose one weight the table is."""
-        arrays = {part: np.asarray(getattr(rows, part)) for part in PARTS}  # slices of a mapped file take their time
-        self._rows, self.shape = replace(rows, **arrays), (entry.outputs[0], entry.inputs)
+        codes, scale, zero = map(np.asarray, (rows.codes, rows.scale, rows.zero))  # slices of a mapped file take longer
+        self._rows, self.shape = replace(rows, codes=codes, scale=scale, zero=zero), (entry.outputs[0], entry.inputs)
 
     def __getitem__(self, ids: np.ndarray) -> np.ndarray:
         """float32 [N,D] of ids [N], of which a picture's are all the same."""

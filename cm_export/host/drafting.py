@@ -149,10 +149,11 @@ class Costs:
         """Of a dense pass over so many tokens: as measured, in a straight line between what was, and beyond it hopefully."""
         checks = self._checks  # of which another thread may make others meanwhile
         if rows >= len(checks):
-            known, rows_of = self._measured(), np.arange(max(rows, _MOST) + 1, dtype=float)
-            (last, most), found = known[-1], np.interp(rows_of, *zip(*known, strict=True))
+            known, rows_of = np.array(self._measured()).T, np.arange(max(rows, _MOST) + 1, dtype=float)
+            last, most = known[:, -1]
             each = min(_ROW, (most - 1) / (last - 1)) if last > 1 else _ROW
-            self._checks = checks = tuple((found + each * np.maximum(rows_of - last, 0)).tolist())
+            further = each * np.maximum(rows_of - last, 0)
+            self._checks = checks = tuple((np.interp(rows_of, known[0], known[1]) + further).tolist())
         return checks[rows]
 
     def _measured(self) -> list[tuple[int, float]]:

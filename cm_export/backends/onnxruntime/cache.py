@@ -141,7 +141,7 @@ class Rows:
             bias[b, :, :, pad:width] = np.where(mask, np.float32(0), _HIDDEN)
         if new > 1:  # of the new rows each sees those before it
             bias[..., self.width : width][..., ~np.tri(new, dtype=bool)] = _HIDDEN
-        out = {SLOTS: slots, BIAS: bias}
+        out: Arrays = {SLOTS: slots, BIAS: bias}
         if tokens.listed is not None:
             most = max(len(ids) for ids in tokens.listed)
             listed = np.zeros((batch, most), np.int32)  # row 0 is padding wherever a list is shorter
