@@ -148,7 +148,10 @@ static std::string compute(const CustomOp* op, void* kernel, std::vector<Value>&
 static const CustomOp* op_of(const Domain& domain, const std::string& name, const std::vector<Value>& inputs) {
     for (const CustomOp* op : domain.ops) {
         bool fits = op->GetName(op) == name && inputs.size() <= op->GetInputTypeCount(op);
-        for (size_t i = 0; fits && i < inputs.size(); ++i) fits = inputs[i].info.type == kAny || inputs[i].info.type == op->GetInputType(op, i);
+        for (size_t i = 0; fits && i < inputs.size(); ++i) {
+            const ElementType type = op->GetInputType(op, i);  // kAny: every one; of an input: one that a node leaves out
+            fits = type == kAny || inputs[i].info.type == kAny || inputs[i].info.type == type;
+        }
         if (fits) return op;
     }
     std::fprintf(stderr, "no op %s with inputs of these types\n", name.c_str());
