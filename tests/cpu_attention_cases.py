@@ -14,7 +14,8 @@ EPSILON = 1e-5
 FLOAT32 = 1e-6  # relative error of a sum, of an exponential
 TOGETHER = 32  # numbers of a row that share a scale
 BFLOAT16 = 2**-8  # relative error of a scale
-FLOAT16, LEAST_STEP = 2**-11, 2**-25  # relative error of a number, and that of those below 2^-14
+# Of float16: relative error of a number, that of those below 2^-14, and the largest one.
+FLOAT16, LEAST_STEP, MOST = 2**-11, 2**-25, 65504
 
 
 def widened(rows: np.ndarray, d: int) -> np.ndarray:
@@ -176,6 +177,8 @@ def meaning(s: Sizes, first: list[int], inputs: dict[str, np.ndarray]) -> tuple[
     for h in range(s.kv_heads):
         for name, part in (("key", "k"), ("value", "v")):
             rows, errors = _row(inputs, part, h, s, first["qkv".index(part)])
+            if s.form == "fp16":
+                rows = np.clip(rows, -MOST, MOST)
             if s.form != "fp32":
                 errors = errors + half_a_step(np.abs(rows) + errors, s.form)
             for b, n in np.ndindex(s.B, s.N):

@@ -1,4 +1,4 @@
-"""The forms of a cache's rows (plugins/cpu/kernels.h): the recipe's name of each, what its rows are made of and how long they are.
+"""The forms of a cache's rows (plugins/cpu/kernels.h): what a recipe calls them, what they are made of, how long they are.
 
 fp32    d float32        fp16    d float16        int8    d codes of a byte, then a bfloat16 scale for every 32 of them
 """

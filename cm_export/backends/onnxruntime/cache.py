@@ -3,8 +3,8 @@
     past.i.key, past.i.value [B,Hk,C,d]     each request's own rows end at `width`; before them padding, behind them room
                                C >= width   a step writes its rows there and copies nothing; a block that is full moves
 
-Where the native library alone reads it in decode, a row may be narrow instead, [B,Hk,C,d] float16 or [B,Hk,C,w] uint8: rounded when
-a prompt hands it over or a step writes it, and float32 again for whoever asks for arrays.
+Where the native library alone reads it in decode, a row may be narrow instead, [B,Hk,C,d] float16 or [B,Hk,C,w] uint8: rounded
+when a prompt hands it over or a step writes it, and float32 again for whoever asks for arrays.
 
 A cache is a value. Those that come one after the other share their memory; one that reads on from a place where another
 has already gone on, and that other is still held, gets memory of its own first. A block on a device never leaves it (place.py).
