@@ -44,7 +44,8 @@ Scratch& scratch() {
 template <Cells cells>
 struct CachedAttention {
     static constexpr const char* kName = "CachedAttention";
-    static constexpr ort::ElementType kOfCache = cells == Cells::kFloat ? ort::kFloat : cells == Cells::kHalf ? ort::kFloat16 : ort::kUint8;
+    static constexpr ort::ElementType kOfCache =
+        cells == Cells::kFloat ? ort::kFloat : cells == Cells::kHalf ? ort::kFloat16 : ort::kUint8;
     static constexpr ort::ElementType kTypes[] = {ort::kFloat, ort::kFloat, ort::kFloat, kOfCache,    kOfCache,
                                                   ort::kInt64, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat,
                                                   ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt32};
