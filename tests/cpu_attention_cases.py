@@ -1,6 +1,6 @@
 """Calls of CachedAttention with their meaning in float64, and how far sums in float32 may take an answer from it.
 
-A cache in bytes (CachedAttention8) is widened here; a new row may be off by half a step: |error| <= scale / 2, scale =
+A narrow cache is widened here; a new row may be off by half a step: of float16 2^-11 of each number, of bytes scale / 2, scale =
 max |x| / 127 of 32 numbers, rounded to a bfloat16.
 """
 
@@ -14,17 +14,23 @@ EPSILON = 1e-5
 FLOAT32 = 1e-6  # relative error of a sum, of an exponential
 TOGETHER = 32  # numbers of a row that share a scale
 BFLOAT16 = 2**-8  # relative error of a scale
+# Of float16: relative error of a number, that of those below 2^-14, and the largest one.
+FLOAT16, LEAST_STEP, MOST = 2**-11, 2**-25, 65504
 
 
 def widened(rows: np.ndarray, d: int) -> np.ndarray:
-    """float32 [...,d] of rows of bytes [...,w]: int8 codes, then the upper halves of their float32 scales."""
+    """float32 [...,d] of float16, or of rows of bytes [...,w]: int8 codes, then the upper halves of their float32 scales."""
+    if rows.dtype != np.uint8:
+        return rows.astype(np.float32)
     scales = np.ascontiguousarray(rows[..., d:]).view(np.uint16).astype(np.uint32) << 16
     of_each = np.repeat(scales.view(np.float32), TOGETHER, -1)[..., :d]
     return rows[..., :d].view(np.int8).astype(np.float32) * of_each
 
 
-def half_a_step(x: np.ndarray) -> np.ndarray:
+def half_a_step(x: np.ndarray, form: str) -> np.ndarray:
     """How far rounding takes each number of float64 [...,d]."""
+    if form == "fp16":
+        return np.maximum(np.abs(x) * FLOAT16, LEAST_STEP)
     out = np.empty_like(x)
     for begin in range(0, x.shape[-1], TOGETHER):
         part = slice(begin, begin + TOGETHER)
@@ -33,16 +39,15 @@ def half_a_step(x: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class CallInBytes(Call):
-    """Its answer: y and the bytes of keys and values, flat; what is expected: y and their numbers."""
+class NarrowCall(Call):
+    """Its answer: y and the bits of each cell of keys and values, flat; what is expected: y and their numbers."""
 
     def check(self, y: np.ndarray, instructions: str = "") -> None:
-        d = self.attributes["d"]
-        w = d + 2 * -(-d // TOGETHER)
-        cache = self.inputs["past_key"].size
-        ends = np.cumsum([y.size - 2 * cache, cache])
+        cache = self.inputs["past_key"]
+        ends = np.cumsum([y.size - 2 * cache.size, cache.size])
         of_y, *both = np.split(y, ends)
-        numbers = [widened(part.astype(np.uint8).reshape(-1, w), d).ravel() for part in both]
+        cells = [part.astype(f"uint{8 * cache.itemsize}").view(cache.dtype).reshape(cache.shape) for part in both]
+        numbers = [widened(rows, self.attributes["d"]).ravel() for rows in cells]
         super().check(np.concatenate([of_y, *numbers]), instructions)
 
 
@@ -69,7 +74,7 @@ class Sizes:
     side: bool = False
     listed: int = 0  # rows of the past that are listed, besides the new ones; 0: no list
     shared: bool = False  # one mask, one row of cos and sin for all requests
-    bytes: bool = False  # the cache
+    form: str = "fp32"  # of the cache
 
     @property
     def capacity(self) -> int:
@@ -96,8 +101,9 @@ def attention(s: Sizes, seed: int = 0, **changed: np.ndarray) -> Call:
         inputs = {name: normal(s.B, s.N, w) for name, w in zip("qkv", widths, strict=True)}
     cache = (s.B, s.kv_heads, s.capacity, s.d)
     inputs |= {"past_key": normal(*cache), "past_value": normal(*cache)}
-    if s.bytes:
-        inputs |= {name: _in_bytes(rng, inputs[name]) for name in ("past_key", "past_value")}
+    if s.form != "fp32":
+        narrow = _in_bytes if s.form == "int8" else _in_halves
+        inputs |= {name: narrow(rng, inputs[name]) for name in ("past_key", "past_value")}
     slots = np.moveaxis(np.indices((s.B, s.kv_heads, s.N)), 0, -1).copy()
     slots[..., 2] += s.past
     mask_of = 1 if s.shared else s.B
@@ -124,9 +130,13 @@ def attention(s: Sizes, seed: int = 0, **changed: np.ndarray) -> Call:
     attributes |= dict(zip(("q_first", "k_first", "v_first"), first, strict=True))
     expected, bound = meaning(s, first, inputs)
     outputs = ("y", "present_key", "present_value")
-    if s.bytes:
-        return CallInBytes("CachedAttention8", attributes, inputs, expected, bound, outputs=outputs)
-    return Call("CachedAttention", attributes, inputs, expected, bound, outputs=outputs)
+    kind = Call if s.form == "fp32" else NarrowCall
+    return kind("CachedAttention", attributes, inputs, expected, bound, outputs=outputs)
+
+
+def _in_halves(rng: np.random.Generator, rows: np.ndarray) -> np.ndarray:
+    """float16 of all sizes, some below 2^-14."""
+    return (rows * 2.0 ** rng.integers(-20, 2, rows.shape)).astype(np.float16)
 
 
 def _in_bytes(rng: np.random.Generator, rows: np.ndarray) -> np.ndarray:
@@ -162,13 +172,15 @@ def _row(inputs: dict[str, np.ndarray], name: str, place: int, s: Sizes, first: 
 def meaning(s: Sizes, first: list[int], inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """y, keys and values one after the other, flat, and how far away each number may be."""
     memory = {n: inputs[f"past_{n}"] for n in ("key", "value")}
-    memory = {n: (widened(a, s.d) if s.bytes else a).astype(np.float64) for n, a in memory.items()}
+    memory = {n: widened(a, s.d).astype(np.float64) for n, a in memory.items()}
     error = {n: np.zeros_like(a) for n, a in memory.items()}
     for h in range(s.kv_heads):
         for name, part in (("key", "k"), ("value", "v")):
             rows, errors = _row(inputs, part, h, s, first["qkv".index(part)])
-            if s.bytes:
-                errors = errors + half_a_step(np.abs(rows) + errors)
+            if s.form == "fp16":
+                rows = np.clip(rows, -MOST, MOST)
+            if s.form != "fp32":
+                errors = errors + half_a_step(np.abs(rows) + errors, s.form)
             for b, n in np.ndindex(s.B, s.N):
                 memory[name][b, h, inputs["slots"][b, h, n, 2]] = rows[b, n]
                 error[name][b, h, inputs["slots"][b, h, n, 2]] = errors[b, n]
@@ -203,8 +215,9 @@ CASES = [
     Sizes(d=128, heads=14, kv_heads=2, past=70, rotary=32, B=3, shared=True), Sizes(past=0, room=0), Sizes(B=0), Sizes(N=0),
     Sizes(N=3, B=2, norm=True, bias=True, side=True, d=80), Sizes(heads=40, kv_heads=1, d=8, past=20),
     Sizes(B=2, N=3, past=60, holes=0.2, listed=25, pad=9), Sizes(N=5, heads=6, kv_heads=6, d=70, turned="whole", norm=True),
-    Sizes(bytes=True), Sizes(bytes=True, d=64, heads=9, kv_heads=3, past=130, holes=0.3),
-    Sizes(bytes=True, d=1, heads=1, kv_heads=1), Sizes(bytes=True, B=0),
-    Sizes(bytes=True, B=2, N=7, past=70, pad=11, bias=True, d=70, heads=6, kv_heads=6),
-    Sizes(bytes=True, B=2, N=3, d=128, heads=14, kv_heads=2, past=80, rotary=32, listed=25, norm=True, side=True),
+    *(Sizes(form=form, **more) for form in ("int8", "fp16") for more in (
+        {}, dict(d=64, heads=9, kv_heads=3, past=130, holes=0.3), dict(d=1, heads=1, kv_heads=1), dict(B=0),
+        dict(B=2, N=7, past=70, pad=11, bias=True, d=70, heads=6, kv_heads=6),
+        dict(B=2, N=3, d=128, heads=14, kv_heads=2, past=80, rotary=32, listed=25, norm=True, side=True),
+    )),
 ]  # fmt: skip

@@ -243,14 +243,14 @@ TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": 
 TYPES |= {"int64": TensorProto.INT64, "int32": TensorProto.INT32, "bool": TensorProto.BOOL}
 
 
-# Of CachedAttention and CachedAttention8, in this order.
+# Of CachedAttention, in this order.
 OPTIONAL = ("cos", "sin", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "listed")
 
 
 def names(call: Call) -> list[str]:
     """The inputs of its node, "" where an optional one is left out."""
     required = [n for n in call.inputs if n not in OPTIONAL]
-    left_out = [n if n in call.inputs else "" for n in OPTIONAL] if call.op.startswith("CachedAttention") else []
+    left_out = [n if n in call.inputs else "" for n in OPTIONAL] if call.op == "CachedAttention" else []
     return required + left_out
 
 
@@ -264,8 +264,11 @@ def model(call: Call) -> bytes:
     ]
     stored = [onnx.numpy_helper.from_array(call.inputs[n], n) for n in call.constants]
     rank = {"y": 4 if call.op == "PromptAttention" else 3}
-    of_cache = TensorProto.UINT8 if call.op == "CachedAttention8" else TensorProto.FLOAT
-    kinds = {"present_key": of_cache, "present_value": of_cache}
+    kinds = {
+        f"present_{n}": TYPES[str(call.inputs[f"past_{n}"].dtype)]
+        for n in ("key", "value")
+        if f"past_{n}" in call.inputs
+    }
     out = [
         helper.make_tensor_value_info(n, kinds.get(n, TensorProto.FLOAT), [None] * rank.get(n, 4)) for n in call.outputs
     ]

@@ -15,7 +15,8 @@ from test_cpu_ops import INSTRUCTIONS, best_instructions, compiled, session, use
 from cm_export.plugins.cpu import library
 
 SEVERAL = Sizes(N=6, heads=6, kv_heads=2, d=40, past=70, pad=3, holes=0.2, bias=True, norm=True)
-BOTH = pytest.mark.parametrize("sizes", [SEVERAL, replace(SEVERAL, bytes=True)], ids=["floats", "bytes"])
+FORMS = ["fp32", "fp16", "int8"]
+EACH = pytest.mark.parametrize("sizes", [replace(SEVERAL, form=form) for form in FORMS], ids=FORMS)
 
 
 def run(call: Call, threads: int = 1) -> list[np.ndarray]:
@@ -23,7 +24,8 @@ def run(call: Call, threads: int = 1) -> list[np.ndarray]:
 
 
 def flat(outputs: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([a.ravel() for a in outputs])
+    """Of float16 the bits, of which a number may have several."""
+    return np.concatenate([a.ravel().view(np.uint16 if a.dtype == np.float16 else a.dtype) for a in outputs])
 
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
@@ -53,7 +55,7 @@ def test_it_is_attention_over_the_cache_with_the_new_rows(name):
         side=st.booleans(),
         shared=st.booleans(),
         listed=st.sampled_from([0, 0, 7]),
-        bytes=st.booleans(),
+        form=st.sampled_from(FORMS),
     ),
     seed=st.integers(0, 1000),
 )
@@ -73,7 +75,7 @@ def only(call: Call, tokens: slice, past: list[np.ndarray] | None = None) -> Cal
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
 @pytest.mark.parametrize("threads", [1, 2])
-@BOTH
+@EACH
 def test_a_token_has_the_same_bits_alone_and_among_others(name, threads, sizes):
     use(name)
     call = attention(sizes)
@@ -90,7 +92,7 @@ def moved(call: Call, rows: int) -> Call:
     inputs = dict(call.inputs)
     for name in ("past_key", "past_value"):
         hidden = ~(call.inputs["mask"] > LEAST).any((0, 1, 2))
-        nan = 255 if call.op == "CachedAttention8" else np.nan  # in a scale as well
+        nan = 255 if call.inputs[name].dtype == np.uint8 else np.nan  # in a scale as well
         filled = np.where(hidden[:, None], call.inputs[name].dtype.type(nan), call.inputs[name])
         inputs[name] = np.pad(filled, ((0, 0), (0, 0), (rows, 5), (0, 0)), constant_values=nan)
     inputs["mask"] = np.pad(call.inputs["mask"], ((0, 0),) * 3 + ((rows, 5),), constant_values=LEAST)
@@ -99,7 +101,7 @@ def moved(call: Call, rows: int) -> Call:
 
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
-@BOTH
+@EACH
 def test_neither_where_rows_lie_nor_what_is_hidden_changes_a_bit(name, sizes):
     use(name)
     call = attention(replace(sizes, holes=0.4))
@@ -109,10 +111,10 @@ def test_neither_where_rows_lie_nor_what_is_hidden_changes_a_bit(name, sizes):
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("of_bytes", [False, True])
-def test_what_is_no_number_shows_where_it_is_read_and_nowhere_else(name, bad, of_bytes):
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_no_number_shows_where_it_is_read_and_nowhere_else(name, bad, form):
     use(name)
-    sizes = Sizes(N=4, heads=4, kv_heads=2, d=24, past=20, bytes=of_bytes)
+    sizes = Sizes(N=4, heads=4, kv_heads=2, d=24, past=20, form=form)
     call, right = attention(sizes), run(attention(sizes))[0]
     q = call.inputs["q"].copy()
     q[0, 1, 30] = bad  # head 1 of token 1
@@ -132,7 +134,7 @@ def test_a_token_that_sees_no_row_is_no_number():
     assert np.isnan(run(blind)[0]).all()
 
 
-@BOTH
+@EACH
 def test_new_rows_are_written_into_the_memory_of_the_cache(sizes):
     call = attention(sizes)
     expected, opened = run(call), session(call)
@@ -158,25 +160,61 @@ def test_a_row_in_bytes_is_off_by_half_a_step_and_stays_as_it_is_from_then_on(na
     rng = np.random.default_rng(d)
     rows = (rng.standard_normal((2, 3, 50, d)) * np.exp(4 * rng.standard_normal((2, 3, 50, 1)))).astype(np.float32)
     rows[0, 0, 0], rows[0, 0, 1, 0] = 0, 0
-    packed = library.rounded(rows)
+    packed = library.rounded(rows, "int8")
     assert packed.shape == (2, 3, 50, d + 2 * -(-d // 32)) and packed.dtype == np.uint8
     back = library.widened(packed)
     np.testing.assert_array_equal(back, meant(packed, d))
-    assert (np.abs(back - rows) <= half_a_step(rows.astype(np.float64)) * (1 + 1e-6)).all()
+    assert (np.abs(back - rows) <= half_a_step(rows.astype(np.float64), "int8") * (1 + 1e-6)).all()
     assert (np.abs(packed[..., :d].view(np.int8)).max(-1)[rows.any(-1)] == 127).all()
-    np.testing.assert_array_equal(library.rounded(back), packed)
-    np.testing.assert_array_equal(library.rounded(rows[:, :, 7:9]), packed[:, :, 7:9])
+    np.testing.assert_array_equal(library.rounded(back, "int8"), packed)
+    np.testing.assert_array_equal(library.rounded(rows[:, :, 7:9], "int8"), packed[:, :, 7:9])
     rows[1, 1, 1, d - 1] = np.inf
-    again = library.widened(library.rounded(rows))
+    again = library.widened(library.rounded(rows, "int8"))
     others = np.ones(rows.shape, bool)
     others[1, 1, 1, (d - 1) // 32 * 32 :] = False
     assert np.isnan(again[~others]).all()
     np.testing.assert_array_equal(again[others], back[others])
 
 
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+@pytest.mark.parametrize("d", [1, 7, 32, 70])
+def test_a_row_of_halves_is_rounded_to_the_nearest_and_stays_as_it_is_from_then_on(name, d):
+    use(name)
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    every = every[np.isfinite(every)].astype(np.float64)
+    between = np.sort(every)[:-1] + np.diff(np.sort(every)) / 2  # halfway: to the even one
+    x = np.concatenate([every, between, np.nextafter(between.astype(np.float32), np.inf), [2**-149, -(2**-30)]])
+    x = np.random.default_rng(d).permutation(np.resize(x, (-(-x.size // d), d)).astype(np.float32))
+    packed = library.rounded(x, "fp16")
+    assert packed.dtype == np.float16 and packed.shape == x.shape
+    np.testing.assert_array_equal(packed.view(np.uint16), x.astype(np.float16).view(np.uint16))
+    back = library.widened(packed)
+    np.testing.assert_array_equal(back, packed.astype(np.float32))
+    np.testing.assert_array_equal(library.rounded(back, "fp16").view(np.uint16), packed.view(np.uint16))
+
+
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_a_number_beyond_float16_becomes_its_largest_one_and_what_is_no_number_stays_none(name):
+    use(name)
+    large, inf, nan = [65504, 65519.996, 65520, 65536, 1e6, np.finfo(np.float32).max], [np.inf, -np.inf], [np.nan]
+    found = library.widened(library.rounded(np.array([*large, *(-x for x in large), *inf, *nan], np.float32), "fp16"))
+    np.testing.assert_array_equal(found, [65504] * 6 + [-65504] * 6 + inf + nan)
+
+
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_a_key_beyond_float16_is_the_one_that_is_looked_at(name):
+    use(name)
+    sizes = Sizes(form="fp16", turned="nothing", heads=2, kv_heads=1, d=24, past=9, room=0)
+    k = attention(sizes).inputs["k"]
+    k[..., 3] = 1e6
+    call = attention(sizes, k=k)
+    call.inputs["q"][...] = np.abs(call.inputs["q"])
+    np.testing.assert_array_equal(run(call)[0], np.tile(call.inputs["v"].astype(np.float16).astype(np.float32), 2))
+
+
 @pytest.mark.parametrize("rows", [np.zeros((2, 36), np.uint8), np.zeros((2, 34), np.float32)])
-def test_what_are_no_rows_in_bytes_is_not_widened(rows):
-    with pytest.raises(TypeError, match="not rows of a cache in bytes"):
+def test_what_are_no_narrow_rows_is_not_widened(rows):
+    with pytest.raises(TypeError, match="not rows of a narrow cache"):
         library.widened(rows)
 
 
@@ -233,9 +271,18 @@ WRONG = {
 }
 
 
-def test_a_cache_in_bytes_of_another_width_is_refused():
-    with pytest.raises(Exception, match=r"CachedAttention8: input 3 is \[1,2,9,25\], expected \[1,2,9,26\]"):
-        run(cut("past_key", 3)(attention(Sizes(bytes=True))))
+@pytest.mark.parametrize("form, width", [("fp16", 24), ("int8", 26)])
+def test_a_narrow_cache_of_another_width_is_refused(form, width):
+    message = rf"CachedAttention: input 3 is \[1,2,9,{width - 1}\], expected \[1,2,9,{width}\]"
+    with pytest.raises(Exception, match=message):
+        run(cut("past_key", 3)(attention(Sizes(form=form))))
+
+
+def test_keys_of_one_form_and_values_of_another_are_refused():
+    call = attention(Sizes(form="fp16"))
+    call.inputs["past_value"] = call.inputs["past_value"].astype(np.float32)
+    with pytest.raises(Exception, match="CachedAttention"):
+        session(call)
 
 
 @pytest.mark.parametrize("change, message", WRONG.values(), ids=WRONG)

@@ -28,6 +28,7 @@ COUNT = "static_cast<int>(std::min<int64_t>(m.inputs - begin, m.group))"
 FULL = "numbers == group && ids[numbers - 1] != ids[numbers - kQuad]"
 KEPT = "!(std::fabs(x[i]) * norm[i] < threshold)"
 ROUNDED = "bits_of(x[i] * factor + 12582912.0f) - bits_of(12582912.0f)"
+ROW_SIZE = "return bytes_of_row(cells, width);"
 PANEL_OUT = "float* y = span.y{};"
 GATE = "k.gate(activation, {} + row * width, {} + row * width,"
 FROM = "float* from = static_cast<const float*>(x.data){};"
@@ -81,9 +82,15 @@ SHARED = {  # what is wrong: (file, right, wrong)
     "second tile of values": (ATTEND, "std::min(r + kTileRows, a.seen), stride", "std::min<int64_t>(kTileRows, a.seen), stride"),
     "shares of the first head": (ATTEND, "*= inverse[h];", "*= inverse[0];"),
     "scale of the first numbers of a row": (ATTEND, "Isa::scale(row + width + at / kRounded * 2)", "Isa::scale(row + width)"),
-    "the rest of a row of bytes": (ATTEND, "at + i < width ? codes[i] : 0", "0"),
+    "the rest of a narrow row": (ATTEND, "at + i < width ? there[i] : 0", "0"),
+    "the rest of a row of halves is not written": (ATTEND, "halves, count * sizeof *halves);", "halves, count / 4 * 8);"),
+    "where halves of a row are written": (ATTEND, "row + begin * sizeof *halves, halves", "row + begin, halves"),
+    "cells of a row taken for its bytes": (CACHE, ROW_SIZE, ROW_SIZE.replace("bytes", "cells", 1)),
+    "halves beyond their range": (ATTEND, "std::min(std::max(v, -kMost), kMost) : v;", "v : v;"),
+    "halves are cut instead of rounded": ("portable.cpp", " + 0xfff + (size >> 13 & 1)) >> 13)", ") >> 13)"),
+    "halves below 2^-14": ("portable.cpp", "sign | static_cast<uint32_t>(steps - 12582912.0f)", "sign"),
     "a row of bytes is cut instead of rounded": (ATTEND, "bits += 0x7fff + (bits >> 16 & 1);", "bits += 0x10000;"),
-    "where a head's bytes are written": (CACHE, "kernel.round(made + h * width,", "kernel.round(made,"),
+    "where a head's narrow row is written": (CACHE, "kernel.round(cells, made + h * width,", "kernel.round(cells, made,"),
     "what the mask adds": (CACHE, "added[count] = mask[row];", "added[count] = 0.0f;"),
     "list of the first request": (CACHE, "call.listed[b * call.those + i]", "call.listed[i]"),
     "cache of the first request": (CACHE, "(token / call.tokens * kv_heads + kv)", "kv"),
@@ -96,7 +103,10 @@ SHARED = {  # what is wrong: (file, right, wrong)
     "what is filled up": ("shares.h", "for (; i < filled; ++i) scores[i] = kNothing;", ""),
     "where a product's keys begin": (CACHE, "(x.data) + first[index]", "(x.data)"),
 }  # fmt: skip
+OF_HALVES = Attention(form="fp16")
+VALUES = attention(OF_HALVES).inputs["v"]
 MORE = [
+    *(attention(OF_HALVES, v=VALUES * np.float32(size)) for size in (2**-16, 1e5)),
     matmul(Sizes(S=330, K=40, N=129, share=0.5), 3), ffn(Sizes(bits=32, S=2, share=1), "quick_gelu", bits_out=32, z_share=1),
     matmul(Sizes(K=128, N=256, share=0.95, bits=8), 4), matmul(Sizes(K=64, N=8, share=0.5, zeros=True, S=2, B=2), 5),
     matmul(Sizes(K=520, N=129, zeros=True), 6), matmul(Sizes(K=520, N=129, S=2), 7), ffn(Sizes(N=300, zeros=True), seed=8),
@@ -143,7 +153,7 @@ QUICK = {
     "last group", "x of the first row", "sums of another span", "rows of the first quads", "what a part adds",
     "where up is summed", "what is not kept sets the scale", "numbers past the end of x", "threshold of the first request",
     "up taken for gate", "keys that a neighbour sees",
-    "slope of an activation", "scratch of all calls", "scale of the first numbers of a row",
+    "slope of an activation", "scratch of all calls", "scale of the first numbers of a row", "halves are cut instead of rounded",
     "AMX: zero points", "AVX-512: upper codes of one row", "AVX2: signs of x", "ARM: zero points of 8 bits",
     "ARM: order of lanes",
 }  # fmt: skip
@@ -175,6 +185,8 @@ ONE_FILE = {
     "AVX-512: bytes of two codes": ("avx512-vnni", "avx512.h", "_mm512_sub_epi32(a, b)", "a"),
     "AVX-512: second half of 8 bits": ("avx512-vnni", "avx512.h", "p2 + 64, p3 + 64", "p2, p3 + 64"),
     "AVX2: products that do not fit": ("avx2", "avx2.cpp", "if constexpr (bits == 4) {  // 2", "if constexpr (true) {  // 2"),
+    "AVX-512: halves are cut": ("avx512-vnni", "avx512.h", "_MM_FROUND_TO_NEAREST_INT", "_MM_FROUND_TO_ZERO"),
+    "AVX2: halves are cut": ("avx2", "avx2.cpp", "_MM_FROUND_TO_NEAREST_INT", "_MM_FROUND_TO_ZERO"),
     "AVX2: signs of x": ("avx2", "avx2.cpp", "x_odd = _mm256_srai_epi16(x, 8);", "x_odd = _mm256_srli_epi16(x, 8);"),
     "ARM: zero points of 8 bits": ("neon", "neon.h", "bits == 8 ? kOffset : 0;", "bits == 4 ? kOffset : 0;"),
     "ARM: upper bytes": ("neon", "neon.cpp", "vmull_high_s8(w, x)", "vmull_s8(vget_low_s8(w), vget_low_s8(x))"),

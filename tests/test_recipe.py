@@ -87,6 +87,8 @@ def test_what_cannot_hold_is_refused_in_one_line(values, words):
         ({"weights__cache": "int8", "weights__precision": "fp32"}, ["weights.cache"]),
         ({"weights__cache": "int8", "weights__precision": "int4", "backend": "tensorrt"}, ["weights.cache"]),
         ({"weights__cache": "int8", "weights__precision": "int8", "neurons__policy": "dense"}, []),
+        ({"weights__cache": "fp16", "weights__precision": "fp32"}, ["weights.cache"]),
+        ({"weights__cache": "fp16", "weights__precision": "int8", "neurons__policy": "dense"}, []),
         ({"tokens__share": 0.2, "tokens__policy": "dense"}, ["tokens.share"]),
     ],
 )

@@ -9,7 +9,7 @@ A TensorRT engine has its own precision ([engine]); its graphs are made from the
 from dataclasses import dataclass
 
 from ..base.errors import InputError
-from ..quant.cache_rows import row_of_bytes
+from ..quant.cache_rows import CELLS, bytes_of_row
 from .option import check_fields, option
 
 PRECISIONS = ("fp32", "int8", "int4")
@@ -41,8 +41,8 @@ class StoredWeights:
     cache: str = option(
         "fp32",
         "--cache",
-        "Keys and values that decode keeps; int8: a quarter of the bytes, where products of few bits read them",
-        choices=("fp32", "int8"),
+        "Keys and values that decode keeps; fp16: half of the bytes, int8: a quarter, where products of few bits read them",
+        choices=tuple(CELLS),
     )
     group: int = option(32, "--weight-group", "Weights along the inputs that share a scale", choices=(32, 64, 128))
     zeros: bool = option(True, "", "Whether a group has a zero point besides its scale, at 4 bits")
@@ -83,13 +83,13 @@ class StoredWeights:
 
     def row_of_cache(self, width: int) -> int:
         """Bytes of one token's keys or values of a head of `width` numbers, in decode."""
-        return row_of_bytes(width) if self.cache == "int8" and self.packs else 4 * width
+        return bytes_of_row(self.cache if self.packs else "fp32", width)
 
     @property
     def words(self) -> str:
         """The precision, and kinds that are stored otherwise than it says: "int4", "int4, ffn fp32, cache int8"."""
         others = [f"{kind} {getattr(self, kind)}" for kind in KINDS if getattr(self, kind)]
-        return ", ".join([self.precision, *others, *(["cache int8"] if self.cache == "int8" else [])])
+        return ", ".join([self.precision, *others, *([f"cache {self.cache}"] if self.cache != "fp32" else [])])
 
     @property
     def packs(self) -> bool:

@@ -12,8 +12,8 @@
 //     *_bias     [heads d] added first      *_norm [d]: RMS norm over a head, with `epsilon`, before it is turned
 //     listed     int32 [B,M]: only these rows are read, in this order; one that is listed twice counts twice; none: all rows
 //
-//     CachedAttention8(the same)    past_* and present_* are uint8 [B,Hk,C,w]: rows of bytes (kernels.h); a new row is rounded,
-//                                   and read as it was rounded, by its own token as well
+//     past_* and present_* may be float16 [B,Hk,C,d] or uint8 [B,Hk,C,w] (rows of bytes, kernels.h) instead: a new row is rounded,
+//     and read as it was rounded, by its own token as well
 //
 // Heads, Hk, d, rotary (the first numbers of a head that are turned, even), scale and epsilon are attributes.
 #include <cstring>
@@ -41,10 +41,11 @@ Scratch& scratch() {
     return buffers;
 }
 
-template <bool bytes>
+template <Cells cells>
 struct CachedAttention {
-    static constexpr const char* kName = bytes ? "CachedAttention8" : "CachedAttention";
-    static constexpr ort::ElementType kOfCache = bytes ? ort::kUint8 : ort::kFloat;
+    static constexpr const char* kName = "CachedAttention";
+    static constexpr ort::ElementType kOfCache =
+        cells == Cells::kFloat ? ort::kFloat : cells == Cells::kHalf ? ort::kFloat16 : ort::kUint8;
     static constexpr ort::ElementType kTypes[] = {ort::kFloat, ort::kFloat, ort::kFloat, kOfCache,    kOfCache,
                                                   ort::kInt64, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat,
                                                   ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kInt32};
@@ -124,14 +125,13 @@ struct CachedAttention {
         return static_cast<const float*>(x.data);
     }
 
-    int64_t row_width() const { return bytes ? static_cast<int64_t>(row_of_bytes(width)) : width; }
-    size_t row_size() const { return static_cast<size_t>(row_width()) * (bytes ? 1 : sizeof(float)); }
+    size_t row_size() const { return bytes_of_row(cells, width); }
 
     // The memory that holds the cache afterwards, with what `past` holds.
     uint8_t* cache(ort::Context* context, size_t index, Call& call, size_t of_output) const {
         const Tensor past = input(context, index);
         if (index == kPastKey && past.shape.size() == 4) call.capacity = past.shape[2];
-        const std::vector<int64_t> expected{call.batch, kv_heads, call.capacity, row_width()};
+        const std::vector<int64_t> expected{call.batch, kv_heads, call.capacity, cells_of_row(cells, width)};
         if (past.shape != expected) wrong(index, past.shape, text_of(expected));
         auto* present = output<uint8_t>(context, past.shape, of_output);
         const size_t size = static_cast<size_t>(call.batch * kv_heads * call.capacity) * row_size();
@@ -246,10 +246,10 @@ struct CachedAttention {
             return memory + (head * call.capacity + row) * row_size();
         };
         const auto write_heads = [&](const Source& from, uint8_t* memory) {
-            if constexpr (bytes) {
+            if constexpr (cells != Cells::kFloat) {
                 float* made = working(kv_heads * width);
                 each_head(from, kv_heads, [&](int64_t h) { return made + h * width; });
-                for (int64_t h = 0; h < kv_heads; ++h) kernel.round(made + h * width, static_cast<int>(width), row_of(memory, h));
+                for (int64_t h = 0; h < kv_heads; ++h) kernel.round(cells, made + h * width, static_cast<int>(width), row_of(memory, h));
             } else {
                 each_head(from, kv_heads, [&](int64_t h) { return reinterpret_cast<float*>(row_of(memory, h)); });
             }
@@ -268,7 +268,7 @@ struct CachedAttention {
         Attention a;
         a.heads = static_cast<int>(end - begin), a.width = static_cast<int>(width), a.apart = call.apart;
         a.q = call.scratch->q.data() + (token * heads + head) * call.apart;
-        a.keys = call.keys + in_cache, a.values = call.values + in_cache, a.bytes = bytes, a.row = row_size();
+        a.keys = call.keys + in_cache, a.values = call.values + in_cache, a.cells = cells, a.row = row_size();
         a.rows = call.scratch->rows.data() + token * call.those;
         a.added = call.scratch->added.data() + token * call.row_of_added();
         a.seen = call.scratch->seen[static_cast<size_t>(token)];
@@ -291,7 +291,8 @@ struct CachedAttention {
 
 }  // namespace
 
-const ort::CustomOp* cached_attention() { return described<CachedAttention<false>>(); }
-const ort::CustomOp* cached_attention_8() { return described<CachedAttention<true>>(); }
+const ort::CustomOp* cached_attention() { return described<CachedAttention<Cells::kFloat>>(); }
+const ort::CustomOp* cached_attention_in_halves() { return described<CachedAttention<Cells::kHalf>>(); }
+const ort::CustomOp* cached_attention_in_bytes() { return described<CachedAttention<Cells::kByte>>(); }
 
 }  // namespace cm::cpu

@@ -3,8 +3,8 @@
 //     score[h, r] = q[h] . key[r] + added[r]     share = e^(score - largest)     y[h] = sum over r share[h, r] value[r] / sum share[h]
 //
 // Each head of each token is computed by itself, row by row in the order of the list, with steps that depend on nothing but
-// its length. So its numbers are the same whoever is read beside it and wherever in the cache its rows begin. Rows of bytes
-// become floats in registers, in one and the same way for every head.
+// its length. So its numbers are the same whoever is read beside it and wherever in the cache its rows begin. Rows of halves or
+// bytes become floats in registers, in one and the same way for every head.
 
 #include "shares.h"
 
@@ -34,7 +34,7 @@ static void turn(const Turn& t, const float* __restrict x, float* __restrict out
 
 // code = round(x / scale), scale = max |x| / 127 as a bfloat16. That is off by less than half a code of 127, so the largest
 // number always gets 127, and its scale again when the row that comes back is rounded once more.
-static void round(const float* x, int width, uint8_t* row) {
+static void round_to_bytes(const float* x, int width, uint8_t* row) {
     for (int begin = 0; begin < width; begin += kRounded) {
         const int count = std::min(kRounded, width - begin);
         float numbers[kRounded] = {};
@@ -58,35 +58,64 @@ static void round(const float* x, int width, uint8_t* row) {
     }
 }
 
-// A register of numbers of a row, from number `at` on; where the row ends within it, 0 behind the end.
-template <bool bytes, bool whole>
-static CM_INLINE Float numbers_of(const uint8_t* row, int width, int at) {
-    static_assert(kRounded % Isa::kLanes == 0);
-    if constexpr (bytes) {
-        int8_t rest[Isa::kLanes];
-        const auto* codes = reinterpret_cast<const int8_t*>(row + at);
-        if (!whole)
-            for (int i = 0; i < Isa::kLanes; ++i) rest[i] = at + i < width ? codes[i] : 0;
-        return Isa::mul(Isa::bytes(whole ? codes : rest), Isa::scale(row + width + at / kRounded * 2));
-    } else {
-        const float* x = reinterpret_cast<const float*>(row) + at;
-        return whole ? Isa::load(x) : Isa::some(x, width - at);
+// float16, to the nearest, or the even one of two. A finite number stays finite: some models have keys of hundreds with a few far
+// larger ones, and one that became infinite would make every score of its channel infinite or NaN; as the largest float16 it still
+// outweighs the others. What was infinite or NaN before is so afterwards: nothing is hidden.
+static void round_to_halves(const float* x, int width, uint8_t* row) {
+    constexpr float kMost = 65504.0f;
+    for (int begin = 0; begin < width; begin += Isa::kLanes) {
+        const int count = std::min(Isa::kLanes, width - begin);
+        float numbers[Isa::kLanes] = {};
+        for (int i = 0; i < count; ++i) {
+            const float v = x[begin + i];
+            numbers[i] = std::fabs(v) < std::numeric_limits<float>::infinity() ? std::min(std::max(v, -kMost), kMost) : v;
+        }
+        uint16_t halves[Isa::kLanes];
+        Isa::halve(Isa::load(numbers), halves);
+        std::memcpy(row + begin * sizeof *halves, halves, count * sizeof *halves);
     }
 }
 
-static void widen_row(const uint8_t* row, int width, float* x) {
+static void round(Cells cells, const float* x, int width, uint8_t* row) {
+    return cells == Cells::kHalf ? round_to_halves(x, width, row) : round_to_bytes(x, width, row);
+}
+
+// A register of numbers of a row, from number `at` on; where the row ends within it, 0 behind the end.
+template <Cells cells, bool whole>
+static CM_INLINE Float numbers_of(const uint8_t* row, int width, int at) {
+    static_assert(kRounded % Isa::kLanes == 0);
+    if constexpr (cells == Cells::kFloat) {
+        const float* x = reinterpret_cast<const float*>(row) + at;
+        return whole ? Isa::load(x) : Isa::some(x, width - at);
+    } else {
+        using Cell = std::conditional_t<cells == Cells::kHalf, uint16_t, int8_t>;
+        Cell rest[Isa::kLanes];
+        const Cell* there = reinterpret_cast<const Cell*>(row) + at;
+        if (!whole)
+            for (int i = 0; i < Isa::kLanes; ++i) rest[i] = at + i < width ? there[i] : 0;
+        if constexpr (cells == Cells::kHalf) return Isa::half(whole ? there : rest);
+        else return Isa::mul(Isa::bytes(whole ? there : rest), Isa::scale(row + width + at / kRounded * 2));
+    }
+}
+
+template <Cells cells>
+static void widen_cells(const uint8_t* row, int width, float* x) {
     int at = 0;
-    for (; at + Isa::kLanes <= width; at += Isa::kLanes) Isa::store(x + at, numbers_of<true, true>(row, width, at));
+    for (; at + Isa::kLanes <= width; at += Isa::kLanes) Isa::store(x + at, numbers_of<cells, true>(row, width, at));
     float rest[Isa::kLanes];
-    if (at < width) Isa::store(rest, numbers_of<true, false>(row, width, at)), std::memcpy(x + at, rest, (width - at) * sizeof(float));
+    if (at < width) Isa::store(rest, numbers_of<cells, false>(row, width, at)), std::memcpy(x + at, rest, (width - at) * sizeof(float));
+}
+
+static void widen_row(Cells cells, const uint8_t* row, int width, float* x) {
+    return cells == Cells::kHalf ? widen_cells<Cells::kHalf>(row, width, x) : widen_cells<Cells::kByte>(row, width, x);
 }
 
 // ---------------------------------------------------------------- scores
 
-template <bool bytes, int n, bool whole>
+template <Cells cells, int n, bool whole>
 static CM_INLINE void add_products(const Attention& a, int head, const uint8_t* const* keys, int at, Float (*sums)[kFour]) {
     Float k[kFour];
-    for (int r = 0; r < kFour; ++r) k[r] = numbers_of<bytes, whole>(keys[r], a.width, at);
+    for (int r = 0; r < kFour; ++r) k[r] = numbers_of<cells, whole>(keys[r], a.width, at);
     for (int h = 0; h < n; ++h) {
         const Float q = Isa::load(a.q + (head + h) * a.apart + at);
         for (int r = 0; r < kFour; ++r) sums[h][r] = Isa::fma(q, k[r], sums[h][r]);
@@ -94,19 +123,19 @@ static CM_INLINE void add_products(const Attention& a, int head, const uint8_t* 
 }
 
 // Of n heads at a time, and of what is left with smaller n, for four rows.
-template <bool bytes, int n>
+template <Cells cells, int n>
 static CM_INLINE void scores_of(const Attention& a, int head, const uint8_t* const* keys, float* out, size_t stride) {
     for (; head + n <= a.heads; head += n) {
         Float sums[n][kFour];
         for (int h = 0; h < n; ++h)
             for (int r = 0; r < kFour; ++r) sums[h][r] = Isa::all(0.0f);
         int at = 0;
-        for (; at + Isa::kLanes <= a.width; at += Isa::kLanes) add_products<bytes, n, true>(a, head, keys, at, sums);
-        if (at < a.width) add_products<bytes, n, false>(a, head, keys, at, sums);
+        for (; at + Isa::kLanes <= a.width; at += Isa::kLanes) add_products<cells, n, true>(a, head, keys, at, sums);
+        if (at < a.width) add_products<cells, n, false>(a, head, keys, at, sums);
         for (int h = 0; h < n; ++h) Isa::add_up(sums[h], out + (head + h) * stride);
     }
     if constexpr (n > 1) {
-        if (head < a.heads) scores_of<bytes, n - 1>(a, head, keys, out, stride);
+        if (head < a.heads) scores_of<cells, n - 1>(a, head, keys, out, stride);
     }
 }
 
@@ -139,7 +168,7 @@ static CM_INLINE void scores_of_turned(const Attention& a, int head, int64_t row
 // ---------------------------------------------------------------- values
 
 // y += shares * values, of n heads and `columns` registers from number `at` of a head.
-template <bool bytes, int n, int columns, bool whole>
+template <Cells cells, int n, int columns, bool whole>
 static CM_INLINE void add_values(const Attention& a, int head, int at, int64_t begin, int64_t end, size_t stride) {
     Float sums[n][columns];
     for (int h = 0; h < n; ++h)
@@ -147,7 +176,7 @@ static CM_INLINE void add_values(const Attention& a, int head, int at, int64_t b
     for (int64_t r = begin; r < end; ++r) {
         const uint8_t* v = a.values + static_cast<size_t>(a.rows[r]) * a.row;
         Float value[columns];
-        for (int c = 0; c < columns; ++c) value[c] = numbers_of<bytes, whole>(v, a.width, at + c * Isa::kLanes);
+        for (int c = 0; c < columns; ++c) value[c] = numbers_of<cells, whole>(v, a.width, at + c * Isa::kLanes);
         for (int h = 0; h < n; ++h) {
             const Float share = Isa::all(a.scores[(head + h) * stride + r]);
             for (int c = 0; c < columns; ++c) sums[h][c] = Isa::fma(share, value[c], sums[h][c]);
@@ -157,21 +186,21 @@ static CM_INLINE void add_values(const Attention& a, int head, int at, int64_t b
         for (int c = 0; c < columns; ++c) Isa::store(a.y + (head + h) * a.apart + at + c * Isa::kLanes, sums[h][c]);
 }
 
-template <bool bytes, int n>
+template <Cells cells, int n>
 static CM_INLINE void values_of(const Attention& a, int head, int64_t begin, int64_t end, size_t stride) {
     constexpr int kColumns = Isa::kColumns, kWide = kColumns * Isa::kLanes;
     for (; head + n <= a.heads; head += n) {
         int at = 0;
-        for (; at + kWide <= a.width; at += kWide) add_values<bytes, n, kColumns, true>(a, head, at, begin, end, stride);
-        for (; at + Isa::kLanes <= a.width; at += Isa::kLanes) add_values<bytes, n, 1, true>(a, head, at, begin, end, stride);
-        if (at < a.width) add_values<bytes, n, 1, false>(a, head, at, begin, end, stride);
+        for (; at + kWide <= a.width; at += kWide) add_values<cells, n, kColumns, true>(a, head, at, begin, end, stride);
+        for (; at + Isa::kLanes <= a.width; at += Isa::kLanes) add_values<cells, n, 1, true>(a, head, at, begin, end, stride);
+        if (at < a.width) add_values<cells, n, 1, false>(a, head, at, begin, end, stride);
     }
     if constexpr (n > 1) {
-        if (head < a.heads) values_of<bytes, n - 1>(a, head, begin, end, stride);
+        if (head < a.heads) values_of<cells, n - 1>(a, head, begin, end, stride);
     }
 }
 
-template <bool bytes>
+template <Cells cells>
 static void attend_to(const Attention& a) {
     const size_t stride = static_cast<size_t>(a.seen + kStep - 1) / kStep * kStep;
     const int64_t filled = static_cast<int64_t>(stride);
@@ -182,14 +211,17 @@ static void attend_to(const Attention& a) {
     for (int64_t r = a.turned ? a.seen : 0; r < a.seen; r += kFour) {
         const uint8_t* keys[kFour];
         for (int i = 0; i < kFour; ++i) keys[i] = a.keys + static_cast<size_t>(a.rows[std::min(r + i, a.seen - 1)]) * a.row;
-        scores_of<bytes, Isa::kColumns>(a, 0, keys, a.scores + r, stride);
+        scores_of<cells, Isa::kColumns>(a, 0, keys, a.scores + r, stride);
     }
     std::memset(a.y, 0, a.heads * a.apart * sizeof(float));
     float inverse[kMaxHeads];
     for (int h = 0; h < a.heads; ++h) inverse[h] = 1.0f / shares(a.scores + h * stride, a.added + h * a.added_apart, a.seen, filled);
-    for (int64_t r = 0; r < a.seen; r += kTileRows) values_of<bytes, Isa::kRows>(a, 0, r, std::min(r + kTileRows, a.seen), stride);
+    for (int64_t r = 0; r < a.seen; r += kTileRows) values_of<cells, Isa::kRows>(a, 0, r, std::min(r + kTileRows, a.seen), stride);
     for (int h = 0; h < a.heads; ++h)
         for (size_t i = 0; i < a.apart; ++i) a.y[h * a.apart + i] *= inverse[h];
 }
 
-static void attend(const Attention& a) { return a.bytes ? attend_to<true>(a) : attend_to<false>(a); }
+static void attend(const Attention& a) {
+    if (a.cells == Cells::kByte) return attend_to<Cells::kByte>(a);
+    return a.cells == Cells::kHalf ? attend_to<Cells::kHalf>(a) : attend_to<Cells::kFloat>(a);
+}

@@ -50,6 +50,9 @@ struct Vector {
     static CM_INLINE Float half(const uint16_t* p) {
         return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }
+    static CM_INLINE void halve(Float v, uint16_t* p) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
     static CM_INLINE Float more(Float a, Float b) { return _mm256_add_ps(a, b); }
     static CM_INLINE Int more(Int a, Int b) { return _mm256_add_epi32(a, b); }
     static CM_INLINE Int times_high(Int v) { return _mm256_slli_epi32(v, 7); }

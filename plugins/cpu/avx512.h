@@ -36,6 +36,9 @@ struct Isa {
     static CM_INLINE Float half(const uint16_t* p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
+    static CM_INLINE void halve(Float v, uint16_t* p) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
     static CM_INLINE Float more(Float a, Float b) { return _mm512_add_ps(a, b); }
     static CM_INLINE Int more(Int a, Int b) { return _mm512_add_epi32(a, b); }
     static CM_INLINE Int times_high(Int v) { return _mm512_slli_epi32(v, 7); }

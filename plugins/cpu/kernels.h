@@ -108,8 +108,17 @@ struct Turn {
     float epsilon = 0.0f, factor = 1.0f;
 };
 
-// A row of a cache in bytes: int8 [width], then for every kRounded of them a scale, bfloat16, in the order of the machine.
-inline size_t row_of_bytes(int64_t width) { return static_cast<size_t>(width + (width + kRounded - 1) / kRounded * 2); }
+// What the rows of a cache are made of: floats; float16; or bytes, int8 [width], then for every kRounded of them a scale, bfloat16.
+// All of them are in the order of the machine.
+enum class Cells { kFloat, kHalf, kByte };
+
+// Cells of a row of `width` numbers, and its bytes.
+inline int64_t cells_of_row(Cells cells, int64_t width) {
+    return width + (cells == Cells::kByte ? (width + kRounded - 1) / kRounded * 2 : 0);
+}
+inline size_t bytes_of_row(Cells cells, int64_t width) {
+    return static_cast<size_t>(cells_of_row(cells, width)) * (cells == Cells::kFloat ? 4 : cells == Cells::kHalf ? 2 : 1);
+}
 
 // Queries of the same keys: the heads of one token that share them, or the same head of several tokens ("heads" here, too); and
 // the rows of the cache that they see. Rows of q, y and scores are apart by a multiple of kStep floats.
@@ -118,7 +127,7 @@ struct Attention {
     size_t apart = 0;                  // floats from a head of q or y to the next: width, filled up
     const float* q = nullptr;          // turned, times the scale; 0 where it is filled up
     const uint8_t *keys = nullptr, *values = nullptr;  // of row 0
-    bool bytes = false;                // whether a row is one of bytes, or `width` floats
+    Cells cells = Cells::kFloat;       // of their rows
     size_t row = 0;                    // bytes from one to the next
     const int32_t* rows = nullptr;     // [seen]
     const uint16_t* tiles = nullptr;   // of the head, from a key on that is the first of a step; what `tile_head` made
@@ -146,9 +155,9 @@ struct Kernels {
     void (*turn)(const Turn&, const float* x, float* out);
     // y = softmax(q keys + added) values
     void (*attend)(const Attention&);
-    // A row of a cache from numbers to bytes and back; what back gave goes to the same bytes again.
-    void (*round)(const float* x, int width, uint8_t* row);
-    void (*widen_row)(const uint8_t* row, int width, float* x);
+    // A row of a cache from numbers to halves or bytes and back; what back gave goes to the same row again.
+    void (*round)(Cells, const float* x, int width, uint8_t* row);
+    void (*widen_row)(Cells, const uint8_t* row, int width, float* x);
     // Fills `tiles` of 16 rows of x, `stride` floats apart, from row 16 * block on; null: there are no instructions for them.
     void (*widen)(const float* x, size_t stride, const Matrix&, Rows&, int block) = nullptr;
     // Where there are tiles: keys and values [keys, width] of a head -> tiles_of_keys(width) numbers for every kInputsOfTile keys,

@@ -19,7 +19,7 @@ import numpy as np
 
 from cm_export.base.errors import CmExportError, InputError
 from cm_export.base.install import pip_install
-from cm_export.quant.cache_rows import TOGETHER, row_of_bytes
+from cm_export.quant.cache_rows import CELLS, TOGETHER, cells_of_row
 
 from . import build
 
@@ -76,32 +76,34 @@ def reset() -> None:
     _loaded(_path()).cm_native_reset()
 
 
-def rounded(rows: np.ndarray) -> np.ndarray:
-    """Rows of a cache, float32 [...,d], as bytes uint8 [...,w]; what `widened` gave goes to the same bytes again."""
+def rounded(rows: np.ndarray, form: str) -> np.ndarray:
+    """Rows of a cache, float32 [...,d], as fp16, float16 [...,d], or as int8, uint8 [...,w].
+
+    What `widened` gave goes to the same rows again.
+    """
     rows = np.ascontiguousarray(rows, np.float32)
-    width = rows.shape[-1]
-    out = np.empty((*rows.shape[:-1], row_of_bytes(width)), np.uint8)
-    _loaded(_path()).cm_native_round(
-        ctypes.c_void_p(rows.ctypes.data), _count(rows), ctypes.c_int64(width), ctypes.c_void_p(out.ctypes.data)
-    )
+    out = np.empty((*rows.shape[:-1], cells_of_row(form, rows.shape[-1])), CELLS[form])
+    _loaded(_path()).cm_native_round(form == "int8", *_counted(rows, rows.shape[-1], out))
     return out
 
 
 def widened(rows: np.ndarray) -> np.ndarray:
-    """float32 [...,d] of rows of bytes uint8 [...,w]."""
+    """float32 [...,d] of such rows. Raises TypeError for others."""
     rows = np.ascontiguousarray(rows)
-    width = rows.shape[-1] - 2 * -(-rows.shape[-1] // (TOGETHER + 2))
-    if rows.dtype != np.uint8 or rows.shape[-1] != row_of_bytes(width):
-        raise TypeError(f"not rows of a cache in bytes: {rows.dtype} {list(rows.shape)}")
+    form, width = ("fp16" if rows.dtype == np.float16 else "int8"), rows.shape[-1]
+    if form == "int8":
+        width -= 2 * -(-width // (TOGETHER + 2))
+    if rows.dtype != CELLS[form] or rows.shape[-1] != cells_of_row(form, width):
+        raise TypeError(f"not rows of a narrow cache: {rows.dtype} {list(rows.shape)}")
     out = np.empty((*rows.shape[:-1], width), np.float32)
-    _loaded(_path()).cm_native_widen(
-        ctypes.c_void_p(rows.ctypes.data), _count(rows), ctypes.c_int64(width), ctypes.c_void_p(out.ctypes.data)
-    )
+    _loaded(_path()).cm_native_widen(form == "int8", *_counted(rows, width, out))
     return out
 
 
-def _count(rows: np.ndarray) -> ctypes.c_int64:
-    return ctypes.c_int64(math.prod(rows.shape[:-1]))
+def _counted(rows: np.ndarray, width: int, out: np.ndarray) -> tuple[Any, ...]:
+    """What both functions take: from where, how many rows, of how many numbers, to where."""
+    count = ctypes.c_int64(math.prod(rows.shape[:-1]))
+    return ctypes.c_void_p(rows.ctypes.data), count, ctypes.c_int64(width), ctypes.c_void_p(out.ctypes.data)
 
 
 def info() -> dict[str, Any]:

@@ -37,6 +37,7 @@ struct Isa {
     static CM_INLINE Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
     static CM_INLINE Float number(Int v) { return vcvtq_f32_s32(v); }
     static CM_INLINE Float half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+    static CM_INLINE void halve(Float v, uint16_t* p) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
     static CM_INLINE Float more(Float a, Float b) { return vaddq_f32(a, b); }
     static CM_INLINE Int more(Int a, Int b) { return vaddq_s32(a, b); }
     static CM_INLINE Int times_high(Int v) { return vshlq_n_s32(v, 7); }

@@ -181,7 +181,8 @@ struct Kernels;
 
 const Kernels& kernels();                 // those in use
 const ort::CustomOp* cached_attention();  // attention.cpp
-const ort::CustomOp* cached_attention_8();
+const ort::CustomOp* cached_attention_in_halves();
+const ort::CustomOp* cached_attention_in_bytes();
 const ort::CustomOp* prompt_attention();  // prompt.cpp
 
 // ---------------------------------------------------------------- threads of the CPU ops

@@ -491,7 +491,8 @@ CM_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort
     using namespace cm;
     using namespace cm::cpu;
     return register_ops(options, base, kDomain, "the CPU ops",
-                        {described<PackedMatMul>(), described<PackedFFN>(), cached_attention(), cached_attention_8(), prompt_attention()});
+                        {described<PackedMatMul>(), described<PackedFFN>(), cached_attention(), cached_attention_in_halves(),
+                         cached_attention_in_bytes(), prompt_attention()});
 }
 
 // Bytes of weights that products read, and that they would have read with every k listed; since the last reset.
@@ -501,17 +502,17 @@ CM_EXPORT void cm_native_counts(uint64_t out[2]) {
 
 CM_EXPORT void cm_native_reset() { cm::cpu::bytes_read = cm::cpu::bytes_dense = 0; }
 
-// Rows of a cache, `count` of them, from numbers to bytes (kernels.h) and back.
-CM_EXPORT void cm_native_round(const float* x, int64_t count, int64_t width, uint8_t* rows) {
-    const auto& kernel = cm::cpu::kernels();
-    const size_t size = cm::cpu::row_of_bytes(width);
-    for (int64_t i = 0; i < count; ++i) kernel.round(x + i * width, static_cast<int>(width), rows + i * size);
+// Rows of a cache, `count` of them, from numbers to halves (`bytes` 0) or bytes (kernels.h) and back.
+CM_EXPORT void cm_native_round(int bytes, const float* x, int64_t count, int64_t width, uint8_t* rows) {
+    const cm::cpu::Cells cells = bytes ? cm::cpu::Cells::kByte : cm::cpu::Cells::kHalf;
+    const size_t size = cm::cpu::bytes_of_row(cells, width);
+    for (int64_t i = 0; i < count; ++i) cm::cpu::kernels().round(cells, x + i * width, static_cast<int>(width), rows + i * size);
 }
 
-CM_EXPORT void cm_native_widen(const uint8_t* rows, int64_t count, int64_t width, float* x) {
-    const auto& kernel = cm::cpu::kernels();
-    const size_t size = cm::cpu::row_of_bytes(width);
-    for (int64_t i = 0; i < count; ++i) kernel.widen_row(rows + i * size, static_cast<int>(width), x + i * width);
+CM_EXPORT void cm_native_widen(int bytes, const uint8_t* rows, int64_t count, int64_t width, float* x) {
+    const cm::cpu::Cells cells = bytes ? cm::cpu::Cells::kByte : cm::cpu::Cells::kHalf;
+    const size_t size = cm::cpu::bytes_of_row(cells, width);
+    for (int64_t i = 0; i < count; ++i) cm::cpu::kernels().widen_row(cells, rows + i * size, static_cast<int>(width), x + i * width);
 }
 
 // JSON: which instructions are used, which could be.

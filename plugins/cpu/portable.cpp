@@ -71,6 +71,21 @@ struct Isa {
     static CM_INLINE Float half(const uint16_t* p) {
         return each<Float>([&](int i) { return half_of(p[i]); });
     }
+    // To the nearest, or the even one of two; beyond 65519 infinite.
+    static CM_INLINE uint16_t half_from(float value) {
+        uint32_t bits;
+        std::memcpy(&bits, &value, sizeof bits);
+        const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+        if (size > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+        if (size >= 0x47800000) return static_cast<uint16_t>(sign | 0x7c00);
+        // below 2^-14 a multiple of 2^-24: a float of 1.5 * 2^23 has no bits behind the point
+        const float steps = std::fabs(value) * 16777216.0f + 12582912.0f;
+        if (size < 0x38800000) return static_cast<uint16_t>(sign | static_cast<uint32_t>(steps - 12582912.0f));
+        return static_cast<uint16_t>(sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13));
+    }
+    static CM_INLINE void halve(Float v, uint16_t* p) {
+        for (int i = 0; i < kLanes; ++i) p[i] = half_from(v.lane[i]);
+    }
     static CM_INLINE Float more(Float a, Float b) {
         return each<Float>([&](int i) { return a.lane[i] + b.lane[i]; });
     }

@@ -51,7 +51,7 @@ struct ort::Context {
     int types[3];
 };
 struct ort::Domain {
-    std::map<std::string, const CustomOp*> ops;
+    std::vector<const CustomOp*> ops;
 };
 struct ort::SessionOptions {
     Domain* domain;
@@ -69,7 +69,7 @@ static void put(int slot, Function* function) {
 static void fill_table() {
     put(0, +[](int, const char* text) { return new Status{text}; });
     put(26, +[](const char*, Domain** out) -> Status* { return *out = new Domain, nullptr; });
-    put(27, +[](Domain* domain, const CustomOp* op) -> Status* { return domain->ops[op->GetName(op)] = op, nullptr; });
+    put(27, +[](Domain* domain, const CustomOp* op) -> Status* { return domain->ops.push_back(op), nullptr; });
     put(28, +[](SessionOptions* options, Domain* domain) -> Status* { return options->domain = domain, nullptr; });
     put(51, +[](Value* value, void** out) -> Status* { return *out = value->data.get(), nullptr; });
     put(60, +[](const ShapeInfo* info, int* out) -> Status* { return *out = info->type, nullptr; });
@@ -131,14 +131,31 @@ static std::string compute(const CustomOp* op, void* kernel, std::vector<Value>&
     for (const Value& one : context.outputs) {  // the shape of one, or how many numbers several have together
         if (count == 1 && &one == context.outputs)
             for (int64_t size : one.info.shape) text += " " + std::to_string(size);
-        if (one.info.type != kUint8) numbers.append(one.data.get(), one.bytes);
-        for (size_t i = 0; one.info.type == kUint8 && i < one.bytes; ++i) {  // each of them as a float
-            const float number = static_cast<uint8_t>(one.data[i]);
+        const size_t cell = one.info.type == kUint8 ? 1 : one.info.type == kFloat16 ? 2 : 4;
+        if (cell == 4) numbers.append(one.data.get(), one.bytes);
+        for (size_t i = 0; cell < 4 && i < one.bytes; i += cell) {  // the bits of each of them as a float
+            uint16_t bits = 0;
+            std::memcpy(&bits, one.data.get() + i, cell);
+            const float number = bits;
             numbers.append(reinterpret_cast<const char*>(&number), sizeof number);
         }
     }
     if (count > 1) text += " " + std::to_string(numbers.size() / sizeof(float));
     return text + "\n" + numbers;
+}
+
+// The op of that name whose types are those of the inputs.
+static const CustomOp* op_of(const Domain& domain, const std::string& name, const std::vector<Value>& inputs) {
+    for (const CustomOp* op : domain.ops) {
+        bool fits = op->GetName(op) == name && inputs.size() <= op->GetInputTypeCount(op);
+        for (size_t i = 0; fits && i < inputs.size(); ++i) {
+            const ElementType type = op->GetInputType(op, i);  // kAny: every one; of an input: one that a node leaves out
+            fits = type == kAny || inputs[i].info.type == kAny || inputs[i].info.type == type;
+        }
+        if (fits) return op;
+    }
+    std::fprintf(stderr, "no op %s with inputs of these types\n", name.c_str());
+    std::exit(6);
 }
 
 static std::string one_call(const CustomOp* op, const Info& info, std::vector<Value>& inputs, int at_once) {
@@ -196,7 +213,7 @@ int main(int count, char** words) {
             tensor.allocate();
             if (std::fread(tensor.data.get(), 1, tensor.bytes, in) != tensor.bytes) return 5;
         }
-        const std::string answer = one_call(options.domain->ops.at(name), info, inputs, std::atoi(words[4]));
+        const std::string answer = one_call(op_of(*options.domain, name, inputs), info, inputs, std::atoi(words[4]));
         std::fwrite(answer.data(), 1, answer.size(), out);
     }
     std::fclose(in), std::fclose(out);

@@ -2,6 +2,7 @@
 // Each is written from ARM's description of the instruction.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -53,6 +54,7 @@ static inline float32x4_t vld1q_f32(const float* p) { return from<float32x4_t>(p
 static inline int32x4_t vld1q_s32(const int32_t* p) { return from<int32x4_t>(p); }
 static inline uint8x16_t vld1q_u8(const uint8_t* p) { return from<uint8x16_t>(p); }
 static inline uint16x4_t vld1_u16(const uint16_t* p) { return from<uint16x4_t>(p); }
+static inline void vst1_u16(uint16_t* p, uint16x4_t v) { std::memcpy(p, v.at, sizeof v.at); }
 static inline void vst1q_f32(float* p, float32x4_t v) { std::memcpy(p, v.at, sizeof v.at); }
 static inline float32x4_t vaddq_f32(float32x4_t a, float32x4_t b) {
     return lanes<float32x4_t>([&](int i) { return a.at[i] + b.at[i]; });
@@ -83,6 +85,17 @@ static inline float32x4_t vcvt_f32_f16(float16x4_t v) {
                            : exponent     ? std::ldexp(1024.0f + fraction, exponent - 25)
                                           : std::ldexp(1.0f * fraction, -24);
         return v.at[i] >> 15 ? -size : size;
+    });
+}
+static inline uint16x4_t vreinterpret_u16_f16(float16x4_t v) { return v; }
+static inline float16x4_t vcvt_f16_f32(float32x4_t v) {  // to the nearest, or the even one of two
+    return lanes<float16x4_t>([&](int i) {
+        const float size = std::fabs(v.at[i]);
+        const int sign = std::signbit(v.at[i]) ? 0x8000 : 0;
+        if (!(size < INFINITY)) return static_cast<uint16_t>(sign | (std::isnan(size) ? 0x7e00 : 0x7c00));
+        const int unit = std::max(size > 0 ? std::ilogb(size) - 10 : -24, -24);  // 2^unit: the last bit
+        const int bits = static_cast<int>(std::nearbyint(std::ldexp(size, -unit))) + (unit + 24) * 1024;
+        return static_cast<uint16_t>(sign | std::min(bits, 0x7c00));
     });
 }
 static inline int32x4_t vmulq_n_s32(int32x4_t v, int32_t x) {

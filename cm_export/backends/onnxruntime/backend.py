@@ -35,7 +35,7 @@ from ...quant.error import codes_of
 from ...quant.packing import blocks
 from ...recipe.recipe import Recipe
 from .cache import HERE, Memory, Rows, own
-from .cached_attention import attend_natively, read_bytes, reads_natively
+from .cached_attention import attend_natively, read_narrow, reads_natively
 from .device_rows import DeviceRows
 from .grouped import group_attention
 from .in_place import write_in_place
@@ -79,7 +79,7 @@ def open(
         low_bits,
         bundle.shape.heads,
         place,
-        recipe.weights.cache == "int8",
+        recipe.weights.cache,
     )
     made.notes += notes
     decides = chooses or recipe.neurons.by_threshold
@@ -143,12 +143,12 @@ class Backend:
         low_bits: LowBits | None = None,
         heads: int = 0,
         place: Place = HERE,
-        bytes_wanted: bool = False,
+        cache: str = "fp32",
     ):
         """`predictor`: the file of low-bit copies, where the decode graph reads one; `row_names`: see CoreRows.
 
         `heads`: of queries, so that those which share keys are multiplied together; 0: attention stays as the graph has it.
-        `bytes_wanted`: whether the cache is to be in bytes, where that is possible.
+        `cache`: the form that it is to have where that is possible: fp32, fp16 or int8.
         """
         self.notes = environment.threads_note(threads)
         self._heads, self.place = heads, place
@@ -158,8 +158,8 @@ class Backend:
         self.hardware = {"device": place.name} if place.apart else dict[str, str]()
         self._row_names, self.threads = row_names, environment.usable(threads)
         self._graph, self.weights, self.predictor = graph, weights, predictor
-        self._bytes_wanted = bytes_wanted
-        self._looked_at: dict[Key, tuple[onnx.ModelProto, Arrays]] = {}  # graphs that `in_bytes` has looked at
+        self._cache_wanted = cache
+        self._looked_at: dict[Key, tuple[onnx.ModelProto, Arrays]] = {}  # graphs that `cache_form` has looked at
         self._sessions: dict[Key, ort.InferenceSession] = {}
         self._views: dict[str, Held] = {}  # sessions read these buffers as long as they live
         self._inputs: dict[Key, dict[str, str]] = {}  # weights that a session takes as inputs -> in _views
@@ -192,14 +192,15 @@ class Backend:
             return self._views[view]
 
     @cached_property
-    def in_bytes(self) -> bool:
-        """Whether the cache is in bytes: it is to be, and in every decode graph the native library alone reads it."""
-        if not self._bytes_wanted or self.native is None:
-            return False
+    def cache_form(self) -> str:
+        """The cache is fp32 unless another form is wanted and in every decode graph the native library alone reads it."""
+        if self._cache_wanted == "fp32" or self.native is None:
+            return "fp32"
         with self._making:
             keys = [self._key(name, True, False, True) for name in ("decode", "decode_dense")]
             self._looked_at = {key: self._rewritten(self._graph(key[0]), key) for key in keys}
-            return all(reads_natively(model) for model, _ in self._looked_at.values())
+            natively = all(reads_natively(model) for model, _ in self._looked_at.values())
+            return self._cache_wanted if natively else "fp32"
 
     def has(self, graph: str) -> bool:
         """Every graph of a bundle runs here."""
@@ -252,14 +253,14 @@ class Backend:
 
     def _prepared(self, graph: Path | onnx.ModelProto, key: Key) -> tuple[onnx.ModelProto, Arrays]:
         """The graph as its session takes it, and the arrays that its packed products read."""
-        in_bytes = key[3] and self.in_bytes
+        form = self.cache_form if key[3] else "fp32"
         model, arrays = self._looked_at.pop(key) if key in self._looked_at else self._rewritten(graph, key)
-        if in_bytes:
-            read_bytes(model)
+        if form != "fp32":
+            read_narrow(model, form)
         return model, arrays
 
     def _rewritten(self, graph: Path | onnx.ModelProto, key: Key) -> tuple[onnx.ModelProto, Arrays]:
-        """The same over a cache of floats."""
+        """The same over a cache in fp32."""
         model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph
         if key[0] == WHOLE:
             attend_to_all(model)
@@ -403,7 +404,7 @@ class Backend:
         """Outputs of a graph as arrays, its keys and values as a cache; what is in `values` is bound as it is."""
         found = self.outputs(graph, feeds, values or {})
         host = {n: v.numpy() for n, v in found.items() if not n.startswith("present.")}
-        return host, Rows.of({n: v for n, v in found.items() if n.startswith("present.")}, self.place, self.in_bytes)
+        return host, Rows.of({n: v for n, v in found.items() if n.startswith("present.")}, self.place, self.cache_form)
 
     def outputs(self, graph: str, feeds: Feeds, values: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
         """Every output of a graph, where ONNX Runtime put it."""

@@ -3,8 +3,8 @@
     past.i.key, past.i.value [B,Hk,C,d]     each request's own rows end at `width`; before them padding, behind them room
                                C >= width   a step writes its rows there and copies nothing; a block that is full moves
 
-Where the native library alone reads it in decode, a row may be bytes instead, [B,Hk,C,w] uint8: rounded when a prompt hands it
-over or a step writes it, and numbers again for whoever asks for arrays.
+Where the native library alone reads it in decode, a row may be narrow instead, [B,Hk,C,d] float16 or [B,Hk,C,w] uint8: rounded
+when a prompt hands it over or a step writes it, and float32 again for whoever asks for arrays.
 
 A cache is a value. Those that come one after the other share their memory; one that reads on from a place where another
 has already gone on, and that other is still held, gets memory of its own first. A block on a device never leaves it (place.py).
@@ -58,17 +58,17 @@ class Rows:
             self.memory.caches.add(self)
 
     @classmethod
-    def of(cls, arrays: Mapping[str, np.ndarray | ort.OrtValue], place: Place = HERE, in_bytes: bool = False) -> Rows:
+    def of(cls, arrays: Mapping[str, np.ndarray | ort.OrtValue], place: Place = HERE, form: str = "fp32") -> Rows:
         """Keys and values of requests that all have as many rows: past.i.key/value or present.i.key/value, copied.
 
-        `in_bytes`: rounded to rows of bytes.
+        `form`: fp32, or fp16 or int8, to which they are rounded.
         """
         given = {
             n.replace("present", "past", 1): place.hold(a) if isinstance(a, np.ndarray) else place.held(a)
             for n, a in arrays.items()
         }
-        if in_bytes:
-            given = {n: place.hold(native.rounded(_array(held))) for n, held in given.items()}
+        if form != "fp32":
+            given = {n: place.hold(native.rounded(_array(held), form)) for n, held in given.items()}
         batch, _, width, _ = next(iter(given.values())).shape
         memory = Memory(place, given, batch, width)
         for name, source in given.items():
@@ -77,9 +77,9 @@ class Rows:
         return cls(memory, (width,) * batch, width)
 
     def arrays(self) -> Arrays:
-        """The rows as arrays [B,Hk,width,d]: views of the memory, or copies of what is in bytes or lies on a device."""
-        found = {n: _array(h)[:, :, : self.width] for n, h in self.memory.held.items()}
-        return {n: native.widened(a) if a.dtype == np.uint8 else a for n, a in found.items()}
+        """The rows as arrays [B,Hk,width,d]: views of the memory, or copies of what is narrow or lies on a device."""
+        found = {n: (h, _array(h)[:, :, : self.width]) for n, h in self.memory.held.items()}
+        return {n: native.widened(a) if _is_narrow(h) else a for n, (h, a) in found.items()}
 
     def alone(self) -> dict[str, ort.OrtValue]:
         """The rows of one request as values [1,Hk,width,d], for a graph that takes no room behind them."""
@@ -87,7 +87,7 @@ class Rows:
         for name, held in self.memory.held.items():
             if held.array is not None:
                 rows = held.array[:, :, : self.width]
-                numbers = native.widened(rows) if rows.dtype == np.uint8 else np.ascontiguousarray(rows)
+                numbers = native.widened(rows) if _is_narrow(held) else np.ascontiguousarray(rows)
                 out[name] = place.hold(numbers).value
                 continue
             one = place.zeros((1, held.shape[1], self.width, held.shape[3]), held.dtype)
@@ -166,6 +166,11 @@ def _copied(
 
 def _array(held: Held) -> np.ndarray:
     return held.value.numpy() if held.array is None else held.array
+
+
+def _is_narrow(held: Held) -> bool:
+    """Whether its rows were rounded here; a device may have float16 of its own."""
+    return held.array is not None and held.array.dtype != np.float32
 
 
 def own(cache: Cache) -> Rows:

@@ -11,21 +11,22 @@ A step of a small model has some 25 such nodes a layer, and each costs some micr
 looks otherwise stays as it is. The op computes every head of every token by itself (attention.h), so a token has the same
 numbers alone and among others.
 
-CachedAttention8 is the same over a cache in bytes.
+The cache may be narrow, in float16 or bytes: the type of its inputs says which.
 """
 
 from collections import defaultdict
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 
-from ...quant.cache_rows import row_of_bytes
+from ...quant.cache_rows import CELLS, cells_of_row
 from .grouped import is_plain
 from .in_place import BIAS, SLOTS
 from .lower import attribute, names_read
 from .pack import NATIVE
 
-OP, OP_IN_BYTES = "CachedAttention", "CachedAttention8"
+OP = "CachedAttention"
 _TO_HEADS = [0, 2, 1, 3]  # [B,N,H,d] <-> [B,H,N,d]
 _MOST = 512  # numbers of a head, kMaxHead of the kernels
 
@@ -69,16 +70,13 @@ def reads_natively(model: onnx.ModelProto) -> bool:
     return bool(pasts) and {kind for kind, _ in read} == {OP} and {name for _, name in read} == pasts
 
 
-def read_bytes(model: onnx.ModelProto) -> None:
-    """Let those nodes read and write a cache in bytes, [B,Hk,C,w]."""
+def read_narrow(model: onnx.ModelProto, form: str) -> None:
+    """Let those nodes read and write a cache in fp16, [B,Hk,C,d], or int8, [B,Hk,C,w]."""
     for value in (*model.graph.input, *model.graph.output):
         if value.name.startswith(("past.", "present.")):
             kind = value.type.tensor_type
-            kind.elem_type = onnx.TensorProto.UINT8
-            kind.shape.dim[3].dim_value = row_of_bytes(kind.shape.dim[3].dim_value)
-    for node in model.graph.node:
-        if node.op_type == OP:
-            node.op_type = OP_IN_BYTES
+            kind.elem_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(CELLS[form]))
+            kind.shape.dim[3].dim_value = cells_of_row(form, kind.shape.dim[3].dim_value)
 
 
 class _Graph:
