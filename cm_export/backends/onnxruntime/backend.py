@@ -104,7 +104,7 @@ def _in_type(stored: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """Raises InputError for a value that does not fit into 16 bit."""
     if stored.dtype == dtype:
         return stored
-    from .halve import as_half
+    from ...surgery.halve import as_half
 
     return as_half(stored, dtype, name)
 
@@ -274,7 +274,7 @@ class Backend:
         if native:
             attend_together(model)
         if self.place.products != np.float32:
-            from .halve import in_16_bit  # with graphsurgeon, which float32 does not wait for
+            from ...surgery.halve import in_16_bit  # with graphsurgeon, which float32 does not wait for
 
             model = in_16_bit(model, self.weights.tensors, self.place.products)
         if self.place.kernels is not None and key[0] not in ("vision", WHOLE):

@@ -27,7 +27,7 @@ from ...quant.groups import fitting
 from ...quant.precision import Precision
 from ...quant.rounding import nearest
 from ...quant.scheme import Quantised, Scheme
-from ..onnxruntime.halve import as_half
+from ...surgery.halve import as_half
 
 CHOSEN = "chosen."  # how the names of lists that the graph itself makes begin
 
