@@ -8,7 +8,7 @@ import onnx
 
 from ...plugins.core_linear import op as core_linear
 from ...surgery import active_products
-from .quantize import Part, Parts, set_function
+from .quantize import Part, Parts, put_function
 
 THRESHOLDS = "core_thresholds"
 
@@ -17,7 +17,7 @@ def turn(model: onnx.ModelProto) -> Parts:
     """Rewrite a lowered graph so that its CoreLinear read weights by inputs; returns how the new initializers are made."""
     new = active_products.turn(model)
     if any(n.op_type == "CoreLinear" for n in model.graph.node):
-        set_function(model, core_linear.function(by_inputs=True))
+        put_function(model, core_linear.function(by_inputs=True))
     return {
         name: Part(w.name, None, "turned", onnx.helper.tensor_dtype_to_np_dtype(w.data_type), tuple(reversed(w.dims)))
         for name, w in new.items()
