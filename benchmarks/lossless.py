@@ -58,6 +58,7 @@ NOTES = (
     "Our club meets on Tuesday to talk about {0}. Bring a pencil, a notebook and one question about {0} for the group.",
 )
 ORDINARY, COPYING = "ordinary", "copying"
+KEPT = ("drafted", "kept", "looked_up", "looked_up_kept", "phrases", "phrases_kept", "share", "gain")
 
 
 def requests(runner: Runner, count: int, kind: str = ORDINARY) -> list[tuple[str, Any]]:
@@ -131,7 +132,7 @@ def measure(
             "dense_s": dense_s,
             "guarded_s": guarded_s,
         }
-        rows.append(row | {k: report[k] for k in ("drafted", "kept", "looked_up", "looked_up_kept", "share", "gain")})
+        rows.append(row | {k: report[k] for k in KEPT})
         if time.perf_counter() - started > args.seconds:
             break
     recipe = runner.recipe
@@ -146,7 +147,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return sum(row[key] for row in rows)
 
     each = sorted(row["dense_s"] / row["guarded_s"] for row in rows if row["tokens"])
-    sparse, sparse_kept = total("drafted") - total("looked_up"), total("kept") - total("looked_up_kept")
+    sparse = total("drafted") - total("looked_up") - total("phrases")
+    sparse_kept = total("kept") - total("looked_up_kept") - total("phrases_kept")
     return {
         "prompts": len(rows),
         "identical": sum(row["identical"] for row in rows),
@@ -157,6 +159,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "gain_quartiles": statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else each * 3,
         "sparse": [sparse_kept, sparse],
         "looked_up": [total("looked_up_kept"), total("looked_up")],
+        "phrases": [total("phrases_kept"), total("phrases")],
     }
 
 
@@ -164,16 +167,19 @@ def table(cases: list[dict[str, Any]]) -> str:
     """Of all bundles."""
     lines = [
         "| bundle, prompts | n | identical | tokens | dense, tokens/s | guard | gain | by prompt | sparse, kept "
-        "| looked up, kept | predicted |",
-        "|" + "---|" * 11,
+        "| looked up, kept | phrases, kept | predicted |",
+        "|" + "---|" * 12,
     ]
     for case in cases:
         s, of, name = summary(case["rows"]), case["known"], f"{case['bundle']}, {case['prompts']}"
         low, middle, high = s["gain_quartiles"]
-        kept = [f"{k:.0f} of {n:.0f}" + (f" ({k / n:.2f})" if n else "") for k, n in (s["sparse"], s["looked_up"])]
+        kept = [
+            f"{k:.0f} of {n:.0f}" + (f" ({k / n:.2f})" if n else "")
+            for k, n in (s["sparse"], s["looked_up"], s["phrases"])
+        ]
         lines.append(
             f"| {name} | {s['prompts']} | {s['identical']} | {s['tokens']:.0f} | {s['dense_per_s']:.0f} "
-            f"| {s['guarded_per_s']:.0f} | {s['gain']:.2f} | {middle:.2f} [{low:.2f}, {high:.2f}] | {kept[0]} | {kept[1]} "
+            f"| {s['guarded_per_s']:.0f} | {s['gain']:.2f} | {middle:.2f} [{low:.2f}, {high:.2f}] | {kept} "
             f"| c {of['sparse_step']:.2f}, v(5) {of['checks']['5']:.2f}, a {of['accepted']:.2f}: {of['gain']:.2f} |"
         )
     return "\n".join(lines) + "\n"

@@ -12,7 +12,7 @@ from typing import Any
 from .. import __version__
 from ..base import disk
 from ..bundle import bundle as bundles
-from ..bundle import directory, packed, predictor, thresholds, weights
+from ..bundle import directory, packed, phrases, predictor, thresholds, weights
 from ..bundle.calibration import FILE as CALIBRATION
 from ..bundle.graph_facts import links
 from ..source.checkpoint import Checkpoint
@@ -118,6 +118,9 @@ def _files(folder: Path, job: Job, stages: Stages) -> dict[str, str]:
     if job.recipe.neurons.by_threshold:
         shutil.copyfile(stages.file("measured", thresholds.FILE), folder / thresholds.FILE)
         known[thresholds.FILE] = stages.state("measured")["sha256"][thresholds.FILE]
+    if written := stages.state("measured")["sha256"].get(phrases.FILE) if "measured" in stages.keys else None:
+        shutil.copyfile(stages.file("measured", phrases.FILE), folder / phrases.FILE)
+        known[phrases.FILE] = written
     if job.recipe.weights.packs:
         disk.link_or_copy(stages.file("packed", packed.FILE), folder / packed.FILE)
         known[packed.FILE] = stages.state("packed")["sha256"][packed.FILE]

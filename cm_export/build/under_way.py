@@ -22,7 +22,7 @@ class UnderWay(Bundle):
         """`with_packed`: False reads float32 weights where low-bit ones are there."""
         self.path, self._stages, self._with_packed = stages.folder, stages, with_packed
         self.family, self.shape, self.tower, self.config = job.family, job.shape, job.tower, job.config
-        self.recipe, self.calibration = job.recipe, job.calibration
+        self.recipe, self.calibration, self.phrases = job.recipe, job.calibration, None
         self.weights = weights.WeightFile(stages.file("weights", weights.FILE))
         self.manifest = {"generation": job.generation.settings}
         if job.recipe.neurons.in_decode:

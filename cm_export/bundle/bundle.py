@@ -7,6 +7,7 @@ engine.plan/
                            turn where the cache stays whole
   calibration.safetensors  if the recipe named one
   thresholds.safetensors   if decode leaves out what is below them (policy `active`)
+  phrases.safetensors      if answers to prompts were measured: what the model usually writes
   packed.safetensors       if the recipe stores weights in few bits
   predictor.safetensors    if decode chooses its neurons itself: low-bit copies of gate and up
   engines/*                *.plan and libcm_plugins.so, if it was built for TensorRT: for one GPU, version and library
@@ -42,6 +43,9 @@ from .calibration import read as read_calibration
 from .checks import FileChecks
 from .packed import FILE as PACKED
 from .packed import TOWER, Entry, Packed, Table
+from .phrases import FILE as PHRASES
+from .phrases import Phrases
+from .phrases import read as read_phrases
 from .predictor import FILE as PREDICTOR
 from .predictor import copy_bytes
 from .predictor import write as write_predictor
@@ -194,6 +198,13 @@ class Bundle:
         if THRESHOLDS in self.manifest["files"]:
             return read_thresholds(self.path / THRESHOLDS)
         return self.calibration.active if self.calibration else None
+
+    @cached_property
+    def phrases(self) -> Phrases | None:
+        """What the model usually writes: its own, else the calibration's; None where nobody kept answers to prompts."""
+        if PHRASES in self.manifest["files"]:
+            return read_phrases(self.path / PHRASES)
+        return self.calibration.phrases if self.calibration else None
 
     @cached_property
     def predictor(self) -> WeightFile:

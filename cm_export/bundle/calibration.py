@@ -11,6 +11,7 @@ calibration.safetensors                                          n runs over gen
   prune_layers [N]  i32   ascending; none (N = 0) where no prompt had a picture
   prune_shares [Q]  f32   ascending
   active_*                what thresholds.py holds, under the names it has there
+  answers, answer_ends    what phrases.py holds; missing where no prompts were answered
 
 Ids are those of the checkpoint. One metadata entry holds the checkpoint's hashes, what was run and the versions.
 """
@@ -26,6 +27,8 @@ import numpy as np
 
 from ..base import atomic
 from ..base.errors import InputError
+from .phrases import ARRAYS as _PHRASES
+from .phrases import Phrases
 from .thresholds import Thresholds
 
 FILE = "calibration.safetensors"
@@ -60,6 +63,7 @@ class Calibration:
     prune_shares: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     prune_kl: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     active: Thresholds | None = None
+    phrases: Phrases | None = None
 
     @cached_property
     def inverse(self) -> np.ndarray:
@@ -89,6 +93,8 @@ def write(path: Path, calibration: Calibration) -> None:
         own[_ACTIVE + name] = none if calibration.active is None else getattr(calibration.active, name)
     arrays = {n: np.ascontiguousarray(a, np.float32) for n, a in own.items()}
     arrays |= {n: np.ascontiguousarray(getattr(calibration, n), np.int32) for n in _INTEGERS}
+    if calibration.phrases is not None:
+        arrays |= {n: np.ascontiguousarray(getattr(calibration.phrases, n), np.int32) for n in _PHRASES}
     about = json.dumps({"format": FORMAT, **calibration.about}, sort_keys=True)
     atomic.write(path, save(arrays, {_META: about}))
 
@@ -106,11 +112,17 @@ def read(path: Path) -> Calibration:
             if not isinstance(about, dict) or about.get("format") != FORMAT:
                 raise InputError(f"is not a calibration file of format {FORMAT}", where=path, fix=again)
             arrays = {n: f.get_tensor(n) for n in (*_FLOATS, *_INTEGERS)}
+            written = {n: f.get_tensor(n) for n in _PHRASES if n in f.keys()}  # noqa: SIM118 - f is no dict
     except (SafetensorError, OSError, ValueError) as e:
         raise InputError(f"cannot be read ({e})", where=path, fix=again) from e
     _check(path, arrays, again)
     active = {n.removeprefix(_ACTIVE): arrays.pop(n) for n in _FLOATS if n.startswith(_ACTIVE)}
-    return Calibration(**arrays, about=about, active=Thresholds(**active) if len(active["sizes"]) else None)
+    return Calibration(
+        **arrays,
+        about=about,
+        active=Thresholds(**active) if len(active["sizes"]) else None,
+        phrases=Phrases(**written) if len(written) == len(_PHRASES) else None,
+    )
 
 
 def belongs(calibration: Calibration, files: dict[str, str], where: object) -> None:

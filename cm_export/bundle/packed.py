@@ -7,7 +7,7 @@ An entry holds every weight that reads the same x (gate and up; q, k and v) side
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from ..base.errors import BundleError
-from ..quant.rows import PANEL, PackedRows, numbers_of
+from ..quant.rows import PANEL, PackedRows, numbers_at, numbers_of
 from .weights import Checks, WeightFile
 
 FILE = "packed.safetensors"
 PARTS = ("codes", "scale", "zero")
+_FEW = 8  # tokens that are looked up one by one: a tenth of a step of a small model would go into finding those that are alike
 TOWER = "vision."  # how the names of the tower's entries begin
 
 
@@ -118,9 +119,12 @@ class Table:
 
     def __init__(self, rows: PackedRows, entry: Entry):
         """`entry`: one whose one weight the table is."""
-        self._rows, self.shape = rows, (entry.outputs[0], entry.inputs)
+        arrays = {part: np.asarray(getattr(rows, part)) for part in PARTS}  # slices of a mapped file take their time
+        self._rows, self.shape = replace(rows, **arrays), (entry.outputs[0], entry.inputs)
 
     def __getitem__(self, ids: np.ndarray) -> np.ndarray:
         """float32 [N,D] of ids [N], of which a picture's are all the same."""
+        if len(ids) <= _FEW:
+            return np.stack([numbers_at(self._rows, one)[: self.shape[1]] for one in ids.tolist()])
         unlike, places = np.unique(ids, return_inverse=True)
         return numbers_of(self._rows, unlike)[places, : self.shape[1]]

@@ -25,6 +25,7 @@ from ..host.runner import Budget, Runner
 
 OWN_WORDS = 8  # length of the random beginnings from which a model without prompts writes
 Progress = Callable[..., None]
+Texts = list[tuple[list[int], list[int]]]  # ids of prompts and answers
 
 
 def _silent(what: str, done: int | None = None, total: int | None = None) -> None:
@@ -89,9 +90,12 @@ def own_text(runner: Runner, count: int, seed: int = 0, progress: Progress = _si
 
 
 def answering(
-    runner: Runner, asked: Iterable[Request], limit: int, drawn: bool, seed: int = 0
+    runner: Runner, asked: Iterable[Request], limit: int, drawn: bool, seed: int = 0, texts: Texts | None = None
 ) -> Iterator[tuple[Request, np.ndarray]]:
-    """Requests with the dense model's answers [T] int64, at most `limit` tokens: `drawn`, or under the bundle's rule."""
+    """Requests with the dense model's answers [T] int64, at most `limit` tokens: `drawn`, or under the bundle's rule.
+
+    `texts` gets the ids of each prompt and of its answer, with the stop id that ended it; of drawn answers none.
+    """
     rng, shape = np.random.default_rng([seed, 1]), runner.bundle.shape
     for request in asked:
         prefilled = runner.prefill(request, Budget(dense=True))
@@ -100,7 +104,11 @@ def answering(
             row.choose = sampled(rng, frozenset(shape.stop_ids))
         else:
             row = runner.answering(prefilled, runner.rule(), limit)
-        yield request, _written(runner, row)
+        answer = _written(runner, row)
+        if texts is not None and not drawn:
+            last = int(row.last.argmax())
+            texts.append((request.ids.tolist(), answer.tolist() + [last] * (last in shape.stop_ids)))
+        yield request, answer
 
 
 def _written(runner: Runner, row: Row) -> np.ndarray:

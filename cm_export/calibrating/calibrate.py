@@ -17,6 +17,7 @@ from ..base.errors import InputError
 from ..base.metrics import divergences
 from ..bundle.calibration import Calibration, checkpoint_id
 from ..bundle.names import core_row_names
+from ..bundle.phrases import Phrases
 from ..evals.other_policies import with_policies
 from ..evals.watching import watching
 from ..host.core_set import CoreSet
@@ -28,7 +29,7 @@ from ..recipe.recipe import Recipe
 from ..surgery.neuron_constants import neuron_constants
 from ..surgery.report_activations import report_activations
 from . import prune_layers, thresholds
-from .answers import Prompt, answering, asking, own_text
+from .answers import Prompt, Texts, answering, asking, own_text
 from .cluster import cluster
 
 SHARES = (0.1, 0.2, 0.4, 0.6, 0.8)  # of one layer's neurons, at which its sensitivity is measured
@@ -58,7 +59,8 @@ def measure(
     bundle.wait_verified()
     notes: dict[str, list[Note]] = {}  # on pictures, by their names
     asked = asking(runner, prompts, progress, notes) if prompts else own_text(runner, own, seed, progress)
-    answers = list(answering(runner, asked, max_new_tokens, drawn=not prompts, seed=seed))
+    texts: Texts = []
+    answers = list(answering(runner, asked, max_new_tokens, drawn=not prompts, seed=seed, texts=texts))
     total = sum(len(a) for _, a in answers)
     if not total:
         raise InputError("the model answered nothing to every prompt", where="calibrate", fix="give other --data")
@@ -105,8 +107,9 @@ def measure(
         "versions": {n: version(n) for n in _LIBRARIES},
     }
     return Calibration(
-        energy, mean_z, np.stack(mean_y), sensitivity, np.array(SHARES), np.stack(order), about, **prune, active=active
-    )
+        energy, mean_z, np.stack(mean_y), sensitivity, np.array(SHARES), np.stack(order), about, **prune, active=active,
+        phrases=Phrases.of(texts) if texts else None,
+    )  # fmt: skip
 
 
 def _with_answer(request: Request, answer: np.ndarray) -> dict[str, np.ndarray]:

@@ -8,12 +8,17 @@ was measured, at shares that follow what is right. Where no length gains anythin
 after a pause twice as long as the one before: one bad measurement, or a bad start, ends nothing for good.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 CHECK = 1.15  # a dense pass over up to 17 tokens, in passes over one, if memory alone decided
-_ROW = 0.1  # what each further row costs before that was measured
+_ROW = 0.1  # what each further row costs before that was measured, or less
+_AFRESH = 8  # reads after which costs are reckoned again
+_MOST = 17  # tokens of a check, mostly
+_OLD = 512  # reads after which what a pass took counts no more
 _MEMORY = 32  # tokens after which an older observation counts a third
 _SEEN, _ENOUGH = 9, 3  # measurements that count; steps before anything is planned
 _STALE = 64  # passes over several tokens after which a step alone is measured again
@@ -21,6 +26,7 @@ SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of weights, at which a policy of
 _TRIAL = 4  # tokens of a trial
 _PAUSE, _LONGEST_PAUSE = 24, 1024  # dense steps before sparse drafts are tried again, at first and at most
 _AGAIN = 256  # after a pause as long as that even drafts are tried that could not pay by what was measured
+_WORTH = 1.03  # gain below which a draft of chances is not made: checks differ by that from one to the next
 _LOOKS, _MOST_LOOKS = 4, 128  # the same for what was looked up: how often it is found in vain before it is tried again
 
 
@@ -99,10 +105,14 @@ class Costs:
     """
 
     _step: _Lately = field(default_factory=_Lately)
-    _passes: dict[int, tuple[int, _Lately]] = field(default_factory=dict)  # bits of a number of rows -> (rows, seconds)
+    _passes: dict[int, _Lately] = field(default_factory=dict)  # rows -> seconds
+    _last: dict[int, int] = field(default_factory=dict)  # rows -> number of the read that was measured last
     _sparse: dict[float, _Lately] = field(default_factory=dict)  # share -> seconds
+    _reads: int = 0
     _since: int = 0  # passes over several tokens since the last step alone
-    _each: dict[int, float] = field(default_factory=dict)  # bits of a number of rows -> cost of each row but the first
+    _checks: tuple[
+        float, ...
+    ] = ()  # of passes over 0, 1, 2, ... tokens; costs change slowly, and reckoning takes time, too
     _met: set[int] = field(default_factory=set)  # numbers of rows that were read before; 0: a sparse step
 
     @property
@@ -119,16 +129,16 @@ class Costs:
         """A dense pass over so many tokens took so long."""
         if not rows or self._is_first(rows):
             return
-        self._each = {}
+        self._reads += 1
+        if self._reads % _AFRESH == 0 or (rows > 1 and rows not in self._passes) or not self._step.seen:
+            self._checks = ()
         if rows == 1:
             self._step.add(seconds)
             self._since = 0
             return
         self._since += 1
-        before, lately = self._passes.get(rows.bit_length(), (rows, _Lately()))
-        # As if it had been over as many rows as the others of about that number.
-        lately.add(seconds * (1 + _ROW * (before - 1)) / (1 + _ROW * (rows - 1)))
-        self._passes[rows.bit_length()] = before, lately
+        self._passes.setdefault(rows, _Lately()).add(seconds)
+        self._last[rows] = self._reads
 
     def drafted(self, share: float, seconds: float) -> None:
         """So did a sparse step at this share."""
@@ -136,15 +146,24 @@ class Costs:
             self._sparse.setdefault(share, _Lately()).add(seconds)
 
     def check(self, rows: int) -> float:
-        """Of a dense pass over so many tokens; each further row as with the nearest number of rows that was measured."""
-        size, known = rows.bit_length(), self._each
-        if size not in known:
-            near = min(self._passes, key=lambda seen: abs(seen - size), default=None)
-            known[size] = _ROW
-            if near is not None and self._step.seen:
-                measured, lately = self._passes[near]
-                known[size] = max(0.0, (lately.value / self._step.value - 1) / (measured - 1))
-        return 1 + (rows - 1) * known[size]
+        """Of a dense pass over so many tokens: as measured, in a straight line between what was, and beyond it hopefully."""
+        checks = self._checks  # of which another thread may make others meanwhile
+        if rows >= len(checks):
+            known, rows_of = self._measured(), np.arange(max(rows, _MOST) + 1, dtype=float)
+            (last, most), found = known[-1], np.interp(rows_of, *zip(*known, strict=True))
+            each = min(_ROW, (most - 1) / (last - 1)) if last > 1 else _ROW
+            self._checks = checks = tuple((found + each * np.maximum(rows_of - last, 0)).tolist())
+        return checks[rows]
+
+    def _measured(self) -> list[tuple[int, float]]:
+        """Points of `check`: a pass over fewer tokens never costs more, and what was measured long ago may be wrong by now."""
+        points: list[tuple[int, float]] = []
+        if self._step.seen:
+            for rows in sorted(self._passes, reverse=True):
+                if self._reads - self._last[rows] < _OLD:
+                    cost = max(1.0, self._passes[rows].value / self._step.value)
+                    points.append((rows, min(cost, points[-1][1]) if points else cost))
+        return [(1, 1.0), *reversed(points)]
 
     def sparse(self, share: float, read: Callable[[], float]) -> float:
         """Of a sparse step; as at the nearest share that was measured, else the share of the weights that it would `read`."""
@@ -206,6 +225,14 @@ class Habits:
             pause.end()
             return length if gains > other else 0
         return min(most, _TRIAL) if pause.over() else 0
+
+    def likely_length(self, chances: Sequence[float]) -> tuple[int, float]:
+        """(length of a free draft or 0, its gain); `chances`: that a token of it and all before it are right."""
+        best, tokens = (0, _WORTH), 1.0
+        for length, chance in enumerate(chances, 1):
+            tokens += chance
+            best = max(best, (length, tokens / self.costs.check(length + 1)), key=lambda found: found[1])
+        return best if best[0] else (0, 0.0)
 
     def learn_found(self, same: int, right: int, drafted: int) -> None:
         """Of `drafted` tokens that were looked up after `same` others the first `right` were kept."""

@@ -6,9 +6,10 @@
     next              t2'          its own choice goes on; keys and values of all kept tokens are the dense pass's
 
 Where the last tokens stood before, in the prompt or the answer, what followed them there is the draft, and
-costs nothing (repeats.py). A policy of thresholds drafts at a share that shrinks while drafts are right and grows when they are
-not, and not at all where that would not pay: what steps and checks take is measured as they run (drafting.py). With other
-policies a draft that fails often is answered in steps (`LADDER`): more neurons, the dropped tokens back, dense.
+costs nothing (repeats.py); so does what the model usually writes after them (phrases.py). A policy of thresholds drafts at a
+share that shrinks while drafts are right and grows when they are not, and not at all where that would not pay: what steps and
+checks take is measured as they run (drafting.py). With other policies a draft that fails often is answered in steps (`LADDER`):
+more neurons, the dropped tokens back, dense.
 
 Speculative decoding (arXiv 2211.17192) with the model's own sparse form as the draft, as in Draft&Verify (arXiv 2309.08168).
 Draft and check choose by the same rule, penalty included; drawn tokens are drawn in the same race (sampling.drawn), so the
@@ -18,8 +19,9 @@ answer is the one that the dense model alone draws with that seed.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from ..recipe.recipe import Recipe
 from .core_set import CoreSet
 from .decode import Reader, Row
 from .drafting import Habits
+from .phrases import Guess
 from .repeats import Repeats
 from .runner import Prefilled, Runner
 from .sampling import Chooser
@@ -57,6 +60,8 @@ class Report:
     free: int = 0  # tokens that a check's own logits gave, besides the prefill's
     looked_up: int = 0  # drafted tokens that followed the same words before
     looked_up_kept: int = 0
+    phrases: int = 0  # drafted tokens that the model usually writes there
+    phrases_kept: int = 0
     share: float | None = None  # at which a policy of thresholds drafted last
     gain: float | None = None  # over dense decoding, expected from acceptance and share; nothing is drafted below 1
 
@@ -181,7 +186,9 @@ def guarded(
         text.extend([first])
         room = limit - len(ids)
         wanted = min(draft.wanted(size, report), room)
-        known = _known(text, min(report.every, room - 1), report.gain or 0.0, stop, runner.habits, draft.adapts)
+        known = None
+        if room > 1 and first not in stop and (runner.habits.costs.known or not draft.adapts):
+            known = _known(text, min(report.every, room - 1), report.gain or 0.0, stop, runner)
         drafted = [first, *known.tokens] if known else [first]
         if not known and wanted > 1:
             drafted, took = _drafted(reader, draft.row(), dense, first, wanted, choose, ids)
@@ -210,9 +217,13 @@ def guarded(
             if writing and writing.stopped is not None:
                 return
         if known:
-            report.looked_up += len(known.tokens)
-            report.looked_up_kept += right - 1
-            runner.habits.learn_found(known.same, right - 1, len(known.tokens))
+            known.learn(right - 1)
+            if known.usual:
+                report.phrases += len(known.tokens)
+                report.phrases_kept += right - 1
+            else:
+                report.looked_up += len(known.tokens)
+                report.looked_up_kept += right - 1
             continue
         draft.learn(right - 1, len(drafted) - 1)
         whole = right == len(drafted)
@@ -224,22 +235,28 @@ def guarded(
 
 @dataclass(frozen=True)
 class _Known:
-    """Tokens that were looked up, and how many tokens before them were the `same`."""
+    """A draft that cost nothing, whether it is `usual` or stood before, and who is told how many of its tokens were right."""
 
-    same: int
     tokens: list[int]
+    usual: bool
+    learn: Callable[[int], None]
 
 
-def _known(text: Repeats, most: int, other: float, stop: frozenset[int], habits: Habits, adapts: bool) -> _Known | None:
-    """What followed the end of the text before, up to a stop id, as long as pays best; None where another draft gains more."""
-    if most < 1 or text.text[-1] in stop or (adapts and not habits.costs.known):
-        return None
+def _known(text: Repeats, most: int, other: float, stop: frozenset[int], runner: Runner) -> _Known | None:
+    """What stood before after the end of the text or what usually follows it, up to a stop id, whichever gains more, and as
+    long as pays best; None where another draft gains more."""
+    habits, table = runner.habits, runner.phrases
+    guess = table.guess(text.text, most, stop) if table else Guess()
+    length, gain = habits.likely_length(guess.chances)
     same, found = text.own(most)
-    if not found:
+    if found:
+        end = next((i + 1 for i, token in enumerate(found) if token in stop), len(found))
+        own = habits.found_length(same, end, max(other, gain))
+        if own:
+            return _Known(found[:own], False, lambda right: habits.learn_found(same, right, own))
+    if not length or table is None or gain <= other:
         return None
-    end = next((i + 1 for i, token in enumerate(found) if token in stop), len(found))
-    length = habits.found_length(same, end, other)
-    return _Known(same, found[:length]) if length else None
+    return _Known(guess.tokens[:length], True, partial(table.learn, guess.kinds[:length]))
 
 
 def _drafted(

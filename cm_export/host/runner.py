@@ -32,6 +32,7 @@ from .core_set import CoreSet, choose, combined
 from .decode import Reader, Row, decode, greedy
 from .drafting import Habits
 from .images import Opened, check_size, given
+from .phrases import Table
 from .picture_notes import Note
 from .request import Request, kept_slots, prefill_feeds, sparse_feeds
 from .sampling import Chooser, Rule, Sampling, settle
@@ -171,6 +172,11 @@ class Runner:
         self.device = device
         runtime = backends.DEFAULT if graph else backend or bundle.recipe.backend
         self.backend: Backend = backends.find(runtime).open(bundle, threads, self.recipe, graph, device)
+
+    @cached_property
+    def phrases(self) -> Table | None:
+        """Drafts of what the model usually writes; None where nobody kept its answers."""
+        return Table(self.bundle.phrases) if self.bundle.phrases else None
 
     @cached_property
     def chat(self) -> Chat:

@@ -449,7 +449,7 @@ class Decoder:
         self._session = backend.session(graph, True, few_rows, in_place=True)
         self._binding = self._session.io_binding()
         self._bound: Memory | None = None  # the cache that the binding reads and writes
-        self._binding.bind_output("logits")  # outputs come back in the order in which they were first bound
+        self._vocab = next(o.shape[-1] for o in self._session.get_outputs() if o.name == "logits")
         self._inputs = {i.name for i in self._session.get_inputs()}
         for name, value in backend.bound(graph, True, few_rows, in_place=True).items():
             self._binding.bind_ortvalue_input(name, value)
@@ -490,6 +490,8 @@ class Decoder:
                 self._binding.bind_ortvalue_input(name, held.value)
                 self._binding.bind_ortvalue_output(name.replace("past", "present", 1), held.value)
             self._bound = rows.memory
-        self._binding.bind_output("logits")
+        # Bound as the caches are: to ask for outputs would wrap every one of them, at each step.
+        logits = np.empty((*tokens.embeds.shape[:2], self._vocab), np.float32)
+        self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
         self._session.run_with_iobinding(self._binding)
-        return self._binding.get_outputs()[0].numpy(), after
+        return logits, after

@@ -130,17 +130,17 @@ class Rows:
         """Where a step that reads these tokens writes its rows, which rows they see, and those that are listed."""
         batch, new, _ = tokens.embeds.shape
         heads, capacity = next(iter(self.memory.held.values())).shape[1:3]
-        slots = np.moveaxis(np.indices((batch, heads, new)), 0, -1).copy()
-        slots[..., 2] += self.width
         width = self.width + new
-        seen = np.zeros((batch, 1, new, width), bool)
+        slots = np.empty((batch, heads, new, 3), np.int64)  # of each new row: request, head, place
+        slots[..., 0] = np.arange(batch)[:, None, None]
+        slots[..., 1] = np.arange(heads)[:, None]
+        slots[..., 2] = np.arange(self.width, width)
+        bias = np.full((batch, 1, new, capacity), _HIDDEN, np.float32)
         pads = [width - len(mask) for mask in tokens.masks]
         for b, (pad, mask) in enumerate(zip(pads, tokens.masks, strict=True)):
-            seen[b, ..., pad:] = mask
-        if new > 1:
-            seen &= np.tri(new, width, self.width, bool)
-        bias = np.full((batch, 1, new, capacity), _HIDDEN, np.float32)
-        bias[..., :width][seen] = 0
+            bias[b, :, :, pad:width] = np.where(mask, np.float32(0), _HIDDEN)
+        if new > 1:  # of the new rows each sees those before it
+            bias[..., self.width : width][..., ~np.tri(new, dtype=bool)] = _HIDDEN
         out = {SLOTS: slots, BIAS: bias}
         if tokens.listed is not None:
             most = max(len(ids) for ids in tokens.listed)

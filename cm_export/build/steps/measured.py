@@ -2,6 +2,7 @@
 
 the dense model writes -> thresholds.safetensors (policy `active`; a calibration's own are taken over)
                        -> channels.safetensors, x of every product at some tokens: how weights are rounded depends on it
+                       -> phrases.safetensors, the answers themselves, where they are answers to prompts
 """
 
 import itertools
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...base import environment
-from ...bundle import thresholds, weights
+from ...bundle import phrases, thresholds, weights
 from ...bundle.weights import Planned
-from ...calibrating.answers import answering, asking, own_text, prompts_of
+from ...calibrating.answers import Texts, answering, asking, own_text, prompts_of
 from ...calibrating.thresholds import measure, watch
 from ...host.request import Request
 from ...host.runner import Runner
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 CHANNELS = "channels.safetensors"
 PROMPTS = 24
+PHRASES = 176  # prompts more, whose answers are only kept: what the model usually writes
 TOKENS = 48  # of one answer
 WRITING = 45.0  # seconds of computing, after which no further prompt is answered
 SENSITIVITY_TOKENS, SENSITIVITY_SECONDS = 64, 60.0
@@ -42,7 +44,11 @@ def _run(folder: Path, job: "Job", stages: "Stages") -> dict[str, Any]:
         return {"about": "calibration"}
     job.progress("watch the model's products while it answers")
     runner = Runner(UnderWay(job, stages), job.threads, backend="onnxruntime")
-    written = list(_written(job, runner))
+    texts: Texts = []
+    written = list(_written(job, runner, texts))
+    if texts and not (job.calibration and job.calibration.phrases):
+        phrases.write(folder / phrases.FILE, phrases.Phrases.of(texts))
+    written = written[:PROMPTS]
     watched = watch(runner, written, job.progress)
     about, notes = f"{sum(len(answer) for _, answer in written)} tokens of {len(written)} answers, in the build", []
     if job.recipe.neurons.by_threshold:
@@ -61,9 +67,12 @@ def _run(folder: Path, job: "Job", stages: "Stages") -> dict[str, Any]:
     return {"about": "calibration" if known else about, "notes": notes}
 
 
-def _written(job: "Job", runner: Runner) -> Iterator[tuple[Request, np.ndarray]]:
+def _written(job: "Job", runner: Runner, texts: Texts) -> Iterator[tuple[Request, np.ndarray]]:
     """Answers of the dense model: to the training questions of a demo model, else to beginnings that are made up."""
-    started, (prompts, _) = environment.worked(job.threads), prompts_of(None, named(job.source), PROMPTS, seed=0)
+    started, (prompts, _) = (
+        environment.worked(job.threads),
+        prompts_of(None, named(job.source), PROMPTS + PHRASES, seed=0),
+    )
     asked: Iterator[Any]
     if prompts:
         asked = asking(runner, prompts)
@@ -71,7 +80,7 @@ def _written(job: "Job", runner: Runner) -> Iterator[tuple[Request, np.ndarray]]
         seen = drift.made_up(runner, job.config, range(1000, 1000 + PROMPTS)) if job.tower else iter(())
         both = itertools.zip_longest(seen, own_text(runner, PROMPTS))
         asked = (request for pair in both for request in pair if request is not None)
-    for request, answer in answering(runner, asked, TOKENS, drawn=not prompts):
+    for request, answer in answering(runner, asked, TOKENS, drawn=not prompts, texts=texts):
         yield request, answer
         if environment.worked(job.threads) - started > WRITING:
             return

@@ -23,6 +23,7 @@ from ...base.hashes import file_sha256
 from ...bundle import directory, weights
 from ...bundle.bundle import DEVICE, write_manifest
 from ...bundle.calibration import FILE as CALIBRATION
+from ...bundle.phrases import FILE as PHRASES
 from ...bundle.thresholds import FILE as THRESHOLDS
 
 BUNDLE, LIBRARY = "bundle", "libcm_plugins.so"
@@ -50,7 +51,7 @@ def assemble(archive: Path, built_with: str) -> Path:
             _take(library, folder / "engines" / LIBRARY)
         for file in sorted((archive / "processor").glob("*")):
             _take(file, folder / "processor" / file.name)
-        for measured in (CALIBRATION, THRESHOLDS):
+        for measured in (CALIBRATION, THRESHOLDS, PHRASES):
             if (archive / measured).is_file():
                 _take(archive / measured, folder / measured)
         engines = {

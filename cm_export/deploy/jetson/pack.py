@@ -27,6 +27,7 @@ from ...base.install import pip_install
 from ...build.engines import check_recipe
 from ...bundle.bundle import Bundle
 from ...bundle.calibration import FILE as CALIBRATION
+from ...bundle.phrases import FILE as PHRASES
 from ...bundle.thresholds import FILE as THRESHOLDS
 from ...recipe import text as recipe_text
 from ...recipe.engine import EngineSettings
@@ -192,7 +193,7 @@ def _small_files(bundle: Bundle, source: Source, folder: Path) -> None:
     plugins, scripts = plugins_folder(), Path(str(files("cm_export.deploy.jetson"))) / "device"
     copies = {p: folder / "plugins" / p.relative_to(plugins) for p in plugin_sources(plugins)}
     for name in bundle.manifest["files"]:
-        if name.startswith("processor/") or name in (CALIBRATION, THRESHOLDS):
+        if name.startswith("processor/") or name in (CALIBRATION, THRESHOLDS, PHRASES):
             copies[bundle.path / name] = folder / name
     called = ("build_on_device.sh", "ask.py")  # by the user
     for script in sorted(p for p in scripts.iterdir() if p.suffix in (".py", ".sh")):

@@ -1,0 +1,97 @@
+"""Drafts from what the model usually writes: after the same few tokens, the token that followed them most often.
+
+    there are | three 9 x, two 4 x    "three", right in 9 of 13         three shapes | : 13 x    ":", right nearly always
+                                      the longest run of tokens that is known decides, ORDER at most
+
+How often such a token is right is counted in advance, each answer looked up in the others alone, and goes on to be learnt as
+drafts are checked; kinds of finds are told apart by how long the run is, how often it was seen and how often the token followed.
+A draft from a datastore, as in REST (arXiv 2311.08252), here n-grams of the model's own answers; which gain is expected of it
+follows from the chances of its tokens (drafting.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
+
+from ..bundle import phrases
+from .drafting import Acceptance
+
+ORDER = phrases.LEAD  # tokens that a find follows, at most
+_LONG, _OFTEN = 3, 4  # a run as long, and a token as frequent as that are the same kind of find as any more
+_PARTS = 4  # into which "how often of all" is cut
+_UNLIKELY = 0.1  # a draft as seldom right as that goes no further: a row of a check costs more
+_DOUBT = Acceptance(0.2, 2.5)  # of a kind of find that was never seen
+_TRUST = 32.0  # tokens that what was counted in advance weighs, at most
+
+Kind = tuple[int, int, int]
+
+
+@dataclass
+class Guess:
+    """A draft: tokens, what kind of find each one is, and the chance that it and all before it are right."""
+
+    tokens: list[int] = field(default_factory=list)
+    kinds: list[Kind] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
+
+
+class Table:
+    """What follows every run of up to ORDER tokens in some answers."""
+
+    def __init__(self, written: phrases.Phrases):
+        self._after: dict[tuple[int, ...], dict[int, int]] = {}
+        self._rates: dict[Kind, Acceptance] = {}
+        texts = written.texts()
+        for text, lead in texts:
+            self._count(text, lead, 1)
+        seen: dict[Kind, list[int]] = {}  # [right, of]
+        for text, lead in texts:  # as if the others alone were known
+            self._count(text, lead, -1)
+            for i in range(lead, len(text)):
+                if found := self._next(text[max(0, i - ORDER) : i]):
+                    counts = seen.setdefault(found[1], [0, 0])
+                    counts[0] += found[0] == text[i]
+                    counts[1] += 1
+            self._count(text, lead, 1)
+        for kind, (right, of) in seen.items():
+            rate = (right + _DOUBT.rate * _DOUBT.weight) / (of + _DOUBT.weight)
+            self._rates[kind] = Acceptance(rate, min(of + _DOUBT.weight, _TRUST))
+
+    def _count(self, text: list[int], lead: int, times: int) -> None:
+        for i in range(lead, len(text)):
+            for length in range(1, min(ORDER, i) + 1):
+                after = self._after.setdefault(tuple(text[i - length : i]), {})
+                after[text[i]] = after.get(text[i], 0) + times
+
+    def _next(self, end: Sequence[int]) -> tuple[int, Kind] | None:
+        for length in range(min(ORDER, len(end)), 0, -1):
+            after = self._after.get(tuple(end[-length:]))
+            if after and (total := sum(after.values())):
+                token = max(after, key=after.__getitem__)
+                return token, (min(length, _LONG), min(after[token], _OFTEN), _PARTS * after[token] // total)
+        return None
+
+    def _rate(self, kind: Kind) -> Acceptance:
+        return self._rates.setdefault(kind, Acceptance(_DOUBT.rate, _DOUBT.weight))
+
+    def guess(self, text: Sequence[int], most: int, stop: Set[int]) -> Guess:
+        """What may follow a text: at most `most` tokens, up to a stop id, and nothing that is hardly ever right."""
+        out, end, chance = Guess(), list(text[-ORDER:]), 1.0
+        while len(out.tokens) < most and (found := self._next(end)):
+            token, kind = found
+            chance *= self._rate(kind).rate
+            if chance < _UNLIKELY:
+                break
+            out.tokens.append(token)
+            out.kinds.append(kind)
+            out.chances.append(chance)
+            if token in stop:
+                break
+            end = [*end[1 - ORDER :], token]
+        return out
+
+    def learn(self, kinds: Sequence[Kind], right: int) -> None:
+        """Of drafted tokens of these kinds the first `right` were right; what comes after a wrong one says nothing."""
+        for i, kind in enumerate(kinds[: right + 1]):
+            self._rate(kind).add(int(i < right), 1)
