@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from _page import between, write_report
+from _page import rewrite, write_report
 
 from cm_export.base import environment
 from cm_export.base.metrics import divergences, wilson
@@ -230,8 +230,7 @@ def main() -> None:
         "command": "python benchmarks/active.py " + " ".join(p.name for p in args.bundles),
     }
     write_report(args.out, report)
-    if args.docs:
-        args.docs.write_text(between(args.docs.read_text(encoding="utf-8"), "table", table(report)), encoding="utf-8")
+    rewrite(args.docs, {"table": table(report)})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from _page import between, write_report
+from _page import rewrite, write_report
 from peers import page
 from peers.artifacts import Artifacts
 from peers.checkpoint import SIZES
@@ -117,10 +117,7 @@ def main() -> None:
     print(page.text(report))
     if args.out:
         write_report(args.out, report)
-    if args.docs:
-        args.docs.write_text(
-            between(args.docs.read_text(encoding="utf-8"), "race", page.text(report)), encoding="utf-8"
-        )
+    rewrite(args.docs, {"race": page.text(report)})
 
 
 def race(args: argparse.Namespace) -> dict[str, Any]:

@@ -14,7 +14,6 @@ token keeps is drawn at random for each layer; x is dense noise. Times are milli
 
 import argparse
 import functools
-import json
 import shlex
 import statistics
 import sys
@@ -27,9 +26,10 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+from _page import write_report
 from onnx import TensorProto, helper
 
-from cm_export.base import atomic, environment
+from cm_export.base import environment
 from cm_export.base.onnx_text import IR_VERSION, OPSET
 from cm_export.plugins.cpu import library
 
@@ -220,7 +220,7 @@ def main() -> None:
         "environment": environment.describe(options.threads, {"onnxruntime": ort.__version__}),
         "measured": found,
     }
-    atomic.write(options.out, json.dumps(page, indent=1) + "\n")
+    write_report(options.out, page)
     print(table(found))
 
 

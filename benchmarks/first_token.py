@@ -150,7 +150,7 @@ def main() -> None:
     if args.child:
         print(json.dumps(child(args.bundles[0], args.child, args)))
         return
-    from _page import between, write_report
+    from _page import rewrite, write_report
 
     from cm_export.base import environment
 
@@ -168,9 +168,7 @@ def main() -> None:
             "cases": list(cases.values()),
         }
         write_report(args.out, report)
-    if args.docs:
-        page = args.docs.read_text(encoding="utf-8")
-        args.docs.write_text(between(page, "first token", table(list(cases.values()))), encoding="utf-8")
+    rewrite(args.docs, {"first token": table(list(cases.values()))})
 
 
 if __name__ == "__main__":

@@ -188,15 +188,13 @@ def spread(us: dict[str, float]) -> str:
 
 def document(report: Path, docs: Path) -> None:
     """Raises KeyError if the report has no figures."""
-    from _page import between  # needs an installed cm_export, which the proof itself does not
+    from _page import rewrite  # needs an installed cm_export, which the proof itself does not
 
     page = json.loads(report.read_text())
-    text = docs.read_text(encoding="utf-8")
     parts = [f"| {name} | {part['seconds']} s | {part['says'][-1]} |" for name, part in page["parts"].items()]
     lines = ["| part | took | said |", "|---|---|---|", *(line.replace("=", "").replace("  ", " ") for line in parts)]
-    for mark, found in (("parts", lines), *tables(page["parts"]["kernels"]["figures"])):
-        text = between(text, mark, "\n".join(found) + "\n")
-    docs.write_text(text, encoding="utf-8")
+    found = (("parts", lines), *tables(page["parts"]["kernels"]["figures"]))
+    rewrite(docs, {mark: "\n".join(rows) + "\n" for mark, rows in found})
 
 
 def main() -> None:

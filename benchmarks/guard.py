@@ -9,13 +9,13 @@ moves; wall time is kept beside it. overhead = guarded / sparse - 1, answer by a
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from _page import rewrite, write_report
 
 from cm_export.base import environment
 from cm_export.bundle.bundle import Bundle
@@ -162,11 +162,8 @@ def main():
         found = {"command": "python " + " ".join(sys.argv), "environment": environment.describe(1, versions)}
         found |= {"unit": "ms a token; overhead = guarded / sparse - 1 of the same answer", "rows": rows}
         found["clock"] = "processor: time.process_time of one thread; wall: time.perf_counter"
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
-    if args.docs:
-        before, _, rest = args.docs.read_text().partition("<!-- table -->\n")
-        _, _, after = rest.partition("<!-- end -->\n")
-        args.docs.write_text(f"{before}<!-- table -->\n{table(rows)}\n<!-- end -->\n{after}")
+        write_report(args.out, found)
+    rewrite(args.docs, {"table": table(rows) + "\n"})
 
 
 if __name__ == "__main__":

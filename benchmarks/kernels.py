@@ -8,7 +8,6 @@ fast as dense cuBLAS; int4 at 70 % of the copy bandwidth. docs/gpu.md says what 
 """
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _page import write_report
 
-from cm_export.base import atomic, environment
+from cm_export.base import environment
 from cm_export.plugins.harness.bench import CudaMachine, Sizes, measure
 from cm_export.plugins.harness.library import Library
 from cm_export.plugins.harness.timing import CpuMachine
@@ -61,7 +61,7 @@ def main() -> None:
         page |= {"rehearsal": True, **measure(library, CpuMachine(), (TINY,), (0.4, 1.0), compiled=False)}
     else:
         page |= on_the_gpu(library, arguments.repeats)
-    atomic.write(arguments.out, json.dumps(page, indent=1) + "\n")
+    write_report(arguments.out, page)
     print(arguments.out)
 
 

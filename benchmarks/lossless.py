@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _page import between, write_report
+from _page import rewrite, write_report
 
 from cm_export.base import environment
 from cm_export.evals.tasks import scenes
@@ -212,9 +212,7 @@ def main() -> None:
     }
     write_report(args.out, report)
     print(table(report["cases"]))
-    if args.docs:
-        page = args.docs.read_text(encoding="utf-8")
-        args.docs.write_text(between(page, "lossless", table(report["cases"])), encoding="utf-8")
+    rewrite(args.docs, {"lossless": table(report["cases"])})
 
 
 if __name__ == "__main__":

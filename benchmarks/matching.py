@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _page import between, write_report
+from _page import rewrite, write_report
 
 from cm_export.base import by_name
 from cm_export.base.hashes import key_of
@@ -109,8 +109,8 @@ def run(runner: Runner, task: Task, args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def into(page: str, report: dict[str, Any]) -> str:
-    """The page with the report's table between its marks."""
+def tables(report: dict[str, Any]) -> dict[str, str]:
+    """Mark on the page -> table."""
     lines = ["| arm | neurons | image tokens | exact match | of dense | KL | right where only the other arm is wrong |"]
     lines.append("|---|" + "---|" * 6)
     for r in report["rows"]:
@@ -121,7 +121,7 @@ def into(page: str, report: dict[str, Any]) -> str:
         lines.append(
             f"| {r['arm']} | {what} | {r['accuracy']:.4f} [{low:.3f}, {high:.3f}] | {kept} | {r['kl']:.4f} | {pairs} |"
         )
-    return between(page, "matching", "\n".join(lines) + "\n")
+    return {"matching": "\n".join(lines) + "\n"}
 
 
 def show(row: dict[str, Any]) -> None:
@@ -161,8 +161,7 @@ def main() -> None:
     bundle.wait_verified()
     task = load(args.task.replace("-", "_"), tuple(args.kinds), args.limit, args.seed)
     report = run(Runner(bundle, args.threads), task, args)
-    if args.docs:
-        args.docs.write_text(into(args.docs.read_text(encoding="utf-8"), report), encoding="utf-8")
+    rewrite(args.docs, tables(report))
 
 
 if __name__ == "__main__":

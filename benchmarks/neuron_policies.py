@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _page import between, write_report
+from _page import rewrite, write_report
 
 from cm_export.base import by_name
 from cm_export.base.metrics import divergences, wilson
@@ -223,12 +223,11 @@ def main() -> None:
         report["seconds"] = time.perf_counter() - started
         if args.out:
             write_report(args.out, report)
-    if args.docs:
-        args.docs.write_text(into(args.docs.read_text(encoding="utf-8"), report), encoding="utf-8")
+    rewrite(args.docs, tables(report))
 
 
-def into(page: str, report: dict) -> str:
-    """The page with the report's two tables between their marks."""
+def tables(report: dict) -> dict[str, str]:
+    """Mark on the page -> table."""
     rows = [r for r in report["rows"] if r["policy"] != "dense"]
     shares = sorted({r["share"] for r in rows}, reverse=True)
 
@@ -249,10 +248,7 @@ def into(page: str, report: dict) -> str:
             single.setdefault(f"{r['policy']}, {r['layers']} layers, fill {r['fill']}", []).append(r)
         if plain and r["policy"] in BLOCKED:
             blocks.setdefault(f"{r['policy']}, blocks of {r['block']}", []).append(r)
-    tables = {"single": table("policy", single), "blocks": table("policy", blocks)}
-    for mark, text in tables.items():
-        page = between(page, mark, text)
-    return page
+    return {"single": table("policy", single), "blocks": table("policy", blocks)}
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 import neuron_thresholds
 import numpy as np
 import torch
-from _page import write_report
+from _page import rewrite, write_report
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -394,12 +394,6 @@ def merged(before: list[dict], found: list[dict]) -> list[dict]:
     return [*kept, *new.values()]
 
 
-def into(docs: str, report: dict) -> str:
-    """The page with the report's table between its two marks."""
-    before, rest = docs.split("<!-- table -->")
-    return f"{before}<!-- table -->\n{table(report)}<!-- end -->{rest.split('<!-- end -->')[1]}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="a Llama-like checkpoint directory")
@@ -431,8 +425,7 @@ def main() -> None:
         before = json.loads(args.out.read_text(encoding="utf-8"))
         report = before | {"rows": merged(before["rows"], rows)}
     write_report(args.out, report)
-    if args.docs:
-        args.docs.write_text(into(args.docs.read_text(encoding="utf-8"), report), encoding="utf-8")
+    rewrite(args.docs, {"table": table(report)})
     print(table(report))
 
 

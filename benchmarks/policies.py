@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from _page import between, write_report
+from _page import rewrite, write_report
 
 from cm_export.base import by_name
 from cm_export.base.errors import InputError
@@ -32,7 +32,6 @@ from cm_export.recipe.recipe import from_dict
 BYTES = (0.7, 0.6, 0.5, 0.4)
 TOKENS = (0.5, 0.25, 0.11, 0.05)
 ACTIVE = (0.53, 0.43)  # of the FFN's bytes, at which thresholds meet the token cut
-MARKS = ("neurons", "tokens", "joint", "active")
 MODELS = ("scenes", "scenes-llava")  # two architectures, shown beside each other
 BESIDE = (  # what is shown of both: (what it is, part of the report, policies, share of the FFN's bytes, of the image tokens)
     ("the default: every neuron, `spread_keys` 50 %", "tokens", "dense + spread_keys", 1.0, 0.5),
@@ -147,8 +146,8 @@ def joint_table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def beside(page: str, reports: list[dict]) -> str:
-    """The page with what both models keep of dense, beside each other."""
+def beside(reports: list[dict]) -> dict[str, str]:
+    """The same of what both models keep of dense, beside each other."""
     lines = [
         "| share of dense | " + " | ".join(f"`{r['model']}`" for r in reports) + " |",
         "|---|" + "---|" * len(reports),
@@ -165,20 +164,18 @@ def beside(page: str, reports: list[dict]) -> str:
             )
             found.append(of_dense(row))
         lines.append(f"| {what} | " + " | ".join(found) + " |")
-    return between(page, "beside", "\n".join(lines) + "\n")
+    return {"beside": "\n".join(lines) + "\n"}
 
 
-def into(page: str, report: dict) -> str:
-    """The page with the report's tables between the marks of its model."""
-    tables = {
+def tables(report: dict) -> dict[str, str]:
+    """Mark on the page -> table, of one model."""
+    found = {
         "neurons": table(report["neurons"], "ffn_bytes_share", BYTES, "neurons"),
         "tokens": table(report["tokens"], "token_share", TOKENS, "tokens"),
         "joint": joint_table(report["joint"]),
         "active": joint_table(report["active"]),
     }
-    for mark in MARKS:
-        page = between(page, f"{mark} {report['model']}", tables[mark])
-    return page
+    return {f"{mark} {report['model']}": text for mark, text in found.items()}
 
 
 def main() -> None:
@@ -210,12 +207,10 @@ def main() -> None:
     before = json.loads(args.out.read_text(encoding="utf-8")) if args.only else {}
     report |= merged(before, found, args.only) if args.only else found
     write_report(args.out, report)
-    if args.docs:
-        page = into(args.docs.read_text(encoding="utf-8"), report)
-        known = [args.out.with_name(f"{name}.json") for name in MODELS]
-        if all(file.exists() for file in known):
-            page = beside(page, [json.loads(file.read_text(encoding="utf-8")) for file in known])
-        args.docs.write_text(page, encoding="utf-8")
+    rewrite(args.docs, tables(report))
+    known = [args.out.with_name(f"{name}.json") for name in MODELS]
+    if all(file.exists() for file in known):
+        rewrite(args.docs, beside([json.loads(file.read_text(encoding="utf-8")) for file in known]))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from typing import Any
 import neuron_quality as nq
 import numpy as np
 import torch
-from _page import between, write_report
+from _page import rewrite, write_report
 from torch.nn import functional as F
 
 from cm_export.base import environment
@@ -414,11 +414,9 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def into(page: str, report: dict) -> str:
-    """The page with the report's tables between their marks."""
-    for title in ways():
-        page = between(page, title, table(report[title]))
-    return page
+def tables(report: dict) -> dict[str, str]:
+    """Mark on the page -> table."""
+    return {title: table(report[title]) for title in ways()}
 
 
 def main() -> None:
@@ -450,8 +448,7 @@ def main() -> None:
         **report,
     }
     write_report(args.out, report)
-    if args.docs:
-        args.docs.write_text(into(args.docs.read_text(encoding="utf-8"), report), encoding="utf-8")
+    rewrite(args.docs, tables(report))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 import _triton
 import psutil
-from _page import between, write_report
+from _page import rewrite, write_report
 
 import cm_export
 from cm_export.base import environment
@@ -242,8 +242,7 @@ def write_pages(docs: Path, part: str, report) -> None:
     if not part:
         texts["scale"] = ("users", users(report))
     for page, (mark, text) in texts.items():
-        path = docs / f"{page}.md"
-        path.write_text(between(path.read_text(), mark, text))
+        rewrite(docs / f"{page}.md", {mark: text})
 
 
 def missed(report, most_ms, most_share, least_gain):

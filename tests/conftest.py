@@ -141,9 +141,9 @@ def cm_export(*args: object, timeout: float = 600, **kwargs) -> subprocess.Compl
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **kwargs)
 
 
-def wide(*values: object):
+def wide(*values: object, id: str | None = None):
     """Parameters of a test that `make test-wide` runs."""
-    return pytest.param(*values, marks=pytest.mark.wide)
+    return pytest.param(*values, id=id, marks=pytest.mark.wide)
 
 
 def session(leader: int) -> list[int]:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import shared
+from conftest import wide
 from traces import traced_once
 
 from cm_export import families
@@ -19,7 +19,7 @@ from cm_export.source import random_weights
 
 IMAGE, VIDEO, START, END = 5, 6, 3, 4
 # Of the configurations of `random_config`: one head, and nine that read three in a model of three layers; more in the wide tests.
-SEEDS = (1, 5, *(pytest.param(seed, marks=pytest.mark.wide) for seed in (2, 3, 4)))
+SEEDS = (1, 5, *(wide(seed) for seed in (2, 3, 4)))
 family = families.find("qwen2_vl")
 
 

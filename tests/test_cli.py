@@ -320,6 +320,16 @@ def test_build_takes_the_model_of_the_recipe_and_drops_its_revision_for_another_
     assert [(r.model, r.revision, r.neurons.share) for r in calls] == [("a/b", "abc", 0.3), ("demo", None, 0.3)]
 
 
+@pytest.mark.parametrize("how", [(), ("--json",), ("--quiet",)])
+def test_build_says_each_note_once(stub, capsys, how):
+    told = {"path": "o.plan", "seconds": 1.0, "gates": [], "graphs": {}, "files": {}, "stages_reused": []}
+    stub("build.build", build=lambda *_, **given: told | {"notes": ["a remark"]})
+    assert main(["build", "--model", "a/b", "--out", "o.plan", "--capacity", "96", *how]) == 0
+    said = "".join(capsys.readouterr())
+    expected = 0 if how == ("--quiet",) else 1
+    assert said.count("a remark") == said.count("--capacity: only recorded") == expected
+
+
 STATS = {"prompt_tokens": 9, "image_tokens": 64, "image_tokens_kept": 16, "neurons": 1024, "neurons_kept": 410}
 STATS |= {
     "new_tokens": 2,

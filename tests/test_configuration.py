@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import wide
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -361,7 +362,7 @@ def _logits_of_ours(folder: Path, kind: str, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.parametrize("kind", ["qwen2_vl", *(pytest.param(k, marks=pytest.mark.wide) for k in ("llama", "qwen2"))])
+@pytest.mark.parametrize("kind", ["qwen2_vl", *(wide(k) for k in ("llama", "qwen2"))])
 def test_a_configuration_computes_what_transformers_computes_or_is_refused(saved, tmp_path, kind, name):
     source = saved(kind)
     before = json.loads((source / "config.json").read_text())
@@ -401,7 +402,7 @@ HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 # What the configuration and its decoder's part say; the wide tests ask the other six pairs.
 SAID = [(None, None), (True, False), (False, True)]
 PAIRS = [
-    pytest.param(outer, inner, marks=[] if (outer, inner) in SAID else [pytest.mark.wide])
+    (pytest.param if (outer, inner) in SAID else wide)(outer, inner)
     for outer in (None, True, False)
     for inner in (None, True, False)
 ]

@@ -4,6 +4,7 @@ import random
 from types import SimpleNamespace
 
 import pytest
+from conftest import wide
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -76,7 +77,7 @@ def words() -> Tokenizer:
     return tokenizer
 
 
-several = pytest.mark.parametrize("texts", [40, pytest.param(150, marks=pytest.mark.wide)])
+several = pytest.mark.parametrize("texts", [40, wide(150)])
 KINDS = {f.__name__: f for f in (byte_level, llama, unigram, words)}
 
 

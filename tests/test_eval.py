@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import cm_export, here
+from conftest import cm_export, here, wide
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -269,7 +269,7 @@ def test_a_task_draws_its_questions_by_seed_and_names_unknown_kinds():
 # ---------------------------------------------------------------- through a bundle
 
 
-@pytest.fixture(scope="module", params=[24, pytest.param(60, marks=pytest.mark.wide)])
+@pytest.fixture(scope="module", params=[24, wide(60)])
 def report(request, demo_bundle):
     limit = ("--limit", request.param)
     done = cm_export("eval", demo_bundle, "--task", "easy-vqa", *limit, "--threads", "1", "--json")

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import here, take_stages
+from conftest import here, take_stages, wide
 from random_models import IMAGE, patch_grids, prompt, random_checkpoint, random_text_config, request_of
 from test_batch import runner_of
 from test_export import picture_feeds
@@ -67,7 +67,7 @@ def settings(seed, vocab):
     return out | ({"min_new_tokens": 5} if seed % 3 == 0 else {}), frozenset(stop)
 
 
-@pytest.mark.parametrize("seed", (1, pytest.param(2, marks=pytest.mark.wide)))
+@pytest.mark.parametrize("seed", (1, wide(2)))
 def test_greedy_answers_about_pictures_equal_generate_with_its_penalty_and_stop_ids(exported, tmp_path, seed):
     """The penalty counts the image token, too, since `generate` sees it in input_ids."""
     x, plain = exported(seed), []

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ONE_THREAD, PROCESSORS, here, session
+from conftest import ONE_THREAD, PROCESSORS, here, session, wide
 
 from cm_export.bundle.bundle import Bundle
 
@@ -88,7 +88,7 @@ def place(bare_bundle, tmp_path) -> Path:
     return tmp_path / "x.plan"
 
 
-@pytest.mark.parametrize(("seed", "traces"), [(0, False), pytest.param(1, True, marks=pytest.mark.wide)])
+@pytest.mark.parametrize(("seed", "traces"), [(0, False), wide(1, True)])
 def test_killed_at_random_moments_a_build_leaves_nothing_or_a_whole_bundle_and_goes_on(
     bare_checkpoint, bare_bundle, tmp_path, seed, traces
 ):

@@ -11,7 +11,6 @@ import shared
 from conftest import wide
 from random_models import copy
 
-from cm_export.backends.onnxruntime import halve as halving
 from cm_export.backends.tensorrt import written_out
 from cm_export.backends.tensorrt.export import Source, axis_ranges, describe, lowered, write_graphs
 from cm_export.backends.tensorrt.targets import TARGETS, target
@@ -21,6 +20,7 @@ from cm_export.bundle import weights
 from cm_export.bundle.bundle import Bundle
 from cm_export.recipe.recipe import Recipe
 from cm_export.source.probe import probe
+from cm_export.surgery import halve as halving
 
 SMALL = Recipe().replace(engine__capacity=96, engine__max_prompt=64, tokens__prune_layer=1)
 VERSIONS = ("10.3", "10.7", "10.14", "10.15", "11.0", "rtx-1.7")

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import wide
 from random_models import Exported, family, random_checkpoint, random_config
 from safetensors.torch import load_file, save_file
 from stepping import core_sets, gatherer
@@ -37,7 +38,7 @@ def half(tmp_path):
     return Exported(tmp_path / "half", tmp_path / "out")
 
 
-@pytest.mark.parametrize("graphs", [("vision",), pytest.param(("vision", "prefill", "decode"), marks=pytest.mark.wide)])
+@pytest.mark.parametrize("graphs", [("vision",), wide(("vision", "prefill", "decode"))])
 def test_a_bfloat16_checkpoint_is_traced_in_float32_and_equals_stock(half, graphs):
     skeleton = hf.skeleton(half.path, family)
     assert {p.dtype for p in skeleton.parameters()} == {torch.float32}

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import built, cm_export
+from conftest import built, cm_export, wide
 from PIL import Image
 from random_models import Exported
 from stepping import prefill
@@ -50,7 +50,7 @@ def outside(tmp_path_factory):
     sys.path.remove(str(folder))
 
 
-@pytest.fixture(scope="module", params=[5, pytest.param(2, marks=pytest.mark.wide)])
+@pytest.fixture(scope="module", params=[5, wide(2)])
 def llava(request, outside, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llava")
     (folder / "out").mkdir()

@@ -15,6 +15,7 @@ from pathlib import Path
 import conftest
 import pytest
 import shared
+from conftest import wide
 from fake_jetson import Jetson
 from fake_workshop import Workshop
 from old_pythons import find_python310
@@ -99,7 +100,7 @@ def refused(done: subprocess.CompletedProcess, *words: str, code: int = 2) -> No
 # ---------------------------------------------------------------- answers
 
 
-@pytest.mark.parametrize("jetpack", ["6.2", pytest.param("7.1", marks=pytest.mark.wide), "7.2"])
+@pytest.mark.parametrize("jetpack", ["6.2", wide("7.1"), "7.2"])
 def test_the_device_answers_as_the_bundle_does_on_its_own_graphs(built, demo_bundle, jetpack, request):
     """Tokens kept and cut, neurons chosen, text: of JetPack 6 in Python 3.10, without ONNX and ONNX Runtime."""
     python = sys.executable

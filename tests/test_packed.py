@@ -35,7 +35,7 @@ from cm_export.quant import rows
 from cm_export.recipe.recipe import from_dict
 from cm_export.recipe.stored import StoredWeights
 from cm_export.recipe.vary import varied
-from cm_export.surgery.gemm import is_plain_gemm
+from cm_export.surgery.nodes import is_plain_gemm
 from cm_export.surgery.packable import entries
 
 IDS = [5, 9, 12, 4, 20]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import bench_peers
 import pytest
-from _page import between
+from _page import into
 from peers import page
 from peers.contestants import CONTESTANTS, PAIRS, order
 
@@ -72,7 +72,7 @@ def test_what_was_not_made_is_not_measured(tmp_path):
 def test_the_page_shows_the_committed_figures():
     found = json.loads((ROOT / "benchmarks" / "peers.json").read_text(encoding="utf-8"))
     shown = (ROOT / "docs" / "race.md").read_text(encoding="utf-8")
-    assert between(shown, "race", page.text(found)) == shown
+    assert into(shown, {"race": page.text(found)}) == shown
     other = copy.deepcopy(found)
     other["contestants"][0]["answer_ms"]["median"] += 100
-    assert between(shown, "race", page.text(other)) != shown
+    assert into(shown, {"race": page.text(other)}) != shown

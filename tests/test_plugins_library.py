@@ -7,6 +7,7 @@ from pathlib import Path
 import plugin_builds
 import pytest
 import tomllib
+from conftest import wide
 from setuptools import find_packages
 
 from cm_export.base.errors import InputError
@@ -27,7 +28,7 @@ def symbols(library: Path, *options: str) -> set[str]:
 
 # nvcc takes more than a minute for the whole library, which `make test-wide` compiles.
 BUILDS = [
-    pytest.param(plugin_builds.real, id="nvcc", marks=pytest.mark.wide),
+    wide(plugin_builds.real, id="nvcc"),
     pytest.param(plugin_builds.emulated, id="emulated"),
 ]
 

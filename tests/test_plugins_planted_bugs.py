@@ -7,6 +7,7 @@ import functools
 
 import plugin_builds
 import pytest
+from conftest import wide
 
 from cm_export.plugins.harness.cases import OPS, calls
 from cm_export.plugins.harness.library import Library
@@ -114,8 +115,7 @@ QUICK = {
     "CoreLinear": {"threshold of the first request", "norms not read", "low where another row of x is not"},
 }  # fmt: skip
 PLANTED = [
-    pytest.param(op, HOMES[op.name], what, bug, id=f"{op.name}-{what}",
-                 marks=[] if what in QUICK[op.name] else [pytest.mark.wide])
+    (pytest.param if what in QUICK[op.name] else wide)(op, HOMES[op.name], what, bug, id=f"{op.name}-{what}")
     for op, bugs in zip(OPS, (FFN, ATTENTION, LINEAR), strict=True)
     for what, bug in bugs.items()
 ]  # fmt: skip

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from _page import into
 
 ROOT = Path(__file__).parent.parent
 PAGES = {  # bench -> (report, page)
@@ -36,16 +37,16 @@ def report(name):
 def test_a_page_shows_the_committed_figures(name):
     page = (ROOT / "docs" / PAGES[name][1]).read_text(encoding="utf-8")
     found = report(name)
-    assert bench(name).into(page, found) == page
+    assert into(page, bench(name).tables(found)) == page
     row = found["joint" if name in BOTH else "rows"][1]
     row["of_dense"] += 0.0123
-    assert bench(name).into(page, found) != page, "another figure makes another page"
+    assert into(page, bench(name).tables(found)) != page, "another figure makes another page"
 
 
 def test_the_page_on_thresholds_shows_the_committed_figures_and_random_channels_lose_the_model():
     found = json.loads((ROOT / "benchmarks" / "quality" / "active.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "active.md").read_text(encoding="utf-8")
-    assert bench("active").between(page, "table", bench("active").table(found)) == page
+    assert into(page, {"table": bench("active").table(found)}) == page
     for bundle in found["bundles"]:
         drawn = [row for row in bundle["rows"] if "random" in row]
         assert [(r["ffn"], r["rest"]) for r in drawn] == list(bench("active").RANDOM)
@@ -59,9 +60,9 @@ def test_the_page_shows_both_architectures_beside_each_other():
     page = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
     both = [report(name) for name in BOTH]
     assert [r["model"] for r in both] == list(bench("policies").MODELS)
-    assert bench("policies").beside(page, both) == page
+    assert into(page, bench("policies").beside(both)) == page
     both[1]["joint"][1]["of_dense"] += 0.0123
-    assert bench("policies").beside(page, both) != page
+    assert into(page, bench("policies").beside(both)) != page
 
 
 def of_dense(found, part, policies, **shares):

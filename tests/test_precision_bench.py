@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _page import into
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cm_export.quant.choose import by_inputs, quantise
@@ -51,7 +52,7 @@ def rounding(bench, llama):
 def test_the_page_shows_the_committed_figures(bench):
     report = json.loads((ROOT / "benchmarks" / "quality" / "precision.json").read_text())
     page = (ROOT / "docs" / "precision.md").read_text(encoding="utf-8")
-    assert bench.into(page, report) == page
+    assert into(page, bench.tables(report)) == page
     for title, rows in bench.ways().items():
         assert [r["way"] for r in report[title]] == [w.name for w in rows]
 

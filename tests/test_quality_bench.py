@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _page import into
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +25,7 @@ def bench():
 def test_the_page_shows_the_committed_figures(bench):
     report = json.loads((ROOT / "benchmarks" / "quality" / "smollm2-135m.json").read_text())
     page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
-    assert bench.into(page, report) == page
+    assert into(page, {"table": bench.table(report)}) == page
     rows = {(r["method"], r["bytes_share"]): r for r in report["rows"]}
     predicted = "predicted (4-bit copy as a bundle stores it)"
     active, random = "active (thresholds on x and z)", "random channels of x and z"

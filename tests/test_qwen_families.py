@@ -11,7 +11,7 @@ import shared
 import test_lowered
 import torch
 import transformers
-from conftest import bundles_of, cm_export
+from conftest import bundles_of, cm_export, wide
 from natively_attended import says_the_same
 from PIL import Image
 from proofs import each_proof, holds
@@ -74,7 +74,7 @@ def test_no_token_is_cut_before_the_last_layer_with_features(x, name):
     assert Recipe().for_model(x.shape).tokens.prune_layer >= 2
 
 
-@pytest.mark.parametrize("version", ["10.15", *(pytest.param(v, marks=pytest.mark.wide) for v in ("10.3", "rtx-1.7"))])
+@pytest.mark.parametrize("version", ["10.15", *(wide(v) for v in ("10.3", "rtx-1.7"))])
 def test_lowered_graphs_equal_the_portable_ones(x, tmp_path, version):
     check_lowered(x, tmp_path, version)
 
@@ -125,7 +125,7 @@ def test_run_answers_as_transformers_does_with_its_own_processor(name, pictures,
     ]
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.wide)])
+@pytest.mark.parametrize("name", ["qwen3_vl", wide("qwen2_5_vl")])
 def test_thresholds_and_weights_of_4_bits_answer(name, tmp_path):
     _, plan = bundle_of(name, "--neurons", "active", "--weights", "int4")
     Image.new("RGB", (60, 80), "red").save(tmp_path / "x.png")
@@ -138,7 +138,7 @@ def test_thresholds_and_weights_of_4_bits_answer(name, tmp_path):
     assert packed is not None and any(name.startswith("vision.") for name in packed.entries)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.wide)])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", wide("qwen3_vl")])
 def test_bench_and_eval_take_it(name, tmp_path):
     _, plan = bundle_of(name)
     done = cm_export("bench", plan, "--image-tokens", "12", "--new-tokens", "2", "--repeats", "1", "--vision", "--json")

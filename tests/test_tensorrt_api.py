@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import wide
 from fake_engines import add_engines, machine
 from test_tensorrt_sessions import IMAGES, QUESTION
 
@@ -114,7 +115,7 @@ def uses_of(machines, library: str) -> list:
     return sorted([{"Library": "", "FakeCuda": ""}.get(owner, owner), *rest] for owner, *rest in calls)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.wide if n == "10.16" else ()) for n in BINDINGS])
+@pytest.mark.parametrize("name", [wide(n) if n == "10.16" else n for n in BINDINGS])
 def test_every_name_we_use_is_in_the_bindings(work, name):
     distribution, version, module, fake = BINDINGS[name]
     folder = installed(distribution, version)

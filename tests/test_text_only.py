@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import built, cm_export
+from conftest import built, cm_export, wide
 from fake_jetson import Jetson
 from natively_attended import says_the_same
 from random_models import Exported, random_checkpoint, random_text_config, request_of, shared_export
@@ -47,7 +47,7 @@ NO_PICTURES = np.zeros((0, 3), np.int64)
 STEPS = 8
 
 
-WIDE = [pytest.param(case, marks=[pytest.mark.wide] if case.startswith("qwen2") else []) for case in CASES]
+WIDE = [wide(case) if case.startswith("qwen2") else case for case in CASES]
 
 
 @functools.cache

@@ -30,7 +30,7 @@ bundle_of = bundles_of(answering, "--prune-layer", "1")
 
 
 # Idefics3 is SmolVLM under another name: here it is built and asked, its graphs are compared in the wide tests.
-@pytest.fixture(scope="module", params=["smolvlm", "internvl", pytest.param("idefics3", marks=pytest.mark.wide)])
+@pytest.fixture(scope="module", params=["smolvlm", "internvl", wide("idefics3")])
 def name(request):
     return request.param
 
@@ -189,7 +189,7 @@ def test_bench_takes_the_nearest_number_of_image_tokens_that_pictures_have(name)
     assert [bench.likely(tower, n) for n in (1, 4, 7, 9, 29, 256)] == [4, 4, 4, 12, 28, 256]
 
 
-@pytest.mark.parametrize("version", ["10.3.0", pytest.param("10.16.1.11", marks=pytest.mark.wide)])
+@pytest.mark.parametrize("version", ["10.3.0", wide("10.16.1.11")])
 def test_engines_answer_as_onnx_runtime_does(name, version, tmp_path, monkeypatch):
     """A stand-in for TensorRT runs engines of the lowered graphs; pictures of one tile and of several."""
     _, plan = bundle_of(name)

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from ..base.errors import BundleError
+from ..base import safetensors_file
+from ..base.errors import BundleError, InputError
 from ..base.hashes import file_part_sha256
 
 FILE = "weights.safetensors"
@@ -100,26 +101,13 @@ def write(path: Path, tensors: list[Planned], lasting: bool = True) -> str:
 def index(path: Path) -> dict[str, Tensor]:
     """Name -> Tensor of a weight file. Raises BundleError if the header is unreadable or the file is cut short."""
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if not 0 < length <= min(size - 8, 100_000_000):
-                raise ValueError("its header length is impossible")
-            header = json.loads(f.read(length))
-        out = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            start, end = entry["data_offsets"]
-            tensor = Tensor(_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + start, end - start)
-            if not 0 <= start <= end or tensor.offset + tensor.length > size:
-                raise ValueError(f"{name} lies outside the file")
-            if int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize != tensor.length:
-                raise ValueError(f"{name}: shape and length disagree")
-            out[name] = tensor
-        return out
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
-        raise BundleError(f"unreadable weight file ({e})", where=path, fix="build the bundle again") from e
+        return {
+            name: Tensor(_DTYPES[place.dtype], place.shape, place.offset, place.length)
+            for name, place in safetensors_file.places(path).items()
+        }
+    except (OSError, KeyError, InputError) as e:
+        what = e.what if isinstance(e, InputError) else e
+        raise BundleError(f"unreadable weight file ({what})", where=path, fix="build the bundle again") from e
 
 
 def places(path: Path) -> dict[str, tuple[int, int]]:
@@ -128,8 +116,7 @@ def places(path: Path) -> dict[str, tuple[int, int]]:
     Raises BundleError.
     """
     tensors = index(path)
-    with open(path, "rb", buffering=0) as file:
-        header = 8 + int.from_bytes(file.read(8), "little")
+    header = min((t.offset for t in tensors.values()), default=path.stat().st_size)
     return {HEADER: (0, header)} | {name: (t.offset, t.length) for name, t in tensors.items()}
 
 

@@ -9,10 +9,8 @@ Only generated tokens count: an offline prior from prompts says little about dec
 
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
-import onnx
 
 from ..base.core_index import neuron_count, select_core_neurons
 from ..base.errors import InputError
@@ -21,6 +19,7 @@ from ..bundle.calibration import Calibration, checkpoint_id
 from ..bundle.names import core_row_names
 from ..bundle.phrases import Phrases
 from ..evals.other_policies import with_policies
+from ..evals.watching import watching
 from ..host.core_set import CoreSet
 from ..host.decode import teacher_forced
 from ..host.picture_notes import Note, counted
@@ -66,7 +65,7 @@ def measure(
     if not total:
         raise InputError("the model answered nothing to every prompt", where="calibrate", fix="give other --data")
 
-    watch = Runner(bundle, runner.backend.threads, runner.recipe, _watching(runner))
+    watch = watching(runner, "prefill", "prefill_dense", report_activations)
     energy, mean_z = (np.zeros((shape.layers, shape.ffn)) for _ in range(2))
     picked = set(np.random.default_rng(seed).permutation(total)[:PROFILE_TOKENS].tolist())
     profiles: list[list[np.ndarray]] = [[] for _ in range(shape.layers)]
@@ -111,19 +110,6 @@ def measure(
         energy, mean_z, np.stack(mean_y), sensitivity, np.array(SHARES), np.stack(order), about, **prune, active=active,
         phrases=Phrases.of(texts) if texts else None,
     )  # fmt: skip
-
-
-def _watching(runner: Runner) -> Callable[[str], Path | onnx.ModelProto]:
-    """Graphs of a bundle, its dense prefill reporting z.{layer} [B,S,F] as `prefill`."""
-    bundle = runner.bundle
-
-    def graph(name: str) -> Path | onnx.ModelProto:
-        if name != "prefill":
-            return bundle.graph(name)
-        dense = onnx.load(bundle.graph("prefill_dense"), load_external_data=False)
-        return report_activations(dense, bundle.family, bundle.shape)
-
-    return graph
 
 
 def _with_answer(request: Request, answer: np.ndarray) -> dict[str, np.ndarray]:

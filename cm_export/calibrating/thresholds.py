@@ -7,7 +7,6 @@ prompt -> dense greedy (or drawn) answer a_1..a_T -> one dense read of both that
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -20,6 +19,7 @@ from ..bundle.names import core_row_names
 from ..bundle.predictor import row_norms
 from ..bundle.thresholds import ATTENTION_IN, ATTENTION_OUT, FFN_IN, FFN_OUT, SIDES, Thresholds
 from ..evals.other_policies import with_policies
+from ..evals.watching import watching
 from ..host.core_set import CoreSet
 from ..host.decode import Reader, Row
 from ..host.request import Request
@@ -52,7 +52,8 @@ def watch(runner: Runner, answers: Sequence[Answer], progress: Callable[..., Non
     if not answers:
         raise InputError("the model answered nothing", where="thresholds", fix="give other prompts")
     norms, sizes = norms_and_sizes(runner)
-    watcher, rng = _watching(runner), np.random.default_rng(0)
+    # As a later turn, which reads many tokens at once, its dense decode reports what every site reads.
+    watcher, rng = watching(runner, "turn", "decode_dense", report_channels), np.random.default_rng(0)
     each = max(1, SOME // (2 * len(answers)))  # half from prompts, half from answers
     weights: list[list[np.ndarray]] = [[] for _ in norms]
     some: list[list[np.ndarray]] = [[] for _ in norms]
@@ -117,19 +118,6 @@ def norms_and_sizes(runner: Runner) -> tuple[list[np.ndarray], np.ndarray]:
     head = head_product(edit).weight.name
     note(-1, norm([head]), head)
     return norms, sizes
-
-
-def _watching(runner: Runner) -> Runner:
-    """The same bundle; what it reads as a later turn is its dense decode, which reports what every site reads."""
-    bundle = runner.bundle
-
-    def graph(name: str) -> Path | onnx.ModelProto:
-        if name != "turn":
-            return bundle.graph(name)
-        dense = onnx.load(bundle.graph("decode_dense"), load_external_data=False)
-        return report_channels(dense, bundle.family, bundle.shape)
-
-    return Runner(bundle, runner.backend.threads, runner.recipe, graph)
 
 
 def _channels(watcher: Runner, context: Request) -> list[np.ndarray]:

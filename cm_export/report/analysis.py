@@ -12,12 +12,12 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 
+from ..evals.watching import watching
+from ..families import Family, Shape
 from ..host.request import Request, prefill_feeds
 from ..host.runner import Budget, Runner
 from ..surgery.report_activations import report_activations
@@ -43,7 +43,7 @@ def measure(
     runner: Runner, chosen: Runner, requests: Sequence[Request], progress: Callable[..., None] = lambda *_: None
 ) -> Layers:
     """`runner`: the bundle; `chosen`: the same under the policies whose core sets are compared. Raises SurgeryError."""
-    watch = Runner(runner.bundle, runner.backend.threads, runner.recipe, _watching(runner))
+    watch = watching(runner, "prefill", "prefill_dense", _report)
     found: dict[str, list[list[float]]] = {"image": [], "top_tokens": [], "own": [], "fixed": []}
     sets = []
     for number, request in enumerate(requests):
@@ -114,15 +114,6 @@ def _overlap(sets: list[tuple[np.ndarray | None, np.ndarray]], ffn: int) -> tupl
     return np.array(pairs).T, p / (2 - p)
 
 
-def _watching(runner: Runner) -> Callable[[str], Any]:
-    """Graphs of a bundle, its dense prefill reporting z, q and k of every layer as `prefill`."""
-    bundle = runner.bundle
-
-    def graph(name: str) -> Path | onnx.ModelProto:
-        if name != "prefill":
-            return bundle.graph(name)
-        dense = onnx.load(bundle.graph("prefill_dense"), load_external_data=False)
-        # q and k first: their sites are found in the traced form.
-        return report_activations(report_attention(dense, bundle.family, bundle.shape), bundle.family, bundle.shape)
-
-    return graph
+def _report(model: onnx.ModelProto, family: Family, shape: Shape) -> onnx.ModelProto:
+    """q and k, then z of every layer: the sites of the first two are found in the traced form."""
+    return report_activations(report_attention(model, family, shape), family, shape)

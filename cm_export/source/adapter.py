@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from ..base.errors import InputError
 from ..base.hashes import file_sha256
 from ..base.json_file import read_object
+from ..base.safetensors_file import FLOATS, tensor_types
 from ..base.settings import is_number
 from ..recipe.aliases import ALIASES
 from .parameters import Parameters
-from .safetensors_check import FLOATS, tensor_types
 
 if TYPE_CHECKING:
     import torch

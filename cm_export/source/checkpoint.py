@@ -22,11 +22,11 @@ from ..base.errors import InputError
 from ..base.hashes import file_sha256
 from ..base.json_file import read_object
 from ..base.links import dead
+from ..base.safetensors_file import damaged
 from ..recipe.aliases import ALIASES
 from . import adapter as adapters
 from . import directory
 from .adapter import Adapter
-from .safetensors_check import damaged
 
 PATTERNS = ("*.json", "*.txt", "*.jinja", "*.safetensors", "*.model")  # lines of SHA256SUMS about a checkpoint
 HUB_TIMEOUT = 5.0  # seconds for the first question; the hub client retries for half a minute when asked for files

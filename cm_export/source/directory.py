@@ -15,9 +15,9 @@ from .. import families
 from ..base.errors import InputError
 from ..base.json_file import check_content, read_object
 from ..base.links import dead
+from ..base.safetensors_file import FLOATS, INTEGERS, damaged, tensor_types
 from . import packings
 from .not_yet import PAGE, why_not
-from .safetensors_check import FLOATS, INTEGERS, damaged, tensor_types
 
 INDEX = "model.safetensors.index.json"
 # Beside the weights: what transformers or this package reads of a checkpoint.

@@ -16,7 +16,7 @@ from ..bundle.weights import WeightFile
 from ..families import Family, Shape
 from ..recipe.stored import StoredWeights
 from .edit import Edit
-from .gemm import is_plain_gemm
+from .nodes import is_plain_gemm
 from .products import head_product, layer_products
 
 _NONE: Mapping[str, tuple[int, int]] = {}

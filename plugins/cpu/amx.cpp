@@ -5,6 +5,7 @@
 // avx512.cpp multiplies.
 #include "target.h"
 #if defined(CM_AMX)
+#include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -375,16 +376,12 @@ CM_TARGET_END
 namespace cm::cpu {
 // The processor multiplies tiles of bfloat16, and Linux lets this process use them (it asks, since signal frames grow by them).
 static bool usable() {
-    const auto leaf = [](uint32_t sub, uint32_t& a, uint32_t& d) {
-        uint32_t b, c = sub;
-        a = 7;
-        asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    };
     constexpr uint32_t kTile = 1u << 24, kTileBf16 = 1u << 22, kBf16 = 1u << 5;
     constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     static const bool granted = [&] {
-        uint32_t a, d, a1, d1;
-        leaf(0, a, d), leaf(1, a1, d1);
+        uint32_t a, a1, b, c, d, d1;
+        __cpuid_count(7, 0, a, b, c, d);
+        __cpuid_count(7, 1, a1, b, c, d1);
         return (d & kTile) && (d & kTileBf16) && (a1 & kBf16) && kAvx512.usable() &&
                syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
     }();

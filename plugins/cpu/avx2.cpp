@@ -1,5 +1,6 @@
 // AVX2, and AVX-VNNI where it is there: every x86 of the last ten years, and those of Intel that have no AVX-512.
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 
 #include <cmath>
@@ -137,10 +138,9 @@ CM_TARGET_END
 namespace cm::cpu {
 static bool usable() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 static bool usable_with_vnni() {
-    // CPUID leaf 7, subleaf 1, EAX bit 4: compilers of 2022 do not know its name
-    uint32_t a = 7, b, c = 1, d;
-    asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    return usable() && (a >> 4 & 1);
+    uint32_t a, b, c, d;
+    __cpuid_count(7, 1, a, b, c, d);
+    return usable() && (a >> 4 & 1);  // __builtin_cpu_supports of 2022 does not know its name
 }
 extern const Kernels kAvx2, kAvxVnni;
 const Kernels kAvx2 = {"avx2", usable, avx2::keep, avx2::quantise, avx2::multiply,

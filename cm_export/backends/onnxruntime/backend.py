@@ -95,6 +95,11 @@ def _disabled() -> list[str]:
     return ["MatmulTransposeFusion"] if version < (1, 26) else []
 
 
+def _sees(name: str) -> bool:
+    """Whether a session is of the vision graph."""
+    return name in ("vision", WHOLE)
+
+
 def _named(name: str, dtype: np.dtype) -> str:
     """A weight may be read in two types; each has its own place among the views."""
     return f"{name}/float16" if dtype == np.float16 else name
@@ -104,7 +109,7 @@ def _in_type(stored: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """Raises InputError for a value that does not fit into 16 bit."""
     if stored.dtype == dtype:
         return stored
-    from .halve import as_half
+    from ...surgery.halve import as_half
 
     return as_half(stored, dtype, name)
 
@@ -264,7 +269,7 @@ class Backend:
         model = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph
         if key[0] == WHOLE:
             attend_to_all(model)
-        if key[0] in ("vision", WHOLE) and not self.place.apart:
+        if _sees(key[0]) and not self.place.apart:
             multiply_patches(model)
         model, arrays = self._packed(model, key[0])
         native = self.native is not None and bool(arrays)
@@ -275,10 +280,10 @@ class Backend:
         if native:
             attend_together(model)
         if self.place.products != np.float32:
-            from .halve import in_16_bit  # with graphsurgeon, which float32 does not wait for
+            from ...surgery.halve import in_16_bit  # with graphsurgeon, which float32 does not wait for
 
             model = in_16_bit(model, self.weights.tensors, self.place.products)
-        if self.place.kernels is not None and key[0] not in ("vision", WHOLE):
+        if self.place.kernels is not None and not _sees(key[0]):
             model = use_kernels(model, self._held_by_inputs, is_step=key[3])
         model = lower(model, rows_as_inputs=key[1], few_rows=key[2], place=self.place)
         if self._heads and key[1]:
@@ -337,7 +342,7 @@ class Backend:
             return model, {}
         if name in ("prefill_dense", "decode_dense") and of.packed.has_ffns:
             model = gather_ffns(model, of.family, of.shape)
-        if name in ("vision", WHOLE):
+        if _sees(name):
             of.packed.file.expect(n for n in of.packed.file.tensors if n.startswith(TOWER))
         x_bytes = 2 if name.startswith("decode") else 0
         packing = Packing(model, of.packed, self.native is not None, of.every_neuron, x_bytes, self._made)

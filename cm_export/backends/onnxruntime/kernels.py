@@ -4,8 +4,8 @@
     CoreLinear(x, W [N,D], ..)                     ->  CoreLinear(x, W by inputs [D,N], ..)
     CoreFFN that reads what PredictNeurons lists, CoreAttention in a step: as they stand
 
-The first two are what engines have, too (active.py). A weight is on the device once, so every other graph reads those by
-inputs as they lie. An op has one output more, the memory in which it works. What has no kernel is left to `lower`.
+The first two are what engines have, too (surgery/active_products.py). A weight is on the device once, so every other graph
+reads those by inputs as they lie. An op has one output more, the memory in which it works. What has no kernel is left to `lower`.
 """
 
 from collections.abc import Container
@@ -29,15 +29,15 @@ def use_kernels(model: onnx.ModelProto, held: Container[str], is_step: bool) -> 
 
     Raises SurgeryError for FFNs of several activations.
     """
-    from ...surgery.edit import Edit  # with graphsurgeon, which places without kernels do not wait for
-    from . import active
+    from ...surgery import active_products  # with graphsurgeon, which places without kernels do not wait for
+    from ...surgery.edit import Edit
 
     if by_threshold := [n for n in model.graph.node if _by_threshold(n)]:
         check_one_activation(model.graph)
         edit = Edit(model, "kernels")
-        active.products(edit, attribute(by_threshold[0], "activation"))
+        active_products.products(edit, attribute(by_threshold[0], "activation"))
         model = edit.export()
-    active.turn(model)
+    active_products.turn(model)
     _read_by_inputs(model, held)
     chosen = {n.output[0] for n in model.graph.node if n.op_type == "PredictNeurons"}
     ours = [n for n in model.graph.node if _has_kernel(n, chosen) or (is_step and _attends(n, model.graph))]
@@ -68,14 +68,14 @@ def _attends(node: onnx.NodeProto, graph: onnx.GraphProto) -> bool:
 
 def _read_by_inputs(model: onnx.ModelProto, held: Container[str]) -> None:
     """MatMul(x, Transpose(W)) -> MatMul(x, W by inputs), and a CoreFFN of every neuron becomes its products."""
-    from . import active
+    from ...surgery import active_products
 
     graph, nodes, new = model.graph, [], dict[str, onnx.TensorProto]()
     stored = {t.name: t for t in graph.initializer if t.name in held}
     turned = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose" and n.input[0] in stored}
 
     def by_inputs(weight: str) -> str:
-        return new.setdefault(weight, active.by_inputs(stored[weight])).name
+        return new.setdefault(weight, active_products.by_inputs(stored[weight])).name
 
     def product(x: str, weight: str, y: str) -> None:
         nodes.append(onnx.helper.make_node("MatMul", [x, weight], [y], f"{y}/product"))
@@ -88,7 +88,7 @@ def _read_by_inputs(model: onnx.ModelProto, held: Container[str]) -> None:
             y, z = node.output[0], node.output[1] or f"{node.output[0]}/z"
             product(x, by_inputs(gate), f"{y}/gate")
             product(x, by_inputs(up), f"{y}/up")
-            gated = active.gated_function(attribute(node, "activation"))
+            gated = active_products.gated_function(attribute(node, "activation"))
             nodes.append(
                 onnx.helper.make_node(gated.name, [f"{y}/gate", f"{y}/up"], [z], f"{y}/gated", domain=gated.domain)
             )

@@ -26,6 +26,7 @@ from ...plugins.core_ffn.body import ACTIVATIONS, inputs
 from ...plugins.places import DOMAIN as KERNELS
 from ...plugins.threshold import above
 from ...policies.choose_neurons import choose_text
+from ...surgery.nodes import names_read
 from .place import Place
 
 _MICROSOFT = "com.microsoft"
@@ -234,12 +235,6 @@ def _keep(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
     graph.node.extend(reversed(alive))
     graph.initializer.extend(kept)
     graph.input.extend(inputs)
-
-
-def names_read(node: onnx.NodeProto) -> set[str]:
-    """Names that a node reads, those that the body of a loop takes from around it included."""
-    bodies = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
-    return set(node.input).union(*(names_read(inner) for body in bodies for inner in body.node))
 
 
 def attribute(node: onnx.NodeProto, name: str) -> Any:

@@ -19,8 +19,8 @@ from ...families import Arrays, Family, Shape
 from ...plugins.core_ffn.body import ACTIVATIONS
 from ...plugins.threshold import above
 from ...quant.rows import unpack
-from ...surgery.gemm import is_plain_gemm
-from .lower import ACTIVE_INPUTS, attribute, local_function, names_read
+from ...surgery.nodes import is_plain_gemm, names_read
+from .lower import ACTIVE_INPUTS, attribute, local_function
 
 NATIVE = "com.cm_export.native"
 _MICROSOFT = "com.microsoft"

@@ -23,7 +23,7 @@ from ...quant.precision import PRECISIONS
 from ...quant.scheme import Scheme
 from ...recipe.recipe import Recipe
 from ...surgery.bind_weights import point_at
-from ..onnxruntime.halve import as_half
+from ...surgery.halve import as_half
 from . import active, predicted
 from .lower import DECODES, PLUGINS, Sizes, for_parser, lower
 from .quantize import Part, Parts, quantize_graph, readers

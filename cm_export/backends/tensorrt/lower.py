@@ -25,9 +25,10 @@ from ...base.onnx_text import DOMAIN, OPSET
 from ...host.core_rows import ROWS
 from ...plugins.core_attention import op as core_attention
 from ...plugins.core_ffn import op as core_ffn
+from ...surgery import active_products
+from ...surgery import halve as halving
 from ...surgery.edit import Edit
-from ..onnxruntime import halve as halving
-from ..onnxruntime.lower import names_read
+from ...surgery.nodes import names_read
 from . import active, predicted
 from . import written_out as written
 from .targets import Target
@@ -204,7 +205,7 @@ def _own_ops(edit: Edit, target: Target, block: int) -> tuple[str, ...]:
         raise SurgeryError("CoreFFN nodes of several activations", where="decode", fix=fix)
     if edit.has_input(active.THRESHOLDS):
         if target.plugins:
-            active.products(edit, activation)
+            active_products.products(edit, activation)
             _read_listed_rows(edit)
         return ("CoreLinear", "CoreAttention") if target.plugins else ()
     if any(n.op == "PredictNeurons" for n in edit.graph.nodes):

@@ -27,7 +27,7 @@ from ...quant.groups import fitting
 from ...quant.precision import Precision
 from ...quant.rounding import nearest
 from ...quant.scheme import Quantised, Scheme
-from ..onnxruntime.halve import as_half
+from ...surgery.halve import as_half
 
 CHOSEN = "chosen."  # how the names of lists that the graph itself makes begin
 
@@ -78,10 +78,10 @@ def quantize_graph(model: onnx.ModelProto, precision: Precision, plugins: bool, 
     if rows:
         activation = helper.get_node_attr_value(rows[0], "activation").decode()
         form = "token" if rows[0].input[-1].startswith(CHOSEN) else "request"
-        set_function(model, core_ffn.function(form, activation, bits=most.bits))
+        put_function(model, core_ffn.function(form, activation, bits=most.bits))
     if packed:
-        set_function(model, core_linear.function(by_inputs=True, bits=most.bits))
-        _add_function(model, KEPT_LINEAR)
+        put_function(model, core_linear.function(by_inputs=True, bits=most.bits))
+        put_function(model, KEPT_LINEAR)
         written = inliner.inline_selected_functions(model, [(DOMAIN, KEPT_LINEAR.name)])
         model.CopyFrom(written)
         graph = model.graph
@@ -120,22 +120,14 @@ KEPT_LINEAR = function(f"""KeptLinear (x, w, norm, threshold) => (y) {{
 }}""")
 
 
-def set_function(model: onnx.ModelProto, body: onnx.FunctionProto) -> None:
-    """Another body for a function that is there, in the opset of this model."""
-    for known in model.functions:
-        if known.name == body.name:
-            opsets = list(known.opset_import)
-            known.CopyFrom(body)
-            del known.opset_import[:]
-            known.opset_import.extend(opsets)
-
-
-def _add_function(model: onnx.ModelProto, body: onnx.FunctionProto) -> None:
-    """One more function, in the opset of this model."""
-    added = model.functions.add()
-    added.CopyFrom(body)
+def put_function(model: onnx.ModelProto, body: onnx.FunctionProto) -> None:
+    """A function of this model, in its opset and in the place of one of the same name."""
+    put = next((known for known in model.functions if known.name == body.name), None)
+    if put is None:
+        put = model.functions.add()
+    put.CopyFrom(body)
     ours = {entry.domain: entry.version for entry in model.opset_import}
-    for entry in added.opset_import:
+    for entry in put.opset_import:
         entry.version = ours.get(entry.domain, entry.version)
 
 

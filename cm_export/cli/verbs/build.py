@@ -104,9 +104,6 @@ def command(
         from ..tables import print_build
 
         print_build(summary)
-    if not quiet:
-        for note in summary.get("notes", ()):
-            click.echo(f"cm-export: {note}", err=True)
 
 
 def _idle(choices: dict[str, Any], chosen: Recipe) -> list[str]:

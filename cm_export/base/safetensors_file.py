@@ -1,4 +1,4 @@
-"""Tells a whole safetensors file from a truncated or damaged one without reading a tensor.
+"""Where the tensors of a safetensors file lie; a truncated or damaged one is told from a whole one without reading a tensor.
 
     8 bytes: length n, little-endian | n bytes: JSON {name: {dtype, shape, data_offsets}} | tensors without holes
 
@@ -7,11 +7,12 @@ Source: the format description at huggingface.co/docs/safetensors.
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..base.errors import InputError
-from ..base.json_file import AGAIN, no_permission
+from .errors import InputError
+from .json_file import AGAIN, no_permission
 
 FLOATS = {"BF16": 16, "F16": 16, "F32": 32, "F64": 64}  # bits
 # Only quantised checkpoints hold weights of these.
@@ -25,13 +26,27 @@ BITS = FLOATS | LOW_BITS | INTEGERS | {"BOOL": 8, "C64": 64}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 
 
+@dataclass(frozen=True)
+class Place:
+    """Of a tensor: the format's name of its type, and where it lies, in bytes from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
 def tensor_types(path: Path) -> dict[str, str]:
-    """Name -> dtype in a safetensors file after its header and size are checked; the tensors themselves are not read."""
+    """Name -> the format's name of its type. Raises InputError as `places` does."""
+    return {name: place.dtype for name, place in places(path).items()}
+
+
+def places(path: Path) -> dict[str, Place]:
+    """Name -> place, after header and size were checked: tensors follow each other, and nothing else. Raises InputError."""
     try:
-        size, (start, raw) = path.stat().st_size, _header(path)
+        size, (length, raw) = path.stat().st_size, _header(path)
     except PermissionError as e:
         raise no_permission(path) from e
-    length = int.from_bytes(start, "little")
     try:
         header = json.loads(raw)
         about = header.pop("__metadata__", None)
@@ -50,11 +65,12 @@ def tensor_types(path: Path) -> dict[str, str]:
     if size > 8 + length + end:
         extra = f"{size - 8 - length - end} bytes after the last tensor"
         raise damaged(path, f"expected {8 + length + end} bytes, found {size}: {extra}")
-    return {name: entry["dtype"] for name, entry in header.items()}
+    where = {name: (8 + length + first, last - first) for first, last, _, name in spans}
+    return {name: Place(entry["dtype"], tuple(entry["shape"]), *where[name]) for name, entry in header.items()}
 
 
-def _header(path: Path) -> tuple[bytes, bytes]:
-    """The length as it stands in the file, and the JSON. Raises InputError for what cannot be a safetensors file."""
+def _header(path: Path) -> tuple[int, bytes]:
+    """The length of the JSON as it stands in the file, and the JSON. Raises InputError for what cannot be a safetensors file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -68,7 +84,7 @@ def _header(path: Path) -> tuple[bytes, bytes]:
             raise damaged(path, f"not a safetensors file (it claims a header of {length} bytes)")
         if size < 8 + length:
             raise damaged(path, f"truncated: expected at least {8 + max(length, 2)} bytes, found {size}")
-        return start, file.read(length)
+        return length, file.read(length)
 
 
 def _span(entry: dict[str, Any]) -> tuple[int, int, int]:

@@ -10,10 +10,10 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from ...base.onnx_text import function
-from ...plugins.core_ffn.body import ACTIVATIONS
-from ...plugins.core_linear import op as core_linear
-from ...surgery.edit import Edit
+from ..base.onnx_text import function
+from ..plugins.core_ffn.body import ACTIVATIONS
+from ..plugins.core_linear import op as core_linear
+from .edit import Edit
 
 
 def gated_function(activation: str) -> onnx.FunctionProto:

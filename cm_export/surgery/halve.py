@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from ...base.errors import InputError
-from ...surgery.edit import Edit
+from ..base.errors import InputError
+from .edit import Edit
 
 # A masked score. The lowest float32 is minus infinity in 16 bit, and a row of nothing but those has no softmax.
 LOWEST = -60000.0
