@@ -173,10 +173,8 @@ def table(cases: list[dict[str, Any]]) -> str:
     for case in cases:
         s, of, name = summary(case["rows"]), case["known"], f"{case['bundle']}, {case['prompts']}"
         low, middle, high = s["gain_quartiles"]
-        kept = [
-            f"{k:.0f} of {n:.0f}" + (f" ({k / n:.2f})" if n else "")
-            for k, n in (s["sparse"], s["looked_up"], s["phrases"])
-        ]
+        counts = (s["sparse"], s["looked_up"], s["phrases"])
+        kept = " | ".join(f"{k:.0f} of {n:.0f}" + (f" ({k / n:.2f})" if n else "") for k, n in counts)
         lines.append(
             f"| {name} | {s['prompts']} | {s['identical']} | {s['tokens']:.0f} | {s['dense_per_s']:.0f} "
             f"| {s['guarded_per_s']:.0f} | {s['gain']:.2f} | {middle:.2f} [{low:.2f}, {high:.2f}] | {kept} "

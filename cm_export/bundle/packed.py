@@ -20,7 +20,8 @@ from .weights import Checks, WeightFile
 
 FILE = "packed.safetensors"
 PARTS = ("codes", "scale", "zero")
-_FEW = 8  # tokens that are looked up one by one: a tenth of a step of a small model would go into finding those that are alike
+_FEW = 17  # tokens of a step or a check, which are looked up one by one
+_KEPT = 256  # of the last of them: the same words come again and again, and a step of a small model takes less than a millisecond
 TOWER = "vision."  # how the names of the tower's entries begin
 
 
@@ -121,10 +122,19 @@ class Table:
         """`entry`: one whose one weight the table is."""
         codes, scale, zero = map(np.asarray, (rows.codes, rows.scale, rows.zero))  # slices of a mapped file take longer
         self._rows, self.shape = replace(rows, codes=codes, scale=scale, zero=zero), (entry.outputs[0], entry.inputs)
+        self._kept: dict[int, np.ndarray] = {}
 
     def __getitem__(self, ids: np.ndarray) -> np.ndarray:
         """float32 [N,D] of ids [N], of which a picture's are all the same."""
-        if len(ids) <= _FEW:
-            return np.stack([numbers_at(self._rows, one)[: self.shape[1]] for one in ids.tolist()])
+        if 0 < len(ids) <= _FEW:
+            return np.stack([self._row(one) for one in ids.tolist()])
         unlike, places = np.unique(ids, return_inverse=True)
         return numbers_of(self._rows, unlike)[places, : self.shape[1]]
+
+    def _row(self, token: int) -> np.ndarray:
+        row = self._kept.get(token)
+        if row is None:
+            if len(self._kept) >= _KEPT:
+                self._kept = {}  # another thread may still hold the old one
+            row = self._kept[token] = numbers_at(self._rows, token)[: self.shape[1]]
+        return row

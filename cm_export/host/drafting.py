@@ -26,7 +26,7 @@ SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of weights, at which a policy of
 _TRIAL = 4  # tokens of a trial
 _PAUSE, _LONGEST_PAUSE = 24, 1024  # dense steps before sparse drafts are tried again, at first and at most
 _AGAIN = 256  # after a pause as long as that even drafts are tried that could not pay by what was measured
-_WORTH = 1.03  # gain below which a draft of chances is not made: checks differ by that from one to the next
+_WORTH = 1.05  # gain below which there is no draft: what a pass takes differs by that from one to the next
 _LOOKS, _MOST_LOOKS = 4, 128  # the same for what was looked up: how often it is found in vain before it is tried again
 
 
@@ -202,7 +202,7 @@ class Habits:
             return 0, self._expected
         cost = self.costs.sparse(self.share, read)
         length, self._expected = best_length(most, self.accepted.rate, cost, self.costs.check)
-        if self._expected > 1:
+        if self._expected > _WORTH:
             self._pause.end()
             return length, self._expected
         if not self._pause.over():
@@ -222,7 +222,7 @@ class Habits:
         """Of a draft that followed `same` tokens before; 0 for none. `other`: gain of the sparse draft that could be made."""
         accepted, pause = self._found(same)
         length, gains = best_length(most, accepted.rate, 0.0, self.costs.check)
-        if gains > 1:
+        if gains > _WORTH:
             pause.end()
             return length if gains > other else 0
         return min(most, _TRIAL) if pause.over() else 0

@@ -207,6 +207,16 @@ def guarded(
         runner.habits.costs.read(len(read), check_s)
         report.add(drafted=len(drafted) - 1, kept=right - 1, read=len(read), is_first=not ids)
         text.extend(drafted[1:right])
+        if known:  # before anything is handed out: whoever asked may want no more, and a stop id ends the answer
+            known.learn(right - 1)
+            if known.usual:
+                report.phrases += len(known.tokens)
+                report.phrases_kept += right - 1
+            else:
+                report.looked_up += len(known.tokens)
+                report.looked_up_kept += right - 1
+        else:
+            draft.learn(right - 1, len(drafted) - 1)
         for token in drafted[:right]:
             if token in stop:
                 return
@@ -217,15 +227,7 @@ def guarded(
             if writing and writing.stopped is not None:
                 return
         if known:
-            known.learn(right - 1)
-            if known.usual:
-                report.phrases += len(known.tokens)
-                report.phrases_kept += right - 1
-            else:
-                report.looked_up += len(known.tokens)
-                report.looked_up_kept += right - 1
             continue
-        draft.learn(right - 1, len(drafted) - 1)
         whole = right == len(drafted)
         size = min(report.every, 2 * size) if whole else max(min(SHORTEST, report.every), size // 2)
         if draft.ladder and right - 1 < DRIFT * (len(drafted) - 1):

@@ -33,10 +33,13 @@ class Repeats:
     def extend(self, tokens: Iterable[int]) -> None:
         """The text goes on."""
         text, after = self.text, self._after
-        for token in tokens:
-            if len(text) >= _SHORTEST:
-                after.setdefault((text[-2], text[-1]), []).append(len(text))
-            text.append(token)
+        begin = max(len(text), _SHORTEST)
+        text.extend(tokens)
+        for place, pair in enumerate(zip(text[begin - 2 :], text[begin - 1 : -1], strict=False), begin):
+            if pair in after:
+                after[pair].append(place)
+            else:
+                after[pair] = [place]
 
     def following(self, end: Sequence[int], most: int) -> tuple[int, list[int]]:
         """(n, at most `most` tokens): what followed the last n tokens of `end`, n as large as possible; (0, []) if nothing.

@@ -87,8 +87,9 @@ class Request:
 
     def positions_after(self, read: int, count: int) -> np.ndarray:
         """[A,count] int64: positions of text tokens, of which the first follows `read` others after the prompt."""
-        positions = self.next_position + read + np.arange(count)
-        return np.array(np.broadcast_to(positions, (len(self.position_ids), count)))
+        positions = np.empty((len(self.position_ids), count), np.int64)
+        positions[:] = np.arange(self.next_position + read, self.next_position + read + count)
+        return positions
 
     def extended(self, ids: Sequence[int]) -> Request:
         """The same context with these text tokens read after it, at the positions that follow."""
