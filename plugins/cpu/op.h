@@ -72,6 +72,15 @@ inline Tensor input(const ort::Context* context, size_t index) {
     return value == nullptr ? Tensor{} : read_shape_and_data(value);
 }
 
+// The same, while the kernel is made: false for an input that may be another one in each call.
+inline bool constant(const ort::Info* info, size_t index, Tensor& tensor) {
+    int is_constant = 0;
+    ort::Value* value = nullptr;
+    check(ort::Api::constant_input(info, index, &is_constant, &value));
+    if (!is_constant || value == nullptr) return false;
+    return tensor = read_shape_and_data(value), true;
+}
+
 template <class T = float>
 T* output(ort::Context* context, const std::vector<int64_t>& shape, size_t index = 0) {
     ort::Value* value = nullptr;

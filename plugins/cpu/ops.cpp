@@ -50,10 +50,9 @@ const Kernels& kernels() {
 
 namespace {
 
-// The three tensors of a packed weight, beginning at input `index`, as a matrix of `inputs` by panels of outputs.
-Matrix matrix(const ort::Context* context, const std::string& op, size_t index, int bits, int group, int64_t inputs,
-              int64_t panels) {
-    const Tensor codes = input(context, index), scale = input(context, index + 1), zero = input(context, index + 2);
+// The three tensors of a packed weight, from input `index` on, as a matrix of `inputs` by panels of outputs.
+Matrix matrix(const Tensor& codes, const Tensor& scale, const Tensor& zero, const std::string& op, size_t index, int bits, int group,
+              int64_t inputs, int64_t panels) {
     Matrix m;
     m.bits = bits, m.group = bits == 32 ? 32 : group, m.inputs = inputs, m.panels = panels;
     const int64_t padded = bits == 32 ? inputs : m.groups() * group;
@@ -89,6 +88,40 @@ void check_form(const char* op, int64_t bits, int64_t group) {
     if (bits != 32 && group != 32 && group != 64 && group != 128) fail(op, "a group of " + std::to_string(group) + ", not 32, 64 or 128");
 }
 
+// A packed weight of a node. Where it is a constant, its shapes are looked at once, when the kernel is made: to ask for them at each
+// step takes a microsecond for every matrix.
+class Weight {
+public:
+    Weight(const ort::Info* info, const char* op, size_t index, int64_t bits, int64_t group, int64_t panels)
+        : op_(op), index_(index), bits_(static_cast<int>(bits)), group_(static_cast<int>(group)), panels_(panels) {
+        check_form(op, bits, group);
+        Tensor codes, scale, zero;
+        if (!constant(info, index, codes) || !constant(info, index + 1, scale) || !constant(info, index + 2, zero)) return;
+        if (codes.shape.size() != 2) return;  // what is wrong with it is said when it is used
+        try {
+            known_ = matrix(codes, scale, zero, op, index, bits_, group_, codes.shape[0], panels);
+        } catch (const Error&) {
+        }
+    }
+
+    Matrix of(const ort::Context* context, int64_t inputs) const {
+        const int64_t rows = bits_ == 32 ? inputs : (inputs + group_ - 1) / group_ * group_;
+        if (known_.codes == nullptr || known_.inputs != rows)
+            return matrix(input(context, index_), input(context, index_ + 1), input(context, index_ + 2), op_, index_, bits_, group_,
+                          inputs, panels_);
+        Matrix m = known_;
+        m.inputs = inputs;
+        return m;
+    }
+
+private:
+    const char* op_;
+    size_t index_;
+    int bits_, group_;
+    int64_t panels_;
+    Matrix known_;  // with as many inputs as there are rows; no codes: it is no constant
+};
+
 // Which k count: a norm for each k (none: all), a threshold for each request.
 struct Selection {
     const float* norm = nullptr;
@@ -98,21 +131,35 @@ struct Selection {
     float of(int64_t row) const { return threshold == nullptr ? 0.0f : threshold[row / rows_of_a_request]; }
 };
 
-Selection selection(const ort::Context* context, const char* op, size_t norm_index, size_t threshold_index, int64_t inputs,
-                    int64_t requests, int64_t rows_of_a_request) {
-    const Tensor norm = input(context, norm_index), threshold = input(context, threshold_index);
-    Selection s;
-    s.rows_of_a_request = rows_of_a_request;
-    if (norm.count() == 0) return s;
-    if (norm.count() != inputs)
-        fail(op, "input " + std::to_string(norm_index) + " (norm) is " + text_of(norm.shape) + ", expected " + text_of({inputs}) +
-                     " or [0]");
-    if (threshold.count() != requests)
-        fail(op, "input " + std::to_string(threshold_index) + " (threshold) is " + text_of(threshold.shape) + " for " +
-                     std::to_string(requests) + " requests");
-    s.norm = static_cast<const float*>(norm.data), s.threshold = static_cast<const float*>(threshold.data);
-    return s;
-}
+// The norms of a node and its thresholds. Norms that are a constant are looked at once, too.
+class Selecting {
+public:
+    Selecting(const ort::Info* info, const char* op, size_t norm_index, size_t threshold_index)
+        : op_(op), norm_index_(norm_index), threshold_index_(threshold_index), is_known_(constant(info, norm_index, known_)) {}
+
+    Selection of(const ort::Context* context, int64_t inputs, int64_t requests, int64_t rows_of_a_request) const {
+        Selection s;
+        s.rows_of_a_request = rows_of_a_request;
+        if (is_known_ && known_.count() == 0) return s;
+        const Tensor norm = is_known_ ? known_ : input(context, norm_index_);
+        if (norm.count() == 0) return s;
+        const Tensor threshold = input(context, threshold_index_);
+        if (norm.count() != inputs)
+            fail(op_, "input " + std::to_string(norm_index_) + " (norm) is " + text_of(norm.shape) + ", expected " +
+                          text_of({inputs}) + " or [0]");
+        if (threshold.count() != requests)
+            fail(op_, "input " + std::to_string(threshold_index_) + " (threshold) is " + text_of(threshold.shape) + " for " +
+                          std::to_string(requests) + " requests");
+        s.norm = static_cast<const float*>(norm.data), s.threshold = static_cast<const float*>(threshold.data);
+        return s;
+    }
+
+private:
+    const char* op_;
+    size_t norm_index_, threshold_index_;
+    Tensor known_;
+    bool is_known_;
+};
 
 // ---------------------------------------------------------------- products
 
@@ -397,21 +444,24 @@ struct PackedMatMul {
     static constexpr ort::ElementType kTypes[] = {ort::kFloat, ort::kAny,   ort::kFloat16,
                                                   ort::kUint8, ort::kFloat, ort::kFloat};
     int64_t bits, group, outputs, x_bytes;
+    Weight weight;
+    Selecting selecting;
 
     explicit PackedMatMul(const ort::Info* info)
         : bits(integer(info, kName, "bits")),
           group(integer(info, kName, "group")),
           outputs(integer(info, kName, "N")),
-          x_bytes(x_bytes_of(info, kName)) {
-        check_form(kName, bits, group);
+          x_bytes(x_bytes_of(info, kName)),
+          weight(info, kName, 1, bits, group, panels_of(outputs)),
+          selecting(info, kName, 4, 5) {
         if (outputs < 1) fail(kName, "N is " + std::to_string(outputs));
     }
 
     void compute(ort::Context* context) {
         const Tensor x = input(context, 0);
         const Shape shape = shape_of_x(x, kName);
-        const Matrix m = matrix(context, kName, 1, bits, group, shape.columns, panels_of(outputs));
-        const Selection kept = selection(context, kName, 4, 5, shape.columns, shape.requests, shape.rows_of_a_request);
+        const Matrix m = weight.of(context, shape.columns);
+        const Selection kept = selecting.of(context, shape.columns, shape.requests, shape.rows_of_a_request);
         std::vector<int64_t> of_y = x.shape;
         of_y.back() = outputs;
         float* y = output(context, of_y);
@@ -441,6 +491,8 @@ struct PackedFFN {
                                                   ort::kUint8, ort::kFloat, ort::kFloat,   ort::kFloat, ort::kFloat};
     int64_t bits_in, group_in, bits_out, group_out, columns, neurons, x_bytes;
     Activation activation;
+    Weight weight_in, weight_out;
+    Selecting of_x, of_z;
 
     explicit PackedFFN(const ort::Info* info)
         : bits_in(integer(info, kName, "bits_in")),
@@ -450,9 +502,11 @@ struct PackedFFN {
           columns(integer(info, kName, "D")),
           neurons(integer(info, kName, "F")),
           x_bytes(x_bytes_of(info, kName)),
-          activation(activation_of(kName, text(info, kName, "activation"))) {
-        check_form(kName, bits_in, group_in);
-        check_form(kName, bits_out, group_out);
+          activation(activation_of(kName, text(info, kName, "activation"))),
+          weight_in(info, kName, 1, bits_in, group_in, 2 * panels_of(neurons)),
+          weight_out(info, kName, 4, bits_out, group_out, panels_of(columns)),
+          of_x(info, kName, 7, 9),
+          of_z(info, kName, 8, 10) {
         if (columns < 1 || neurons < 1) fail(kName, "D is " + std::to_string(columns) + ", F is " + std::to_string(neurons));
     }
 
@@ -462,10 +516,9 @@ struct PackedFFN {
         if (shape.columns != columns)
             fail(kName, "x is " + text_of(x.shape) + ", its last dimension should be D = " + std::to_string(columns));
         const int64_t panels = panels_of(neurons), stride = panels * kPanel;
-        const Matrix gate_up = matrix(context, kName, 1, bits_in, group_in, columns, 2 * panels);
-        const Matrix down = matrix(context, kName, 4, bits_out, group_out, neurons, panels_of(columns));
-        const Selection x_kept = selection(context, kName, 7, 9, columns, shape.requests, shape.rows_of_a_request);
-        const Selection z_kept = selection(context, kName, 8, 10, neurons, shape.requests, shape.rows_of_a_request);
+        const Matrix gate_up = weight_in.of(context, columns), down = weight_out.of(context, neurons);
+        const Selection x_kept = of_x.of(context, columns, shape.requests, shape.rows_of_a_request);
+        const Selection z_kept = of_z.of(context, neurons, shape.requests, shape.rows_of_a_request);
         float* y = output(context, x.shape);
         const Loan loan;
         Scratch& scratch = *loan.scratch;

@@ -108,6 +108,10 @@ struct Api {
     static Status* gpu_stream(const Context* context, void** out) {
         return at<Status* (*)(const Context*, void**)>(193)(context, out);
     }
+    // While a kernel is made: an input that is a constant of the graph, which stays where it is; null for any other.
+    static Status* constant_input(const Info* info, size_t index, int* is_constant, Value** out) {
+        return at<Status* (*)(const Info*, size_t, int*, Value**)>(249)(info, index, is_constant, out);
+    }
     // Calls task(data, 0 .. total - 1) on the threads of the session.
     static Status* parallel_for(const Context* context, void (*task)(void*, size_t), size_t total, void* data) {
         return at<Status* (*)(const Context*, void (*)(void*, size_t), size_t, size_t, void*)>(274)(context, task, total, 0,
