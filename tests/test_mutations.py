@@ -489,7 +489,7 @@ def _asking(planted, decoded):
     """Dense and guarded tokens of one request; `decoded(graph, logits)` is what the decode graphs are made to say."""
     x = planted.x
     bundle = SimpleNamespace(
-        weights=x.weights, family=x.family, shape=x.shape, config=x.config, calibration=None, packed=None
+        weights=x.weights, family=x.family, shape=x.shape, config=x.config, calibration=None, packed=None, phrases=None
     )
     runner = Runner(bundle, 1, RECIPE, lambda name: copy(planted.graphs[name]))
     asked = request(x, 5)

@@ -1,14 +1,17 @@
 """What the model usually writes: kept answers, drafts from them, and how often these are said to be right."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 from conftest import active_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
-from cm_export.base.errors import BundleError
+from cm_export.base.errors import BundleError, InputError
+from cm_export.bundle import bundle as bundles
 from cm_export.bundle import calibration, phrases
 from cm_export.bundle.bundle import Bundle
 from cm_export.bundle.phrases import LEAD, Phrases
@@ -170,3 +173,15 @@ def test_a_calibration_may_have_them_and_may_not(tmp_path):
     kept = Phrases.of([([1, 2], [3, 4])])
     calibration.write(tmp_path / "with", dataclasses.replace(made, phrases=kept))
     assert calibration.read(tmp_path / "with").phrases.texts() == kept.texts()
+    arrays = load_file(tmp_path / "with") | {"answer_ends": np.array([[1, 9]], np.int32)}
+    save_file(arrays, tmp_path / "bad", {"cm_export": json.dumps({"format": calibration.FORMAT})})
+    with pytest.raises(InputError, match="bad: its phrases cannot be"):
+        calibration.read(tmp_path / "bad")
+
+
+def test_tokens_that_the_model_has_not_are_refused(bundle, tmp_path, monkeypatch):
+    """Or a draft of them would be looked up behind the end of the embedding."""
+    texts = [([1, 2], [3, bundle.shape.vocab])]
+    monkeypatch.setattr(bundles, "read_phrases", lambda path: Phrases.of(texts))
+    with pytest.raises(BundleError, match="tokens that the model has not"):
+        _ = Bundle(bundle.path).phrases

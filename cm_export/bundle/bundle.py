@@ -201,10 +201,12 @@ class Bundle:
 
     @cached_property
     def phrases(self) -> Phrases | None:
-        """What the model usually writes: its own, else the calibration's; None where nobody kept answers to prompts."""
-        if PHRASES in self.manifest["files"]:
-            return read_phrases(self.path / PHRASES)
-        return self.calibration.phrases if self.calibration else None
+        """What the model usually writes: its own, else the calibration's; None where nobody kept answers. Raises BundleError."""
+        own = PHRASES in self.manifest["files"]
+        found = read_phrases(self.path / PHRASES) if own else self.calibration.phrases if self.calibration else None
+        if found is not None and (found.answers >= self.shape.vocab).any():
+            raise BundleError("its phrases have tokens that the model has not", where=self.path, fix=self.again)
+        return found
 
     @cached_property
     def predictor(self) -> WeightFile:

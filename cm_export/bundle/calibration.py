@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from ..base import atomic
-from ..base.errors import InputError
+from ..base.errors import BundleError, InputError
 from .phrases import ARRAYS as _PHRASES
 from .phrases import Phrases
 from .thresholds import Thresholds
@@ -117,12 +117,15 @@ def read(path: Path) -> Calibration:
         raise InputError(f"cannot be read ({e})", where=path, fix=again) from e
     _check(path, arrays, again)
     active = {n.removeprefix(_ACTIVE): arrays.pop(n) for n in _FLOATS if n.startswith(_ACTIVE)}
-    return Calibration(
-        **arrays,
-        about=about,
-        active=Thresholds(**active) if len(active["sizes"]) else None,
-        phrases=Phrases(**written) if len(written) == len(_PHRASES) else None,
-    )
+    try:
+        return Calibration(
+            **arrays,
+            about=about,
+            active=Thresholds(**active) if len(active["sizes"]) else None,
+            phrases=Phrases(**written) if len(written) == len(_PHRASES) else None,
+        )
+    except BundleError as e:
+        raise InputError(e.what, where=path, fix=again) from e
 
 
 def belongs(calibration: Calibration, files: dict[str, str], where: object) -> None:

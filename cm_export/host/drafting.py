@@ -110,9 +110,7 @@ class Costs:
     _sparse: dict[float, _Lately] = field(default_factory=dict)  # share -> seconds
     _reads: int = 0
     _since: int = 0  # passes over several tokens since the last step alone
-    _checks: tuple[
-        float, ...
-    ] = ()  # of passes over 0, 1, 2, ... tokens; costs change slowly, and reckoning takes time, too
+    _checks: tuple[float, ...] = ()  # of passes over 0, 1, 2, ... tokens, reckoned now and then
     _met: set[int] = field(default_factory=set)  # numbers of rows that were read before; 0: a sparse step
 
     @property
@@ -137,8 +135,12 @@ class Costs:
             self._since = 0
             return
         self._since += 1
-        self._passes.setdefault(rows, _Lately()).add(seconds)
-        self._last[rows] = self._reads
+        lately = self._passes.get(rows, _Lately())
+        lately.add(seconds)
+        self._last[rows], self._passes[rows] = (
+            self._reads,
+            lately,
+        )  # in this order: other threads look from `_passes` on
 
     def drafted(self, share: float, seconds: float) -> None:
         """So did a sparse step at this share."""

@@ -69,10 +69,8 @@ def _run(folder: Path, job: "Job", stages: "Stages") -> dict[str, Any]:
 
 def _written(job: "Job", runner: Runner, texts: Texts) -> Iterator[tuple[Request, np.ndarray]]:
     """Answers of the dense model: to the training questions of a demo model, else to beginnings that are made up."""
-    started, (prompts, _) = (
-        environment.worked(job.threads),
-        prompts_of(None, named(job.source), PROMPTS + PHRASES, seed=0),
-    )
+    started = environment.worked(job.threads)
+    prompts, _ = prompts_of(None, named(job.source), PROMPTS + PHRASES, seed=0)
     asked: Iterator[Any]
     if prompts:
         asked = asking(runner, prompts)
