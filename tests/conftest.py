@@ -323,12 +323,13 @@ def sit(monkeypatch, on_machine):
 
 
 @contextlib.contextmanager
-def few_answers() -> Iterator[None]:
-    """Inside, a build watches what products read in fewer answers than it usually takes."""
+def few_answers(watched: int = 8, kept: int = 56) -> Iterator[None]:
+    """Inside, a build watches what products read in fewer answers than it usually takes, and keeps few more."""
     from cm_export.build.steps import measured
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measured, "PROMPTS", 8)
+        patch.setattr(measured, "PROMPTS", watched)
+        patch.setattr(measured, "PHRASES", kept)
         yield
 
 
@@ -350,6 +351,7 @@ def active_bundle(demo_bundle: Path, precision: str) -> Path:
     def make(folder: Path) -> None:
         take_stages(demo_bundle, folder / "active.plan")
         options = ["--model", "demo", "--neurons", "active", "--neuron-share", "0.6", "--tokens", "dense"]
-        built(folder / "active.plan", *options, "--weights", precision)
+        with few_answers(watched=24):
+            built(folder / "active.plan", *options, "--weights", precision)
 
     return shared.once(f"active_{precision}", make) / "active.plan"
