@@ -58,6 +58,7 @@ from .weights import WeightFile, piece_hashes
 
 FORMAT = 2  # 2: nodes of CoreFFN carry block, bits and group
 MANIFEST = not_a_bundle.MANIFEST
+MEASURED = (CALIBRATION, THRESHOLDS, PHRASES)  # what was measured on generated text, where it was
 DEVICE = "device"  # key of the manifest that tells a bundle which a device has made
 GRAPHS = ("prefill", "decode", "prefill_dense", "decode_dense")  # of every bundle; its manifest may list more
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..base.errors import BundleError
-from ..quant.rows import PANEL, PackedRows, numbers_at, numbers_of
+from ..quant.rows import PANEL, PackedRows, numbers_of
 from .weights import Checks, WeightFile
 
 FILE = "packed.safetensors"
@@ -136,5 +136,5 @@ class Table:
         if row is None:
             if len(self._kept) >= _KEPT:
                 self._kept = {}  # another thread may still hold the old one
-            row = self._kept[token] = numbers_at(self._rows, token)[: self.shape[1]]
+            row = self._kept[token] = numbers_of(self._rows, np.array([token]))[0, : self.shape[1]]
         return row

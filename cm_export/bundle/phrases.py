@@ -7,16 +7,15 @@ phrases.safetensors, or the same arrays in a calibration
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ..base.errors import BundleError
 from . import weights
-from .weights import Planned, WeightFile
+from .weights import WeightFile
 
 FILE = "phrases.safetensors"
 LEAD = 6  # tokens of a prompt, which the first tokens of an answer follow
@@ -64,9 +63,7 @@ class Phrases:
 
 def write(path: Path, found: Phrases) -> str:
     """Write the file; returns its sha256."""
-    arrays = {name: np.ascontiguousarray(getattr(found, name), "<i4") for name in ARRAYS}
-    reads: dict[str, Callable[[], list[np.ndarray]]] = {n: partial(list, [a]) for n, a in arrays.items()}
-    return weights.write(path, [Planned(n, np.dtype("<i4"), a.shape, reads[n]) for n, a in arrays.items()])
+    return weights.write_arrays(path, {name: getattr(found, name).astype("<i4") for name in ARRAYS})
 
 
 def read(path: Path) -> Phrases:

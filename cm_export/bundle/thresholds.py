@@ -12,9 +12,7 @@ A threshold holds for every token: one that needs more channels keeps more. Shar
 share_i = 1 - c s_i^-1/4, with c such that the sites together read the share of their weights that was asked for.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ import numpy as np
 from ..base.errors import BundleError
 from ..recipe.recipe import LEAST_ACTIVE
 from . import weights
-from .weights import Planned, WeightFile
+from .weights import WeightFile
 
 FILE = "thresholds.safetensors"
 SIDES = 4  # of a layer; the order is that of the docstring
@@ -90,9 +88,7 @@ def _allotted(sensitivity: np.ndarray, sizes: np.ndarray, target: float) -> np.n
 
 def write(path: Path, found: Thresholds) -> str:
     """Write the file; returns its sha256."""
-    arrays = {name: np.ascontiguousarray(getattr(found, name), "<f4") for name in _ARRAYS}
-    reads: dict[str, Callable[[], list[np.ndarray]]] = {n: partial(list, [a]) for n, a in arrays.items()}
-    return weights.write(path, [Planned(n, np.dtype("<f4"), a.shape, reads[n]) for n, a in arrays.items()])
+    return weights.write_arrays(path, {name: getattr(found, name).astype("<f4") for name in _ARRAYS})
 
 
 def read(path: Path) -> Thresholds:

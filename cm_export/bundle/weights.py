@@ -10,8 +10,9 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -96,6 +97,11 @@ def write(path: Path, tensors: list[Planned], lasting: bool = True) -> str:
         if lasting:
             os.fsync(f.fileno())
     return digest.hexdigest()
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> str:
+    """The same of small arrays, each in its type."""
+    return write(path, [Planned(name, a.dtype, a.shape, partial(list, [a])) for name, a in arrays.items()])
 
 
 def index(path: Path) -> dict[str, Tensor]:

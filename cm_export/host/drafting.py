@@ -137,10 +137,8 @@ class Costs:
         self._since += 1
         lately = self._passes.get(rows, _Lately())
         lately.add(seconds)
-        self._last[rows], self._passes[rows] = (
-            self._reads,
-            lately,
-        )  # in this order: other threads look from `_passes` on
+        self._last[rows] = self._reads  # first: other threads look here for what `_passes` has
+        self._passes[rows] = lately
 
     def drafted(self, share: float, seconds: float) -> None:
         """So did a sparse step at this share."""

@@ -63,7 +63,7 @@ class Report:
     phrases: int = 0  # drafted tokens that the model usually writes there
     phrases_kept: int = 0
     share: float | None = None  # at which a policy of thresholds drafted last
-    gain: float | None = None  # over dense decoding, expected from acceptance and share; nothing is drafted below 1
+    gain: float | None = None  # over dense decoding, expected from acceptance and share; nothing is drafted below 1.05
 
     def __post_init__(self) -> None:
         """Raises InputError for drafts without a token."""

@@ -13,7 +13,6 @@ A half is a nibble with 4 bits (h = 0: the low one) and 64 bytes with 8.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -101,35 +100,17 @@ def numbers_between(packed: PackedRows, inputs: tuple[int, int], outputs: tuple[
     return numbers(part)[row - group * packed.group :, column - panel :]
 
 
-def numbers_at(packed: PackedRows, output: int) -> np.ndarray:
-    """float32 [K]: numbers(packed)[:, output]. bits: 4 or 8."""
-    column, shift = _place(output, packed.bits)
-    codes = packed.codes[:, column].reshape(-1, packed.group)
-    codes = codes if packed.bits == 8 else codes >> np.uint8(shift) & 15
-    middle = np.float32(1 << (packed.bits - 1))
-    zero = packed.zero[:, output, None].astype(np.float32) if packed.zero.size else middle
-    found: np.ndarray = (codes - zero) * packed.scale[:, output, None].astype(np.float32)
-    return found.ravel()[: packed.inputs]
-
-
 def numbers_of(packed: PackedRows, outputs: np.ndarray) -> np.ndarray:
     """float32 [len(outputs),K]: numbers(packed)[:, outputs], turned; nothing is read of the others. bits: 4 or 8."""
-    columns, shifts = _place(outputs, packed.bits)
-    codes = packed.codes[:, columns]
-    if packed.bits == 4:
-        codes = codes >> shifts.astype(np.uint8) & 15
+    panel, within = np.divmod(outputs, PANEL)
+    half, within = np.divmod(within, PANEL // 2)
+    places = (4 * (within % 16 // 4) + within // 16) * 4 + within % 4
+    if packed.bits == 8:
+        codes = packed.codes[:, panel * PANEL + half * (PANEL // 2) + places]
+    else:
+        codes = packed.codes[:, panel * (PANEL // 2) + places] >> (4 * half).astype(np.uint8) & 15
     zero = packed.zero[:, outputs] if packed.zero.size else None
     return np.ascontiguousarray(_numbers(codes[: packed.inputs], packed.scale[:, outputs], zero, packed).T)
-
-
-def _place(output: Any, bits: int) -> tuple[Any, Any]:
-    """(column of codes that holds an output, or [N] of them; by how many bits it is shifted there)."""
-    panel, within = output // PANEL, output % PANEL
-    half, within = within // (PANEL // 2), within % (PANEL // 2)
-    place = (4 * (within % 16 // 4) + within // 16) * 4 + within % 4
-    if bits == 8:
-        return panel * PANEL + half * (PANEL // 2) + place, 0
-    return panel * (PANEL // 2) + place, 4 * half
 
 
 def _numbers(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, packed: PackedRows) -> np.ndarray:

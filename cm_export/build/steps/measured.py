@@ -7,7 +7,6 @@ the dense model writes -> thresholds.safetensors (policy `active`; a calibration
 
 import itertools
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,6 @@ import numpy as np
 
 from ...base import environment
 from ...bundle import phrases, thresholds, weights
-from ...bundle.weights import Planned
 from ...calibrating.answers import Texts, answering, asking, own_text, prompts_of
 from ...calibrating.thresholds import measure, watch
 from ...host.request import Request
@@ -45,8 +43,9 @@ def _run(folder: Path, job: "Job", stages: "Stages") -> dict[str, Any]:
     job.progress("watch the model's products while it answers")
     runner = Runner(UnderWay(job, stages), job.threads, backend="onnxruntime")
     texts: Texts = []
-    written = list(_written(job, runner, texts))
-    if texts and not (job.calibration and job.calibration.phrases):
+    keeps = not (job.calibration and job.calibration.phrases)
+    written = list(_written(job, runner, PROMPTS + PHRASES if keeps else PROMPTS, texts))
+    if keeps and texts:
         phrases.write(folder / phrases.FILE, phrases.Phrases.of(texts))
     written = written[:PROMPTS]
     watched = watch(runner, written, job.progress)
@@ -60,17 +59,14 @@ def _run(folder: Path, job: "Job", stages: "Stages") -> dict[str, Any]:
             )
         thresholds.write(folder / thresholds.FILE, found)
     if job.recipe.weights.packs:
-        planned = [
-            Planned(f"site.{i}", np.dtype("<f4"), x.shape, partial(list, [x])) for i, x in enumerate(watched.some)
-        ]
-        weights.write(folder / CHANNELS, planned)
+        weights.write_arrays(folder / CHANNELS, {f"site.{i}": x for i, x in enumerate(watched.some)})
     return {"about": "calibration" if known else about, "notes": notes}
 
 
-def _written(job: "Job", runner: Runner, texts: Texts) -> Iterator[tuple[Request, np.ndarray]]:
+def _written(job: "Job", runner: Runner, most: int, texts: Texts) -> Iterator[tuple[Request, np.ndarray]]:
     """Answers of the dense model: to the training questions of a demo model, else to beginnings that are made up."""
     started = environment.worked(job.threads)
-    prompts, _ = prompts_of(None, named(job.source), PROMPTS + PHRASES, seed=0)
+    prompts, _ = prompts_of(None, named(job.source), most, seed=0)
     asked: Iterator[Any]
     if prompts:
         asked = asking(runner, prompts)

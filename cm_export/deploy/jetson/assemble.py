@@ -21,10 +21,7 @@ from ...base import disk
 from ...base.errors import CmExportError, InputError
 from ...base.hashes import file_sha256
 from ...bundle import directory, weights
-from ...bundle.bundle import DEVICE, write_manifest
-from ...bundle.calibration import FILE as CALIBRATION
-from ...bundle.phrases import FILE as PHRASES
-from ...bundle.thresholds import FILE as THRESHOLDS
+from ...bundle.bundle import DEVICE, MEASURED, write_manifest
 
 BUNDLE, LIBRARY = "bundle", "libcm_plugins.so"
 _PIECE = 1 << 24  # bytes
@@ -51,7 +48,7 @@ def assemble(archive: Path, built_with: str) -> Path:
             _take(library, folder / "engines" / LIBRARY)
         for file in sorted((archive / "processor").glob("*")):
             _take(file, folder / "processor" / file.name)
-        for measured in (CALIBRATION, THRESHOLDS, PHRASES):
+        for measured in MEASURED:
             if (archive / measured).is_file():
                 _take(archive / measured, folder / measured)
         engines = {

@@ -17,11 +17,8 @@ from ...base import by_name
 from ...base.errors import CmExportError
 from ...build import sources
 from ...bundle import weights
-from ...bundle.bundle import Bundle
-from ...bundle.calibration import FILE as CALIBRATION
+from ...bundle.bundle import MEASURED, Bundle
 from ...bundle.names import core_row_names
-from ...bundle.phrases import FILE as PHRASES
-from ...bundle.thresholds import FILE as THRESHOLDS
 from ...families import GROUP
 from .devices import JetPack
 
@@ -65,7 +62,7 @@ def modules() -> dict[str, Path]:
 def packages(bundle: Bundle, jetpack: JetPack) -> dict[str, str]:
     """Of PACKAGES what this bundle takes, and NVIDIA's bindings of the CUDA that this JetPack has."""
     major, read = int(jetpack.cuda.split(".")[0]), PACKAGES.items()
-    calibrated = {CALIBRATION, THRESHOLDS, PHRASES} & set(bundle.manifest["files"])
+    calibrated = set(MEASURED) & set(bundle.manifest["files"])
     needed = {module: what for module, what in read if calibrated or module != "safetensors"}
     return needed | {"cuda.bindings": f"cuda-bindings>={max(12.8, major):g},<{major + 1}"}
 

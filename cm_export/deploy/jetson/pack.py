@@ -25,10 +25,8 @@ from ...base import disk
 from ...base.errors import CmExportError, InputError
 from ...base.install import pip_install
 from ...build.engines import check_recipe
-from ...bundle.bundle import Bundle
+from ...bundle.bundle import MEASURED, Bundle
 from ...bundle.calibration import FILE as CALIBRATION
-from ...bundle.phrases import FILE as PHRASES
-from ...bundle.thresholds import FILE as THRESHOLDS
 from ...recipe import text as recipe_text
 from ...recipe.engine import EngineSettings
 from . import archive, carried, memory, probes, trtexec
@@ -193,7 +191,7 @@ def _small_files(bundle: Bundle, source: Source, folder: Path) -> None:
     plugins, scripts = plugins_folder(), Path(str(files("cm_export.deploy.jetson"))) / "device"
     copies = {p: folder / "plugins" / p.relative_to(plugins) for p in plugin_sources(plugins)}
     for name in bundle.manifest["files"]:
-        if name.startswith("processor/") or name in (CALIBRATION, THRESHOLDS, PHRASES):
+        if name.startswith("processor/") or name in MEASURED:
             copies[bundle.path / name] = folder / name
     called = ("build_on_device.sh", "ask.py")  # by the user
     for script in sorted(p for p in scripts.iterdir() if p.suffix in (".py", ".sh")):
