@@ -20,8 +20,9 @@ using Float = Isa::Float;
 constexpr int kRegisters = kPanel / Isa::kLanes;  // of a panel's outputs
 static_assert(kRegisters % Isa::kColumns == 0 && kRegisters % Isa::kManyColumns == 0);
 
-// Where W is read next, `kAhead` bytes further along its rows: memory answers late, and processors follow by themselves only
-// long stretches of few rows. Rows from quad `begin` to `end` are at `panel` of a span, and are followed by those up to `next`.
+// How far ahead of what is multiplied W is asked for, in bytes along its rows: memory answers late, and processors follow by
+// themselves only long stretches of few rows. A core waits where more than some 16 lines are on their way, so they are asked for
+// a few at a time, between products.
 constexpr int kAhead = 768;
 
 // A line of memory is asked for into the first cache or into the second one. AMD's Zen 4 reads up to twice as fast with the
@@ -34,22 +35,41 @@ static CM_INLINE void ask(const uint8_t* line, bool second_cache) {
     }
 }
 
+// Pointers to many rows of W are loaded where they are needed. GCC would keep them in vector registers, and take them out there
+// with the unit that multiplies.
+static CM_INLINE void keep_in_memory() { asm volatile("" ::: "memory"); }
+
+// The rows of W that are listed as quads `begin` to `end`, at one panel.
 template <int bits>
-static CM_INLINE void fetch(const Matrix& m, const Rows& rows, const Span* spans, int count, const Span* span, int64_t panel,
-                            int begin, int end, int next) {
-    constexpr int kBytes = kPanel * bits / 8;
-    panel += kAhead / kBytes > 0 ? kAhead / kBytes : 1;
-    if (panel >= span->end) {
-        panel -= span->end;
-        if (++span == spans + count) span = spans, begin = end, end = next;
-        panel += span->begin;
-        if (panel >= span->end) return;
+struct Piece {
+    const Matrix& m;
+    const int32_t* ids;
+    int begin, end;
+    int64_t panel;
+
+    // What is read kAhead later, at most a span: `span` is one of `count`, after the last of which quads up to `next` follow.
+    Piece later(const Span* spans, int count, const Span* span, int next) const {
+        Piece then = *this;
+        then.panel += std::clamp<int64_t>(kAhead / kBytes, 1, span->end - span->begin);
+        if (then.panel < span->end) return then;
+        then.panel -= span->end;
+        if (++span == spans + count) span = spans, then.begin = end, then.end = next;
+        then.panel += span->begin;
+        if (then.panel >= span->end) then.end = then.begin;
+        return then;
     }
-    const bool second_cache = kSecondCache;
-    for (int i = begin * kQuad; i < end * kQuad; ++i)
-        for (int line = 0; line < kBytes; line += 64)
-            ask(m.codes + static_cast<size_t>(rows.ids[i]) * m.row_bytes() + panel * kBytes + line, second_cache);
-}
+
+    // The first or second half of its quads, in turn.
+    CM_INLINE void ask_for(int half) const {
+        const int middle = (begin + end + 1) / 2;
+        const bool second_cache = kSecondCache;
+        for (int i = (half ? middle : begin) * kQuad; i < (half ? end : middle) * kQuad; ++i)
+            for (int line = 0; line < kBytes; line += 64)
+                ask(m.codes + static_cast<size_t>(ids[i]) * m.row_bytes() + panel * kBytes + line, second_cache);
+    }
+
+    static constexpr int kBytes = kPanel * bits / 8;
+};
 
 template <int bits>
 static CM_INLINE Int zeros_at(const Matrix& m, int64_t g, int64_t output) {
@@ -133,18 +153,21 @@ static CM_INLINE void stretch(const Matrix& m, const Rows& rows, const Pass& pas
     const Float x_scale = Isa::all(rows.scale[pass.g]);
     const bool second_cache = kSecondCache;
     for (int64_t panel = begin; panel < end; ++panel) {
-        for (int i = 0; i < quads * kQuad; ++i)
-            for (int line = 0; line < kBytes; line += 64)
-                ask((ahead ? ahead[i] : now[i] + kAhead) + panel * kBytes + line, second_cache);
+        const auto ask_for = [&](int q) {
+            keep_in_memory();
+            for (int i = q * kQuad; i < (q + 1) * kQuad; ++i)
+                for (int line = 0; line < kBytes; line += 64)
+                    ask((ahead ? ahead[i] : now[i] + kAhead) + panel * kBytes + line, second_cache);
+        };
         Int* kept = sums + (panel - span.begin) * kRegisters;
         Int of[kRegisters];
         for (int r = 0; r < kRegisters; ++r) of[r] = pass.first ? Isa::all(0) : kept[r];
         if constexpr (bytes == 1) {
-            for (int q = 0; q < quads; ++q) add_quad<Isa, bits>(now + q * kQuad, panel * kBytes, x[0][q], of);
+            for (int q = 0; q < quads; ++q) ask_for(q), add_quad<Isa, bits>(now + q * kQuad, panel * kBytes, x[0][q], of);
         } else {
             Int high[kRegisters];
             for (int r = 0; r < kRegisters; ++r) high[r] = Isa::all(0);
-            for (int q = 0; q < quads; ++q) add_quad(now + q * kQuad, panel * kBytes, x[0][q], x[1][q], high, of);
+            for (int q = 0; q < quads; ++q) ask_for(q), add_quad(now + q * kQuad, panel * kBytes, x[0][q], x[1][q], high, of);
             for (int r = 0; r < kRegisters; ++r) of[r] = Isa::more(of[r], Isa::times_high(high[r]));
         }
         if (!pass.last) {
@@ -214,7 +237,8 @@ void one_row<32, 1>(const Matrix& m, const Rows& rows, Groups groups, const Span
         if (begin == end) continue;
         for (const Span* span = spans; span != spans + count; ++span)
             for (int64_t panel = span->begin; panel < span->end; ++panel) {
-                fetch<32>(m, rows, spans, count, span, panel, begin, end, next);
+                const Piece<32> later = Piece<32>{m, rows.ids.data(), begin, end, panel}.later(spans, count, span, next);
+                later.ask_for(0), later.ask_for(1);
                 float* y = span->y + (panel - span->begin) * kPanel;
                 Float sums[kRegisters];
                 for (int r = 0; r < kRegisters; ++r) sums[r] = Isa::load(y + r * Isa::kLanes);
@@ -375,8 +399,10 @@ static void few_rows(const Matrix& m, const Rows& rows, Groups groups, const Spa
         if (begin == end) continue;
         for (const Span* span = spans; span != spans + count; ++span)
             for (int64_t panel = span->begin; panel < span->end; ++panel) {
-                fetch<bits>(m, rows, spans, count, span, panel, begin, end, next);
+                const Piece<bits> later = Piece<bits>{m, rows.ids.data(), begin, end, panel}.later(spans, count, span, next);
+                later.ask_for(0);
                 fill<bits>(tile, m, rows, g, g + 1, panel);
+                later.ask_for(1);
                 float* y = span->y + (panel - span->begin) * kPanel;
                 blocks<Isa::kRows / bytes, Isa::kColumns>(tile, rows, g, 0, rows.count, y, span->stride,
                                                           [](const auto& block) { block.template add_one<bits, bytes>(); });
