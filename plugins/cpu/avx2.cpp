@@ -114,6 +114,7 @@ struct Vector {
 
 struct Isa : Vector {};
 #include "product.h"
+#include "rows.h"
 #include "attention.h"
 
 }  // namespace cm::cpu::avx2
@@ -143,9 +144,9 @@ static bool usable_with_vnni() {
     return usable() && (a >> 4 & 1);  // __builtin_cpu_supports of 2022 does not know its name
 }
 extern const Kernels kAvx2, kAvxVnni;
-const Kernels kAvx2 = {"avx2", usable, avx2::keep, avx2::quantise, avx2::multiply,
-                       avx2::gate, avx2::turn, avx2::attend, avx2::round, avx2::widen_row};
-const Kernels kAvxVnni = {"avx-vnni", usable_with_vnni, avx2::keep, avx2::quantise, avx_vnni::multiply,
-                          avx2::gate, avx2::turn,        avx2::attend, avx2::round, avx2::widen_row};
+const Kernels kAvx2 = {"avx2", usable, avx2::keep, avx2::quantise, avx2::multiply, avx2::gate, avx2::add_parts,
+                       avx2::normalise, avx2::turn, avx2::attend, avx2::round, avx2::widen_row};
+const Kernels kAvxVnni = {"avx-vnni", usable_with_vnni, avx2::keep, avx2::quantise, avx_vnni::multiply, avx2::gate, avx2::add_parts,
+                          avx2::normalise, avx2::turn, avx2::attend, avx2::round, avx2::widen_row};
 }  // namespace cm::cpu
 #endif

@@ -17,6 +17,7 @@ namespace cm::cpu::avx512 {
 #include "quantise.h"
 #include "activate.h"
 #include "product.h"
+#include "rows.h"
 #include "attention.h"
 
 }  // namespace cm::cpu::avx512
@@ -28,7 +29,7 @@ static bool usable() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
 extern const Kernels kAvx512;
-const Kernels kAvx512 = {"avx512-vnni",    usable, avx512::keep, avx512::quantise,
-                         avx512::multiply, avx512::gate, avx512::turn, avx512::attend, avx512::round, avx512::widen_row};
+const Kernels kAvx512 = {"avx512-vnni", usable, avx512::keep, avx512::quantise, avx512::multiply, avx512::gate, avx512::add_parts,
+                         avx512::normalise, avx512::turn, avx512::attend, avx512::round, avx512::widen_row};
 }  // namespace cm::cpu
 #endif

@@ -151,6 +151,10 @@ struct Kernels {
     void (*multiply)(const Matrix&, const Rows&, Groups, const Span* spans, int count);
     // z = activation(gate) * up
     void (*gate)(Activation, const float* gate, const float* up, float* z, int64_t count);
+    // sum [width] = what the parts have, one after the other, `apart` floats from one another
+    void (*add_parts)(const float* parts, int64_t count, size_t apart, int64_t width, float* sum);
+    // sum = x + added, y = sum / root mean square of sum * weight
+    void (*normalise)(const float* x, const float* added, const float* weight, float epsilon, int64_t width, float* sum, float* y);
     // out = x, turned
     void (*turn)(const Turn&, const float* x, float* out);
     // y = softmax(q keys + added) values

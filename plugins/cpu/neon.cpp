@@ -31,6 +31,7 @@ static CM_INLINE int32x4_t dot_of_bytes(int32x4_t sums, int8x16_t w, int8x16_t x
 #include "activate.h"
 #include "neon.h"
 #include "product.h"
+#include "rows.h"
 #include "attention.h"
 
 }  // namespace cm::cpu::neon
@@ -69,9 +70,9 @@ static bool usable_with_dot() {
 #endif
 }
 extern const Kernels kNeon, kNeonDot;
-const Kernels kNeon = {"neon",         usable,     neon::keep, neon::quantise,
-                       neon::multiply, neon::gate, neon::turn, neon::attend, neon::round, neon::widen_row};
-const Kernels kNeonDot = {"neon-dot",         usable_with_dot, neon::keep, neon::quantise,
-                          neon_dot::multiply, neon::gate,      neon::turn, neon::attend, neon::round, neon::widen_row};
+const Kernels kNeon = {"neon", usable, neon::keep, neon::quantise, neon::multiply, neon::gate, neon::add_parts,
+                       neon::normalise, neon::turn, neon::attend, neon::round, neon::widen_row};
+const Kernels kNeonDot = {"neon-dot", usable_with_dot, neon::keep, neon::quantise, neon_dot::multiply, neon::gate, neon::add_parts,
+                          neon::normalise, neon::turn, neon::attend, neon::round, neon::widen_row};
 }  // namespace cm::cpu
 #endif

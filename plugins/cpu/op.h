@@ -193,6 +193,7 @@ const ort::CustomOp* cached_attention();  // attention.cpp
 const ort::CustomOp* cached_attention_in_halves();
 const ort::CustomOp* cached_attention_in_bytes();
 const ort::CustomOp* prompt_attention();  // prompt.cpp
+const ort::CustomOp* residual_norm();     // norm.cpp
 
 // ---------------------------------------------------------------- threads of the CPU ops
 

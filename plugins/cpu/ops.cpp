@@ -239,6 +239,16 @@ void list(Rows& rows, const Matrix& m) {
     rows.ids.resize(static_cast<size_t>(end - all));
 }
 
+// The same where every k is listed.
+void list_all(Rows& rows, const Matrix& m) {
+    const int64_t quads = (m.inputs + kQuad - 1) / kQuad;
+    rows.kept = m.inputs;
+    rows.ids.resize(static_cast<size_t>(quads * kQuad));
+    for (int64_t k = 0; k < quads * kQuad; ++k) rows.ids[k] = static_cast<int32_t>(k < m.inputs ? k : (quads - 1) * kQuad);
+    rows.first.resize(rows.groups + 1);
+    for (int64_t g = 0; g <= rows.groups; ++g) rows.first[g] = static_cast<int32_t>(std::min(g * m.group / kQuad, quads));
+}
+
 void count_bytes(const Rows& rows, const Matrix& m) {
     int64_t groups = rows.groups;
     for (int64_t g = 0; g < rows.groups && !rows.tiles; ++g) groups -= rows.first[g] == rows.first[g + 1];
@@ -274,7 +284,7 @@ void prepare(const ort::Context* context, const Kernels& k, Rows& rows, const fl
         });
     };
     in_parallel(context, tasks, keep);
-    list(rows, m);
+    selection.norm == nullptr ? list_all(rows, m) : list(rows, m);
     if (m.bits == 32) {
         rows.values.resize(count * rows.ids.size());
     } else {
@@ -337,15 +347,6 @@ void multiply_all(const Kernels& k, const Matrix& m, const Rows& rows, int64_t p
     for (int64_t part = 0; part < parts; ++part) k.multiply(m, rows, groups_of(m, part, parts, part > 0), spans, count);
 }
 
-// sum [width] = what the parts have, one after the other, `apart` floats from one another
-void sum_of(const float* parts, int64_t count, size_t apart, int64_t width, float* sum) {
-    std::memcpy(sum, parts, width * sizeof(float));
-    for (int64_t part = 1; part < count; ++part) {
-        const float* more = parts + part * apart;
-        for (int64_t i = 0; i < width; ++i) sum[i] += more[i];
-    }
-}
-
 // partial [parts, rows, panels * 128]: what each part of the inputs adds, computed side by side; for few rows.
 void multiply_parts(const ort::Context* context, const Kernels& k, const Matrix& m, const Rows& rows, int64_t parts,
                     std::vector<float>& partial) {
@@ -369,7 +370,7 @@ void product(const ort::Context* context, const Kernels& k, const Matrix& m, con
         const size_t stride = static_cast<size_t>(m.panels * kPanel);
         multiply_parts(context, k, m, rows, parts, partial);
         for (int row = 0; row < rows.count; ++row)
-            sum_of(partial.data() + row * stride, parts, rows.count * stride, outputs, y + row * outputs);
+            k.add_parts(partial.data() + row * stride, parts, rows.count * stride, outputs, y + row * outputs);
         return;
     }
     // With many rows of x arithmetic decides, and a task computes all parts of its outputs.
@@ -406,8 +407,8 @@ void gated_product(const ort::Context* context, const Kernels& k, const Matrix& 
         const size_t stride = static_cast<size_t>(m.panels * kPanel);
         for (int row = 0; row < rows.count; ++row) {
             const float* from = partial.data() + row * stride + span.begin * kPanel;
-            sum_of(from, parts, rows.count * stride, width, gate + row * width);
-            sum_of(from + half * kPanel, parts, rows.count * stride, width, up + row * width);
+            k.add_parts(from, parts, rows.count * stride, width, gate + row * width);
+            k.add_parts(from + half * kPanel, parts, rows.count * stride, width, up + row * width);
         }
     };
     auto task = [&](size_t i) {
@@ -545,7 +546,7 @@ CM_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort
     using namespace cm::cpu;
     return register_ops(options, base, kDomain, "the CPU ops",
                         {described<PackedMatMul>(), described<PackedFFN>(), cached_attention(), cached_attention_in_halves(),
-                         cached_attention_in_bytes(), prompt_attention()});
+                         cached_attention_in_bytes(), prompt_attention(), residual_norm()});
 }
 
 // Bytes of weights that products read, and that they would have read with every k listed; since the last reset.

@@ -133,12 +133,14 @@ struct Isa {
 #include "quantise.h"
 #include "activate.h"
 #include "product.h"
+#include "rows.h"
 #include "attention.h"
 
 }  // namespace cm::cpu::portable
 
 namespace cm::cpu {
 static bool usable() { return true; }
-const Kernels kPortable = {"portable",         usable, portable::keep, portable::quantise,
-                           portable::multiply, portable::gate, portable::turn, portable::attend, portable::round, portable::widen_row};
+const Kernels kPortable = {"portable", usable, portable::keep, portable::quantise, portable::multiply, portable::gate,
+                           portable::add_parts, portable::normalise, portable::turn, portable::attend, portable::round,
+                           portable::widen_row};
 }  // namespace cm::cpu

@@ -96,11 +96,11 @@ static CM_INLINE void unpack(const uint8_t* const* rows, int64_t offset, Int* ou
 // What a group's quads have summed is kept in memory between two passes, as integers: in the first or second cache.
 constexpr int kTogether = 4;
 
-// Quads of one group. With `first` sums begin, with `last` they end and become part of y.
+// Quads of one group. With `first` sums begin, with `last` they end and become part of y, which begins with `fresh`.
 struct Pass {
     int64_t g;
     int quad;
-    bool first, last;
+    bool first, last, fresh;
 };
 
 // sums of a panel += four rows of W * x. Where a byte of two codes is multiplied as it is, low + 16 high, a second product
@@ -181,7 +181,8 @@ static CM_INLINE void stretch(const Matrix& m, const Rows& rows, const Pass& pas
             const int64_t output = r * Isa::kLanes;
             const Int zeros = taken_away<bytes>(zeros_at<bits>(m, pass.g, panel * kPanel + output), rows, 0, pass.g);
             const Float s = Isa::mul(Isa::half(scale + output), x_scale);
-            Isa::store(y + output, Isa::fma(Isa::number(Isa::more(of[r], zeros)), s, Isa::load(y + output)));
+            const Float before = pass.fresh ? Isa::all(0.0f) : Isa::load(y + output);
+            Isa::store(y + output, Isa::fma(Isa::number(Isa::more(of[r], zeros)), s, before));
         }
     }
 }
@@ -208,7 +209,7 @@ static void take(const Matrix& m, const Rows& rows, const Pass& pass, const Span
 }
 
 template <int bits, int bytes>
-static void one_row(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
+static void one_row(const Matrix& m, const Rows& rows, Groups groups, int64_t first, const Span* spans, int count) {
     static thread_local Aligned memory;
     int64_t panels = 0;
     for (const Span* span = spans; span != spans + count; ++span) panels += span->end - span->begin;
@@ -219,7 +220,7 @@ static void one_row(const Matrix& m, const Rows& rows, Groups groups, const Span
         for (int quad = begin, taken; quad < end; quad += taken) {
             const int left = end - quad;
             taken = left <= kTogether ? left : left < 2 * kTogether ? (left + 1) / 2 : kTogether;  // two halves: no short rest
-            const Pass pass{g, quad, quad == begin, taken == left};
+            const Pass pass{g, quad, quad == begin, taken == left, g == first};
             switch (taken) {
                 case 1: take<bits, bytes, 1>(m, rows, pass, spans, count, last_quad, sums); break;
                 case 2: take<bits, bytes, 2>(m, rows, pass, spans, count, last_quad, sums); break;
@@ -231,7 +232,7 @@ static void one_row(const Matrix& m, const Rows& rows, Groups groups, const Span
 }
 
 template <>
-void one_row<32, 1>(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
+void one_row<32, 1>(const Matrix& m, const Rows& rows, Groups groups, int64_t first, const Span* spans, int count) {
     for (int64_t g = groups.begin; g < groups.end; ++g) {
         const int begin = rows.first[g], end = rows.first[g + 1], next = rows.first[g + 1 < groups.end ? g + 2 : g + 1];
         if (begin == end) continue;
@@ -241,7 +242,7 @@ void one_row<32, 1>(const Matrix& m, const Rows& rows, Groups groups, const Span
                 later.ask_for(0), later.ask_for(1);
                 float* y = span->y + (panel - span->begin) * kPanel;
                 Float sums[kRegisters];
-                for (int r = 0; r < kRegisters; ++r) sums[r] = Isa::load(y + r * Isa::kLanes);
+                for (int r = 0; r < kRegisters; ++r) sums[r] = g == first ? Isa::all(0.0f) : Isa::load(y + r * Isa::kLanes);
                 for (int i = begin * kQuad; i < end * kQuad; ++i) {
                     const float* w = reinterpret_cast<const float*>(m.codes + rows.ids[i] * m.row_bytes()) + panel * kPanel;
                     const Float x = Isa::all(rows.values[i]);
@@ -349,18 +350,19 @@ struct Block {
 
     float* at(int i, int c) const { return y + i * stride + c * Isa::kLanes; }
 
-    // y += what the tile's only group adds
+    // y += what the tile's only group adds; = with `fresh`
     template <int bits, int bytes>
-    CM_INLINE void add_one() const {
+    CM_INLINE void add_one(bool fresh) const {
+        const auto before = [&](int i, int c) { return fresh ? Isa::all(0.0f) : Isa::load(at(i, c)); };
         if constexpr (bits == 32) {
             Float out[n][columns];
             for (int i = 0; i < n; ++i)
-                for (int c = 0; c < columns; ++c) out[i][c] = Isa::load(at(i, c));
+                for (int c = 0; c < columns; ++c) out[i][c] = before(i, c);
             add_floats(out);
             for (int i = 0; i < n; ++i)
                 for (int c = 0; c < columns; ++c) Isa::store(at(i, c), out[i][c]);
         } else {
-            add<bits, bytes>(g_begin, [&](int i, int c, auto more) { Isa::store(at(i, c), more(Isa::load(at(i, c)))); });
+            add<bits, bytes>(g_begin, [&](int i, int c, auto more) { Isa::store(at(i, c), more(before(i, c))); });
         }
     }
 
@@ -391,7 +393,7 @@ static CM_INLINE void blocks(const Tile& tile, const Rows& rows, int64_t g_begin
 
 // Few rows: memory decides, and long stretches of a row of W are read, group after group.
 template <int bits, int bytes>
-static void few_rows(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
+static void few_rows(const Matrix& m, const Rows& rows, Groups groups, int64_t first, const Span* spans, int count) {
     static thread_local Tile tile;
     tile.reserve(m.group / kQuad, 1);
     for (int64_t g = groups.begin; g < groups.end; ++g) {
@@ -405,7 +407,7 @@ static void few_rows(const Matrix& m, const Rows& rows, Groups groups, const Spa
                 later.ask_for(1);
                 float* y = span->y + (panel - span->begin) * kPanel;
                 blocks<Isa::kRows / bytes, Isa::kColumns>(tile, rows, g, 0, rows.count, y, span->stride,
-                                                          [](const auto& block) { block.template add_one<bits, bytes>(); });
+                                                          [&](const auto& block) { block.template add_one<bits, bytes>(g == first); });
             }
     }
 }
@@ -430,10 +432,13 @@ static void multiply_bits(const Matrix& m, const Rows& rows, Groups groups, cons
     if constexpr (bits != 32) {
         if (rows.count > kFewRows) return many_rows<bits, bytes>(m, rows, groups, spans, count);
     }
+    int64_t first = groups.begin;  // the group that y begins with
+    while (first < groups.end && rows.first[first] == rows.first[first + 1]) ++first;
+    if (first < groups.end)
+        return (rows.count == 1 ? one_row<bits, bytes> : few_rows<bits, bytes>)(m, rows, groups, first, spans, count);
     for (const Span* span = spans; span != spans + count; ++span)
         for (int row = 0; row < rows.count; ++row)
             std::memset(span->y + row * span->stride, 0, (span->end - span->begin) * kPanel * sizeof(float));
-    return rows.count == 1 ? one_row<bits, bytes>(m, rows, groups, spans, count) : few_rows<bits, bytes>(m, rows, groups, spans, count);
 }
 
 static void multiply(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {

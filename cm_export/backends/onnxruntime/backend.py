@@ -45,6 +45,7 @@ from .pack import Packing, gather_ffns
 from .patches import multiply_patches
 from .place import Held, Place, place_for
 from .prompt_attention import attend_together
+from .residual_norm import normalise_sums
 from .whole_picture import attend_to_all, borders
 
 _PRODUCTS = {"head", "layers.0.attention_in", "layers.0.ffn_in"}  # entries of a bundle that has packed them all
@@ -275,6 +276,8 @@ class Backend:
         native = self.native is not None and bool(arrays)
         if key[3]:
             write_in_place(model)
+            if native:
+                normalise_sums(model)
             if native and self._heads:
                 attend_natively(model, self._heads)
         if native:
