@@ -24,7 +24,7 @@ from _page import rewrite, write_report
 from cm_export.base import environment
 from cm_export.evals.tasks import scenes
 from cm_export.families import Pictures
-from cm_export.host.drafting import best_length
+from cm_export.host.drafting import best_length, steady
 from cm_export.host.guard import EVERY, Report, guarded
 from cm_export.host.loaded import load
 from cm_export.host.request import Request
@@ -100,7 +100,7 @@ def known(runner: Runner) -> dict[str, Any]:
     habits = runner.habits
     cost = habits.costs.sparse(habits.share, lambda: float("nan"))
     checks = {str(rows): habits.costs.check(rows) for rows in (2, 5, 9, 17)}
-    length, gain = best_length(EVERY, habits.accepted.rate, cost, habits.costs.check)
+    length, gain = best_length(steady(habits.accepted.rate, EVERY), cost, habits.costs.check)
     return {"share": habits.share, "sparse_step": cost, "checks": checks, "accepted": habits.accepted.rate} | {
         "best_length": length,
         "gain": gain,

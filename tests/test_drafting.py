@@ -7,8 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cm_export.host.drafting import CHECK, SHARES, Acceptance, Costs, Habits, best_length, gain
+from cm_export.host.drafting import SHARES, Acceptance, Costs, Habits, best_length, steady
 from cm_export.host.repeats import Repeats
+
+
+CHECK = 1.15
+
+
+def best(most, rate, cost):
+    return best_length(steady(rate, most), cost, lambda rows: CHECK)
 
 
 def looked_up(text, most):
@@ -20,15 +27,16 @@ def test_the_gain_is_that_of_rounds_played_with_dice(length, rate, cost):
     rng = np.random.default_rng(0)
     right = rng.random((200_000, length)) < rate
     tokens = 1 + np.where(right.all(1), length, right.argmin(1))
-    assert gain(length, rate, cost) == pytest.approx(tokens.mean() / (length * cost + CHECK), rel=5e-3)
+    found, gain = best_length(steady(rate, 16), cost, lambda rows: CHECK if rows == length + 1 else 1e9)
+    assert found == length and gain == pytest.approx(tokens.mean() / (length * cost + CHECK), rel=5e-3)
 
 
 def test_drafts_that_cost_as_much_as_what_they_draft_for_never_pay():
     for rate in (0.3, 0.8, 0.999):
-        assert best_length(16, rate, 1.0)[1] < 1
-    assert best_length(16, 0.8, 0.65)[1] < 1.05  # nothing is gained at a .8
-    assert best_length(16, 0.97, 0.4)[1] > 1.4
-    lengths = [best_length(16, rate, 0.4)[0] for rate in (0.5, 0.8, 0.9, 0.99)]
+        assert best(16, rate, 1.0)[1] < 1
+    assert best(16, 0.8, 0.65)[1] < 1.05  # nothing is gained at a .8
+    assert best(16, 0.97, 0.4)[1] > 1.4
+    lengths = [best(16, rate, 0.4)[0] for rate in (0.5, 0.8, 0.9, 0.99)]
     assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
 
 

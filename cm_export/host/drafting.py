@@ -8,13 +8,11 @@ was measured, at shares that follow what is right. Where no length gains anythin
 after a pause twice as long as the one before: one bad measurement, or a bad start, ends nothing for good.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise, repeat
+from operator import mul
 
-import numpy as np
-
-LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
-CHECK = 1.15  # a dense pass over up to 17 tokens, in passes over one, if memory alone decided
 _ROW = 0.1  # what each further row costs before that was measured, or less
 _AFRESH = 8  # reads after which costs are reckoned again
 _MOST = 17  # tokens of a check, mostly
@@ -69,18 +67,23 @@ class Pause:
         self.length = self.left = 0
 
 
-def gain(length: int, rate: float, cost: float, check: float = CHECK) -> float:
-    """Tokens a dense step's time with drafts of this length; below 1 they cost more than they give."""
-    tokens = length + 1 if rate >= 1 else (1 - rate ** (length + 1)) / (1 - rate)
-    return tokens / (length * cost + check)
+def steady(rate: float, most: int) -> Iterator[float]:
+    """Chances of the first one, two, ... `most` tokens of a draft, each of which is right with chance `rate`."""
+    return accumulate(repeat(rate, most), mul)
 
 
-def best_length(
-    most: int, rate: float, cost: float, check: Callable[[int], float] = lambda rows: CHECK
-) -> tuple[int, float]:
-    """The length up to `most` with the largest gain, and that gain; `check`: cost of a pass over so many tokens."""
-    lengths = [n for n in (*LENGTHS, most) if 0 < n <= most] or [most]
-    return max(((n, gain(n, rate, cost, check(n + 1))) for n in lengths), key=lambda found: found[1])
+def best_length(chances: Iterable[float], cost: float, check: Callable[[int], float]) -> tuple[int, float]:
+    """The length with the largest gain, and that gain; below 1 drafts cost more than they give.
+
+    `chances`: that the first one, two, ... tokens of the draft are right; `cost`: of drafting one; `check`: of a pass over so many.
+    """
+    best, most, tokens = 0, 0.0, 1.0
+    for length, chance in enumerate(chances, 1):
+        tokens += chance
+        gain = tokens / (length * cost + check(length + 1))
+        if gain > most:
+            best, most = length, gain
+    return best, most
 
 
 @dataclass
@@ -149,11 +152,14 @@ class Costs:
         """Of a dense pass over so many tokens: as measured, in a straight line between what was, and beyond it hopefully."""
         checks = self._checks  # of which another thread may make others meanwhile
         if rows >= len(checks):
-            known, rows_of = np.array(self._measured()).T, np.arange(max(rows, _MOST) + 1, dtype=float)
-            last, most = known[:, -1]
+            points = self._measured()
+            last, most = points[-1]
             each = min(_ROW, (most - 1) / (last - 1)) if last > 1 else _ROW
-            further = each * np.maximum(rows_of - last, 0)
-            self._checks = checks = tuple((np.interp(rows_of, known[0], known[1]) + further).tolist())
+            found = [1.0, 1.0]
+            for (begin, low), (end, high) in pairwise(points):
+                found += [low + (high - low) * (i - begin) / (end - begin) for i in range(begin + 1, end + 1)]
+            found += [most + each * (i - last) for i in range(last + 1, max(rows, _MOST) + 1)]
+            self._checks = checks = tuple(found)
         return checks[rows]
 
     def _measured(self) -> list[tuple[int, float]]:
@@ -201,13 +207,13 @@ class Habits:
         ):  # nothing is reckoned in a pause: a step may take half a millisecond
             return 0, self._expected
         cost = self.costs.sparse(self.share, read)
-        length, self._expected = best_length(most, self.accepted.rate, cost, self.costs.check)
+        length, self._expected = best_length(steady(self.accepted.rate, most), cost, self.costs.check)
         if self._expected > _WORTH:
             self._pause.end()
             return length, self._expected
         if not self._pause.over():
             return 0, self._expected
-        length, hoped = best_length(min(most, _TRIAL), 1.0, cost, self.costs.check)
+        length, hoped = best_length(steady(1.0, min(most, _TRIAL)), cost, self.costs.check)
         # Not even drafts that are always right would pay: by what was measured, which may be wrong by now.
         return (length if hoped > 1 or self._pause.length > _AGAIN else 0), self._expected
 
@@ -221,7 +227,7 @@ class Habits:
     def found_length(self, same: int, most: int, other: float) -> int:
         """Of a draft that followed `same` tokens before; 0 for none. `other`: gain of the sparse draft that could be made."""
         accepted, pause = self._found(same)
-        length, gains = best_length(most, accepted.rate, 0.0, self.costs.check)
+        length, gains = best_length(steady(accepted.rate, most), 0.0, self.costs.check)
         if gains > _WORTH:
             pause.end()
             return length if gains > other else 0
@@ -229,11 +235,8 @@ class Habits:
 
     def likely_length(self, chances: Sequence[float]) -> tuple[int, float]:
         """(length of a free draft or 0, its gain); `chances`: that a token of it and all before it are right."""
-        best, tokens = (0, _WORTH), 1.0
-        for length, chance in enumerate(chances, 1):
-            tokens += chance
-            best = max(best, (length, tokens / self.costs.check(length + 1)), key=lambda found: found[1])
-        return best if best[0] else (0, 0.0)
+        length, gain = best_length(chances, 0.0, self.costs.check)
+        return (length, gain) if gain > _WORTH else (0, 0.0)
 
     def learn_found(self, same: int, right: int, drafted: int) -> None:
         """Of `drafted` tokens that were looked up after `same` others the first `right` were kept."""

@@ -11,7 +11,7 @@ follows from the chances of its tokens (drafting.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 
 from ..bundle import phrases
@@ -24,6 +24,7 @@ _UNLIKELY = 0.1  # a draft as seldom right as that goes no further: a row of a c
 _DOUBT = Acceptance(0.2, 2.5)  # of a kind of find that was never seen
 _TRUST = 32.0  # tokens that what was counted in advance weighs, at most
 
+Run = tuple[int, ...]
 Kind = tuple[int, int, int]
 
 
@@ -40,45 +41,34 @@ class Table:
     """What follows every run of up to ORDER tokens in some answers."""
 
     def __init__(self, written: phrases.Phrases):
-        self._after: dict[tuple[int, ...], dict[int, int]] = {}
+        after: dict[tuple[int, ...], dict[int, int]] = {}
         self._rates: dict[Kind, Acceptance] = {}
         texts = written.texts()
         for text, lead in texts:
-            self._count(text, lead, 1)
+            _count(after, text, lead, 1)
         seen: dict[Kind, list[int]] = {}  # [right, of]
         for text, lead in texts:  # as if the others alone were known
-            self._count(text, lead, -1)
+            _count(after, text, lead, -1)
             for i in range(lead, len(text)):
-                if found := self._next(text[max(0, i - ORDER) : i]):
+                if found := _next(text[max(0, i - ORDER) : i], lambda run: _likeliest(run, after.get(run))):
                     counts = seen.setdefault(found[1], [0, 0])
                     counts[0] += found[0] == text[i]
                     counts[1] += 1
-            self._count(text, lead, 1)
+            _count(after, text, lead, 1)
+        self._likeliest = {run: _likeliest(run, found) for run, found in after.items()}
         for kind, (right, of) in seen.items():
             rate = (right + _DOUBT.rate * _DOUBT.weight) / (of + _DOUBT.weight)
             self._rates[kind] = Acceptance(rate, min(of + _DOUBT.weight, _TRUST))
 
-    def _count(self, text: list[int], lead: int, times: int) -> None:
-        for i in range(lead, len(text)):
-            for length in range(1, min(ORDER, i) + 1):
-                after = self._after.setdefault(tuple(text[i - length : i]), {})
-                after[text[i]] = after.get(text[i], 0) + times
-
-    def _next(self, end: Sequence[int]) -> tuple[int, Kind] | None:
-        for length in range(min(ORDER, len(end)), 0, -1):
-            after = self._after.get(tuple(end[-length:]))
-            if after and (total := sum(after.values())):
-                token = max(after, key=after.__getitem__)
-                return token, (min(length, _LONG), min(after[token], _OFTEN), _PARTS * after[token] // total)
-        return None
-
     def _rate(self, kind: Kind) -> Acceptance:
-        return self._rates.setdefault(kind, Acceptance(_DOUBT.rate, _DOUBT.weight))
+        if kind not in self._rates:
+            self._rates[kind] = Acceptance(_DOUBT.rate, _DOUBT.weight)
+        return self._rates[kind]
 
     def guess(self, text: Sequence[int], most: int, stop: Set[int]) -> Guess:
         """What may follow a text: at most `most` tokens, up to a stop id, and nothing that is hardly ever right."""
         out, end, chance = Guess(), list(text[-ORDER:]), 1.0
-        while len(out.tokens) < most and (found := self._next(end)):
+        while len(out.tokens) < most and (found := _next(end, self._likeliest.get)):
             token, kind = found
             chance *= self._rate(kind).rate
             if chance < _UNLIKELY:
@@ -95,3 +85,26 @@ class Table:
         """Of drafted tokens of these kinds the first `right` were right; what comes after a wrong one says nothing."""
         for i, kind in enumerate(kinds[: right + 1]):
             self._rate(kind).add(int(i < right), 1)
+
+
+def _count(after: dict[Run, dict[int, int]], text: list[int], lead: int, times: int) -> None:
+    for i in range(lead, len(text)):
+        for length in range(1, min(ORDER, i) + 1):
+            tokens = after.setdefault(tuple(text[i - length : i]), {})
+            tokens[text[i]] = tokens.get(text[i], 0) + times
+
+
+def _likeliest(run: Run, after: dict[int, int] | None) -> tuple[int, Kind] | None:
+    """The token that followed most often, and what kind of find that is; None where nothing did."""
+    if not after or not (total := sum(after.values())):
+        return None
+    token = max(after, key=after.__getitem__)
+    return token, (min(len(run), _LONG), min(after[token], _OFTEN), _PARTS * after[token] // total)
+
+
+def _next(end: Sequence[int], look_up: Callable[[Run], tuple[int, Kind] | None]) -> tuple[int, Kind] | None:
+    """What follows the longest run of tokens at the end of a text of which something is known."""
+    for length in range(min(ORDER, len(end)), 0, -1):
+        if found := look_up(tuple(end[-length:])):
+            return found
+    return None
