@@ -19,7 +19,7 @@ from cm_export.evals.tasks import easy_vqa
 from cm_export.host import guard
 from cm_export.host.drafting import Habits
 from cm_export.host.images import open_image
-from cm_export.host.phrases import ORDER, Table
+from cm_export.host.phrases import RUNS, Table
 from cm_export.host.runner import Budget, Runner
 from cm_export.host.sampling import PLAIN, Chooser
 
@@ -72,7 +72,7 @@ def test_a_draft_is_what_followed_its_longest_known_end_most_often(texts, end, m
     assert len(guess.tokens) == len(guess.kinds) == len(guess.chances) <= most
     text = list(end)
     for token, kind in zip(guess.tokens, guess.kinds, strict=True):
-        for length in range(min(ORDER, len(text)), 0, -1):
+        for length in (n for n in RUNS if n <= len(text)):
             after = [
                 t[i]
                 for t, lead in kept

@@ -18,7 +18,7 @@ from . import weights
 from .weights import WeightFile
 
 FILE = "phrases.safetensors"
-LEAD = 6  # tokens of a prompt, which the first tokens of an answer follow
+LEAD = 12  # tokens of a prompt, which the first tokens of an answer follow
 MOST = 1 << 15  # tokens that are kept; a guarded answer waits some .3 s for a table of them
 ARRAYS = ("answers", "answer_ends")
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from ..bundle import phrases
 from .drafting import Acceptance
 
-ORDER = phrases.LEAD  # tokens that a find follows, at most
+ORDER = phrases.LEAD  # tokens that a find follows, at most: they reach through the end of a chat template into the question
+RUNS = (ORDER, 8, 5, 3, 2, 1)  # how many tokens are looked up, the most first
 _LONG, _OFTEN = 3, 4  # a run as long, and a token as frequent as that are the same kind of find as any more
 _PARTS = 4  # into which "how often of all" is cut
 _UNLIKELY = 0.1  # a draft as seldom right as that goes no further: a row of a check costs more
@@ -89,7 +90,9 @@ class Table:
 
 def _count(after: dict[Run, dict[int, int]], text: list[int], lead: int, times: int) -> None:
     for i in range(lead, len(text)):
-        for length in range(1, min(ORDER, i) + 1):
+        for length in RUNS:
+            if length > i:
+                continue
             tokens = after.setdefault(tuple(text[i - length : i]), {})
             tokens[text[i]] = tokens.get(text[i], 0) + times
 
@@ -104,7 +107,5 @@ def _likeliest(run: Run, after: dict[int, int] | None) -> tuple[int, Kind] | Non
 
 def _next(end: Sequence[int], look_up: Callable[[Run], tuple[int, Kind] | None]) -> tuple[int, Kind] | None:
     """What follows the longest run of tokens at the end of a text of which something is known."""
-    for length in range(min(ORDER, len(end)), 0, -1):
-        if found := look_up(tuple(end[-length:])):
-            return found
-    return None
+    runs = (tuple(end[-length:]) for length in RUNS if length <= len(end))
+    return next((found for run in runs if (found := look_up(run))), None)

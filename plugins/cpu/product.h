@@ -11,8 +11,9 @@
 //         kTwoCodes        whether dot<8> is exact for every byte, so that one of two 4-bit codes can be multiplied as it is;
 //                          then `pairs` are the bytes of four rows, and upper(pairs) their upper codes times 16
 //
-// A single row of x is the common case of writing an answer: W is unpacked in registers. Several rows share a tile:
-// some groups of a panel are unpacked once, into a buffer that stays in a cache, and multiplied for every row.
+// A single row of x is the common case of writing an answer: W is unpacked in registers, and so it is for two to five where a byte
+// of two codes can be multiplied. Other numbers of rows share a tile: some groups of a panel are unpacked once, into a buffer that
+// stays in a cache, and multiplied for every row.
 // Every output is summed in the order of k, group by group, in both forms: results do not depend on who computes them.
 
 using Int = Isa::Int;
@@ -391,21 +392,79 @@ static CM_INLINE void blocks(const Tile& tile, const Rows& rows, int64_t g_begin
     }
 }
 
+constexpr int kDirectly = 5;  // rows up to which it is faster to unpack W again for every two or three of them than into a tile
+
+// y of n rows of x from `row` on += what a group of W adds, at one panel; = with `fresh`. `now`: where its listed rows of W are,
+// less the panel. Their sums fit into registers beside the codes of a quad.
+template <class I, int n>
+static CM_INLINE void add_directly(const Matrix& m, const Rows& rows, int row, int64_t g, int64_t panel, const uint8_t* const* now,
+                                   bool fresh, float* y, size_t stride) {
+    constexpr int kHalf = kRegisters / 2;
+    const size_t listed = rows.ids.size();
+    const int8_t* x = rows.codes_of(row) + rows.first[g] * kQuad;
+    const int quads = rows.first[g + 1] - rows.first[g];
+    const int64_t offset = panel * kPanel / 2;
+    Int sums[n][kRegisters];
+    for (int i = 0; i < n; ++i)
+        for (int r = 0; r < kRegisters; ++r) sums[i][r] = Isa::all(0);
+    for (int quad = 0; quad < quads; ++quad, now += kQuad, x += kQuad) {
+        Int both[kHalf], codes[n];
+        I::pairs(now[0] + offset, now[1] + offset, now[2] + offset, now[3] + offset, both);
+        for (int i = 0; i < n; ++i) codes[i] = Isa::quad(x + i * listed);
+        for (int r = 0; r < kHalf; ++r) {  // as add_quad does
+            const Int upper = I::upper(both[r]);
+            for (int i = 0; i < n; ++i) {
+                sums[i][r] = Isa::template dot<8>(sums[i][r], both[r], codes[i]);
+                sums[i][kHalf + r] = Isa::template dot<8>(sums[i][kHalf + r], upper, codes[i]);
+            }
+        }
+    }
+    for (int i = 0; i < n; ++i) part<I, 4>(sums[i]);
+    const uint16_t* scales = m.scale + (g * m.panels + panel) * kPanel;
+    for (int r = 0; r < kRegisters; ++r) {
+        const int output = r * Isa::kLanes;
+        const Int zeros = zeros_at<4>(m, g, panel * kPanel + output);
+        const Float scale = Isa::half(scales + output);
+        for (int i = 0; i < n; ++i) {
+            float* to = y + (row + i) * stride + output;
+            const Float factor = Isa::mul(scale, Isa::all(rows.scale[(row + i) * rows.groups + g]));
+            const Int sum = Isa::more(sums[i][r], taken_away<1>(zeros, rows, row + i, g));
+            Isa::store(to, Isa::fma(Isa::number(sum), factor, fresh ? Isa::all(0.0f) : Isa::load(to)));
+        }
+    }
+}
+
 // Few rows: memory decides, and long stretches of a row of W are read, group after group.
 template <int bits, int bytes>
 static void few_rows(const Matrix& m, const Rows& rows, Groups groups, int64_t first, const Span* spans, int count) {
+    constexpr bool kCanBeDirect = bits == 4 && Isa::kTwoCodes;
+    const bool is_direct = kCanBeDirect && rows.count <= kDirectly;
     static thread_local Tile tile;
     tile.reserve(m.group / kQuad, 1);
     for (int64_t g = groups.begin; g < groups.end; ++g) {
         const int begin = rows.first[g], end = rows.first[g + 1], next = rows.first[std::min(g + 2, groups.end)];
         if (begin == end) continue;
+        const uint8_t* now[kMaxGroup];
+        for (int i = 0; i < (is_direct ? end - begin : 0) * kQuad; ++i)
+            now[i] = m.codes + static_cast<size_t>(rows.ids[begin * kQuad + i]) * m.row_bytes();
         for (const Span* span = spans; span != spans + count; ++span)
             for (int64_t panel = span->begin; panel < span->end; ++panel) {
                 const Piece<bits> later = Piece<bits>{m, rows.ids.data(), begin, end, panel}.later(spans, count, span, next);
+                float* y = span->y + (panel - span->begin) * kPanel;
                 later.ask_for(0);
+                if constexpr (kCanBeDirect) {
+                    if (is_direct) {
+                        int row = 0;
+                        for (; rows.count - row == 3 || rows.count - row == 5; row += 3)
+                            add_directly<Isa, 3>(m, rows, row, g, panel, now, g == first, y, span->stride);
+                        for (; row < rows.count; row += 2)
+                            add_directly<Isa, 2>(m, rows, row, g, panel, now, g == first, y, span->stride);
+                        later.ask_for(1);
+                        continue;
+                    }
+                }
                 fill<bits>(tile, m, rows, g, g + 1, panel);
                 later.ask_for(1);
-                float* y = span->y + (panel - span->begin) * kPanel;
                 blocks<Isa::kRows / bytes, Isa::kColumns>(tile, rows, g, 0, rows.count, y, span->stride,
                                                           [&](const auto& block) { block.template add_one<bits, bytes>(g == first); });
             }
