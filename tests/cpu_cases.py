@@ -239,6 +239,22 @@ def ffn(
     )  # fmt: skip
 
 
+def residual_norm(rows: int, width: int, seed: int = 0) -> Call:
+    """Sums of numbers of all sizes: squares of a row lie up to eight orders apart."""
+    rng = np.random.default_rng(seed)
+    x, added = (
+        (rng.standard_normal((1, rows, width)) * 10 ** rng.uniform(-2, 2, width)).astype(np.float32) for _ in "xa"
+    )
+    weight = rng.standard_normal(width).astype(np.float32)
+    total = x.astype(np.float64) + added
+    y = total / np.sqrt((total**2).mean(-1, keepdims=True) + 1e-5) * weight
+    sizes = np.abs(x).astype(np.float64) + np.abs(added)  # of which the sum is rounded
+    y_bound = FLOAT32 * (np.abs(y) + sizes * np.abs(np.divide(y, total, out=np.zeros_like(y), where=total != 0)))
+    expected, bound = (np.concatenate([a.ravel() for a in two]) for two in ((y, total), (y_bound, FLOAT32 * sizes)))
+    inputs = {"x": x, "added": added, "weight": weight}
+    return Call("ResidualNorm", {"epsilon": 1e-5}, inputs, expected, bound, constants=("weight",), outputs=("y", "sum"))
+
+
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": TensorProto.UINT8}
 TYPES |= {"int64": TensorProto.INT64, "int32": TensorProto.INT32, "bool": TensorProto.BOOL}
 
@@ -263,7 +279,7 @@ def model(call: Call) -> bytes:
         if n not in call.constants
     ]
     stored = [onnx.numpy_helper.from_array(call.inputs[n], n) for n in call.constants]
-    rank = {"y": 4 if call.op == "PromptAttention" else 3}
+    rank = {"y": 4 if call.op == "PromptAttention" else 3, "sum": 3}
     kinds = {
         f"present_{n}": TYPES[str(call.inputs[f"past_{n}"].dtype)]
         for n in ("key", "value")

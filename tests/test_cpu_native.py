@@ -13,7 +13,7 @@ import pytest
 from cpu_attention_cases import CASES
 from cpu_attention_cases import attention as attention_of
 from cpu_builds import answers, folder, linked, objects
-from cpu_cases import Sizes, ffn, matmul
+from cpu_cases import Sizes, ffn, matmul, residual_norm
 from cpu_prompt_cases import CASES as PROMPTS
 from cpu_prompt_cases import prompt
 
@@ -30,9 +30,12 @@ CALLS = [
     ffn(Sizes(B=2, zeros=True, N=300, group=64), bits_out=8, group_out=64),
     ffn(Sizes(S=19, K=40, bits=8), bits_out=32, seed=1),
     ffn(Sizes(S=1, K=40, bits=32), "gelu", bits_out=4, seed=2),
+    residual_norm(1, 33), residual_norm(3, 16, seed=1),
     *(attention_of(sizes, seed) for seed, sizes in enumerate(CASES)),
     *(prompt(sizes, seed) for seed, sizes in enumerate(PROMPTS) if not sizes.pad),
 ]  # fmt: skip
+OPS = ("ops.cpp", "attention.cpp", "prompt.cpp", "norm.cpp")
+ALL_OPS = tuple((file, ("-O0",)) for file in OPS)
 # Not optimised, and checks as calls: compiling takes longer than the calls.
 QUICKLY = ("-O0", "-g1", "--param", "asan-instrumentation-with-call-threshold=0")
 SANITIZERS = (*QUICKLY, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
@@ -50,17 +53,14 @@ def checked(run, **how) -> list:
 
 @functools.cache
 def sanitized():
-    flags = {f: SANITIZERS for f in ("ops.cpp", "attention.cpp", "prompt.cpp", "portable.cpp")} | {
-        f: ADDRESS for f in ("amx.cpp", "avx512.cpp", "avx2.cpp")
-    }
-    if platform.machine() != "x86_64":
-        flags = {f: SANITIZERS for f in ("ops.cpp", "attention.cpp", "prompt.cpp", "portable.cpp")}
+    flags = dict.fromkeys((*OPS, "portable.cpp"), SANITIZERS)
+    if platform.machine() == "x86_64":
+        flags |= dict.fromkeys(("amx.cpp", "avx512.cpp", "avx2.cpp"), ADDRESS)
     kernels = ("kAmx", "kAvx512", "kAvxVnni", "kAvx2")[: 4 if "avx2.cpp" in flags else 0]
     made = objects("sanitized", (*kernels, "kPortable"), tuple(flags.items()))
     return linked(made.values(), folder() / "sanitized" / "run", SANITIZERS)
 
 
-ALL_OPS = tuple((file, ("-O0",)) for file in ("ops.cpp", "attention.cpp", "prompt.cpp"))
 PLAIN = (*ALL_OPS, ("portable.cpp", ("-O0",)))
 ARM = (*ALL_OPS, ("neon.cpp", ("-O0", "-DCM_NEON_IN_PLAIN_CPP")))
 

@@ -79,6 +79,11 @@ SIZES = [
     Sizes(share=0.03),
     Sizes(B=3, S=1),
     Sizes(B=2, S=2, zeros=True, bits=8),
+    Sizes(S=2, K=200, N=257, group=64, zeros=True),
+    Sizes(S=3, K=33, share=1),
+    Sizes(S=4, K=390, N=140, group=128, zeros=True),
+    Sizes(S=5, K=520, N=300, zeros=True, share=1),
+    Sizes(S=5, N=300, share=0.5),
     Sizes(S=16, zeros=True),
     Sizes(S=17, bits=8),
     Sizes(S=17, bits=8, x_bytes=2, zeros=True),
@@ -209,7 +214,8 @@ def test_tiny_and_huge_numbers_of_x_stay_within_the_bound(size):
 
 def test_a_row_has_the_same_answer_alone_and_among_others_whoever_computes_it():
     two_bytes = Sizes(S=40, K=290, N=300, zeros=True, bits=8, x_bytes=2)
-    for sizes in (Sizes(S=40, K=290, N=300, zeros=True), Sizes(S=40, bits=8), Sizes(S=300, bits=32), two_bytes):
+    few = [Sizes(S=n, K=290, N=300, zeros=True) for n in (2, 3, 4, 5, 6)]
+    for sizes in (*few, Sizes(S=40, K=290, N=300, zeros=True), Sizes(S=40, bits=8), Sizes(S=300, bits=32), two_bytes):
         call = matmul(sizes)
         together = run(call)
         assert np.array_equal(together, run(call, threads=2))

@@ -15,7 +15,7 @@ from test_cpu_native import ALL_OPS, ARM, CALLS, PLAIN, usable
 from cm_export.plugins.cpu import build
 
 PRODUCT, QUANTISE, OPS, ACTIVATE, KERNELS = "product.h", "quantise.h", "ops.cpp", "activate.h", "kernels.h"
-ATTEND, CACHE, PROMPT = "attention.h", "attention.cpp", "prompt.cpp"
+ATTEND, CACHE, PROMPT, ROWS, NORM = "attention.h", "attention.cpp", "prompt.cpp", "rows.h", "norm.cpp"
 EACH_GROUP = "const int last_quad = rows.first[groups.end];\n    for (int64_t g = groups.begin; g < groups.end; ++g) {"
 EACH_ROW = "for (int row = 0; row < rows.count; ++row)\n"
 FIRST_ROW = EACH_ROW.replace("rows.count", "1")
@@ -49,13 +49,19 @@ SHARED = {  # what is wrong: (file, right, wrong)
     "x of the first quads": (PRODUCT, "ids.size() + (pass.quad + q) * kQuad", "ids.size() + q * kQuad"),
     "rows of the first quads": (PRODUCT, "bits>(now + q * kQuad,", "bits>(now,"),
     "the last part of the inputs": (OPS, "m.groups() * (part + 1) / parts,", "m.groups() * (part + 1) / (parts + 1),"),
-    "what a part adds": (OPS, "sum[i] += more[i];", "sum[i] = more[i];"),
-    "the row that a part adds to": (OPS, "sum_of(partial.data() + row * stride,", "sum_of(partial.data(),"),
+    "what a part adds": (ROWS, "all = Isa::more(all, Isa::load(", "all = (Isa::load("),
+    "the rest of what a part adds": (ROWS, "sum[i] += parts[part * apart + i];", "sum[i] += 0;"),
+    "the row that a part adds to": (OPS, "k.add_parts(partial.data() + row * stride,", "k.add_parts(partial.data(),"),
+    "groups before the last one": (PRODUCT, "pass.fresh ? Isa::all(0.0f) : Isa::load(y + output);", "Isa::all(0.0f);"),
+    "groups before the last one of several rows": (PRODUCT, "fresh ? Isa::all(0.0f) : Isa::load(at(i, c));", "Isa::all(0.0f);"),
+    "the last quad of all inputs": (OPS, "k < m.inputs ? k : (quads - 1) * kQuad", "k < m.inputs ? k : 0"),
+    "squares of the first numbers": (ROWS, "squares[lane] += sum[i] * sum[i];", "squares[lane] = sum[i] * sum[i];"),
+    "sums of another row": (NORM, "(added.data) + at", "(added.data)"),
     "the row of gates that a part adds to": (OPS, "partial.data() + row * stride + span.begin", "partial.data() + span.begin"),
     "what a part adds with many rows": (PRODUCT, "to_y ? Isa::more", "!to_y ? Isa::more"),
     "where up is summed": (OPS, "from + half * kPanel, parts", "from, parts"),
     "the end of a list": (OPS, "end += kPlaces.count[bits];", "end += 8;"),
-    "y not cleared": (PRODUCT, "0, (span->end - span->begin) * kPanel * sizeof(float));", "0, sizeof(float));"),
+    "y not cleared": (PRODUCT, "0, (span->end - span->begin) * kPanel * sizeof(float));", "0, 0);"),
     "filled up numbers count": (QUANTISE, "ids[i] == ids[numbers - kQuad]; --i) out[i] = 0;", "false; --i) out[i] = 0;"),
     "filled up floats count": (QUANTISE, "ids[i] == ids[numbers - kQuad]; --i) out[i] = 0.0f;", "false; --i) out[i] = 0.0f;"),
     "a full group taken for granted": (QUANTISE, FULL, "numbers == group"),
@@ -111,6 +117,7 @@ MORE = [
     matmul(Sizes(K=128, N=256, share=0.95, bits=8), 4), matmul(Sizes(K=64, N=8, share=0.5, zeros=True, S=2, B=2), 5),
     matmul(Sizes(K=520, N=129, zeros=True), 6), matmul(Sizes(K=520, N=129, S=2), 7), ffn(Sizes(N=300, zeros=True), seed=8),
     ffn(Sizes(K=520, N=129, S=2, zeros=True), seed=9), ffn(Sizes(K=520, N=129, S=19), seed=10),
+    matmul(Sizes(K=520, N=129, share=0), 11),
     attention(Attention(B=2, N=3, turned="whole", rotary=8, past=80, shared=True)),
 ]  # fmt: skip
 
@@ -154,7 +161,8 @@ QUICK = {
     "where up is summed", "what is not kept sets the scale", "numbers past the end of x", "threshold of the first request",
     "up taken for gate", "keys that a neighbour sees",
     "slope of an activation", "scratch of all calls", "scale of the first numbers of a row", "halves are cut instead of rounded",
-    "AMX: zero points", "AVX-512: upper codes of one row", "AVX2: signs of x", "ARM: zero points of 8 bits",
+    "AMX: zero points", "AVX-512: upper codes of one row", "AVX-512: x of the first of a few rows",
+    "AVX2: signs of x", "ARM: zero points of 8 bits",
     "ARM: order of lanes",
 }  # fmt: skip
 
@@ -183,6 +191,11 @@ ONE_FILE = {
     "AVX-512: upper codes": ("avx512-vnni", "avx512.h", "_mm512_srli_epi16(both, 4)", "both"),
     "AVX-512: upper codes of one row": ("avx512-vnni", "avx512.h", "_mm512_srai_epi32(v, 4)", "v"),
     "AVX-512: bytes of two codes": ("avx512-vnni", "avx512.h", "_mm512_sub_epi32(a, b)", "a"),
+    "AVX-512: x of the first of a few rows": ("avx512-vnni", PRODUCT, "Isa::quad(x + i * listed);", "Isa::quad(x);"),
+    "AVX-512: groups before the last one of a few rows": (
+        "avx512-vnni", PRODUCT, "fresh ? Isa::all(0.0f) : Isa::load(to)", "Isa::all(0.0f)"
+    ),
+    "AVX-512: the last of a few rows": ("avx512-vnni", PRODUCT, "row < rows.count; row += 2", "row + 2 < rows.count; row += 2"),
     "AVX-512: second half of 8 bits": ("avx512-vnni", "avx512.h", "p2 + 64, p3 + 64", "p2, p3 + 64"),
     "AVX2: products that do not fit": ("avx2", "avx2.cpp", "if constexpr (bits == 4) {  // 2", "if constexpr (true) {  // 2"),
     "AVX-512: halves are cut": ("avx512-vnni", "avx512.h", "_MM_FROUND_TO_NEAREST_INT", "_MM_FROUND_TO_ZERO"),

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from cm_export.host.drafting import SHARES, Acceptance, Costs, Habits, best_length, steady
 from cm_export.host.repeats import Repeats
 
-
 CHECK = 1.15
 
 

@@ -75,7 +75,7 @@ def steady(rate: float, most: int) -> Iterator[float]:
 def best_length(chances: Iterable[float], cost: float, check: Callable[[int], float]) -> tuple[int, float]:
     """The length with the largest gain, and that gain; below 1 drafts cost more than they give.
 
-    `chances`: that the first one, two, ... tokens of the draft are right; `cost`: of drafting one; `check`: of a pass over so many.
+    `chances`: that the first one, two, ... tokens of a draft are right; `cost`: of drafting one; `check`: of a pass over so many.
     """
     best, most, tokens = 0, 0.0, 1.0
     for length, chance in enumerate(chances, 1):

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from ..bundle import phrases
 from .drafting import Acceptance
 
-ORDER = phrases.LEAD  # tokens that a find follows, at most: they reach through the end of a chat template into the question
+# Tokens that a find follows, at most: they reach through the end of a chat template into the question.
+ORDER = phrases.LEAD
 RUNS = (ORDER, 8, 5, 3, 2, 1)  # how many tokens are looked up, the most first
 _LONG, _OFTEN = 3, 4  # a run as long, and a token as frequent as that are the same kind of find as any more
 _PARTS = 4  # into which "how often of all" is cut
