@@ -18,7 +18,7 @@ from cm_export.evals.tasks import easy_vqa
 from cm_export.evals.weights_read import Steps, of_dense
 from cm_export.host import guard
 from cm_export.host.decode import Reader, decode
-from cm_export.host.drafting import CHECK, Costs, Habits
+from cm_export.host.drafting import Costs, Habits
 from cm_export.host.images import open_image
 from cm_export.host.runner import Budget, Runner
 from cm_export.host.sampling import PLAIN, Chooser
@@ -172,7 +172,7 @@ def test_requests_of_unequal_shares_decode_together_as_alone(runner, asked):
 def cheap(runner, monkeypatch):
     """Sparse steps cost what they read and a check one step, as in a model of real size; nothing is known of drafts yet."""
     monkeypatch.setattr(Costs, "known", True)
-    monkeypatch.setattr(Costs, "check", lambda self, rows: CHECK)
+    monkeypatch.setattr(Costs, "check", lambda self, rows: 1.15)
     monkeypatch.setattr(Costs, "sparse", lambda self, share, read: read())
     monkeypatch.setattr(runner, "habits", Habits())
 

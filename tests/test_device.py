@@ -169,7 +169,7 @@ def test_a_device_gets_no_op_of_the_cpu(demo_bundle):
         backend = Backend(bundle.graph, bundle.weights, 1, low_bits=low_bits, heads=bundle.shape.heads, place=place)
         model, _ = backend._prepared(bundle.graph("decode"), ("decode", True, False, True))
         found = {n.op_type for n in model.graph.node if n.domain == library.DOMAIN}
-        assert found == ({"CachedAttention", "PackedFFN", "PackedMatMul"} if there else set())
+        assert found == ({"CachedAttention", "PackedFFN", "PackedMatMul", "ResidualNorm"} if there else set())
 
 
 def test_later_questions_and_the_guard_work_on_a_device(whole_bundle, monkeypatch):
