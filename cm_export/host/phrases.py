@@ -11,7 +11,7 @@ follows from the chances of its tokens (drafting.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 
 from ..bundle import phrases
@@ -28,6 +28,8 @@ _TRUST = 32.0  # tokens that what was counted in advance weighs, at most
 
 Run = tuple[int, ...]
 Kind = tuple[int, int, int]
+Counts = dict[int, int]  # token -> how often it followed a run
+Place = tuple[int, list[tuple[int, Counts]]]  # a token, and the runs before it: their lengths, what followed them
 
 
 @dataclass
@@ -43,24 +45,41 @@ class Table:
     """What follows every run of up to ORDER tokens in some answers."""
 
     def __init__(self, written: phrases.Phrases):
-        after: dict[tuple[int, ...], dict[int, int]] = {}
+        self._after: dict[Run, Counts] = {}
+        self._likeliest: dict[Run, tuple[int, Kind]] = {}  # those that were looked up
         self._rates: dict[Kind, Acceptance] = {}
-        texts = written.texts()
-        for text, lead in texts:
-            _count(after, text, lead, 1)
+        texts = [self._places(text, lead) for text, lead in written.texts()]
+        _count((place for text in texts for place in text), 1)
         seen: dict[Kind, list[int]] = {}  # [right, of]
-        for text, lead in texts:  # as if the others alone were known
-            _count(after, text, lead, -1)
-            for i in range(lead, len(text)):
-                if found := _next(text[max(0, i - ORDER) : i], lambda run: _likeliest(run, after.get(run))):
+        for text in texts:  # as if the others alone were known
+            _count(text, -1)
+            for token, runs in text:
+                if found := next(filter(None, (_likeliest(*run) for run in runs)), None):
                     counts = seen.setdefault(found[1], [0, 0])
-                    counts[0] += found[0] == text[i]
+                    counts[0] += found[0] == token
                     counts[1] += 1
-            _count(after, text, lead, 1)
-        self._likeliest = {run: _likeliest(run, found) for run, found in after.items()}
+            _count(text, 1)
         for kind, (right, of) in seen.items():
             rate = (right + _DOUBT.rate * _DOUBT.weight) / (of + _DOUBT.weight)
             self._rates[kind] = Acceptance(rate, min(of + _DOUBT.weight, _TRUST))
+
+    def _places(self, text: list[int], lead: int) -> list[Place]:
+        """Of each token of an answer the runs before it, the longest first."""
+        return [
+            (text[i], [(n, self._after.setdefault(tuple(text[i - n : i]), {})) for n in RUNS if n <= i])
+            for i in range(lead, len(text))
+        ]
+
+    def _next(self, end: Sequence[int]) -> tuple[int, Kind] | None:
+        """What follows the longest run of tokens at the end of a text of which something is known."""
+        for length in RUNS:
+            run = tuple(end[-length:])
+            found = self._likeliest.get(run)
+            if found is None and run in self._after and (found := _likeliest(len(run), self._after[run])):
+                self._likeliest[run] = found
+            if found:
+                return found
+        return None
 
     def _rate(self, kind: Kind) -> Acceptance:
         if kind not in self._rates:
@@ -70,7 +89,7 @@ class Table:
     def guess(self, text: Sequence[int], most: int, stop: Set[int]) -> Guess:
         """What may follow a text: at most `most` tokens, up to a stop id, and nothing that is hardly ever right."""
         out, end, chance = Guess(), list(text[-ORDER:]), 1.0
-        while len(out.tokens) < most and (found := _next(end, self._likeliest.get)):
+        while len(out.tokens) < most and (found := self._next(end)):
             token, kind = found
             chance *= self._rate(kind).rate
             if chance < _UNLIKELY:
@@ -89,24 +108,17 @@ class Table:
             self._rate(kind).add(int(i < right), 1)
 
 
-def _count(after: dict[Run, dict[int, int]], text: list[int], lead: int, times: int) -> None:
-    for i in range(lead, len(text)):
-        for length in RUNS:
-            if length > i:
-                continue
-            tokens = after.setdefault(tuple(text[i - length : i]), {})
-            tokens[text[i]] = tokens.get(text[i], 0) + times
+def _count(places: Iterable[Place], times: int) -> None:
+    """Every token once more behind each run before it, or once less."""
+    for token, runs in places:
+        for _, counts in runs:
+            counts[token] = counts.get(token, 0) + times
 
 
-def _likeliest(run: Run, after: dict[int, int] | None) -> tuple[int, Kind] | None:
-    """The token that followed most often, and what kind of find that is; None where nothing did."""
-    if not after or not (total := sum(after.values())):
+def _likeliest(length: int, counts: Counts) -> tuple[int, Kind] | None:
+    """The token that followed a run of that length most often, and what kind of find that is; None where nothing did."""
+    total = sum(counts.values())
+    if not total:
         return None
-    token = max(after, key=after.__getitem__)
-    return token, (min(len(run), _LONG), min(after[token], _OFTEN), _PARTS * after[token] // total)
-
-
-def _next(end: Sequence[int], look_up: Callable[[Run], tuple[int, Kind] | None]) -> tuple[int, Kind] | None:
-    """What follows the longest run of tokens at the end of a text of which something is known."""
-    runs = (tuple(end[-length:]) for length in RUNS if length <= len(end))
-    return next((found for run in runs if (found := look_up(run))), None)
+    token = max(counts, key=counts.__getitem__)
+    return token, (min(length, _LONG), min(counts[token], _OFTEN), _PARTS * counts[token] // total)
