@@ -11,7 +11,7 @@
 //         kTwoCodes        whether dot<8> is exact for every byte, so that one of two 4-bit codes can be multiplied as it is;
 //                          then `pairs` are the bytes of four rows, and upper(pairs) their upper codes times 16
 //
-// A single row of x is the common case of writing an answer: W is unpacked in registers, and so it is for two to five where a byte
+// A single row of x is the common case of writing an answer: W is unpacked in registers, and so it is for two to four where a byte
 // of two codes can be multiplied. Other numbers of rows share a tile: some groups of a panel are unpacked once, into a buffer that
 // stays in a cache, and multiplied for every row.
 // Every output is summed in the order of k, group by group, in both forms: results do not depend on who computes them.
@@ -392,7 +392,7 @@ static CM_INLINE void blocks(const Tile& tile, const Rows& rows, int64_t g_begin
     }
 }
 
-constexpr int kDirectly = 5;  // rows up to which it is faster to unpack W again for every two or three of them than into a tile
+constexpr int kDirectly = 4;  // rows up to which it is faster to unpack W again for every two or three of them than into a tile
 
 // y of n rows of x from `row` on += what a group of W adds, at one panel; = with `fresh`. `now`: where its listed rows of W are,
 // less the panel. Their sums fit into registers beside the codes of a quad.
@@ -454,11 +454,12 @@ static void few_rows(const Matrix& m, const Rows& rows, Groups groups, int64_t f
                 later.ask_for(0);
                 if constexpr (kCanBeDirect) {
                     if (is_direct) {
-                        int row = 0;
-                        for (; rows.count - row == 3 || rows.count - row == 5; row += 3)
-                            add_directly<Isa, 3>(m, rows, row, g, panel, now, g == first, y, span->stride);
-                        for (; row < rows.count; row += 2)
-                            add_directly<Isa, 2>(m, rows, row, g, panel, now, g == first, y, span->stride);
+                        if (rows.count == 3) {
+                            add_directly<Isa, 3>(m, rows, 0, g, panel, now, g == first, y, span->stride);
+                        } else {
+                            for (int row = 0; row < rows.count; row += 2)
+                                add_directly<Isa, 2>(m, rows, row, g, panel, now, g == first, y, span->stride);
+                        }
                         later.ask_for(1);
                         continue;
                     }
