@@ -114,8 +114,8 @@ struct Vector {
 
 struct Isa : Vector {};
 #include "product.h"
-#include "rows.h"
 #include "attention.h"
+#include "rows.h"
 
 }  // namespace cm::cpu::avx2
 CM_TARGET_END

@@ -17,8 +17,8 @@ namespace cm::cpu::avx512 {
 #include "quantise.h"
 #include "activate.h"
 #include "product.h"
-#include "rows.h"
 #include "attention.h"
+#include "rows.h"
 
 }  // namespace cm::cpu::avx512
 CM_TARGET_END

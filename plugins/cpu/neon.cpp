@@ -31,8 +31,8 @@ static CM_INLINE int32x4_t dot_of_bytes(int32x4_t sums, int8x16_t w, int8x16_t x
 #include "activate.h"
 #include "neon.h"
 #include "product.h"
-#include "rows.h"
 #include "attention.h"
+#include "rows.h"
 
 }  // namespace cm::cpu::neon
 

@@ -18,13 +18,13 @@ struct ResidualNorm {
     static constexpr size_t kRequired = 3;
     static constexpr ort::ElementType kOutputs[] = {ort::kFloat, ort::kFloat};
     float epsilon;
-    Tensor known;  // the weight, where it is a constant
-    bool is_known;
+    MaybeConstant of_weight;
 
-    explicit ResidualNorm(const ort::Info* info) : epsilon(number(info, kName, "epsilon")), is_known(constant(info, 2, known)) {}
+    explicit ResidualNorm(const ort::Info* info) : epsilon(number(info, kName, "epsilon")), of_weight(info, 2) {}
 
     void compute(ort::Context* context) {
-        const Tensor x = input(context, 0), added = input(context, 1), weight = is_known ? known : input(context, 2);
+        Tensor read;
+        const Tensor x = input(context, 0), added = input(context, 1), &weight = of_weight.of(context, read);
         if (x.shape.empty() || added.shape != x.shape)
             fail(kName, text_of(added.shape) + " is added to " + text_of(x.shape));
         const int64_t width = x.shape.back();

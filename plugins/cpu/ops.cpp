@@ -135,13 +135,13 @@ struct Selection {
 class Selecting {
 public:
     Selecting(const ort::Info* info, const char* op, size_t norm_index, size_t threshold_index)
-        : op_(op), norm_index_(norm_index), threshold_index_(threshold_index), is_known_(constant(info, norm_index, known_)) {}
+        : op_(op), norm_index_(norm_index), threshold_index_(threshold_index), norm_(info, norm_index) {}
 
     Selection of(const ort::Context* context, int64_t inputs, int64_t requests, int64_t rows_of_a_request) const {
         Selection s;
         s.rows_of_a_request = rows_of_a_request;
-        if (is_known_ && known_.count() == 0) return s;
-        const Tensor norm = is_known_ ? known_ : input(context, norm_index_);
+        Tensor read;
+        const Tensor& norm = norm_.of(context, read);
         if (norm.count() == 0) return s;
         const Tensor threshold = input(context, threshold_index_);
         if (norm.count() != inputs)
@@ -157,8 +157,7 @@ public:
 private:
     const char* op_;
     size_t norm_index_, threshold_index_;
-    Tensor known_;
-    bool is_known_;
+    MaybeConstant norm_;
 };
 
 // ---------------------------------------------------------------- products

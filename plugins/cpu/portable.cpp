@@ -133,8 +133,8 @@ struct Isa {
 #include "quantise.h"
 #include "activate.h"
 #include "product.h"
-#include "rows.h"
 #include "attention.h"
+#include "rows.h"
 
 }  // namespace cm::cpu::portable
 

@@ -104,22 +104,31 @@ struct Pass {
     bool first, last, fresh;
 };
 
-// sums of a panel += four rows of W * x. Where a byte of two codes is multiplied as it is, low + 16 high, a second product
-// has the upper codes alone, times 16: cheaper than to part the codes before.
-template <class I, int bits>
-static CM_INLINE void add_quad(const uint8_t* const* rows, int64_t offset, Int x, Int* sums) {
+// y += sums * factor; = with `fresh`
+static CM_INLINE void give(Int sums, Float factor, bool fresh, float* y) {
+    Isa::store(y, Isa::fma(Isa::number(sums), factor, fresh ? Isa::all(0.0f) : Isa::load(y)));
+}
+
+// sums of a panel += four rows of W * x, of n rows of x. Where a byte of two codes is multiplied as it is, low + 16 high, a second
+// product has the upper codes alone, times 16: cheaper than to part the codes before.
+template <class I, int bits, int n>
+static CM_INLINE void add_quad(const uint8_t* const* rows, int64_t offset, const Int* x, Int (*sums)[kRegisters]) {
     constexpr int kHalf = kRegisters / 2;
     if constexpr (bits == 4 && I::kTwoCodes) {
         Int both[kHalf];
         I::pairs(rows[0] + offset, rows[1] + offset, rows[2] + offset, rows[3] + offset, both);
         for (int r = 0; r < kHalf; ++r) {
-            sums[r] = I::template dot<8>(sums[r], both[r], x);
-            sums[kHalf + r] = I::template dot<8>(sums[kHalf + r], I::upper(both[r]), x);
+            const Int upper = I::upper(both[r]);
+            for (int i = 0; i < n; ++i) {
+                sums[i][r] = I::template dot<8>(sums[i][r], both[r], x[i]);
+                sums[i][kHalf + r] = I::template dot<8>(sums[i][kHalf + r], upper, x[i]);
+            }
         }
     } else {
         Int w[kRegisters];
         unpack<bits>(rows, offset, w);
-        for (int r = 0; r < kRegisters; ++r) sums[r] = I::template dot<bits>(sums[r], w[r], x);
+        for (int r = 0; r < kRegisters; ++r)
+            for (int i = 0; i < n; ++i) sums[i][r] = I::template dot<bits>(sums[i][r], w[r], x[i]);
     }
 }
 
@@ -164,7 +173,7 @@ static CM_INLINE void stretch(const Matrix& m, const Rows& rows, const Pass& pas
         Int of[kRegisters];
         for (int r = 0; r < kRegisters; ++r) of[r] = pass.first ? Isa::all(0) : kept[r];
         if constexpr (bytes == 1) {
-            for (int q = 0; q < quads; ++q) ask_for(q), add_quad<Isa, bits>(now + q * kQuad, panel * kBytes, x[0][q], of);
+            for (int q = 0; q < quads; ++q) ask_for(q), add_quad<Isa, bits, 1>(now + q * kQuad, panel * kBytes, &x[0][q], &of);
         } else {
             Int high[kRegisters];
             for (int r = 0; r < kRegisters; ++r) high[r] = Isa::all(0);
@@ -181,9 +190,7 @@ static CM_INLINE void stretch(const Matrix& m, const Rows& rows, const Pass& pas
         for (int r = 0; r < kRegisters; ++r) {
             const int64_t output = r * Isa::kLanes;
             const Int zeros = taken_away<bytes>(zeros_at<bits>(m, pass.g, panel * kPanel + output), rows, 0, pass.g);
-            const Float s = Isa::mul(Isa::half(scale + output), x_scale);
-            const Float before = pass.fresh ? Isa::all(0.0f) : Isa::load(y + output);
-            Isa::store(y + output, Isa::fma(Isa::number(Isa::more(of[r], zeros)), s, before));
+            give(Isa::more(of[r], zeros), Isa::mul(Isa::half(scale + output), x_scale), pass.fresh, y + output);
         }
     }
 }
@@ -396,40 +403,30 @@ constexpr int kDirectly = 4;  // rows up to which it is faster to unpack W again
 
 // y of n rows of x from `row` on += what a group of W adds, at one panel; = with `fresh`. `now`: where its listed rows of W are,
 // less the panel. Their sums fit into registers beside the codes of a quad.
-template <class I, int n>
+template <int n>
 static CM_INLINE void add_directly(const Matrix& m, const Rows& rows, int row, int64_t g, int64_t panel, const uint8_t* const* now,
                                    bool fresh, float* y, size_t stride) {
-    constexpr int kHalf = kRegisters / 2;
     const size_t listed = rows.ids.size();
     const int8_t* x = rows.codes_of(row) + rows.first[g] * kQuad;
     const int quads = rows.first[g + 1] - rows.first[g];
-    const int64_t offset = panel * kPanel / 2;
     Int sums[n][kRegisters];
     for (int i = 0; i < n; ++i)
         for (int r = 0; r < kRegisters; ++r) sums[i][r] = Isa::all(0);
     for (int quad = 0; quad < quads; ++quad, now += kQuad, x += kQuad) {
-        Int both[kHalf], codes[n];
-        I::pairs(now[0] + offset, now[1] + offset, now[2] + offset, now[3] + offset, both);
+        Int codes[n];
         for (int i = 0; i < n; ++i) codes[i] = Isa::quad(x + i * listed);
-        for (int r = 0; r < kHalf; ++r) {  // as add_quad does
-            const Int upper = I::upper(both[r]);
-            for (int i = 0; i < n; ++i) {
-                sums[i][r] = Isa::template dot<8>(sums[i][r], both[r], codes[i]);
-                sums[i][kHalf + r] = Isa::template dot<8>(sums[i][kHalf + r], upper, codes[i]);
-            }
-        }
+        add_quad<Isa, 4, n>(now, panel * kPanel / 2, codes, sums);
     }
-    for (int i = 0; i < n; ++i) part<I, 4>(sums[i]);
+    for (int i = 0; i < n; ++i) part<Isa, 4>(sums[i]);
     const uint16_t* scales = m.scale + (g * m.panels + panel) * kPanel;
     for (int r = 0; r < kRegisters; ++r) {
         const int output = r * Isa::kLanes;
         const Int zeros = zeros_at<4>(m, g, panel * kPanel + output);
         const Float scale = Isa::half(scales + output);
         for (int i = 0; i < n; ++i) {
-            float* to = y + (row + i) * stride + output;
             const Float factor = Isa::mul(scale, Isa::all(rows.scale[(row + i) * rows.groups + g]));
             const Int sum = Isa::more(sums[i][r], taken_away<1>(zeros, rows, row + i, g));
-            Isa::store(to, Isa::fma(Isa::number(sum), factor, fresh ? Isa::all(0.0f) : Isa::load(to)));
+            give(sum, factor, fresh, y + (row + i) * stride + output);
         }
     }
 }
@@ -455,10 +452,10 @@ static void few_rows(const Matrix& m, const Rows& rows, Groups groups, int64_t f
                 if constexpr (kCanBeDirect) {
                     if (is_direct) {
                         if (rows.count == 3) {
-                            add_directly<Isa, 3>(m, rows, 0, g, panel, now, g == first, y, span->stride);
+                            add_directly<3>(m, rows, 0, g, panel, now, g == first, y, span->stride);
                         } else {
                             for (int row = 0; row < rows.count; row += 2)
-                                add_directly<Isa, 2>(m, rows, row, g, panel, now, g == first, y, span->stride);
+                                add_directly<2>(m, rows, row, g, panel, now, g == first, y, span->stride);
                         }
                         later.ask_for(1);
                         continue;
