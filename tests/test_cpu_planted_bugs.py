@@ -29,30 +29,31 @@ FULL = "numbers == group && ids[numbers - 1] != ids[numbers - kQuad]"
 KEPT = "!(std::fabs(x[i]) * norm[i] < threshold)"
 ROUNDED = "bits_of(x[i] * factor + 12582912.0f) - bits_of(12582912.0f)"
 ROW_SIZE = "return bytes_of_row(cells, width);"
-PANEL_OUT = "float* y = span.y{};"
+GROUP_SCALE = "m.scale + (g * m.panels + panel) * kPanel;\n    const uint8_t* zero"
+OUT = " + (panel - span.begin) * kPanel"
 GATE = "k.gate(activation, {} + row * width, {} + row * width,"
 FROM = "float* from = static_cast<const float*>(x.data){};"
 SHARED = {  # what is wrong: (file, right, wrong)
     "last group": (PRODUCT, EACH_GROUP, EACH_GROUP.replace("g < g", "g + 1 < g")),
-    "scale of the first group": (PRODUCT, "m.scale + (pass.g * m.panels + panel) * kPanel;", "m.scale + panel * kPanel;"),
-    "zero points of the first panel": (PRODUCT, "kPanel + output);\n}", "kPanel + output % 128);\n}"),
-    "zero points of one row": (PRODUCT, "panel * kPanel + output), rows, 0", "output), rows, 0"),
-    "middle of 8 bits": (PRODUCT, "(1 << (bits - 1)) - (bits == 8", "(1 << 3) - (bits == 8"),
+    "scale of the first group": (PRODUCT, GROUP_SCALE, GROUP_SCALE.replace("(g * m.panels + panel)", "panel")),
+    "zero points of the first panel": (PRODUCT, "m.zero + (g * m.panels + panel) * kPanel", "m.zero + g * m.panels * kPanel"),
+    "zero points of one row": (PRODUCT, "(zero + at), rows, row, g)", "(zero), rows, row, g)"),
+    "middle of 8 bits": (PRODUCT, "Middle<1 << (bits - 1)>", "Middle<1 << 3>"),
     "x of the first row": (PRODUCT, "x + i * bytes * listed + quad * kQuad", "x + quad * kQuad"),
     "sum of the first row": (PRODUCT, "(zeros[c], rows, row + i, g)", "(zeros[c], rows, row, g)"),
     "scale of another group": (PRODUCT, "tile.scale + (g - g_begin) * kRegisters + column;", "tile.scale + column;"),
     "rows left over": (PRODUCT, "if (row < end) blocks", "if (row + 1 < end) blocks"),
-    "outputs of another panel": (PRODUCT, PANEL_OUT.format(" + (panel - span.begin) * kPanel"), PANEL_OUT.format("")),
+    "outputs of another panel": (PRODUCT, f"pass.fresh, span.y{OUT});", "pass.fresh, span.y);"),
     "sums begin again in every pass": (PRODUCT, "quad == begin, taken == left", "true, taken == left"),
     "no pass is a group's last": (PRODUCT, "quad == begin, taken == left", "quad == begin, false"),
-    "sums of another span": (PRODUCT, "sums += (span->end - span->begin) * kRegisters;", ""),
+    "sums of another span": (PRODUCT, "sums += (span.end - span.begin) * kRegisters;", "sums += 0;"),
     "x of the first quads": (PRODUCT, "ids.size() + (pass.quad + q) * kQuad", "ids.size() + q * kQuad"),
-    "rows of the first quads": (PRODUCT, "bits, 1>(now + q * kQuad,", "bits, 1>(now,"),
+    "rows of the first quads": (PRODUCT, "four(now + q * kQuad);", "four(now);"),
     "the last part of the inputs": (OPS, "m.groups() * (part + 1) / parts,", "m.groups() * (part + 1) / (parts + 1),"),
     "what a part adds": (ROWS, "all = Isa::more(all, Isa::load(", "all = (Isa::load("),
     "the rest of what a part adds": (ROWS, "sum[i] += parts[part * apart + i];", "sum[i] += 0;"),
     "the row that a part adds to": (OPS, "k.add_parts(partial.data() + row * stride,", "k.add_parts(partial.data(),"),
-    "groups before the last one": (PRODUCT, "x_scale), pass.fresh, y + output", "x_scale), true, y + output"),
+    "groups before the last one": (PRODUCT, "before = fresh ? kNoSums : y;", "before = kNoSums;"),
     "groups before the last one of several rows": (PRODUCT, "fresh ? Isa::all(0.0f) : Isa::load(at(i, c));", "Isa::all(0.0f);"),
     "the last quad of all inputs": (OPS, "k < m.inputs ? k : (quads - 1) * kQuad", "k < m.inputs ? k : 0"),
     "squares of the first numbers": (ROWS, "squares += sum[i] * sum[i];", "squares = sum[i] * sum[i];"),
@@ -118,7 +119,7 @@ MORE = [
     matmul(Sizes(K=128, N=256, share=0.95, bits=8), 4), matmul(Sizes(K=64, N=8, share=0.5, zeros=True, S=2, B=2), 5),
     matmul(Sizes(K=520, N=129, zeros=True), 6), matmul(Sizes(K=520, N=129, S=2), 7), ffn(Sizes(N=300, zeros=True), seed=8),
     ffn(Sizes(K=520, N=129, S=2, zeros=True), seed=9), ffn(Sizes(K=520, N=129, S=19), seed=10),
-    matmul(Sizes(K=520, N=129, share=0), 11),
+    matmul(Sizes(K=520, N=129, share=0), 11), ffn(Sizes(K=128, N=129, group=64, zeros=True), seed=12),
     attention(Attention(B=2, N=3, turned="whole", rotary=8, past=80, shared=True)),
 ]  # fmt: skip
 
@@ -193,8 +194,10 @@ ONE_FILE = {
     "AVX-512: upper codes of one row": ("avx512-vnni", "avx512.h", "_mm512_srai_epi32(v, 4)", "v"),
     "AVX-512: bytes of two codes": ("avx512-vnni", "avx512.h", "_mm512_sub_epi32(a, b)", "a"),
     "AVX-512: x of the first of a few rows": ("avx512-vnni", PRODUCT, "Isa::quad(x + i * listed);", "Isa::quad(x);"),
-    "AVX-512: groups before the last of a few rows": ("avx512-vnni", PRODUCT, "(sum, factor, fresh,", "(sum, factor, true,"),
-    "AVX-512: the last of a few rows": ("avx512-vnni", PRODUCT, "row < rows.count; row += 2", "row < 2; row += 2"),
+    "AVX-512: groups before the last of a few rows": ("avx512-vnni", PRODUCT, "sums[i], fresh, y", "sums[i], true, y"),
+    "AVX-512: the last of a few rows": ("avx512-vnni", PRODUCT, "row < rows.count;) row = take_at", "row < 0;) row = take_at"),
+    "AVX-512: rows of another row": ("avx512-vnni", PRODUCT, "y + (row + i) * stride);", "y + i * stride);"),
+    "AVX-512: outputs of another panel": ("avx512-vnni", PRODUCT, f"{OUT};\n        const auto", ";\n        const auto"),
     "AVX-512: second half of 8 bits": ("avx512-vnni", "avx512.h", "p2 + 64, p3 + 64", "p2, p3 + 64"),
     "AVX2: products that do not fit": ("avx2", "avx2.cpp", "if constexpr (bits == 4) {  // 2", "if constexpr (true) {  // 2"),
     "AVX-512: halves are cut": ("avx512-vnni", "avx512.h", "_MM_FROUND_TO_NEAREST_INT", "_MM_FROUND_TO_ZERO"),

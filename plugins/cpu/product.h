@@ -11,9 +11,9 @@
 //         kTwoCodes        whether dot<8> is exact for every byte, so that one of two 4-bit codes can be multiplied as it is;
 //                          then `pairs` are the bytes of four rows, and upper(pairs) their upper codes times 16
 //
-// A single row of x is the common case of writing an answer: W is unpacked in registers, and so it is for two to four where a byte
-// of two codes can be multiplied. Other numbers of rows share a tile: some groups of a panel are unpacked once, into a buffer that
-// stays in a cache, and multiplied for every row.
+// A single row of x is the common case of writing an answer: W is unpacked in registers, and so it is for every two or three of few
+// rows where a byte of two codes can be multiplied. Elsewhere rows share a tile: some groups of a panel are unpacked once, into a
+// buffer that stays in a cache, and multiplied for every row.
 // Every output is summed in the order of k, group by group, in both forms: results do not depend on who computes them.
 
 using Int = Isa::Int;
@@ -24,58 +24,101 @@ static_assert(kRegisters % Isa::kColumns == 0 && kRegisters % Isa::kManyColumns 
 // How far ahead of what is multiplied W is asked for, in bytes along its rows: memory answers late, and processors follow by
 // themselves only long stretches of few rows. A core waits where more than some 16 lines are on their way, so they are asked for
 // a few at a time, between products.
-constexpr int kAhead = 768;
+constexpr int kAhead = 512;
 
-// A line of memory is asked for into the first cache or into the second one. AMD's Zen 4 reads up to twice as fast with the
-// second; Intel's Cascade Lake was measured with the first.
-static CM_INLINE void ask(const uint8_t* line, bool second_cache) {
-    if (second_cache) {
-        __builtin_prefetch(line, 0, 2);
-    } else {
-        __builtin_prefetch(line, 0, 3);
-    }
-}
+// Where a panel's sums are few registers, loops over its quads are written out, and what differs is a template parameter: branches
+// there make GCC keep sums in memory. Elsewhere that is large code, and no faster.
+constexpr bool kWrittenOut = kRegisters <= 8;
 
-// Pointers to many rows of W are loaded where they are needed. GCC would keep them in vector registers, and take them out there
-// with the unit that multiplies.
-static CM_INLINE void keep_in_memory() { asm volatile("" ::: "memory"); }
+// Which cache lines are asked for into: AMD's Zen 4 reads up to twice as fast with the second one; Intel's Cascade Lake was measured
+// with the first. kEither: found out when they are asked for.
+enum class Cache { kFirst, kSecond, kEither };
 
-// The rows of W that are listed as quads `begin` to `end`, at one panel.
-template <int bits>
-struct Piece {
-    const Matrix& m;
-    const int32_t* ids;
-    int begin, end;
-    int64_t panel;
+// Pointers to four rows of W, in registers: GCC would keep those of many rows in vector registers, and take them out there with the
+// unit that multiplies.
+struct Four {
+    const uint8_t* rows[kQuad];
 
-    // What is read kAhead later, at most a span: `span` is one of `count`, after the last of which quads up to `next` follow.
-    Piece later(const Span* spans, int count, const Span* span, int next) const {
-        Piece then = *this;
-        then.panel += std::clamp<int64_t>(kAhead / kBytes, 1, span->end - span->begin);
-        if (then.panel < span->end) return then;
-        then.panel -= span->end;
-        if (++span == spans + count) span = spans, then.begin = end, then.end = next;
-        then.panel += span->begin;
-        if (then.panel >= span->end) then.end = then.begin;
-        return then;
+    CM_INLINE explicit Four(const uint8_t* const* from) {
+        for (int i = 0; i < kQuad; ++i) {
+            rows[i] = from[i];
+            asm volatile("" : "+r"(rows[i]));
+        }
     }
 
-    // The first or second half of its quads, in turn.
-    CM_INLINE void ask_for(int half) const {
-        const int middle = (begin + end + 1) / 2;
-        const bool second_cache = kSecondCache;
-        for (int i = (half ? middle : begin) * kQuad; i < (half ? end : middle) * kQuad; ++i)
-            for (int line = 0; line < kBytes; line += 64)
-                ask(m.codes + static_cast<size_t>(ids[i]) * m.row_bytes() + panel * kBytes + line, second_cache);
+    template <int bytes, Cache cache>
+    CM_INLINE void ask_for(int64_t offset) const {
+        const bool second = cache == Cache::kEither ? kSecondCache : cache == Cache::kSecond;
+        for (int i = 0; i < kQuad; ++i)
+            for (int line = 0; line < bytes; line += 64) {
+                if (second) {
+                    __builtin_prefetch(rows[i] + offset + line, 0, 2);
+                } else {
+                    __builtin_prefetch(rows[i] + offset + line, 0, 3);
+                }
+            }
     }
-
-    static constexpr int kBytes = kPanel * bits / 8;
 };
 
+// What is asked for while quad q is multiplied, `offset` bytes behind the beginnings of its rows `now`: what follows there,
+template <int bytes, Cache cache>
+struct Following {
+    CM_INLINE void operator()(const Four& now, int, int64_t offset) const { now.ask_for<bytes, cache>(offset + kAhead); }
+};
+
+// other rows,
+template <int bytes, Cache cache>
+struct Others {
+    const uint8_t* const* ahead;
+    CM_INLINE void operator()(const Four&, int q, int64_t offset) const { Four(ahead + q * kQuad).ask_for<bytes, cache>(offset); }
+};
+
+// or nothing.
+struct Nothing {
+    CM_INLINE void operator()(const Four&, int, int64_t) const {}
+};
+
+// Some of the listed rows of W, and as many that come after them in the list.
+struct Listed {
+    int count;
+    const uint8_t *now[kMaxGroup], *next[kMaxGroup], *ahead[kMaxGroup];
+
+    // Rows `begin` to `begin + count`, of those listed up to `end`.
+    CM_INLINE Listed(const Matrix& m, const Rows& rows, int begin, int count, int end) : count(count) {
+        for (int i = 0; i < count; ++i) {
+            now[i] = m.codes + static_cast<size_t>(rows.ids[begin + i]) * m.row_bytes();
+            next[i] = m.codes + static_cast<size_t>(rows.ids[std::min(begin + count + i, end - 1)]) * m.row_bytes();
+        }
+    }
+
+    // Calls multiply(span, first panel, last panel, what to ask for) for stretches of all spans.
+    template <int bytes, Cache cache, class Multiply>
+    CM_INLINE void each(const Span* spans, int spans_count, Multiply multiply) {
+        for (const Span* span = spans; span != spans + spans_count; ++span) {
+            // at the end of a span the next one is asked for, and at the end of the last one the rows that come next
+            const int64_t turn = span->end - span->begin > kAhead / bytes ? span->end - kAhead / bytes : span->begin;
+            multiply(*span, span->begin, turn, Following<bytes, cache>{});
+            const bool is_last = span + 1 == spans + spans_count;
+            const int64_t jump = ((is_last ? spans : span + 1)->begin - turn) * bytes;
+            for (int i = 0; i < count; ++i) ahead[i] = (is_last ? next : now)[i] + jump;
+            multiply(*span, turn, span->end, Others<bytes, cache>{ahead});
+        }
+    }
+};
+
+template <int code>
+struct Middle {
+    uint8_t of[kPanel] = {};
+    constexpr Middle() {
+        for (uint8_t& zero : of) zero = code;
+    }
+};
+
+// A panel's zero points, and those where none are stored.
 template <int bits>
-static CM_INLINE Int zeros_at(const Matrix& m, int64_t g, int64_t output) {
-    if (m.zero == nullptr) return Isa::all((1 << (bits - 1)) - (bits == 8 ? Isa::kOffset : 0));
-    return Isa::template zeros<bits>(m.zero + g * m.panels * kPanel + output);
+static CM_INLINE const uint8_t* zeros_of(const Matrix& m, int64_t g, int64_t panel) {
+    static constexpr Middle<1 << (bits - 1)> kMiddle;
+    return m.zero != nullptr ? m.zero + (g * m.panels + panel) * kPanel : kMiddle.of;
 }
 
 // Zero points of some outputs, times the sum of a row's codes, which is taken away from sums of codes of W times codes of x.
@@ -93,21 +136,19 @@ static CM_INLINE void unpack(const uint8_t* const* rows, int64_t offset, Int* ou
 
 // ---------------------------------------------------------------- one row of x
 
-// Quads are taken kTogether at a time, along all outputs: 16 rows of W are as many as processors fetch well side by side.
-// What a group's quads have summed is kept in memory between two passes, as integers: in the first or second cache.
-constexpr int kTogether = 4;
+// Quads are taken kTogether at a time, along all outputs: 32 rows of W, read side by side.
+// What a larger group's quads have summed is kept in memory between two passes, as integers: in the first or second cache.
+constexpr int kTogether = 8;
+constexpr int kTimes = kWrittenOut ? kTogether : 1;  // that a loop is written out
 
 // Quads of one group. With `first` sums begin, with `last` they end and become part of y, which begins with `fresh`.
 struct Pass {
     int64_t g;
-    int quad;
+    int quad, quads;
     bool first, last, fresh;
 };
 
-// y += sums * factor; = with `fresh`
-static CM_INLINE void give(Int sums, Float factor, bool fresh, float* y) {
-    Isa::store(y, Isa::fma(Isa::number(sums), factor, fresh ? Isa::all(0.0f) : Isa::load(y)));
-}
+alignas(64) static const Int kNothing[kRegisters] = {};  // sums that begin
 
 // sums of a panel += four rows of W * x, of n rows of x. Where a byte of two codes is multiplied as it is, low + 16 high, a second
 // product has the upper codes alone, times 16: cheaper than to part the codes before.
@@ -150,73 +191,103 @@ static CM_INLINE void add_quad(const uint8_t* const* rows, int64_t offset, Int h
     }
 }
 
-// Panels from `begin` to `end` of a span; `now` are the rows of W, `ahead` where to ask for what comes, both less the panel.
-// Without `ahead` that is kAhead further along the same rows.
-template <int bits, int bytes, int quads>
+alignas(64) static const float kNoSums[kPanel] = {};
+
+// y of row `row` of x += what a group has summed, at one panel; = with `fresh`
+template <int bits, int bytes>
+static CM_INLINE void finish(const Matrix& m, const Rows& rows, int row, int64_t g, int64_t panel, Int* sums, bool fresh, float* y) {
+    part<Isa, bits>(sums);
+    const uint16_t* scale = m.scale + (g * m.panels + panel) * kPanel;
+    const uint8_t* zero = zeros_of<bits>(m, g, panel);
+    const Float x_scale = Isa::all(rows.scale[row * rows.groups + g]);
+    const float* before = fresh ? kNoSums : y;
+    for (int r = 0; r < kRegisters; ++r) {
+        const int at = r * Isa::kLanes;
+        const Int sum = Isa::more(sums[r], taken_away<bytes>(Isa::template zeros<bits>(zero + at), rows, row, g));
+        Isa::store(y + at, Isa::fma(Isa::number(sum), Isa::mul(Isa::half(scale + at), x_scale), Isa::load(before + at)));
+    }
+}
+
+// Panels from `begin` to `end` of a span. `now`: rows of W, less the panel.
+template <int bits, int bytes, int known, class Ask>
 static CM_INLINE void stretch(const Matrix& m, const Rows& rows, const Pass& pass, const Span& span, int64_t begin, int64_t end,
-                              const uint8_t* const* now, const uint8_t* const* ahead, Int* sums) {
+                              const uint8_t* const* now, Ask ask_for, Int* sums) {
     constexpr int kBytes = kPanel * bits / 8;
-    Int x[bytes][quads];
+    const int quads = known ? known : pass.quads;
+    Int x[bytes][known ? known : kTogether];
     for (int byte = 0; byte < bytes; ++byte)
         for (int q = 0; q < quads; ++q)
             x[byte][q] = Isa::quad(rows.codes + byte * rows.ids.size() + (pass.quad + q) * kQuad);
-    const Float x_scale = Isa::all(rows.scale[pass.g]);
-    const bool second_cache = kSecondCache;
     for (int64_t panel = begin; panel < end; ++panel) {
-        const auto ask_for = [&](int q) {
-            keep_in_memory();
-            for (int i = q * kQuad; i < (q + 1) * kQuad; ++i)
-                for (int line = 0; line < kBytes; line += 64)
-                    ask((ahead ? ahead[i] : now[i] + kAhead) + panel * kBytes + line, second_cache);
+        Int *kept = sums + (panel - span.begin) * kRegisters, of[kRegisters];
+        const Int* before = pass.first ? kNothing : kept;
+        for (int r = 0; r < kRegisters; ++r) of[r] = before[r];
+        const auto each = [&](auto add) {
+#pragma GCC unroll kTimes
+            for (int q = 0; q < quads; ++q) {
+                const Four four(now + q * kQuad);
+                ask_for(four, q, panel * kBytes);
+                add(q, four.rows, panel * kBytes);
+            }
         };
-        Int* kept = sums + (panel - span.begin) * kRegisters;
-        Int of[kRegisters];
-        for (int r = 0; r < kRegisters; ++r) of[r] = pass.first ? Isa::all(0) : kept[r];
         if constexpr (bytes == 1) {
-            for (int q = 0; q < quads; ++q) ask_for(q), add_quad<Isa, bits, 1>(now + q * kQuad, panel * kBytes, &x[0][q], &of);
+            each([&](int q, const uint8_t* const* four, int64_t at) { add_quad<Isa, bits, 1>(four, at, &x[0][q], &of); });
         } else {
             Int high[kRegisters];
             for (int r = 0; r < kRegisters; ++r) high[r] = Isa::all(0);
-            for (int q = 0; q < quads; ++q) ask_for(q), add_quad(now + q * kQuad, panel * kBytes, x[0][q], x[1][q], high, of);
+            each([&](int q, const uint8_t* const* four, int64_t at) { add_quad(four, at, x[0][q], x[1][q], high, of); });
             for (int r = 0; r < kRegisters; ++r) of[r] = Isa::more(of[r], Isa::times_high(high[r]));
         }
         if (!pass.last) {
             for (int r = 0; r < kRegisters; ++r) kept[r] = of[r];
-            continue;
-        }
-        part<Isa, bits>(of);
-        const uint16_t* scale = m.scale + (pass.g * m.panels + panel) * kPanel;
-        float* y = span.y + (panel - span.begin) * kPanel;
-        for (int r = 0; r < kRegisters; ++r) {
-            const int64_t output = r * Isa::kLanes;
-            const Int zeros = taken_away<bytes>(zeros_at<bits>(m, pass.g, panel * kPanel + output), rows, 0, pass.g);
-            give(Isa::more(of[r], zeros), Isa::mul(Isa::half(scale + output), x_scale), pass.fresh, y + output);
+        } else {
+            finish<bits, bytes>(m, rows, 0, pass.g, panel, of, pass.fresh, span.y + (panel - span.begin) * kPanel);
         }
     }
 }
 
-template <int bits, int bytes, int quads>
+template <int bits, int bytes, Cache cache, int known>
 static void take(const Matrix& m, const Rows& rows, const Pass& pass, const Span* spans, int count, int last_quad, Int* sums) {
-    constexpr int kBytes = kPanel * bits / 8, kRows = quads * kQuad;
-    const uint8_t *now[kRows], *next[kRows], *ahead[kRows];
-    for (int i = 0; i < kRows; ++i) {
-        const int at = pass.quad * kQuad + i, later = at + kRows, end = last_quad * kQuad;
-        now[i] = m.codes + static_cast<size_t>(rows.ids[at]) * m.row_bytes();
-        next[i] = m.codes + static_cast<size_t>(rows.ids[later < end ? later : end - 1]) * m.row_bytes();
-    }
-    for (const Span* span = spans; span != spans + count; ++span) {
-        // at the end of a span the next one is asked for, and at the end of the last one the rows that come next
-        const int64_t turn = span->end - span->begin > kAhead / kBytes ? span->end - kAhead / kBytes : span->begin;
-        stretch<bits, bytes, quads>(m, rows, pass, *span, span->begin, turn, now, nullptr, sums);
-        const bool is_last = span + 1 == spans + count;
-        const int64_t jump = ((is_last ? spans : span + 1)->begin - turn) * kBytes;
-        for (int i = 0; i < kRows; ++i) ahead[i] = (is_last ? next : now)[i] + jump;
-        stretch<bits, bytes, quads>(m, rows, pass, *span, turn, span->end, now, ahead, sums);
-        sums += (span->end - span->begin) * kRegisters;
-    }
+    Listed listed(m, rows, pass.quad * kQuad, pass.quads * kQuad, last_quad * kQuad);
+    listed.each<kPanel * bits / 8, cache>(spans, count, [&](const Span& span, int64_t begin, int64_t end, auto ask_for) {
+        stretch<bits, bytes, known>(m, rows, pass, span, begin, end, listed.now, ask_for, sums);
+        if (end == span.end) sums += (span.end - span.begin) * kRegisters;
+    });
 }
 
-template <int bits, int bytes>
+// The same for a group of floats, whose sums are y.
+template <Cache cache>
+static CM_INLINE void add_floats(const Matrix& m, const Rows& rows, int begin, int end, int last_quad, bool fresh, const Span* spans,
+                                 int count) {
+    constexpr int kBytes = kPanel * sizeof(float);
+    Listed listed(m, rows, begin * kQuad, (end - begin) * kQuad, last_quad * kQuad);
+    listed.each<kBytes, cache>(spans, count, [&](const Span& span, int64_t panel, int64_t last, auto ask_for) {
+        for (; panel < last; ++panel) {
+            float* y = span.y + (panel - span.begin) * kPanel;
+            Float sums[kRegisters];
+            for (int r = 0; r < kRegisters; ++r) sums[r] = fresh ? Isa::all(0.0f) : Isa::load(y + r * Isa::kLanes);
+            for (int q = 0; q < end - begin; ++q) {
+                ask_for(Four(listed.now + q * kQuad), q, panel * kBytes);
+                for (int i = q * kQuad; i < (q + 1) * kQuad; ++i) {
+                    const float* w = reinterpret_cast<const float*>(listed.now[i] + panel * kBytes);
+                    const Float x = Isa::all(rows.values[begin * kQuad + i]);
+                    for (int r = 0; r < kRegisters; ++r) sums[r] = Isa::fma(x, Isa::load(w + r * Isa::kLanes), sums[r]);
+                }
+            }
+            for (int r = 0; r < kRegisters; ++r) Isa::store(y + r * Isa::kLanes, sums[r]);
+        }
+    });
+}
+
+template <int bits, int bytes, Cache cache, int known = kWrittenOut && bits == 4 ? 1 : 0, class... More>
+static CM_INLINE void take_quads(const Matrix& m, const Rows& rows, const Pass& pass, More... more) {
+    if constexpr (known > 0 && known < kTogether) {
+        if (pass.quads != known) return take_quads<bits, bytes, cache, known + 1>(m, rows, pass, more...);
+    }
+    take<bits, bytes, cache, known>(m, rows, pass, more...);
+}
+
+template <int bits, int bytes, Cache cache>
 static void one_row(const Matrix& m, const Rows& rows, Groups groups, int64_t first, const Span* spans, int count) {
     static thread_local Aligned memory;
     int64_t panels = 0;
@@ -225,39 +296,16 @@ static void one_row(const Matrix& m, const Rows& rows, Groups groups, int64_t fi
     const int last_quad = rows.first[groups.end];
     for (int64_t g = groups.begin; g < groups.end; ++g) {
         const int begin = rows.first[g], end = rows.first[g + 1];
-        for (int quad = begin, taken; quad < end; quad += taken) {
-            const int left = end - quad;
-            taken = left <= kTogether ? left : left < 2 * kTogether ? (left + 1) / 2 : kTogether;  // two halves: no short rest
-            const Pass pass{g, quad, quad == begin, taken == left, g == first};
-            switch (taken) {
-                case 1: take<bits, bytes, 1>(m, rows, pass, spans, count, last_quad, sums); break;
-                case 2: take<bits, bytes, 2>(m, rows, pass, spans, count, last_quad, sums); break;
-                case 3: take<bits, bytes, 3>(m, rows, pass, spans, count, last_quad, sums); break;
-                default: take<bits, bytes, kTogether>(m, rows, pass, spans, count, last_quad, sums);
+        if constexpr (bits == 32) {
+            if (begin != end) add_floats<cache>(m, rows, begin, end, last_quad, g == first, spans, count);
+        } else {
+            for (int quad = begin, taken; quad < end; quad += taken) {
+                const int left = end - quad;
+                taken = left <= kTogether ? left : left < 2 * kTogether ? (left + 1) / 2 : kTogether;  // two halves: no short rest
+                const Pass pass{g, quad, taken, quad == begin, taken == left, g == first};
+                take_quads<bits, bytes, cache>(m, rows, pass, spans, count, last_quad, sums);
             }
         }
-    }
-}
-
-template <>
-void one_row<32, 1>(const Matrix& m, const Rows& rows, Groups groups, int64_t first, const Span* spans, int count) {
-    for (int64_t g = groups.begin; g < groups.end; ++g) {
-        const int begin = rows.first[g], end = rows.first[g + 1], next = rows.first[g + 1 < groups.end ? g + 2 : g + 1];
-        if (begin == end) continue;
-        for (const Span* span = spans; span != spans + count; ++span)
-            for (int64_t panel = span->begin; panel < span->end; ++panel) {
-                const Piece<32> later = Piece<32>{m, rows.ids.data(), begin, end, panel}.later(spans, count, span, next);
-                later.ask_for(0), later.ask_for(1);
-                float* y = span->y + (panel - span->begin) * kPanel;
-                Float sums[kRegisters];
-                for (int r = 0; r < kRegisters; ++r) sums[r] = g == first ? Isa::all(0.0f) : Isa::load(y + r * Isa::kLanes);
-                for (int i = begin * kQuad; i < end * kQuad; ++i) {
-                    const float* w = reinterpret_cast<const float*>(m.codes + rows.ids[i] * m.row_bytes()) + panel * kPanel;
-                    const Float x = Isa::all(rows.values[i]);
-                    for (int r = 0; r < kRegisters; ++r) sums[r] = Isa::fma(x, Isa::load(w + r * Isa::kLanes), sums[r]);
-                }
-                for (int r = 0; r < kRegisters; ++r) Isa::store(y + r * Isa::kLanes, sums[r]);
-            }
     }
 }
 
@@ -277,26 +325,28 @@ struct Tile {
     }
 };
 
-template <int bits>
-static CM_INLINE void fill(Tile& tile, const Matrix& m, const Rows& rows, int64_t g_begin, int64_t g_end, int64_t panel) {
+// `row_at(i)`: where the i-th listed row of W is, less the panel.
+template <int bits, class RowAt>
+static CM_INLINE void fill(Tile& tile, const Matrix& m, const Rows& rows, int64_t g_begin, int64_t g_end, int64_t panel, RowAt row_at) {
     const int first = rows.first[g_begin], last = rows.first[g_end];
     if constexpr (bits == 32) {
         float* out = reinterpret_cast<float*>(tile.codes);
         for (int i = first * kQuad; i < last * kQuad; ++i, out += kPanel)
-            std::memcpy(out, m.codes + rows.ids[i] * m.row_bytes() + panel * kPanel * sizeof(float), kPanel * sizeof(float));
-        return;
+            std::memcpy(out, row_at(i) + panel * kPanel * sizeof(float), kPanel * sizeof(float));
     } else {
         for (int quad = first; quad < last; ++quad) {
             const uint8_t* four[kQuad];
-            for (int i = 0; i < kQuad; ++i) four[i] = m.codes + static_cast<size_t>(rows.ids[quad * kQuad + i]) * m.row_bytes();
+            for (int i = 0; i < kQuad; ++i) four[i] = row_at(quad * kQuad + i);
             unpack<bits>(four, panel * kPanel * bits / 8, tile.codes + (quad - first) * kRegisters);
         }
-        for (int64_t g = g_begin; g < g_end; ++g)
+        for (int64_t g = g_begin; g < g_end; ++g) {
+            const uint16_t* scale = m.scale + (g * m.panels + panel) * kPanel;
+            const uint8_t* zero = zeros_of<bits>(m, g, panel);
             for (int r = 0; r < kRegisters; ++r) {
-                const int64_t output = panel * kPanel + r * Isa::kLanes;
-                tile.scale[(g - g_begin) * kRegisters + r] = Isa::half(m.scale + g * m.panels * kPanel + output);
-                tile.zeros[(g - g_begin) * kRegisters + r] = zeros_at<bits>(m, g, output);
+                tile.scale[(g - g_begin) * kRegisters + r] = Isa::half(scale + r * Isa::kLanes);
+                tile.zeros[(g - g_begin) * kRegisters + r] = Isa::template zeros<bits>(zero + r * Isa::kLanes);
             }
+        }
     }
 }
 
@@ -399,73 +449,76 @@ static CM_INLINE void blocks(const Tile& tile, const Rows& rows, int64_t g_begin
     }
 }
 
-constexpr int kDirectly = 4;  // rows up to which it is faster to unpack W again for every two or three of them than into a tile
-
 // y of n rows of x from `row` on += what a group of W adds, at one panel; = with `fresh`. `now`: where its listed rows of W are,
 // less the panel. Their sums fit into registers beside the codes of a quad.
-template <int n>
+template <int n, class Ask>
 static CM_INLINE void add_directly(const Matrix& m, const Rows& rows, int row, int64_t g, int64_t panel, const uint8_t* const* now,
-                                   bool fresh, float* y, size_t stride) {
+                                   Ask ask_for, bool fresh, float* y, size_t stride) {
     const size_t listed = rows.ids.size();
     const int8_t* x = rows.codes_of(row) + rows.first[g] * kQuad;
     const int quads = rows.first[g + 1] - rows.first[g];
+    const int64_t at = panel * kPanel / 2;
     Int sums[n][kRegisters];
     for (int i = 0; i < n; ++i)
         for (int r = 0; r < kRegisters; ++r) sums[i][r] = Isa::all(0);
-    for (int quad = 0; quad < quads; ++quad, now += kQuad, x += kQuad) {
+    for (int quad = 0; quad < quads; ++quad, x += kQuad) {
+        const Four four(now + quad * kQuad);
+        ask_for(four, quad, at);
         Int codes[n];
         for (int i = 0; i < n; ++i) codes[i] = Isa::quad(x + i * listed);
-        add_quad<Isa, 4, n>(now, panel * kPanel / 2, codes, sums);
+        add_quad<Isa, 4, n>(four.rows, at, codes, sums);
     }
-    for (int i = 0; i < n; ++i) part<Isa, 4>(sums[i]);
-    const uint16_t* scales = m.scale + (g * m.panels + panel) * kPanel;
-    for (int r = 0; r < kRegisters; ++r) {
-        const int output = r * Isa::kLanes;
-        const Int zeros = zeros_at<4>(m, g, panel * kPanel + output);
-        const Float scale = Isa::half(scales + output);
-        for (int i = 0; i < n; ++i) {
-            const Float factor = Isa::mul(scale, Isa::all(rows.scale[(row + i) * rows.groups + g]));
-            const Int sum = Isa::more(sums[i][r], taken_away<1>(zeros, rows, row + i, g));
-            give(sum, factor, fresh, y + (row + i) * stride + output);
-        }
+#pragma GCC unroll kTimes
+    for (int i = 0; i < n; ++i) {
+        finish<4, 1>(m, rows, row + i, g, panel, sums[i], fresh, y + (row + i) * stride);
+    }
+}
+
+// All rows of x, two or three at a time.
+template <class Ask>
+static void directly(const Matrix& m, const Rows& rows, int64_t g, const Span& span, int64_t panel, int64_t last,
+                     const uint8_t* const* now, Ask ask_for, bool fresh) {
+    for (; panel < last; ++panel) {
+        float* y = span.y + (panel - span.begin) * kPanel;
+        const auto take_at = [&](int row, auto ask) {
+            const int left = rows.count - row, taken = left == 2 || left == 4 ? 2 : 3;
+            taken == 2 ? add_directly<2>(m, rows, row, g, panel, now, ask, fresh, y, span.stride)
+                       : add_directly<3>(m, rows, row, g, panel, now, ask, fresh, y, span.stride);
+            return row + taken;
+        };
+        for (int row = take_at(0, ask_for); row < rows.count;) row = take_at(row, Nothing{});
     }
 }
 
 // Few rows: memory decides, and long stretches of a row of W are read, group after group.
-template <int bits, int bytes>
+template <int bits, int bytes, Cache cache>
 static void few_rows(const Matrix& m, const Rows& rows, Groups groups, int64_t first, const Span* spans, int count) {
-    constexpr bool kCanBeDirect = bits == 4 && Isa::kTwoCodes;
-    const bool is_direct = kCanBeDirect && rows.count <= kDirectly;
     static thread_local Tile tile;
     tile.reserve(m.group / kQuad, 1);
+    const int end = rows.first[groups.end] * kQuad;
     for (int64_t g = groups.begin; g < groups.end; ++g) {
-        const int begin = rows.first[g], end = rows.first[g + 1], next = rows.first[std::min(g + 2, groups.end)];
-        if (begin == end) continue;
-        const uint8_t* now[kMaxGroup];
-        for (int i = 0; i < (is_direct ? end - begin : 0) * kQuad; ++i)
-            now[i] = m.codes + static_cast<size_t>(rows.ids[begin * kQuad + i]) * m.row_bytes();
-        for (const Span* span = spans; span != spans + count; ++span)
-            for (int64_t panel = span->begin; panel < span->end; ++panel) {
-                const Piece<bits> later = Piece<bits>{m, rows.ids.data(), begin, end, panel}.later(spans, count, span, next);
-                float* y = span->y + (panel - span->begin) * kPanel;
-                later.ask_for(0);
-                if constexpr (kCanBeDirect) {
-                    if (is_direct) {
-                        if (rows.count == 3) {
-                            add_directly<3>(m, rows, 0, g, panel, now, g == first, y, span->stride);
-                        } else {
-                            for (int row = 0; row < rows.count; row += 2)
-                                add_directly<2>(m, rows, row, g, panel, now, g == first, y, span->stride);
-                        }
-                        later.ask_for(1);
-                        continue;
-                    }
+        const int begin = rows.first[g] * kQuad, quads = rows.first[g + 1] - rows.first[g];
+        if (quads == 0) continue;
+        constexpr int kBytes = kPanel * bits / 8;
+        Listed listed(m, rows, begin, quads * kQuad, end);
+        listed.each<kBytes, cache>(spans, count, [&](const Span& span, int64_t panel, int64_t last, auto ask_for) {
+            if constexpr (bits == 4 && Isa::kTwoCodes) {
+                directly(m, rows, g, span, panel, last, listed.now, ask_for, g == first);
+            } else {
+                for (; panel < last; ++panel) {
+                    const auto ask_for_quads = [&](int q, int q_end) {
+                        for (; q < q_end; ++q) ask_for(Four(listed.now + q * kQuad), q, panel * kBytes);
+                    };
+                    ask_for_quads(0, quads / 2);
+                    fill<bits>(tile, m, rows, g, g + 1, panel, [&](int i) { return listed.now[i - begin]; });
+                    ask_for_quads(quads / 2, quads);
+                    float* y = span.y + (panel - span.begin) * kPanel;
+                    blocks<Isa::kRows / bytes, Isa::kColumns>(tile, rows, g, 0, rows.count, y, span.stride, [&](const auto& block) {
+                        block.template add_one<bits, bytes>(g == first);
+                    });
                 }
-                fill<bits>(tile, m, rows, g, g + 1, panel);
-                later.ask_for(1);
-                blocks<Isa::kRows / bytes, Isa::kColumns>(tile, rows, g, 0, rows.count, y, span->stride,
-                                                          [&](const auto& block) { block.template add_one<bits, bytes>(g == first); });
             }
+        });
     }
 }
 
@@ -476,7 +529,8 @@ static void many_rows(const Matrix& m, const Rows& rows, Groups groups, const Sp
     for (const Span* span = spans; span != spans + count; ++span)
         for (int64_t panel = span->begin; panel < span->end; ++panel) {
             tile.reserve(rows.first[groups.end] - rows.first[groups.begin], groups.end - groups.begin);
-            fill<bits>(tile, m, rows, groups.begin, groups.end, panel);
+            fill<bits>(tile, m, rows, groups.begin, groups.end, panel,
+                       [&](int i) { return m.codes + static_cast<size_t>(rows.ids[i]) * m.row_bytes(); });
             blocks<Isa::kManyRows / bytes, Isa::kManyColumns>(
                 tile, rows, groups.begin, span->first_row, span->end_row ? span->end_row : rows.count,
                 span->y + (panel - span->begin) * kPanel, span->stride,
@@ -484,7 +538,7 @@ static void many_rows(const Matrix& m, const Rows& rows, Groups groups, const Sp
         }
 }
 
-template <int bits, int bytes>
+template <int bits, int bytes, Cache cache>
 static void multiply_bits(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
     if constexpr (bits != 32) {
         if (rows.count > kFewRows) return many_rows<bits, bytes>(m, rows, groups, spans, count);
@@ -492,18 +546,27 @@ static void multiply_bits(const Matrix& m, const Rows& rows, Groups groups, cons
     int64_t first = groups.begin;  // the group that y begins with
     while (first < groups.end && rows.first[first] == rows.first[first + 1]) ++first;
     if (first < groups.end)
-        return (rows.count == 1 ? one_row<bits, bytes> : few_rows<bits, bytes>)(m, rows, groups, first, spans, count);
+        return (rows.count == 1 ? one_row<bits, bytes, cache> : few_rows<bits, bytes, cache>)(m, rows, groups, first, spans, count);
     for (const Span* span = spans; span != spans + count; ++span)
         for (int row = 0; row < rows.count; ++row)
             std::memset(span->y + row * span->stride, 0, (span->end - span->begin) * kPanel * sizeof(float));
 }
 
-static void multiply(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
+template <Cache cache>
+static void multiply_with(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
     switch (m.bits) {
-        case 4: return multiply_bits<4, 1>(m, rows, groups, spans, count);
+        case 4: return multiply_bits<4, 1, cache>(m, rows, groups, spans, count);
         case 8:
-            if (rows.bytes == 2) return multiply_bits<8, 2>(m, rows, groups, spans, count);
-            return multiply_bits<8, 1>(m, rows, groups, spans, count);
-        default: return multiply_bits<32, 1>(m, rows, groups, spans, count);
+            if (rows.bytes == 2) return multiply_bits<8, 2, cache>(m, rows, groups, spans, count);
+            return multiply_bits<8, 1, cache>(m, rows, groups, spans, count);
+        default: return multiply_bits<32, 1, cache>(m, rows, groups, spans, count);
+    }
+}
+
+static void multiply(const Matrix& m, const Rows& rows, Groups groups, const Span* spans, int count) {
+    if constexpr (kWrittenOut) {
+        return (kSecondCache ? multiply_with<Cache::kSecond> : multiply_with<Cache::kFirst>)(m, rows, groups, spans, count);
+    } else {
+        return multiply_with<Cache::kEither>(m, rows, groups, spans, count);
     }
 }
