@@ -67,7 +67,9 @@ struct Vector {
         return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     }
     // A product of 16 bits with 16 takes one step, one of 32 with 32 several; the upper halves of `zeros` are 0.
-    static CM_INLINE Int times(Int zeros, int32_t n) { return _mm256_madd_epi16(zeros, _mm256_set1_epi32(n & 0xffff)); }
+    static CM_INLINE Int more_times(Int sums, Int zeros, int32_t n) {
+        return more(sums, _mm256_madd_epi16(zeros, _mm256_set1_epi32(n & 0xffff)));
+    }
 
     template <int bits>
     static CM_INLINE Int dot(Int sums, Int w, Int x) {

@@ -52,7 +52,7 @@ struct Isa {
         const int32_t four[] = {p[0] - offset, p[1] - offset, p[2] - offset, p[3] - offset};
         return vld1q_s32(four);
     }
-    static CM_INLINE Int times(Int zeros, int32_t n) { return vmulq_n_s32(zeros, n); }
+    static CM_INLINE Int more_times(Int sums, Int zeros, int32_t n) { return vmlaq_n_s32(sums, zeros, n); }
 
     template <int bits>
     static CM_INLINE Int dot(Int sums, Int w, Int x) {

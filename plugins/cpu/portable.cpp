@@ -104,8 +104,8 @@ struct Isa {
     static CM_INLINE Int zeros(const uint8_t* p) {
         return each<Int>([&](int i) { return p[i]; });
     }
-    static CM_INLINE Int times(Int zeros, int32_t n) {
-        return each<Int>([&](int i) { return zeros.lane[i] * n; });
+    static CM_INLINE Int more_times(Int sums, Int zeros, int32_t n) {
+        return each<Int>([&](int i) { return sums.lane[i] + zeros.lane[i] * n; });
     }
     template <int bits>
     static CM_INLINE Int dot(Int sums, Int w, Int x) {

@@ -5,7 +5,7 @@
 //         kManyRows, kManyColumns   the same where the sums of groups stay there, too
 //         unpack<bits>     four rows of a panel of W -> bytes, four neighbours for one output, in the order of outputs
 //         dot<bits>        sums + 4 codes of W * 4 codes of x, per lane
-//         zeros            zero points of kLanes outputs, times(zeros, n): each times n, |n| < 2^15
+//         zeros            zero points of kLanes outputs; more_times(sums, zeros, n): sums + zeros * n, |n| < 2^15
 //         times_high       each lane times kHigh
 //         larger(a, b)     a if it is larger than b, else b
 //         kTwoCodes        whether dot<8> is exact for every byte, so that one of two 4-bit codes can be multiplied as it is;
@@ -121,12 +121,14 @@ static CM_INLINE const uint8_t* zeros_of(const Matrix& m, int64_t g, int64_t pan
     return m.zero != nullptr ? m.zero + (g * m.panels + panel) * kPanel : kMiddle.of;
 }
 
-// Zero points of some outputs, times the sum of a row's codes, which is taken away from sums of codes of W times codes of x.
+// Sums of codes of W times codes of x, less zero points times the sum of the row's codes.
 template <int bytes>
-static CM_INLINE Int taken_away(Int zeros, const Rows& rows, int row, int64_t g) {
-    const Int first = Isa::times(zeros, -rows.sum_of(row, 0)[g]);
-    if constexpr (bytes == 1) return first;
-    return Isa::more(Isa::times_high(first), Isa::times(zeros, -rows.sum_of(row, 1)[g]));
+static CM_INLINE Int less_zeros(Int sums, Int zeros, const Rows& rows, int row, int64_t g) {
+    if constexpr (bytes == 2) {
+        const Int high = Isa::more_times(Isa::all(0), zeros, -rows.sum_of(row, 0)[g]);
+        sums = Isa::more(sums, Isa::times_high(high));
+    }
+    return Isa::more_times(sums, zeros, -rows.sum_of(row, bytes - 1)[g]);
 }
 
 template <int bits>
@@ -203,7 +205,7 @@ static CM_INLINE void finish(const Matrix& m, const Rows& rows, int row, int64_t
     const float* before = fresh ? kNoSums : y;
     for (int r = 0; r < kRegisters; ++r) {
         const int at = r * Isa::kLanes;
-        const Int sum = Isa::more(sums[r], taken_away<bytes>(Isa::template zeros<bits>(zero + at), rows, row, g));
+        const Int sum = less_zeros<bytes>(sums[r], Isa::template zeros<bits>(zero + at), rows, row, g);
         Isa::store(y + at, Isa::fma(Isa::number(sum), Isa::mul(Isa::half(scale + at), x_scale), Isa::load(before + at)));
     }
 }
@@ -369,7 +371,7 @@ struct Block {
         Int sums[n][columns], high[bytes == 1 ? 1 : n][columns];
         const Int* zeros = tile.zeros + (g - g_begin) * kRegisters + column;
         for (int i = 0; i < n; ++i)
-            for (int c = 0; c < columns; ++c) sums[i][c] = taken_away<bytes>(zeros[c], rows, row + i, g);
+            for (int c = 0; c < columns; ++c) sums[i][c] = less_zeros<bytes>(Isa::all(0), zeros[c], rows, row + i, g);
         if constexpr (bytes == 2)
             for (int i = 0; i < n; ++i)
                 for (int c = 0; c < columns; ++c) high[i][c] = Isa::all(0);

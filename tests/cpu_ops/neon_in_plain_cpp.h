@@ -98,8 +98,8 @@ static inline float16x4_t vcvt_f16_f32(float32x4_t v) {  // to the nearest, or t
         return static_cast<uint16_t>(sign | std::min(bits, 0x7c00));
     });
 }
-static inline int32x4_t vmulq_n_s32(int32x4_t v, int32_t x) {
-    return lanes<int32x4_t>([&](int i) { return v.at[i] * x; });
+static inline int32x4_t vmlaq_n_s32(int32x4_t sums, int32x4_t v, int32_t x) {
+    return lanes<int32x4_t>([&](int i) { return sums.at[i] + v.at[i] * x; });
 }
 static inline int32x4_t vshlq_n_s32(int32x4_t v, int n) {
     return lanes<int32x4_t>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(v.at[i]) << n); });
