@@ -27,7 +27,7 @@ static_assert(kRegisters % Isa::kColumns == 0 && kRegisters % Isa::kManyColumns 
 constexpr int kAhead = 512;
 
 // Where a panel's sums are few registers, loops over its quads are written out, and what differs is a template parameter: branches
-// there make GCC keep sums in memory. Elsewhere that is large code, and no faster.
+// there make GCC keep sums in memory. Elsewhere that is large code, which takes a minute to compile.
 constexpr bool kWrittenOut = kRegisters <= 8;
 
 // Which cache lines are asked for into: AMD's Zen 4 reads up to twice as fast with the second one; Intel's Cascade Lake was measured
