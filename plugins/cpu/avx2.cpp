@@ -18,7 +18,7 @@ namespace cm::cpu::avx2 {
 struct Vector {
     using Int = __m256i;
     using Float = __m256;
-    static constexpr int kLanes = 8, kRows = 4, kColumns = 2, kManyRows = 2, kManyColumns = 2, kOffset = 0;
+    static constexpr int kLanes = 8, kRows = 4, kColumns = 2, kManyRows = 2, kManyColumns = 2;
     static constexpr bool kTwoCodes = false;
 
     static CM_INLINE Int all(int32_t v) { return _mm256_set1_epi32(v); }

@@ -3,7 +3,7 @@
 struct Isa {
     using Int = __m512i;
     using Float = __m512;
-    static constexpr int kLanes = 16, kRows = 4, kColumns = 4, kManyRows = 6, kManyColumns = 2, kOffset = 0;
+    static constexpr int kLanes = 16, kRows = 4, kColumns = 4, kManyRows = 6, kManyColumns = 2;
     static constexpr bool kTwoCodes = true;
 
     static CM_INLINE Int all(int32_t v) { return _mm512_set1_epi32(v); }

@@ -10,7 +10,7 @@
 namespace cm::cpu::portable {
 
 struct Isa {
-    static constexpr int kLanes = 4, kRows = 2, kColumns = 4, kManyRows = 2, kManyColumns = 2, kOffset = 0;
+    static constexpr int kLanes = 4, kRows = 2, kColumns = 4, kManyRows = 2, kManyColumns = 2;
     static constexpr bool kTwoCodes = false;
     struct Int {
         int32_t lane[kLanes];

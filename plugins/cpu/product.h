@@ -78,6 +78,11 @@ struct Nothing {
     CM_INLINE void operator()(const Four&, int, int64_t) const {}
 };
 
+// Where the i-th listed row of W is.
+static CM_INLINE const uint8_t* listed_row(const Matrix& m, const Rows& rows, int i) {
+    return m.codes + static_cast<size_t>(rows.ids[i]) * m.row_bytes();
+}
+
 // Some of the listed rows of W, and as many that come after them in the list.
 struct Listed {
     int count;
@@ -86,8 +91,8 @@ struct Listed {
     // Rows `begin` to `begin + count`, of those listed up to `end`.
     CM_INLINE Listed(const Matrix& m, const Rows& rows, int begin, int count, int end) : count(count) {
         for (int i = 0; i < count; ++i) {
-            now[i] = m.codes + static_cast<size_t>(rows.ids[begin + i]) * m.row_bytes();
-            next[i] = m.codes + static_cast<size_t>(rows.ids[std::min(begin + count + i, end - 1)]) * m.row_bytes();
+            now[i] = listed_row(m, rows, begin + i);
+            next[i] = listed_row(m, rows, std::min(begin + count + i, end - 1));
         }
     }
 
@@ -257,30 +262,6 @@ static void take(const Matrix& m, const Rows& rows, const Pass& pass, const Span
     });
 }
 
-// The same for a group of floats, whose sums are y.
-template <Cache cache>
-static CM_INLINE void add_floats(const Matrix& m, const Rows& rows, int begin, int end, int last_quad, bool fresh, const Span* spans,
-                                 int count) {
-    constexpr int kBytes = kPanel * sizeof(float);
-    Listed listed(m, rows, begin * kQuad, (end - begin) * kQuad, last_quad * kQuad);
-    listed.each<kBytes, cache>(spans, count, [&](const Span& span, int64_t panel, int64_t last, auto ask_for) {
-        for (; panel < last; ++panel) {
-            float* y = span.y + (panel - span.begin) * kPanel;
-            Float sums[kRegisters];
-            for (int r = 0; r < kRegisters; ++r) sums[r] = fresh ? Isa::all(0.0f) : Isa::load(y + r * Isa::kLanes);
-            for (int q = 0; q < end - begin; ++q) {
-                ask_for(Four(listed.now + q * kQuad), q, panel * kBytes);
-                for (int i = q * kQuad; i < (q + 1) * kQuad; ++i) {
-                    const float* w = reinterpret_cast<const float*>(listed.now[i] + panel * kBytes);
-                    const Float x = Isa::all(rows.values[begin * kQuad + i]);
-                    for (int r = 0; r < kRegisters; ++r) sums[r] = Isa::fma(x, Isa::load(w + r * Isa::kLanes), sums[r]);
-                }
-            }
-            for (int r = 0; r < kRegisters; ++r) Isa::store(y + r * Isa::kLanes, sums[r]);
-        }
-    });
-}
-
 template <int bits, int bytes, Cache cache, int known = kWrittenOut && bits == 4 ? 1 : 0, class... More>
 static CM_INLINE void take_quads(const Matrix& m, const Rows& rows, const Pass& pass, More... more) {
     if constexpr (known > 0 && known < kTogether) {
@@ -298,16 +279,40 @@ static void one_row(const Matrix& m, const Rows& rows, Groups groups, int64_t fi
     const int last_quad = rows.first[groups.end];
     for (int64_t g = groups.begin; g < groups.end; ++g) {
         const int begin = rows.first[g], end = rows.first[g + 1];
-        if constexpr (bits == 32) {
-            if (begin != end) add_floats<cache>(m, rows, begin, end, last_quad, g == first, spans, count);
-        } else {
-            for (int quad = begin, taken; quad < end; quad += taken) {
-                const int left = end - quad;
-                taken = left <= kTogether ? left : left < 2 * kTogether ? (left + 1) / 2 : kTogether;  // two halves: no short rest
-                const Pass pass{g, quad, taken, quad == begin, taken == left, g == first};
-                take_quads<bits, bytes, cache>(m, rows, pass, spans, count, last_quad, sums);
-            }
+        for (int quad = begin, taken; quad < end; quad += taken) {
+            const int left = end - quad;
+            taken = left <= kTogether ? left : left < 2 * kTogether ? (left + 1) / 2 : kTogether;  // two halves: no short rest
+            const Pass pass{g, quad, taken, quad == begin, taken == left, g == first};
+            take_quads<bits, bytes, cache>(m, rows, pass, spans, count, last_quad, sums);
         }
+    }
+}
+
+// The same with floats, whose sums are y.
+template <Cache cache>
+static void one_row_of_floats(const Matrix& m, const Rows& rows, Groups groups, int64_t first, const Span* spans, int count) {
+    constexpr int kBytes = kPanel * sizeof(float);
+    const int end = rows.first[groups.end] * kQuad;
+    for (int64_t g = groups.begin; g < groups.end; ++g) {
+        const int begin = rows.first[g] * kQuad, quads = rows.first[g + 1] - rows.first[g];
+        if (quads == 0) continue;
+        Listed listed(m, rows, begin, quads * kQuad, end);
+        listed.each<kBytes, cache>(spans, count, [&](const Span& span, int64_t panel, int64_t last, auto ask_for) {
+            for (; panel < last; ++panel) {
+                float* y = span.y + (panel - span.begin) * kPanel;
+                Float sums[kRegisters];
+                for (int r = 0; r < kRegisters; ++r) sums[r] = g == first ? Isa::all(0.0f) : Isa::load(y + r * Isa::kLanes);
+                for (int q = 0; q < quads; ++q) {
+                    ask_for(Four(listed.now + q * kQuad), q, panel * kBytes);
+                    for (int i = q * kQuad; i < (q + 1) * kQuad; ++i) {
+                        const float* w = reinterpret_cast<const float*>(listed.now[i] + panel * kBytes);
+                        const Float x = Isa::all(rows.values[begin + i]);
+                        for (int r = 0; r < kRegisters; ++r) sums[r] = Isa::fma(x, Isa::load(w + r * Isa::kLanes), sums[r]);
+                    }
+                }
+                for (int r = 0; r < kRegisters; ++r) Isa::store(y + r * Isa::kLanes, sums[r]);
+            }
+        });
     }
 }
 
@@ -471,9 +476,7 @@ static CM_INLINE void add_directly(const Matrix& m, const Rows& rows, int row, i
         add_quad<Isa, 4, n>(four.rows, at, codes, sums);
     }
 #pragma GCC unroll kTimes
-    for (int i = 0; i < n; ++i) {
-        finish<4, 1>(m, rows, row + i, g, panel, sums[i], fresh, y + (row + i) * stride);
-    }
+    for (int i = 0; i < n; ++i) finish<4, 1>(m, rows, row + i, g, panel, sums[i], fresh, y + (row + i) * stride);
 }
 
 // All rows of x, two or three at a time.
@@ -492,33 +495,40 @@ static void directly(const Matrix& m, const Rows& rows, int64_t g, const Span& s
     }
 }
 
+// The same, with each panel of the group unpacked into a tile.
+template <int bits, int bytes, class Ask>
+static void by_tile(Tile& tile, const Matrix& m, const Rows& rows, int64_t g, const Span& span, int64_t panel, int64_t last,
+                    const uint8_t* const* now, Ask ask_for, bool fresh) {
+    const int first = rows.first[g], quads = rows.first[g + 1] - first;
+    for (; panel < last; ++panel) {
+        const auto ask_for_quads = [&](int q, int end) {
+            for (; q < end; ++q) ask_for(Four(now + q * kQuad), q, panel * kPanel * bits / 8);
+        };
+        ask_for_quads(0, quads / 2);
+        fill<bits>(tile, m, rows, g, g + 1, panel, [&](int i) { return now[i - first * kQuad]; });
+        ask_for_quads(quads / 2, quads);
+        float* y = span.y + (panel - span.begin) * kPanel;
+        blocks<Isa::kRows / bytes, Isa::kColumns>(tile, rows, g, 0, rows.count, y, span.stride,
+                                                  [&](const auto& block) { block.template add_one<bits, bytes>(fresh); });
+    }
+}
+
 // Few rows: memory decides, and long stretches of a row of W are read, group after group.
 template <int bits, int bytes, Cache cache>
 static void few_rows(const Matrix& m, const Rows& rows, Groups groups, int64_t first, const Span* spans, int count) {
+    constexpr bool kDirectly = bits == 4 && Isa::kTwoCodes;
     static thread_local Tile tile;
-    tile.reserve(m.group / kQuad, 1);
+    if constexpr (!kDirectly) tile.reserve(m.group / kQuad, 1);
     const int end = rows.first[groups.end] * kQuad;
     for (int64_t g = groups.begin; g < groups.end; ++g) {
         const int begin = rows.first[g] * kQuad, quads = rows.first[g + 1] - rows.first[g];
         if (quads == 0) continue;
-        constexpr int kBytes = kPanel * bits / 8;
         Listed listed(m, rows, begin, quads * kQuad, end);
-        listed.each<kBytes, cache>(spans, count, [&](const Span& span, int64_t panel, int64_t last, auto ask_for) {
-            if constexpr (bits == 4 && Isa::kTwoCodes) {
+        listed.each<kPanel * bits / 8, cache>(spans, count, [&](const Span& span, int64_t panel, int64_t last, auto ask_for) {
+            if constexpr (kDirectly) {
                 directly(m, rows, g, span, panel, last, listed.now, ask_for, g == first);
             } else {
-                for (; panel < last; ++panel) {
-                    const auto ask_for_quads = [&](int q, int q_end) {
-                        for (; q < q_end; ++q) ask_for(Four(listed.now + q * kQuad), q, panel * kBytes);
-                    };
-                    ask_for_quads(0, quads / 2);
-                    fill<bits>(tile, m, rows, g, g + 1, panel, [&](int i) { return listed.now[i - begin]; });
-                    ask_for_quads(quads / 2, quads);
-                    float* y = span.y + (panel - span.begin) * kPanel;
-                    blocks<Isa::kRows / bytes, Isa::kColumns>(tile, rows, g, 0, rows.count, y, span.stride, [&](const auto& block) {
-                        block.template add_one<bits, bytes>(g == first);
-                    });
-                }
+                by_tile<bits, bytes>(tile, m, rows, g, span, panel, last, listed.now, ask_for, g == first);
             }
         });
     }
@@ -531,8 +541,7 @@ static void many_rows(const Matrix& m, const Rows& rows, Groups groups, const Sp
     for (const Span* span = spans; span != spans + count; ++span)
         for (int64_t panel = span->begin; panel < span->end; ++panel) {
             tile.reserve(rows.first[groups.end] - rows.first[groups.begin], groups.end - groups.begin);
-            fill<bits>(tile, m, rows, groups.begin, groups.end, panel,
-                       [&](int i) { return m.codes + static_cast<size_t>(rows.ids[i]) * m.row_bytes(); });
+            fill<bits>(tile, m, rows, groups.begin, groups.end, panel, [&](int i) { return listed_row(m, rows, i); });
             blocks<Isa::kManyRows / bytes, Isa::kManyColumns>(
                 tile, rows, groups.begin, span->first_row, span->end_row ? span->end_row : rows.count,
                 span->y + (panel - span->begin) * kPanel, span->stride,
@@ -547,8 +556,11 @@ static void multiply_bits(const Matrix& m, const Rows& rows, Groups groups, cons
     }
     int64_t first = groups.begin;  // the group that y begins with
     while (first < groups.end && rows.first[first] == rows.first[first + 1]) ++first;
-    if (first < groups.end)
-        return (rows.count == 1 ? one_row<bits, bytes, cache> : few_rows<bits, bytes, cache>)(m, rows, groups, first, spans, count);
+    if (first < groups.end) {
+        if (rows.count > 1) return few_rows<bits, bytes, cache>(m, rows, groups, first, spans, count);
+        if constexpr (bits == 32) return one_row_of_floats<cache>(m, rows, groups, first, spans, count);
+        else return one_row<bits, bytes, cache>(m, rows, groups, first, spans, count);
+    }
     for (const Span* span = spans; span != spans + count; ++span)
         for (int row = 0; row < rows.count; ++row)
             std::memset(span->y + row * span->stride, 0, (span->end - span->begin) * kPanel * sizeof(float));
