@@ -26,10 +26,13 @@ CALLS = [
         Sizes(K=200, N=257, bits=8, zeros=True, x_bytes=2), Sizes(K=70, N=130, bits=8, S=3, x_bytes=2),
         Sizes(bits=32, S=19), Sizes(share=0, S=2), Sizes(share=1), Sizes(share=1, S=19, zeros=True), Sizes(S=0),
         Sizes(K=600, N=140, share=1, S=19, x_bytes=0, zeros=True), Sizes(K=70, N=129, share=1, x_bytes=0, bits=8, group=64),
+        # enough short rows of W for several windows of them (product.h)
+        Sizes(K=1700, N=100, zeros=True), Sizes(K=1700, N=300, share=1, bits=8, x_bytes=2), Sizes(K=2600, N=100, group=128, S=3),
     ])),
     ffn(Sizes(B=2, zeros=True, N=300, group=64), bits_out=8, group_out=64),
     ffn(Sizes(S=19, K=40, bits=8), bits_out=32, seed=1),
     ffn(Sizes(S=1, K=40, bits=32), "gelu", bits_out=4, seed=2),
+    ffn(Sizes(K=520, N=1300, zeros=True), seed=3), ffn(Sizes(B=2, S=3, K=520, N=1100, bits=8, x_bytes=2), bits_out=8, seed=4),
     residual_norm(1, 33), residual_norm(3, 16, seed=1),
     *(attention_of(sizes, seed) for seed, sizes in enumerate(CASES)),
     *(prompt(sizes, seed) for seed, sizes in enumerate(PROMPTS) if not sizes.pad),

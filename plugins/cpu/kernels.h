@@ -66,6 +66,7 @@ struct Rows {
     std::vector<uint64_t> keep;    // [count, words] one bit for each k
     std::vector<int32_t> ids;      // listed k, a multiple of four in every group: the last is filled up with its first
     std::vector<int32_t> first;    // [groups + 1] quad with which a group begins
+    int64_t all_of = 0, in = 0;    // `ids` are all of so many k, in groups of so many; 0: they are not
     int8_t* codes = nullptr;       // [count, bytes, ids], the upper byte first; 0 where a row does not keep k
     std::vector<float> values;     // [count, ids] with weights of 32 bits
     std::vector<float> scale;      // [count, groups]
@@ -93,10 +94,11 @@ struct Span {
 };
 
 // Neighbouring groups of inputs, whose products are summed before they become part of y. `add`: y has those of others, which
-// takes more than kFewRows rows of x.
+// takes more than kFewRows rows of x. `follow`: up to which group the same thread goes on, most likely.
 struct Groups {
     int64_t begin = 0, end = 0;
     bool add = false;
+    int64_t follow = 0;
 };
 
 // How a head of a query or a key is made of what its product gave: bias, norm over the head, rotation, factor.
@@ -145,8 +147,8 @@ struct Kernels {
     bool (*usable)();
     // One bit for each k of a row: not (|x| * norm < threshold), so NaN counts. norm null: all.
     void (*keep)(const float* x, const float* norm, float threshold, int64_t inputs, uint64_t* bits);
-    // Fills codes, scale and sum (or values) of one row, when keep, ids and first are there.
-    void (*quantise)(const float* x, const Matrix&, Rows&, int row);
+    // Fills codes, scale and sum (or values) of some groups of one row, when keep, ids and first are there.
+    void (*quantise)(const float* x, const Matrix&, Rows&, int row, int64_t first, int64_t last);
     // Writes all outputs of the spans: what these groups of inputs add to them.
     void (*multiply)(const Matrix&, const Rows&, Groups, const Span* spans, int count);
     // z = activation(gate) * up

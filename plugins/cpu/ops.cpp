@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "kernels.h"
-#include "op.h"
+#include "team.h"
 
 #define CM_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -29,6 +29,7 @@ constexpr int64_t kCacheBytes = 256 << 10;  // of outputs, in one span
 constexpr size_t kShortRow = 20 << 10;      // bytes of a row of W up to which threads share the inputs
 constexpr int kBlockRows = 64;              // of x, at least, for which a panel of W is unpacked
 constexpr int64_t kParts = 4, kMinGroups = 4;
+constexpr int64_t kGatePanels = 8;          // whose gates a thread computes at a time
 constexpr int64_t kTilePanels = 4;          // of a span where x comes in tiles: long pieces of rows of W, and the second cache holds them
 
 std::atomic<uint64_t> bytes_read{0}, bytes_dense{0};
@@ -162,44 +163,6 @@ private:
 
 // ---------------------------------------------------------------- products
 
-// Buffers of a call.
-struct Scratch {
-    Rows x, z;
-    std::vector<float> activated, partial;
-};
-
-class Pool {
-public:
-    std::unique_ptr<Scratch> take() {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        if (free_.empty()) return std::make_unique<Scratch>();
-        std::unique_ptr<Scratch> scratch = std::move(free_.back());
-        free_.pop_back();
-        return scratch;
-    }
-    void give_back(std::unique_ptr<Scratch> scratch) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        free_.push_back(std::move(scratch));
-    }
-
-private:
-    std::mutex mutex_;
-    std::vector<std::unique_ptr<Scratch>> free_;
-};
-
-// A call borrows a set of its own, since others run at the same time; all nodes take from one pool, or each would keep what
-// its largest call needed: a prompt of hundreds of tokens needs ten megabytes a layer.
-struct Loan {
-    ~Loan() { pool().give_back(std::move(scratch)); }
-    std::unique_ptr<Scratch> scratch = pool().take();
-
-private:
-    static Pool& pool() {
-        static Pool* const of_all = new Pool;  // never deleted: threads may still compute when the process ends
-        return *of_all;
-    }
-};
-
 // For each byte, the places of its bits that are set, and how many they are.
 struct Places {
     uint8_t of[256][8] = {};
@@ -216,7 +179,7 @@ constexpr Places kPlaces;
 void list(Rows& rows, const Matrix& m) {
     rows.first.assign(rows.groups + 1, 0);
     rows.ids.resize(static_cast<size_t>(rows.groups) * m.group + 8);  // eight are written at once
-    rows.kept = 0;
+    rows.kept = rows.all_of = 0;
     int32_t *const all = rows.ids.data(), *end = all;
     for (int64_t g = 0; g < rows.groups; ++g) {
         const int32_t* begin = end;
@@ -242,6 +205,8 @@ void list(Rows& rows, const Matrix& m) {
 void list_all(Rows& rows, const Matrix& m) {
     const int64_t quads = (m.inputs + kQuad - 1) / kQuad;
     rows.kept = m.inputs;
+    if (rows.all_of == m.inputs && rows.in == m.group) return;  // they are there since the last call
+    rows.all_of = m.inputs, rows.in = m.group;
     rows.ids.resize(static_cast<size_t>(quads * kQuad));
     for (int64_t k = 0; k < quads * kQuad; ++k) rows.ids[k] = static_cast<int32_t>(k < m.inputs ? k : (quads - 1) * kQuad);
     rows.first.resize(rows.groups + 1);
@@ -256,42 +221,66 @@ void count_bytes(const Rows& rows, const Matrix& m) {
     bytes_dense += static_cast<uint64_t>(m.inputs) * m.row_bytes() + rows.groups * scales;
 }
 
-// Makes a block of `count` rows of x, `stride` floats apart, ready to be multiplied with `m`.
-void prepare(const ort::Context* context, const Kernels& k, Rows& rows, const float* x, size_t stride, int64_t first_row, int count,
-             const Matrix& m, int64_t x_bytes, const Selection& selection) {
+// Whether x comes in tiles.
+bool in_tiles(const Kernels& k, const Matrix& m, int64_t x_bytes, const Selection& selection) {
+    return x_bytes == 0 && k.widen != nullptr && m.bits != 32 && selection.norm == nullptr;
+}
+
+// Some rows of x, `stride` floats apart, on their way into Rows.
+struct Source {
+    const float* x;
+    size_t stride;
+    int64_t first_row;  // of the call
+    Selection selection;
+};
+
+// What comes first.
+void begin(Rows& rows, int count, const Matrix& m, int64_t x_bytes) {
     rows.count = count;
     rows.groups = m.groups();
-    if (x_bytes == 0 && k.widen != nullptr && m.bits != 32 && selection.norm == nullptr) {
-        rows.kept = m.inputs;
-        rows.reserve_tiles(m.steps());
-        auto widen = [&](size_t block) { k.widen(x, stride, m, rows, static_cast<int>(block)); };
-        in_parallel(context, static_cast<size_t>(rows.blocks()), widen);
-        return count_bytes(rows, m);
-    }
+    rows.tiles = nullptr;
     rows.bytes = m.bits == 8 && x_bytes == 2 ? 2 : 1;
     rows.words = static_cast<size_t>(m.inputs + 63) / 64;
     rows.keep.resize(count * rows.words);
     rows.scale.resize(count * rows.groups);
     rows.sum.resize(count * rows.bytes * rows.groups);
-    const size_t tasks = count <= kFewRows ? 1 : 4 * processors();
-    const auto rows_of = [&](size_t task, auto&& each) {
-        for (size_t row = count * task / tasks; row < count * (task + 1) / tasks; ++row) each(static_cast<int>(row));
-    };
-    auto keep = [&](size_t task) {
-        rows_of(task, [&](int row) {
-            k.keep(x + row * stride, selection.norm, selection.of(first_row + row), m.inputs, rows.keep.data() + row * rows.words);
-        });
-    };
-    in_parallel(context, tasks, keep);
-    selection.norm == nullptr ? list_all(rows, m) : list(rows, m);
-    if (m.bits == 32) {
-        rows.values.resize(count * rows.ids.size());
-    } else {
-        rows.reserve_codes();
-    }
-    auto quantise = [&](size_t task) { rows_of(task, [&](int row) { k.quantise(x + row * stride, m, rows, row); }); };
-    in_parallel(context, tasks, quantise);
+}
+
+// Which k from `first` to `last` a row keeps; `first` is a multiple of 64.
+void keep(const Kernels& k, const Source& from, const Matrix& m, Rows& rows, int row, int64_t first, int64_t last) {
+    const float* norm = from.selection.norm;
+    k.keep(from.x + row * from.stride + first, norm == nullptr ? nullptr : norm + first, from.selection.of(from.first_row + row),
+           std::min(last, m.inputs) - first, rows.keep.data() + row * rows.words + first / 64);
+}
+
+// What all rows keep together, and room for their codes.
+void list(const Source& from, const Matrix& m, Rows& rows) {
+    from.selection.norm == nullptr ? list_all(rows, m) : list(rows, m);
+    m.bits == 32 ? rows.values.resize(rows.count * rows.ids.size()) : rows.reserve_codes();
     count_bytes(rows, m);
+}
+
+// Makes a block of `count` rows of x ready to be multiplied with `m`.
+void prepare(const ort::Context* context, const Kernels& k, Rows& rows, const Source& from, int count, const Matrix& m, int64_t x_bytes) {
+    if (in_tiles(k, m, x_bytes, from.selection)) {
+        rows.count = count, rows.groups = m.groups(), rows.kept = m.inputs;
+        rows.reserve_tiles(m.steps());
+        auto widen = [&](size_t block) { k.widen(from.x, from.stride, m, rows, static_cast<int>(block)); };
+        in_parallel(context, static_cast<size_t>(rows.blocks()), widen);
+        return count_bytes(rows, m);
+    }
+    begin(rows, count, m, x_bytes);
+    const size_t tasks = count <= kFewRows ? 1 : 4 * processors();
+    const auto each_row = [&](size_t task, auto&& function) {
+        for (size_t row = count * task / tasks; row < count * (task + 1) / tasks; ++row) function(static_cast<int>(row));
+    };
+    auto keep_all = [&](size_t task) { each_row(task, [&](int row) { keep(k, from, m, rows, row, 0, m.inputs); }); };
+    in_parallel(context, tasks, keep_all);
+    list(from, m, rows);
+    auto quantise = [&](size_t task) {
+        each_row(task, [&](int row) { k.quantise(from.x + row * from.stride, m, rows, row, 0, rows.groups); });
+    };
+    in_parallel(context, tasks, quantise);
 }
 
 // Whether reading W decides the time of a product, not arithmetic.
@@ -342,84 +331,210 @@ Groups groups_of(const Matrix& m, int64_t part, int64_t parts, bool add) {
 }
 
 // What all parts add, one after the other; several of them only with many rows.
-void multiply_all(const Kernels& k, const Matrix& m, const Rows& rows, int64_t parts, const Span* spans, int count) {
+void multiply_all(const Kernels& k, const Matrix& m, const Rows& rows, const Span* spans, int count) {
+    const int64_t parts = parts_of(m, rows);
     for (int64_t part = 0; part < parts; ++part) k.multiply(m, rows, groups_of(m, part, parts, part > 0), spans, count);
 }
 
-// partial [parts, rows, panels * 128]: what each part of the inputs adds, computed side by side; for few rows.
-void multiply_parts(const ort::Context* context, const Kernels& k, const Matrix& m, const Rows& rows, int64_t parts,
-                    std::vector<float>& partial) {
-    const size_t stride = static_cast<size_t>(m.panels * kPanel), whole = rows.count * stride;
-    const size_t spans = spans_of(m.panels, rows, processors() / parts);
-    partial.resize(std::max(partial.size(), parts * whole));
-    auto task = [&](size_t i) {
-        const size_t part = i / spans;
-        Span span = span_of(m.panels, i % spans, spans);
-        span.y = partial.data() + part * whole + span.begin * kPanel, span.stride = stride;
-        k.multiply(m, rows, groups_of(m, part, parts, false), &span, 1);
-    };
-    in_parallel(context, spans * parts, task);
+// Outputs of a span of panels, all parts of the inputs one after the other, in y [count, outputs].
+void multiply_span(const Kernels& k, const Matrix& m, const Rows& rows, Span span, float* y, int64_t outputs) {
+    const int64_t first = span.begin * kPanel, width = (span.end - span.begin) * kPanel;
+    const int last = span.end_row ? span.end_row : rows.count;
+    const bool fits = first + width <= outputs;  // the last panel may be wider than y
+    span.y = fits ? y + first : working(static_cast<size_t>(rows.count * width));
+    span.stride = static_cast<size_t>(fits ? outputs : width);
+    multiply_all(k, m, rows, &span, 1);
+    for (int row = span.first_row; row < last && !fits; ++row)
+        std::memcpy(y + row * outputs + first, span.y + row * width, (outputs - first) * sizeof(float));
 }
 
+// A product with few rows, whose parts are computed side by side: in units of a part and a span each.
+class FewRows {
+public:
+    void begin(const Matrix& m, const Rows& rows) {
+        m_ = &m, rows_ = &rows, parts_ = parts_of(m, rows), spans_ = spans_of(m.panels, rows, processors() / parts_);
+        if (parts_ > 1) partial_.resize(std::max(partial_.size(), parts_ * whole()));
+    }
+
+    bool in_parts() const { return parts_ > 1; }
+    size_t units() const { return parts_ * spans_; }
+
+    // A unit of one part becomes y, others are left to `sum`.
+    void multiply(const Team& team, const Kernels& k, size_t unit, float* y, int64_t outputs) {
+        Span span = span_of(m_->panels, unit % spans_, spans_);
+        if (!in_parts()) return multiply_span(k, *m_, *rows_, span, y, outputs);
+        const int64_t part = static_cast<int64_t>(unit / spans_), next = static_cast<int64_t>(team.last_of_home(unit, units()) / spans_) + 1;
+        span.y = partial_.data() + part * whole() + span.begin * kPanel, span.stride = stride();
+        Groups groups = groups_of(*m_, part, parts_, false);
+        groups.follow = groups_of(*m_, next, parts_, false).begin;
+        k.multiply(*m_, *rows_, groups, &span, 1);
+    }
+
+    // What all parts have added, when all units are done, to `width` outputs of a row from number `first` on.
+    void sum(const Kernels& k, int row, int64_t first, int64_t width, float* y) const {
+        k.add_parts(partial_.data() + row * stride() + first, parts_, whole(), width, y);
+    }
+
+    void sum_all(const Kernels& k, float* y, int64_t outputs) const {
+        for (int row = 0; row < rows_->count && in_parts(); ++row) sum(k, row, 0, outputs, y + row * outputs);
+    }
+
+private:
+    size_t stride() const { return static_cast<size_t>(m_->panels * kPanel); }
+    size_t whole() const { return rows_->count * stride(); }
+
+    const Matrix* m_ = nullptr;
+    const Rows* rows_ = nullptr;
+    int64_t parts_ = 1;
+    size_t spans_ = 1;
+    std::vector<float> partial_;  // [parts, rows, panels * 128]
+};
+
+// Buffers of a call.
+struct Scratch {
+    Rows x, z;
+    FewRows of_x, of_z;
+    std::vector<float> activated;
+};
+
+class Pool {
+public:
+    std::unique_ptr<Scratch> take() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (free_.empty()) return std::make_unique<Scratch>();
+        std::unique_ptr<Scratch> scratch = std::move(free_.back());
+        free_.pop_back();
+        return scratch;
+    }
+    void give_back(std::unique_ptr<Scratch> scratch) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        free_.push_back(std::move(scratch));
+    }
+
+private:
+    std::mutex mutex_;
+    std::vector<std::unique_ptr<Scratch>> free_;
+};
+
+// A call borrows a set of its own, since others run at the same time; all nodes take from one pool, or each would keep what
+// its largest call needed: a prompt of hundreds of tokens needs ten megabytes a layer.
+struct Loan {
+    ~Loan() { pool().give_back(std::move(scratch)); }
+    std::unique_ptr<Scratch> scratch = pool().take();
+
+private:
+    static Pool& pool() {
+        static Pool* const of_all = new Pool;  // never deleted: threads may still compute when the process ends
+        return *of_all;
+    }
+};
+
 // y [count, outputs] = rows W
-void product(const ort::Context* context, const Kernels& k, const Matrix& m, const Rows& rows, float* y, int64_t outputs,
-             std::vector<float>& partial) {
-    const int64_t parts = parts_of(m, rows);
-    if (parts > 1 && are_few(rows)) {
-        const size_t stride = static_cast<size_t>(m.panels * kPanel);
-        multiply_parts(context, k, m, rows, parts, partial);
-        for (int row = 0; row < rows.count; ++row)
-            k.add_parts(partial.data() + row * stride, parts, rows.count * stride, outputs, y + row * outputs);
-        return;
+void product(const ort::Context* context, const Kernels& k, const Matrix& m, const Rows& rows, float* y, int64_t outputs, FewRows& few) {
+    if (are_few(rows)) {
+        few.begin(m, rows);
+        Team::run(context, few.units(), [&](Team& team) {
+            team.each(few.units(), [&](size_t i) { few.multiply(team, k, i, y, outputs); });
+        });
+        return few.sum_all(k, y, outputs);
     }
     // With many rows of x arithmetic decides, and a task computes all parts of its outputs.
     const size_t spans = spans_of(m.panels, rows, processors()), blocks = blocks_of(rows, m, spans);
     auto task = [&](size_t i) {
         Span span = span_of(m.panels, i / blocks, spans);
         span.first_row = row_of(rows, i % blocks, blocks), span.end_row = row_of(rows, i % blocks + 1, blocks);
-        const int64_t first = span.begin * kPanel, width = (span.end - span.begin) * kPanel;
-        const bool fits = first + width <= outputs;  // the last panel may be wider than y
-        span.y = fits ? y + first : working(static_cast<size_t>(rows.count * width));
-        span.stride = static_cast<size_t>(fits ? outputs : width);
-        multiply_all(k, m, rows, parts, &span, 1);
-        for (int row = span.first_row; row < span.end_row && !fits; ++row)
-            std::memcpy(y + row * outputs + first, span.y + row * width, (outputs - first) * sizeof(float));
+        multiply_span(k, m, rows, span, y, outputs);
     };
     in_parallel(context, spans * blocks, task);
 }
 
-// z [count, panels / 2 * 128] = activation(x W_gate) * (x W_up); the first half of the panels are gates.
-void gated_product(const ort::Context* context, const Kernels& k, const Matrix& m, const Rows& rows, Activation activation,
-                   float* z, std::vector<float>& partial) {
-    const int64_t half = m.panels / 2, parts = parts_of(m, rows);
-    const size_t spans = spans_of(half, rows, processors());
-    const bool together = parts > 1 && are_few(rows);
-    if (together) multiply_parts(context, k, m, rows, parts, partial);
-    // what all parts add, one task for all of them, to gates and behind them to ups
-    auto one_after_the_other = [&](const Span& span, int64_t size, float* gate) {
-        const size_t width = static_cast<size_t>(span.end - span.begin) * kPanel;
-        const Span both[] = {{span.begin, span.end, gate, width}, {half + span.begin, half + span.end, gate + size, width}};
-        multiply_all(k, m, rows, parts, both, 2);
-    };
-    // the same of what they have added side by side
-    auto side_by_side = [&](const Span& span, int64_t width, float* gate, float* up) {
-        const size_t stride = static_cast<size_t>(m.panels * kPanel);
-        for (int row = 0; row < rows.count; ++row) {
-            const float* from = partial.data() + row * stride + span.begin * kPanel;
-            k.add_parts(from, parts, rows.count * stride, width, gate + row * width);
-            k.add_parts(from + half * kPanel, parts, rows.count * stride, width, up + row * width);
-        }
-    };
-    auto task = [&](size_t i) {
-        const Span span = span_of(half, i, spans);
-        const int64_t width = (span.end - span.begin) * kPanel, size = rows.count * width;
+// z = activation(x W_gate) * (x W_up), where the first half of the panels are gates.
+struct Gates {
+    const Kernels& k;
+    const Matrix& m;
+    const Rows& rows;
+    Activation activation;
+    float* z;  // [count, half of the panels * 128]
+
+    int64_t half() const { return m.panels / 2; }
+
+    // Panels from `begin` to `end`; fill(gate, up, width) computes x W of them.
+    template <class Fill>
+    void compute(int64_t begin, int64_t end, Fill fill) const {
+        const int64_t width = (end - begin) * kPanel, size = rows.count * width;
         float *gate = working(static_cast<size_t>(2 * size)), *up = gate + size;
-        together ? side_by_side(span, width, gate, up) : one_after_the_other(span, size, gate);
+        fill(gate, up, width);
         for (int row = 0; row < rows.count; ++row)
-            k.gate(activation, gate + row * width, up + row * width, z + row * half * kPanel + span.begin * kPanel, width);
-    };
-    in_parallel(context, spans, task);
-}
+            k.gate(activation, gate + row * width, up + row * width, z + (row * half() + begin) * kPanel, width);
+    }
+
+    // With all parts of the inputs, one after the other.
+    void multiply(const Span& span) const {
+        const int64_t begin = span.begin, end = span.end;
+        compute(begin, end, [&](float* gate, float* up, size_t width) {
+            const Span both[] = {{begin, end, gate, width}, {half() + begin, half() + end, up, width}};
+            multiply_all(k, m, rows, both, 2);
+        });
+    }
+
+    // With what the parts have added.
+    void sum(const FewRows& x, int64_t begin, int64_t end) const {
+        compute(begin, end, [&](float* gate, float* up, int64_t width) {
+            for (int row = 0; row < rows.count; ++row) {
+                x.sum(k, row, begin * kPanel, width, gate + row * width);
+                x.sum(k, row, (half() + begin) * kPanel, width, up + row * width);
+            }
+        });
+    }
+};
+
+// An FFN with few rows. A thread that has computed some of z makes it ready for the product with `down`, too: it lies in its cache.
+struct FewRowsOfFFN {
+    const Gates& gates;
+    FewRows& of_x;
+    const Source& from_z;
+    const Matrix& down;
+    Rows& z;
+    FewRows& of_z;
+    float* y;
+    int64_t columns;
+
+    void run(const ort::Context* context, int64_t x_bytes) const {
+        begin(z, gates.rows.count, down, x_bytes);
+        of_x.begin(gates.m, gates.rows), of_z.begin(down, z);
+        Team::run(context, std::max(of_x.units(), of_z.units()), [&](Team& team) { take_part(team); });
+        of_z.sum_all(gates.k, y, columns);
+    }
+
+    void take_part(Team& team) const {
+        const Kernels& k = gates.k;
+        const size_t spans = spans_of(gates.half(), gates.rows, processors());
+        if (of_x.in_parts()) {
+            team.each(of_x.units(), [&](size_t i) { of_x.multiply(team, k, i, nullptr, 0); });
+        } else {
+            team.each(spans, [&](size_t i) { gates.multiply(span_of(gates.half(), i, spans)); });
+        }
+        each_stretch(team, [&](int64_t begin, int64_t end) {
+            if (of_x.in_parts()) gates.sum(of_x, begin, end);
+            for (int row = 0; row < z.count; ++row) keep(k, from_z, down, z, row, begin * kPanel, end * kPanel);
+        });
+        team.once([&] { list(from_z, down, z); });
+        each_stretch(team, [&](int64_t begin, int64_t end) {
+            const int64_t first = begin * kPanel / down.group, last = std::min(z.groups, end * kPanel / down.group);
+            for (int row = 0; row < z.count; ++row) k.quantise(gates.z + row * from_z.stride, down, z, row, first, last);
+        });
+        team.each(of_z.units(), [&](size_t i) { of_z.multiply(team, k, i, y, columns); });
+    }
+
+    // Calls function(first, last panel of z), the same thread for the same panels where it can.
+    template <class Function>
+    void each_stretch(Team& team, Function function) const {
+        team.each(static_cast<size_t>((gates.half() + kGatePanels - 1) / kGatePanels), [&](size_t i) {
+            const int64_t begin = static_cast<int64_t>(i) * kGatePanels;
+            function(begin, std::min(gates.half(), begin + kGatePanels));
+        });
+    }
+};
 
 // ---------------------------------------------------------------- ops
 
@@ -470,8 +585,8 @@ struct PackedMatMul {
         for (int64_t row = 0, most = at_once(shape.rows()); row < shape.rows(); row += most) {
             const int count = static_cast<int>(std::min(most, shape.rows() - row));
             const float* from = static_cast<const float*>(x.data) + row * shape.columns;
-            prepare(context, k, loan.scratch->x, from, shape.columns, row, count, m, x_bytes, kept);
-            product(context, k, m, loan.scratch->x, y + row * outputs, outputs, loan.scratch->partial);
+            prepare(context, k, loan.scratch->x, {from, static_cast<size_t>(shape.columns), row, kept}, count, m, x_bytes);
+            product(context, k, m, loan.scratch->x, y + row * outputs, outputs, loan.scratch->of_x);
         }
     }
 };
@@ -527,10 +642,19 @@ struct PackedFFN {
             const int count = static_cast<int>(std::min(most, shape.rows() - row));
             scratch.activated.resize(static_cast<size_t>(count * stride));
             const float* from = static_cast<const float*>(x.data) + row * columns;
-            prepare(context, k, scratch.x, from, columns, row, count, gate_up, x_bytes, x_kept);
-            gated_product(context, k, gate_up, scratch.x, activation, scratch.activated.data(), scratch.partial);
-            prepare(context, k, scratch.z, scratch.activated.data(), stride, row, count, down, x_bytes, z_kept);
-            product(context, k, down, scratch.z, y + row * columns, columns, scratch.partial);
+            float *z = scratch.activated.data(), *to = y + row * columns;
+            const Source from_z{z, static_cast<size_t>(stride), row, z_kept};
+            prepare(context, k, scratch.x, {from, static_cast<size_t>(columns), row, x_kept}, count, gate_up, x_bytes);
+            const Gates gates{k, gate_up, scratch.x, activation, z};
+            if (are_few(scratch.x) && !in_tiles(k, down, x_bytes, z_kept)) {
+                FewRowsOfFFN{gates, scratch.of_x, from_z, down, scratch.z, scratch.of_z, to, columns}.run(context, x_bytes);
+                continue;
+            }
+            const size_t spans = spans_of(panels, scratch.x, processors());
+            auto task = [&](size_t i) { gates.multiply(span_of(panels, i, spans)); };
+            in_parallel(context, spans, task);
+            prepare(context, k, scratch.z, from_z, count, down, x_bytes);
+            product(context, k, down, scratch.z, to, columns, scratch.of_z);
         }
     }
 };

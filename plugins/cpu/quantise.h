@@ -95,10 +95,10 @@ static CM_INLINE void round_to(const float* x, float factor, int size, int8_t (*
 }
 
 template <int bytes>
-static void quantise_to(const float* x, const Matrix& m, Rows& rows, int row) {
+static void quantise_to(const float* x, const Matrix& m, Rows& rows, int row, int64_t first_group, int64_t last_group) {
     const size_t listed = rows.ids.size();
     const uint64_t* keep = rows.keep.data() + row * rows.words;
-    for (int64_t g = 0; g < rows.groups; ++g) {
+    for (int64_t g = first_group; g < last_group; ++g) {
         const int64_t first = rows.first[g], quads = rows.first[g + 1] - first;
         float* scale = rows.scale.data() + row * rows.groups + g;
         int32_t* sum = rows.sum.data() + row * bytes * rows.groups + g;
@@ -136,6 +136,6 @@ static void quantise_to(const float* x, const Matrix& m, Rows& rows, int row) {
     }
 }
 
-static void quantise(const float* x, const Matrix& m, Rows& rows, int row) {
-    return rows.bytes == 1 ? quantise_to<1>(x, m, rows, row) : quantise_to<2>(x, m, rows, row);
+static void quantise(const float* x, const Matrix& m, Rows& rows, int row, int64_t first, int64_t last) {
+    return rows.bytes == 1 ? quantise_to<1>(x, m, rows, row, first, last) : quantise_to<2>(x, m, rows, row, first, last);
 }
