@@ -204,7 +204,7 @@ ONE_FILE = {
     "AVX-512: groups before the last of a few rows": ("avx512-vnni", PRODUCT, "sums[i], fresh, y", "sums[i], true, y"),
     "AVX-512: the last of a few rows": ("avx512-vnni", PRODUCT, "row < rows.count;) row = take_at", "row < 0;) row = take_at"),
     "AVX-512: rows of another row": ("avx512-vnni", PRODUCT, "y + (row + i) * stride);", "y + i * stride);"),
-    "AVX-512: outputs of another panel": ("avx512-vnni", PRODUCT, f"float* y = span.y{OUT};\n        //", "float* y = span.y;\n        //"),
+    "AVX-512: outputs of another panel": ("avx512-vnni", PRODUCT, f"{OUT};\n        // out of", ";\n        // out of"),
     "AVX-512: sums before zero points": ("avx512-vnni", "avx512.h", "vpdpwssd %2, %1, %0", "vpmaddwd %2, %1, %0"),
     "AVX-512: second half of 8 bits": ("avx512-vnni", "avx512.h", "p2 + 64, p3 + 64", "p2, p3 + 64"),
     "AVX2: products that do not fit": ("avx2", "avx2.cpp", "if constexpr (bits == 4) {  // 2", "if constexpr (true) {  // 2"),
