@@ -255,6 +255,51 @@ def residual_norm(rows: int, width: int, seed: int = 0) -> Call:
     return Call("ResidualNorm", {"epsilon": 1e-5}, inputs, expected, bound, constants=("weight",), outputs=("y", "sum"))
 
 
+@dataclass(frozen=True)
+class Head:
+    """Of a call of RefineLogits. `spread`: of the logits; `left_out`: how large the remainder's numbers are."""
+
+    K: int = 100
+    N: int = 300
+    B: int = 1
+    S: int = 1
+    share: float = 1.0  # of x above the threshold; 1: no norm
+    spread: float = 6.0
+    left_out: float = 0.02
+
+
+def refine(s: Head, seed: int = 0) -> Call:
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 16, (s.N, -(-s.K // 32), 32), dtype=np.uint8)
+    scale = (rng.random(codes.shape[:2]) * s.left_out).astype(np.float16)
+    rest = ((codes.astype(np.float64) - 8) * scale[..., None]).reshape(s.N, -1)[:, : s.K]
+    both = [codes[..., j] | codes[..., j + 16] << 4 for j in range(16)]
+    halves = np.ascontiguousarray(scale.astype("<f2")).view(np.uint8)
+    remainder = np.concatenate([np.stack(both, -1).reshape(s.N, -1), halves], axis=1)
+    x = rng.standard_normal((s.B, s.S, s.K)).astype(np.float32)
+    logits = (rng.standard_normal((s.B, s.S, s.N)) * s.spread).astype(np.float32)
+    norm = (rng.random(s.K) + 0.5).astype(np.float32)[: 0 if s.share >= 1 else s.K]
+    threshold = thresholds(np.abs(x) * norm, s.share) if norm.size else np.zeros((s.B, 1), np.float32)
+    used = np.where(kept(x, norm, threshold), x, 0).astype(np.float64)
+    change, size = used @ rest.T, np.abs(used) @ np.abs(rest).T
+    # The codes are multiplied before 8 is taken away from them.
+    wide = np.abs(used) @ np.repeat(scale.astype(np.float64), 32, axis=1)[:, : s.K].T * 15
+    sample = [s.N * i // min(64, s.N) for i in range(min(64, s.N))]
+    margin = 16 * np.sqrt((change[..., sample] ** 2).mean(-1, keepdims=True))
+    refined = logits >= logits.max(-1, keepdims=True) - margin.astype(np.float32)
+    read = remainder.shape[1] * (int(refined.sum()) + s.B * s.S * len(sample))
+    return Call(
+        "RefineLogits",
+        {},
+        {"logits": logits, "x": x, "remainder": remainder, "norm": norm, "threshold": threshold},
+        np.where(refined, logits + change, logits),
+        np.where(refined, FLOAT32 * (size + wide + np.abs(logits)), 0),
+        read,
+        read,
+        constants=("remainder", "norm"),
+    )
+
+
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": TensorProto.UINT8}
 TYPES |= {"int64": TensorProto.INT64, "int32": TensorProto.INT32, "bool": TensorProto.BOOL}
 

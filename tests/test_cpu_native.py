@@ -13,7 +13,7 @@ import pytest
 from cpu_attention_cases import CASES
 from cpu_attention_cases import attention as attention_of
 from cpu_builds import answers, folder, linked, objects
-from cpu_cases import Sizes, ffn, matmul, residual_norm
+from cpu_cases import Head, Sizes, ffn, matmul, refine, residual_norm
 from cpu_prompt_cases import CASES as PROMPTS
 from cpu_prompt_cases import prompt
 
@@ -34,10 +34,13 @@ CALLS = [
     ffn(Sizes(S=1, K=40, bits=32), "gelu", bits_out=4, seed=2),
     ffn(Sizes(K=520, N=1300, zeros=True), seed=3), ffn(Sizes(B=2, S=3, K=520, N=1100, bits=8, x_bytes=2), bits_out=8, seed=4),
     residual_norm(1, 33), residual_norm(3, 16, seed=1),
+    *(refine(head, seed) for seed, head in enumerate([
+        Head(), Head(K=33, N=65, S=2), Head(K=530, N=131, B=2, share=0.5), Head(left_out=0.6), Head(K=40, N=8300, S=2), Head(S=0),
+    ])),
     *(attention_of(sizes, seed) for seed, sizes in enumerate(CASES)),
     *(prompt(sizes, seed) for seed, sizes in enumerate(PROMPTS) if not sizes.pad),
 ]  # fmt: skip
-OPS = ("ops.cpp", "attention.cpp", "prompt.cpp", "norm.cpp")
+OPS = ("ops.cpp", "attention.cpp", "prompt.cpp", "norm.cpp", "refine.cpp")
 ALL_OPS = tuple((file, ("-O0",)) for file in OPS)
 # Not optimised, and checks as calls: compiling takes longer than the calls.
 QUICKLY = ("-O0", "-g1", "--param", "asan-instrumentation-with-call-threshold=0")

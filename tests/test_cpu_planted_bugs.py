@@ -16,6 +16,7 @@ from cm_export.plugins.cpu import build
 
 PRODUCT, QUANTISE, OPS, ACTIVATE, KERNELS = "product.h", "quantise.h", "ops.cpp", "activate.h", "kernels.h"
 ATTEND, CACHE, PROMPT, ROWS, NORM = "attention.h", "attention.cpp", "prompt.cpp", "rows.h", "norm.cpp"
+REFINE, SELECTION = "refine.cpp", "selection.h"
 EACH_GROUP = "const int last_quad = rows.first[groups.end];\n    for (int64_t g = groups.begin; g < groups.end; ++g) {"
 EACH_ROW = "for (int row = 0; row < rows.count; ++row)\n"
 FIRST_ROW = EACH_ROW.replace("rows.count", "1")
@@ -83,7 +84,7 @@ SHARED = {  # what is wrong: (file, right, wrong)
     "the sign of x": (QUANTISE, KEPT, KEPT.replace("std::fabs", "")),
     "cut instead of rounded": (QUANTISE, ROUNDED, "static_cast<int32_t>(x[i] * factor)"),
     "numbers past the end of x": (QUANTISE, COUNT, "m.group"),
-    "threshold of the first request": (OPS, "threshold[row / rows_of_a_request]", "threshold[0]"),
+    "threshold of the first request": (SELECTION, "threshold[row / rows_of_a_request]", "threshold[0]"),
     "list of the first row": (OPS, f"{EACH_ROW}                any |=", f"{FIRST_ROW}                any |="),
     "up taken for gate": (OPS, GATE.format("gate", "up"), GATE.format("up", "gate")),
     "panels of up": (OPS, "{half() + begin, half() + end, up", "{half() + begin - 1, half() + end - 1, up"),
@@ -115,6 +116,17 @@ SHARED = {  # what is wrong: (file, right, wrong)
     "the second register of turned keys": (ATTEND, "a.width * kStep + c * Isa::kLanes % kStep);", "a.width * kStep);"),
     "what is filled up": ("shares.h", "for (; i < filled; ++i) scores[i] = kNothing;", ""),
     "where a product's keys begin": (CACHE, "(x.data) + first[index]", "(x.data)"),
+    "logits of the first stretch": (REFINE, "begin = i % tasks * kStretch, end", "begin = 0, end"),
+    "the last of a block": (REFINE, "for (; n < count; ++n) most[0] = std::max(most[0], values[n]);", ""),
+    "the largest of the first row": (REFINE, "blocks_.data() + row * blocks_of_row_, *logits", "blocks_.data(), *logits"),
+    "the margin of the first row": (REFINE, "blocks + blocks_of_row_) - margins_[row]", "blocks + blocks_of_row_) - margins_[0]"),
+    "outputs that the margin is made of": (REFINE, "left_out(row, outputs_ * i / count)", "left_out(row, i)"),
+    "x of the first row, refined": (REFINE, "x_.data() + at * kRemainder, eights_", "x_.data(), eights_"),
+    "x below the threshold, refined": (REFINE, "kept.norm == nullptr || !(", "true || !("),
+    "the remainder of another output": (REFINE, "remainder_ + output * width_, x_", "remainder_, x_"),
+    "upper codes of a remainder": (ROWS, "static_cast<float>(row[j] >> 4)", "static_cast<float>(row[j] & 15)"),
+    "scales of a remainder's first groups": (ROWS, "halves + g * sizeof *read, std::min", "halves, std::min"),
+    "the middle of a remainder": (ROWS, "return all - middle;", "return all;"),
 }  # fmt: skip
 OF_HALVES = Attention(form="fp16")
 VALUES = attention(OF_HALVES).inputs["v"]
@@ -168,7 +180,7 @@ QUICK = {
     "last group", "x of the first row", "sums of another span", "rows of the first quads", "what a part adds",
     "where up is summed", "what is not kept sets the scale", "numbers past the end of x", "threshold of the first request",
     "up taken for gate", "keys that a neighbour sees",
-    "codes of the first stretch",
+    "codes of the first stretch", "the remainder of another output",
     "slope of an activation", "scratch of all calls", "scale of the first numbers of a row", "halves are cut instead of rounded",
     "AMX: zero points", "AVX-512: upper codes of one row", "AVX-512: x of the first of a few rows",
     "AVX2: signs of x", "ARM: zero points of 8 bits",
@@ -182,7 +194,8 @@ def quick_or_wide(bugs):
 
 @pytest.mark.parametrize("bug", quick_or_wide(SHARED))
 def test_a_wrong_kernel_is_seen(bug):
-    unit = SHARED[bug][0] if SHARED[bug][0].endswith(".cpp") else "portable.cpp"
+    file = SHARED[bug][0]
+    unit = file if file.endswith(".cpp") else "ops.cpp" if file == SELECTION else "portable.cpp"
     run = with_bug(bug.replace(" ", "-"), plain(), unit, ("-O0",), SHARED[bug])
     assert wrong_answers(run) or wrong_answers(run, threads=2, at_once=3)
 

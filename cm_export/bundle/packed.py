@@ -3,7 +3,8 @@
     packed.safetensors: layers.0.ffn_in.codes, .scale, .zero, ...          quant/rows.py has the layout
     manifest: packed    layers.0.ffn_in = {weights: [gate, up], bits: 4, group: 32, inputs: D, outputs: [F, F]}
 
-An entry holds every weight that reads the same x (gate and up; q, k and v) side by side along its outputs.
+An entry holds every weight that reads the same x (gate and up; q, k and v) side by side along its outputs. A head may have a
+fourth tensor, .remainder (quant/remainder.py): what its 4 bits leave out.
 """
 
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from .weights import Checks, WeightFile
 
 FILE = "packed.safetensors"
 PARTS = ("codes", "scale", "zero")
+REMAINDER = "remainder"
 _FEW = 17  # tokens of a step or a check, which are looked up one by one
 _KEPT = 256  # of the last of them: the same words come again and again, and a step of a small model takes less than a millisecond
 TOWER = "vision."  # how the names of the tower's entries begin
@@ -39,6 +41,12 @@ class Entry:
     site: int | None = None  # of bundle/thresholds.py
     kept: bool = False  # whether its codes are the checkpoint's own
     table: bool = False  # whether token embeddings are rows of its one weight, as of a head that is the embedding, too
+    refined: bool = False  # whether it has a remainder
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Its tensors."""
+        return (*PARTS, REMAINDER) if self.refined else PARTS
 
     @property
     def rows(self) -> int:
@@ -88,8 +96,8 @@ class Packed:
         self.file = WeightFile(path, checks)
         self.entries = {name: Entry.of(values) for name, values in entries.items()}
         self.entry_of = {weight: name for name, entry in self.entries.items() for weight in entry.weights}
-        for name in self.entries:
-            for part in PARTS:
+        for name, entry in self.entries.items():
+            for part in entry.parts:
                 if f"{name}.{part}" not in self.file:
                     raise BundleError(f"it has no {name}.{part}", where=path, fix="build the bundle again")
 
@@ -111,8 +119,8 @@ class Packed:
     def rows(self, name: str) -> PackedRows:
         """The stored matrix of an entry."""
         entry = self.entries[name]
-        codes, scale, zero = (self.file[f"{name}.{part}"] for part in PARTS)
-        return PackedRows(codes, scale, zero, entry.bits, entry.group, entry.rows, entry.columns)
+        codes, scale, zero, *remainder = (self.file[f"{name}.{part}"] for part in entry.parts)
+        return PackedRows(codes, scale, zero, entry.bits, entry.group, entry.rows, entry.columns, *remainder)
 
 
 class Table:
@@ -120,8 +128,9 @@ class Table:
 
     def __init__(self, rows: PackedRows, entry: Entry):
         """`entry`: one whose one weight the table is."""
-        codes, scale, zero = map(np.asarray, (rows.codes, rows.scale, rows.zero))  # slices of a mapped file take longer
-        self._rows, self.shape = replace(rows, codes=codes, scale=scale, zero=zero), (entry.outputs[0], entry.inputs)
+        # slices of a mapped file take longer
+        parts: dict[str, Any] = {part: np.asarray(getattr(rows, part)) for part in entry.parts}
+        self._rows, self.shape = replace(rows, **parts), (entry.outputs[0], entry.inputs)
         self._kept: dict[int, np.ndarray] = {}
 
     def __getitem__(self, ids: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ from ..host.core_set import CoreSet
 from ..host.runner import Prefilled, Runner
 from ..plugins.cpu import library as native
 from ..quant.precision import PRECISIONS
+from ..quant.remainder import row_bytes
 from ..quant.rows import PANEL
 
 
@@ -80,7 +81,9 @@ def _read(runner: Runner, products: float, exact: bool) -> WeightsRead:
     row = 4.0 * shape.hidden
     if packed is not None and runner.backend.name == DEFAULT and (name := packed.table_entry):
         entry = packed.entries[name]
-        row = _entry_bytes(packed, name, 1.0) / (entry.panels * PANEL)
+        row = _entry_bytes(packed, name, 1.0) / (entry.panels * PANEL) + (
+            row_bytes(entry.inputs) if entry.refined else 0
+        )
     return WeightsRead(products + row, counted_weights(shape), exact)
 
 
@@ -124,7 +127,10 @@ def site_sizes(shape: Shape) -> np.ndarray:
 
 
 def _entry_bytes(packed: Packed, name: str, share: float) -> float:
-    """Of a packed matrix of which a share of the inputs is read: their codes, and scales and zeros of groups with any."""
+    """Of a packed matrix of which a share of the inputs is read: their codes, and scales and zeros of groups with any.
+
+    What is read of a remainder, that of a few outputs, is known once it is counted.
+    """
     entry, tensors = packed.entries[name], packed.file.tensors
     codes = tensors[f"{name}.codes"].length / entry.rows * entry.inputs
     scales = tensors[f"{name}.scale"].length + tensors[f"{name}.zero"].length

@@ -10,6 +10,8 @@
 Within a panel of 128 outputs, output n = 64 h + 16 q + 4 l + w lies in half h at place 16 l + 4 q + w. A kernel that
 interleaves the bytes, then the words, of four inputs in lanes of 128 bits gets four codes of each output, in order.
 A half is a nibble with 4 bits (h = 0: the low one) and 64 bytes with 8.
+
+A matrix of 4 bits may have a remainder (remainder.py), which is part of its numbers.
 """
 
 from dataclasses import dataclass, replace
@@ -17,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..base.errors import InputError
+from . import remainder
 
 PANEL = 128
 GROUPS = (32, 64, 128)
@@ -33,6 +36,7 @@ class PackedRows:
     group: int
     inputs: int
     outputs: int
+    remainder: np.ndarray | None = None  # uint8 [outputs, remainder.row_bytes(inputs)]
 
 
 def pack(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, bits: int, group: int) -> PackedRows:
@@ -80,7 +84,10 @@ def numbers(packed: PackedRows) -> np.ndarray:
     if packed.bits == 32:
         return packed.codes[:, : packed.outputs]
     codes, scale, zero = unpack(packed)
-    return _numbers(codes, scale, zero, packed)
+    found = _numbers(codes, scale, zero, packed)
+    if packed.remainder is not None:
+        found += remainder.numbers(packed.remainder)[:, : packed.inputs].T
+    return found
 
 
 def numbers_between(packed: PackedRows, inputs: tuple[int, int], outputs: tuple[int, int]) -> np.ndarray:
@@ -96,8 +103,12 @@ def numbers_between(packed: PackedRows, inputs: tuple[int, int], outputs: tuple[
         zero=packed.zero[groups, columns] if packed.zero.size else packed.zero,
         inputs=last_row - group * packed.group,
         outputs=last_column - panel,
+        remainder=None,
     )
-    return numbers(part)[row - group * packed.group :, column - panel :]
+    found = numbers(part)[row - group * packed.group :, column - panel :]
+    if packed.remainder is not None:
+        found += remainder.numbers(packed.remainder[column:last_column])[:, row:last_row].T
+    return found
 
 
 def numbers_of(packed: PackedRows, outputs: np.ndarray) -> np.ndarray:
@@ -110,7 +121,10 @@ def numbers_of(packed: PackedRows, outputs: np.ndarray) -> np.ndarray:
     else:
         codes = packed.codes[:, panel * (PANEL // 2) + places] >> (4 * half).astype(np.uint8) & 15
     zero = packed.zero[:, outputs] if packed.zero.size else None
-    return np.ascontiguousarray(_numbers(codes[: packed.inputs], packed.scale[:, outputs], zero, packed).T)
+    found = np.ascontiguousarray(_numbers(codes[: packed.inputs], packed.scale[:, outputs], zero, packed).T)
+    if packed.remainder is not None:
+        found += remainder.numbers(packed.remainder[outputs])[:, : packed.inputs]
+    return found
 
 
 def _numbers(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | None, packed: PackedRows) -> np.ndarray:

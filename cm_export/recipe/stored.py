@@ -77,9 +77,18 @@ class StoredWeights:
             own = "int8" if self.precision == "int4" and kind in _SENSITIVE else self.precision
         return BITS[own]
 
+    @property
+    def refines_head(self) -> bool:
+        """Whether the head's 8 bits are two times 4, of which a step reads the second only for tokens that may be chosen.
+
+        With `precision` int4, unless head = "int8" asks for 8 bits that are all read.
+        """
+        return self.precision == "int4" and not self.head
+
     def storing(self) -> dict[str, int]:
         """What decides the bytes of the packed file."""
-        return {kind: self.of(kind) for kind in KINDS} | {"group": self.group, "zeros": self.zeros}
+        own = {"group": self.group, "zeros": self.zeros, "refines_head": self.refines_head}
+        return {kind: self.of(kind) for kind in KINDS} | own
 
     def row_of_cache(self, width: int) -> int:
         """Bytes of one token's keys or values of a head of `width` numbers, in decode."""

@@ -2,10 +2,12 @@
 
 decode_dense: gate, up -> layers.0.ffn_in      down -> layers.0.ffn_out      q, k -> layers.0.attention_in      v, o, head
               the token embedding, unless it is the head           -> embedding
+              a head of 8 bits beside others of 4                  -> head, in 4 bits and a remainder (quant/remainder.py)
 vision:       every MatMul and Gemm with a weight -> vision.<its name>
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import onnx
 
@@ -58,7 +60,8 @@ def entries(
                 found[f"layers.{own.layer}.{part}"] = entry(kind, names, site=at + side)
     head, tables = head_product(edit).weight.name, stored.of("embedding") < 32
     if stored.of("head") < 32:
-        found["head"] = entry("head", [head], site=SIDES * shape.layers, table=tables and head == family.embedding)
+        made = entry("head", [head], site=SIDES * shape.layers, table=tables and head == family.embedding)
+        found["head"] = replace(made, bits=4, refined=True) if stored.refines_head and not made.kept else made
     if tables and head != family.embedding:
         found["embedding"] = entry("embedding", [family.embedding], table=True)
     if stored.of("vision") < 32 and vision is not None:

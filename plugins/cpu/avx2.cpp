@@ -147,8 +147,8 @@ static bool usable_with_vnni() {
 }
 extern const Kernels kAvx2, kAvxVnni;
 const Kernels kAvx2 = {"avx2", usable, avx2::keep, avx2::quantise, avx2::multiply, avx2::gate, avx2::add_parts,
-                       avx2::normalise, avx2::turn, avx2::attend, avx2::round, avx2::widen_row};
+                       avx2::normalise, avx2::remainder, avx2::turn, avx2::attend, avx2::round, avx2::widen_row};
 const Kernels kAvxVnni = {"avx-vnni", usable_with_vnni, avx2::keep, avx2::quantise, avx_vnni::multiply, avx2::gate, avx2::add_parts,
-                          avx2::normalise, avx2::turn, avx2::attend, avx2::round, avx2::widen_row};
+                          avx2::normalise, avx2::remainder, avx2::turn, avx2::attend, avx2::round, avx2::widen_row};
 }  // namespace cm::cpu
 #endif

@@ -31,6 +31,6 @@ static bool usable() {
 }
 extern const Kernels kAvx512;
 const Kernels kAvx512 = {"avx512-vnni", usable, avx512::keep, avx512::quantise, avx512::multiply, avx512::gate, avx512::add_parts,
-                         avx512::normalise, avx512::turn, avx512::attend, avx512::round, avx512::widen_row};
+                         avx512::normalise, avx512::remainder, avx512::turn, avx512::attend, avx512::round, avx512::widen_row};
 }  // namespace cm::cpu
 #endif

@@ -28,6 +28,7 @@ constexpr int kHigh = 128;         // what the upper byte of x counts
 constexpr int kStep = 16;         // floats: what attention computes with is filled up to a multiple of it
 constexpr int kMaxHead = 512;     // numbers of a head of attention
 constexpr int kMaxHeads = 32;     // of a token, or tokens of a head, attended to in one task
+constexpr int kRemainder = 32;    // inputs of a remainder that share a scale
 constexpr int kRounded = 32;      // numbers of a row of the cache that share a scale, where they are bytes
 
 struct Matrix {
@@ -157,6 +158,8 @@ struct Kernels {
     void (*add_parts)(const float* parts, int64_t count, size_t apart, int64_t width, float* sum);
     // sum = x + added, y = sum / root mean square of sum * weight
     void (*normalise)(const float* x, const float* added, const float* weight, float epsilon, int64_t width, float* sum, float* y);
+    // What a row of a remainder (refine.cpp) adds to its output: sum of x (code - 8) scale; `eights` [groups]: 8 times the sums of x.
+    float (*remainder)(const uint8_t* row, const float* x, const float* eights, int64_t groups);
     // out = x, turned
     void (*turn)(const Turn&, const float* x, float* out);
     // y = softmax(q keys + added) values

@@ -71,8 +71,8 @@ static bool usable_with_dot() {
 }
 extern const Kernels kNeon, kNeonDot;
 const Kernels kNeon = {"neon", usable, neon::keep, neon::quantise, neon::multiply, neon::gate, neon::add_parts,
-                       neon::normalise, neon::turn, neon::attend, neon::round, neon::widen_row};
+                       neon::normalise, neon::remainder, neon::turn, neon::attend, neon::round, neon::widen_row};
 const Kernels kNeonDot = {"neon-dot", usable_with_dot, neon::keep, neon::quantise, neon_dot::multiply, neon::gate, neon::add_parts,
-                          neon::normalise, neon::turn, neon::attend, neon::round, neon::widen_row};
+                          neon::normalise, neon::remainder, neon::turn, neon::attend, neon::round, neon::widen_row};
 }  // namespace cm::cpu
 #endif

@@ -203,11 +203,13 @@ namespace cm::cpu {
 struct Kernels;
 
 const Kernels& kernels();                 // those in use
+void count_read(uint64_t read, uint64_t dense);  // of weights
 const ort::CustomOp* cached_attention();  // attention.cpp
 const ort::CustomOp* cached_attention_in_halves();
 const ort::CustomOp* cached_attention_in_bytes();
 const ort::CustomOp* prompt_attention();  // prompt.cpp
 const ort::CustomOp* residual_norm();     // norm.cpp
+const ort::CustomOp* refine_logits();     // refine.cpp
 
 // ---------------------------------------------------------------- threads of the CPU ops
 

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "selection.h"
 #include "team.h"
 
 #define CM_EXPORT extern "C" __attribute__((visibility("default")))
@@ -48,6 +49,8 @@ const Kernels& kernels() {
     if (chosen == nullptr) in_use.store(chosen = best(), std::memory_order_relaxed);
     return *chosen;
 }
+
+void count_read(uint64_t read, uint64_t dense) { bytes_read += read, bytes_dense += dense; }
 
 namespace {
 
@@ -123,44 +126,6 @@ private:
     Matrix known_;  // with as many inputs as there are rows; no codes: it is no constant
 };
 
-// Which k count: a norm for each k (none: all), a threshold for each request.
-struct Selection {
-    const float* norm = nullptr;
-    const float* threshold = nullptr;
-    int64_t rows_of_a_request = 1;
-
-    float of(int64_t row) const { return threshold == nullptr ? 0.0f : threshold[row / rows_of_a_request]; }
-};
-
-// The norms of a node and its thresholds. Norms that are a constant are looked at once, too.
-class Selecting {
-public:
-    Selecting(const ort::Info* info, const char* op, size_t norm_index, size_t threshold_index)
-        : op_(op), norm_index_(norm_index), threshold_index_(threshold_index), norm_(info, norm_index) {}
-
-    Selection of(const ort::Context* context, int64_t inputs, int64_t requests, int64_t rows_of_a_request) const {
-        Selection s;
-        s.rows_of_a_request = rows_of_a_request;
-        Tensor read;
-        const Tensor& norm = norm_.of(context, read);
-        if (norm.count() == 0) return s;
-        const Tensor threshold = input(context, threshold_index_);
-        if (norm.count() != inputs)
-            fail(op_, "input " + std::to_string(norm_index_) + " (norm) is " + text_of(norm.shape) + ", expected " +
-                          text_of({inputs}) + " or [0]");
-        if (threshold.count() != requests)
-            fail(op_, "input " + std::to_string(threshold_index_) + " (threshold) is " + text_of(threshold.shape) + " for " +
-                          std::to_string(requests) + " requests");
-        s.norm = static_cast<const float*>(norm.data), s.threshold = static_cast<const float*>(threshold.data);
-        return s;
-    }
-
-private:
-    const char* op_;
-    size_t norm_index_, threshold_index_;
-    MaybeConstant norm_;
-};
-
 // ---------------------------------------------------------------- products
 
 // For each byte, the places of its bits that are set, and how many they are.
@@ -217,8 +182,8 @@ void count_bytes(const Rows& rows, const Matrix& m) {
     int64_t groups = rows.groups;
     for (int64_t g = 0; g < rows.groups && !rows.tiles; ++g) groups -= rows.first[g] == rows.first[g + 1];
     const uint64_t scales = m.bits == 32 ? 0 : static_cast<uint64_t>(m.panels) * kPanel * (m.zero ? 3 : 2);
-    bytes_read += static_cast<uint64_t>(rows.kept) * m.row_bytes() + groups * scales;
-    bytes_dense += static_cast<uint64_t>(m.inputs) * m.row_bytes() + rows.groups * scales;
+    count_read(static_cast<uint64_t>(rows.kept) * m.row_bytes() + groups * scales,
+               static_cast<uint64_t>(m.inputs) * m.row_bytes() + rows.groups * scales);
 }
 
 // Whether x comes in tiles.
@@ -538,17 +503,6 @@ struct FewRowsOfFFN {
 
 // ---------------------------------------------------------------- ops
 
-struct Shape {
-    int64_t requests, rows_of_a_request, columns;
-    int64_t rows() const { return requests * rows_of_a_request; }
-};
-
-Shape shape_of_x(const Tensor& x, const char* op) {
-    if (x.shape.size() == 2) return {1, x.shape[0], x.shape[1]};
-    if (x.shape.size() != 3) fail(op, "x is " + text_of(x.shape) + ", expected [B,S,K] or [S,K]");
-    return {x.shape[0], x.shape[1], x.shape[2]};
-}
-
 int64_t panels_of(int64_t outputs) { return (outputs + kPanel - 1) / kPanel; }
 
 struct PackedMatMul {
@@ -669,7 +623,7 @@ CM_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort
     using namespace cm::cpu;
     return register_ops(options, base, kDomain, "the CPU ops",
                         {described<PackedMatMul>(), described<PackedFFN>(), cached_attention(), cached_attention_in_halves(),
-                         cached_attention_in_bytes(), prompt_attention(), residual_norm()});
+                         cached_attention_in_bytes(), prompt_attention(), residual_norm(), refine_logits()});
 }
 
 // Bytes of weights that products read, and that they would have read with every k listed; since the last reset.

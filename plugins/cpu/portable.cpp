@@ -141,6 +141,6 @@ struct Isa {
 namespace cm::cpu {
 static bool usable() { return true; }
 const Kernels kPortable = {"portable", usable, portable::keep, portable::quantise, portable::multiply, portable::gate,
-                           portable::add_parts, portable::normalise, portable::turn, portable::attend, portable::round,
+                           portable::add_parts, portable::normalise, portable::remainder, portable::turn, portable::attend, portable::round,
                            portable::widen_row};
 }  // namespace cm::cpu

@@ -4,7 +4,10 @@ MatMul, Gemm, CoreLinear over the weights of one entry, all reading x  ->  Packe
 CoreFFN(x, Wg, Wu, Wd_t[, norms and thresholds])                       ->  PackedFFN(x, ffn_in, ffn_out)
                                                or, where z is read, too   PackedMatMul, Split, act, Mul, PackedMatMul
 
+a head in 4 bits and a remainder: PackedMatMul, RefineLogits, which reads the remainder of the outputs that may be chosen
+
 without the library: x, channels below the threshold at 0 -> MatMulNBits on the same codes, in the order that it takes
+                     (and once more on the remainder, whole)
 """
 
 from collections.abc import Iterator
@@ -14,10 +17,11 @@ import numpy as np
 import onnx
 
 from ...base.onnx_text import DOMAIN
-from ...bundle.packed import PARTS, Packed
+from ...bundle.packed import PARTS, REMAINDER, Packed
 from ...families import Arrays, Family, Shape
 from ...plugins.core_ffn.body import ACTIVATIONS
 from ...plugins.threshold import above
+from ...quant import remainder
 from ...quant.rows import unpack
 from ...surgery.nodes import is_plain_gemm, names_read
 from .lower import ACTIVE_INPUTS, attribute, local_function
@@ -155,15 +159,22 @@ class Packing:
             inputs = [x, *(f"{name}.{part}" for part in PARTS), norm, threshold]
             # The head reads one row of a prompt, for which tiles are slower.
             x_bytes = max(self.x_bytes, 1) if name == "head" else self.x_bytes
-            self._add("PackedMatMul", inputs, [y], domain=NATIVE, bits=entry.bits, group=entry.group, N=width,
+            four = f"{base}/four" if entry.refined else y
+            self._add("PackedMatMul", inputs, [four], domain=NATIVE, bits=entry.bits, group=entry.group, N=width,
                       x_bytes=x_bytes)  # fmt: skip
+            if entry.refined:
+                self._add("RefineLogits", [four, x, f"{name}.{REMAINDER}", norm, threshold], [y], domain=NATIVE)
         else:
             if limits:
                 x = self._add("Kept", [x, norm, threshold], [f"{base}/kept"], domain=DOMAIN)
             inputs = [x, *(f"{name}.nbits.{part}" for part in PARTS)]
-            # accuracy_level 4 rounds x to int8 with a scale per group, as the native kernel does.
-            self._add("MatMulNBits", inputs, [y], domain=_MICROSOFT, K=entry.inputs, N=width, bits=entry.bits,
-                      block_size=entry.group, accuracy_level=4)  # fmt: skip
+            four = self._nbits(
+                inputs, f"{base}/four" if entry.refined else y, entry.inputs, width, entry.bits, entry.group
+            )
+            if entry.refined:
+                rest = [f"{name}.nbits.{REMAINDER}.{part}" for part in PARTS]
+                rest_y = self._nbits([x, *rest], f"{base}/rest", entry.inputs, width, 4, remainder.GROUP)
+                self._add("Add", [four, rest_y], [y])
         if len(entry.outputs) == 1 and width == entry.outputs[0]:
             return {entry.weights[0]: y}
         out, begin = {}, 0
@@ -172,6 +183,11 @@ class Packing:
             out[weight] = self._add("Slice", [y, *ends], [f"{base}/{weight}"])
             begin += stored
         return out
+
+    def _nbits(self, inputs: list[str], y: str, K: int, N: int, bits: int, group: int) -> str:
+        # accuracy_level 4 rounds x to int8 with a scale per group, as the native kernel does.
+        return self._add("MatMulNBits", inputs, [y], domain=_MICROSOFT, K=K, N=N, bits=bits, block_size=group,
+                         accuracy_level=4)  # fmt: skip
 
     def _add(self, kind: str, inputs: list[str], outputs: list[str], **attributes: Any) -> str:
         self._nodes.append(onnx.helper.make_node(kind, inputs, outputs, f"{outputs[0]}/{kind}", **attributes))
@@ -188,12 +204,14 @@ class Packing:
         """Of every entry that is read: tensors of the file, or those made of them for MatMulNBits."""
         for name in sorted(self._used):
             if self.native:
-                found = {f"{name}.{part}": self.packed.file[f"{name}.{part}"] for part in PARTS}
+                parts = self.packed.entries[name].parts
+                found = {f"{name}.{part}": self.packed.file[f"{name}.{part}"] for part in parts}
             else:
-                own = [f"{name}.nbits.{part}" for part in PARTS]
-                if own[0] not in self.made:
-                    self.made |= dict(zip(own, _for_nbits(self.packed, name).values(), strict=True))
-                found = {part: self.made[part] for part in own}
+                if f"{name}.nbits.codes" not in self.made:
+                    self.made |= {
+                        f"{name}.nbits.{part}": array for part, array in _for_nbits(self.packed, name).items()
+                    }
+                found = {own: array for own, array in self.made.items() if own.startswith(f"{name}.nbits.")}
             self.arrays |= found
             yield from (_external(tensor, array) for tensor, array in found.items())
 
@@ -206,22 +224,30 @@ def _external(name: str, array: np.ndarray) -> onnx.TensorProto:
     return out
 
 
-def _for_nbits(packed: Packed, name: str) -> dict[str, np.ndarray]:
-    """codes uint8 [N,K/g,g*bits/8], scale float32 [N*K/g], zero uint8 [N*K/g*bits/8 rounded up]: what MatMulNBits takes."""
+def _for_nbits(packed: Packed, name: str) -> Arrays:
+    """What MatMulNBits takes of an entry: codes, scale, zero, and those of its remainder behind "remainder."."""
     stored = packed.rows(name)
     codes, scale, zero = unpack(stored)
-    columns, group, bits = codes.shape[1], stored.group, stored.bits
-    grouped = np.ascontiguousarray(codes.T).reshape(columns, -1, group)
-    zeros = np.full(scale.shape, 1 << (bits - 1), np.uint8) if zero is None else zero
-    zeros = np.ascontiguousarray(zeros.T)
+    zero = np.full(scale.shape, 1 << (stored.bits - 1), np.uint8) if zero is None else zero
+    found = _nbits_of(codes.T, scale.T, zero.T, stored.bits, stored.group)
+    if stored.remainder is not None:
+        codes, scale = remainder.unpack_remainder(stored.remainder)
+        rest = _nbits_of(codes, scale, np.full(scale.shape, 8, np.uint8), 4, remainder.GROUP)
+        found |= {f"{REMAINDER}.{part}": array for part, array in rest.items()}
+    return found
+
+
+def _nbits_of(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int, group: int) -> Arrays:
+    """codes [N,K], scale and zero [N,K/g] -> uint8 [N,K/g,g*bits/8], float32 [N*K/g], uint8 [N*K/g*bits/8 rounded up]."""
+    codes = np.ascontiguousarray(codes).reshape(len(codes), -1, group)
     if bits == 4:
-        grouped = grouped[..., ::2] | grouped[..., 1::2] << 4
-        zeros = np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)), constant_values=8)
-        zeros = zeros[:, ::2] | zeros[:, 1::2] << 4
+        codes = codes[..., ::2] | codes[..., 1::2] << 4
+        zero = np.pad(zero, ((0, 0), (0, zero.shape[1] % 2)), constant_values=8)
+        zero = zero[:, ::2] | zero[:, 1::2] << 4
     return {
-        "codes": np.ascontiguousarray(grouped),
-        "scale": np.ascontiguousarray(scale.T).astype(np.float32).ravel(),
-        "zero": zeros.ravel(),
+        "codes": np.ascontiguousarray(codes),
+        "scale": np.ascontiguousarray(scale).astype(np.float32).ravel(),
+        "zero": np.ascontiguousarray(zero).ravel(),
     }
 
 

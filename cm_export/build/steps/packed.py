@@ -10,10 +10,11 @@ import onnx
 
 from ...base.errors import GateFailed
 from ...bundle import packed, weights
-from ...bundle.packed import Entry
+from ...bundle.packed import REMAINDER, Entry
 from ...bundle.weights import Planned, WeightFile
 from ...quant import rows
 from ...quant.choose import UNKNOWN, Inputs, by_inputs, quantise
+from ...quant.remainder import pack_remainder, row_bytes
 from ...recipe.stored import StoredWeights
 from ...surgery.packable import entries
 from ..kept import Codes
@@ -40,7 +41,7 @@ def _run(folder: Path, job: "Job", stages: "Stages") -> dict[str, Any]:
             assert job.codes is not None  # it came from there
             zeros, make = any(codes[w].zeros for w in entry.weights), partial(_kept, name, entry, file, job.codes, note)
         else:
-            zeros, make = stored.zeros and entry.bits < 8, partial(_packed, name, entry, file, stored, seen, note)
+            zeros, make = not _symmetric(entry, stored), partial(_packed, name, entry, file, stored, seen, note)
         planned += _planned(name, entry, zeros, make)
     weights.write(folder / packed.FILE, planned)
     return {"entries": {name: entry.to_dict() for name, entry in found.items()}}
@@ -55,13 +56,22 @@ def _packed(
     if len(parts) > 1:
         parts = [np.pad(p, ((0, 0), (0, n - p.shape[1]))) for p, n in zip(parts, entry.widths, strict=True)]
     weight = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-    inputs = UNKNOWN
+    weight = np.ascontiguousarray(weight, np.float32)
+    scheme = by_inputs(entry.bits, entry.group, symmetric=_symmetric(entry, stored))
+    inputs, remainder = UNKNOWN, None
     if seen is not None and entry.site is not None:
         inputs = Inputs.of(seen[f"site.{entry.site}"])
-    scheme = by_inputs(entry.bits, entry.group, symmetric=entry.bits == 8 or not stored.zeros)
-    made = quantise(np.ascontiguousarray(weight, np.float32), scheme, name, inputs)
+    # Compensation would leave out more than 4 bits can hold.
+    made = quantise(weight, scheme, name, replace(inputs, gram=None) if entry.refined else inputs)
+    if entry.refined:
+        remainder = pack_remainder((weight - made.numbers()[: entry.inputs]).T, name)
     codes, zero = made.unsigned()
-    return rows.pack(codes[: entry.inputs], made.scale, zero, entry.bits, entry.group)
+    return replace(rows.pack(codes[: entry.inputs], made.scale, zero, entry.bits, entry.group), remainder=remainder)
+
+
+def _symmetric(entry: Entry, stored: StoredWeights) -> bool:
+    """Whether its groups have no zero points."""
+    return entry.bits == 8 or entry.refined or not stored.zeros
 
 
 def _kept(name: str, entry: Entry, file: WeightFile, codes: Codes, note: Any) -> rows.PackedRows:
@@ -86,22 +96,23 @@ def _kept(name: str, entry: Entry, file: WeightFile, codes: Codes, note: Any) ->
 
 
 def _planned(name: str, entry: Entry, zeros: bool, make: Any) -> list[Planned]:
-    """The three tensors of an entry; whichever is written first makes all of them."""
+    """The tensors of an entry; whichever is written first makes all of them."""
     columns, groups = entry.panels * rows.PANEL, entry.rows // entry.group
     shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {
         "codes": ((groups * entry.group, columns * entry.bits // 8), np.dtype("u1")),
         "scale": ((groups, columns), np.dtype("<f2")),
         "zero": ((groups, columns) if zeros else (0,), np.dtype("u1")),
+        REMAINDER: ((entry.columns, row_bytes(entry.inputs)), np.dtype("u1")),
     }
     made: dict[str, np.ndarray] = {}
 
     def read(part: str) -> list[np.ndarray]:
         if part not in made:
             found = make()
-            made.update(codes=found.codes, scale=found.scale, zero=found.zero)
+            made.update({p: getattr(found, p) for p in entry.parts})
         return [made.pop(part)]
 
-    return [Planned(f"{name}.{part}", dtype, shape, partial(read, part)) for part, (shape, dtype) in shapes.items()]
+    return [Planned(f"{name}.{part}", shapes[part][1], shapes[part][0], partial(read, part)) for part in entry.parts]
 
 
 def _stored(job: "Job") -> StoredWeights:
