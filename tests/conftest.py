@@ -334,12 +334,14 @@ def few_answers(watched: int = 8, kept: int = 56) -> Iterator[None]:
 
 
 def low_bits(demo_bundle: Path, precision: str) -> Path:
-    """The demo model with every neuron, in int8, with the float32 numbers beside, or int4 without."""
+    """The demo model with every neuron, in int8, with the float32 numbers beside, or int4, with a remainder, without."""
+    from cm_export.surgery import packable
 
     def make(folder: Path) -> None:
         take_stages(demo_bundle if precision == "int8" else low_bits(demo_bundle, "int8"), folder / "low.plan")
         beside = ["--keep-floats"] if precision == "int8" else []
-        with few_answers():
+        with few_answers(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(packable, "WORTH_REFINING", 0)  # the head of a demo model is small
             built(folder / "low.plan", "--model", "demo", "--neurons", "dense", "--weights", precision, *beside)
 
     return shared.once(f"low_{precision}", make) / "low.plan"

@@ -2,7 +2,7 @@
 
 decode_dense: gate, up -> layers.0.ffn_in      down -> layers.0.ffn_out      q, k -> layers.0.attention_in      v, o, head
               the token embedding, unless it is the head           -> embedding
-              a head of 8 bits beside others of 4                  -> head, in 4 bits and a remainder (quant/remainder.py)
+              a large head of 8 bits beside others of 4            -> head, in 4 bits and a remainder (quant/remainder.py)
 vision:       every MatMul and Gemm with a weight -> vision.<its name>
 """
 
@@ -21,6 +21,8 @@ from .edit import Edit
 from .nodes import is_plain_gemm
 from .products import head_product, layer_products
 
+# Weights of a head from which on reading half of them saves more than looking through the logits costs (30 us, SmolLM2's).
+WORTH_REFINING = 1 << 22
 _NONE: Mapping[str, tuple[int, int]] = {}
 
 
@@ -61,7 +63,8 @@ def entries(
     head, tables = head_product(edit).weight.name, stored.of("embedding") < 32
     if stored.of("head") < 32:
         made = entry("head", [head], site=SIDES * shape.layers, table=tables and head == family.embedding)
-        found["head"] = replace(made, bits=4, refined=True) if stored.refines_head and not made.kept else made
+        refined = stored.refines_head and not made.kept and made.inputs * sum(made.outputs) >= WORTH_REFINING
+        found["head"] = replace(made, bits=4, refined=True) if refined else made
     if tables and head != family.embedding:
         found["embedding"] = entry("embedding", [family.embedding], table=True)
     if stored.of("vision") < 32 and vision is not None:
