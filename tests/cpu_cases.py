@@ -284,7 +284,7 @@ def refine(s: Head, seed: int = 0) -> Call:
     change, size = used @ rest.T, np.abs(used) @ np.abs(rest).T
     # The codes are multiplied before 8 is taken away from them.
     wide = np.abs(used) @ np.repeat(scale.astype(np.float64), 32, axis=1)[:, : s.K].T * 15
-    sample = [s.N * i // min(64, s.N) for i in range(min(64, s.N))]
+    sample = [s.N * i // min(32, s.N) for i in range(min(32, s.N))]
     margin = 16 * np.sqrt((change[..., sample] ** 2).mean(-1, keepdims=True))
     refined = logits >= logits.max(-1, keepdims=True) - margin.astype(np.float32)
     read = remainder.shape[1] * (int(refined.sum()) + s.B * s.S * len(sample))

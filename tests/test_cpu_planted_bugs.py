@@ -126,7 +126,7 @@ SHARED = {  # what is wrong: (file, right, wrong)
     "the remainder of another output": (REFINE, "remainder_ + output * width_, x_", "remainder_, x_"),
     "upper codes of a remainder": (ROWS, "static_cast<float>(row[j] >> 4)", "static_cast<float>(row[j] & 15)"),
     "scales of a remainder's first groups": (ROWS, "halves + g * sizeof *read, std::min", "halves, std::min"),
-    "the middle of a remainder": (ROWS, "return all - middle;", "return all;"),
+    "the middle of a remainder": (ROWS, "return sums[0] - middle;", "return sums[0];"),
 }  # fmt: skip
 OF_HALVES = Attention(form="fp16")
 VALUES = attention(OF_HALVES).inputs["v"]

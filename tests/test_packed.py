@@ -445,10 +445,10 @@ def row_bytes(bundle):
 
 
 def refining(bundle):
-    """Bytes that a step may read of a remainder: that of 64 outputs to look how large it is, and of those that may be chosen."""
+    """Bytes that a step may read of a remainder: that of 32 outputs to look how large it is, and of those that may be chosen."""
     head = bundle.packed.entries["head"]
     each = remainder.row_bytes(head.inputs) if head.refined else 0
-    return each * 65, each * (64 + head.columns)
+    return each * 33, each * (32 + head.columns)
 
 
 def test_bench_says_how_many_bits_a_step_reads_and_how_fast_memory_is(low):

@@ -5,7 +5,7 @@
 //
 //     y = logits + x remainder    where logits >= the largest of their row - margin; elsewhere y = logits
 //
-//     margin       16 times what a remainder adds, root mean square over 64 outputs from all over the row: no output that stays as it
+//     margin       16 times what a remainder adds, root mean square over 32 outputs from all over the row: no output that stays as it
 //                  was can have been the largest, and all that stay have little of the probability together (docs/precision.md)
 //     remainder    uint8, w = 18 bytes for every 32 inputs, the last filled up (rows.h: remainder)
 //     |x| norm < threshold of the request: x counts as 0, as in the product that made the logits
@@ -20,7 +20,7 @@ namespace cm::cpu {
 namespace {
 
 constexpr float kTimes = 16.0f;
-constexpr int64_t kSample = 64;     // outputs whose remainders tell how much they add
+constexpr int64_t kSample = 32;     // outputs whose remainders tell how much they add
 constexpr int64_t kStretch = 8192;  // outputs that a thread looks through at a time
 constexpr int64_t kBlock = 64;      // of them, whose largest is kept
 constexpr size_t kAtOnce = 32;      // outputs that a thread computes to the end at a time

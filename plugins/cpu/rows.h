@@ -42,7 +42,7 @@ static float remainder(const uint8_t* __restrict row, const float* __restrict x,
             sums[j] += scale * (x[j] * static_cast<float>(row[j] & 15) + x[kHalf + j] * static_cast<float>(row[j] >> 4));
         middle += scale * eights[g];
     }
-    float all = 0.0f;
-    for (float sum : sums) all += sum;
-    return all - middle;
+    for (int half = kHalf / 2; half > 0; half /= 2)
+        for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
+    return sums[0] - middle;
 }
