@@ -35,7 +35,7 @@ CALLS = [
     ffn(Sizes(K=520, N=1300, zeros=True), seed=3), ffn(Sizes(B=2, S=3, K=520, N=1100, bits=8, x_bytes=2), bits_out=8, seed=4),
     residual_norm(1, 33), residual_norm(3, 16, seed=1),
     *(refine(head, seed) for seed, head in enumerate([
-        Head(), Head(K=33, N=65, S=2), Head(K=530, N=131, B=2, share=0.5), Head(left_out=0.6), Head(K=40, N=8300, S=2), Head(S=0),
+        Head(), Head(K=33, N=65, S=2), Head(K=530, N=131, B=2, share=0.5), Head(left_out=0.6), Head(K=33, N=8300), Head(S=0),
     ])),
     *(attention_of(sizes, seed) for seed, sizes in enumerate(CASES)),
     *(prompt(sizes, seed) for seed, sizes in enumerate(PROMPTS) if not sizes.pad),

@@ -17,6 +17,7 @@ from .scheme import Scheme
 GROUP = 32
 _HALF = GROUP // 2
 _SCHEME = Scheme(4, GROUP, axis=1, scale=np.dtype("<f2"))
+_PIECE = 1 << 22  # numbers that are rounded at a time: a head has hundreds of millions
 
 
 def row_bytes(inputs: int) -> int:
@@ -27,11 +28,15 @@ def row_bytes(inputs: int) -> int:
 def pack_remainder(left_out: np.ndarray, name: str = "remainder") -> np.ndarray:
     """left_out [N,K], what is to be added to the numbers of 4 bits -> uint8 [N,row_bytes(K)]. Raises InputError: not finite."""
     outputs, inputs = left_out.shape
-    made = nearest(np.pad(left_out, ((0, 0), (0, -inputs % GROUP))), _SCHEME, name)
-    codes = made.unsigned()[0].reshape(outputs, -1, 2, _HALF)
-    both = codes[:, :, 0] | codes[:, :, 1] << 4
-    scale = np.ascontiguousarray(made.scale).view(np.uint8)
-    return np.concatenate([both.reshape(outputs, -1), scale.reshape(outputs, -1)], axis=1)
+    stored, step = np.empty((outputs, row_bytes(inputs)), np.uint8), max(1, _PIECE // max(inputs, 1))
+    for begin in range(0, outputs, step):
+        piece = left_out[begin : begin + step]
+        made = nearest(np.pad(piece, ((0, 0), (0, -inputs % GROUP))), _SCHEME, name)
+        codes = made.unsigned()[0].reshape(len(piece), -1, 2, _HALF)
+        both = codes[:, :, 0] | codes[:, :, 1] << 4
+        scale = np.ascontiguousarray(made.scale).view(np.uint8)
+        stored[begin : begin + step] = np.concatenate([both.reshape(len(piece), -1), scale], axis=1)
+    return stored
 
 
 def unpack_remainder(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -33,7 +33,9 @@ class StoredWeights:
     ffn: str = option("", "", "Bits of the FFNs' weights", choices=_AS_PRECISION)
     attention: str = option("", "", "Bits of the weights of attention's products, q, k and o", choices=_AS_PRECISION)
     value: str = option("", "", "Bits of the values' product, v", choices=_AS_PRECISION)
-    head: str = option("", "", "Bits of the LM head", choices=_AS_PRECISION)
+    head: str = option(
+        "", "", "Bits of the LM head; unset, int4 stores a large one in two times 4", choices=_AS_PRECISION
+    )
     embedding: str = option(
         "", "", "Bits of the token embedding; one that is the LM head, too, has its bits or fp32", choices=_AS_PRECISION
     )

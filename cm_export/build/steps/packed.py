@@ -64,7 +64,8 @@ def _packed(
     # Compensation would leave out more than 4 bits can hold.
     made = quantise(weight, scheme, name, replace(inputs, gram=None) if entry.refined else inputs)
     if entry.refined:
-        remainder = pack_remainder((weight - made.numbers()[: entry.inputs]).T, name)
+        left_out = made.numbers()[: entry.inputs]
+        remainder = pack_remainder(np.subtract(weight, left_out, out=left_out).T, name)
     codes, zero = made.unsigned()
     return replace(rows.pack(codes[: entry.inputs], made.scale, zero, entry.bits, entry.group), remainder=remainder)
 
