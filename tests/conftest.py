@@ -334,7 +334,7 @@ def few_answers(watched: int = 8, kept: int = 56) -> Iterator[None]:
 
 
 def low_bits(demo_bundle: Path, precision: str) -> Path:
-    """The demo model with every neuron, in int8, with the float32 numbers beside, or int4, with a remainder, without."""
+    """The demo model with every neuron, in int8 with the float32 numbers beside, or in int4 alone with a refined head."""
     from cm_export.surgery import packable
 
     def make(folder: Path) -> None:

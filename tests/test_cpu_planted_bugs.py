@@ -122,11 +122,11 @@ SHARED = {  # what is wrong: (file, right, wrong)
     "the margin of the first row": (REFINE, "blocks + blocks_of_row_) - margins_[row]", "blocks + blocks_of_row_) - margins_[0]"),
     "outputs that the margin is made of": (REFINE, "left_out(row, outputs_ * i / count)", "left_out(row, i)"),
     "x of the first row, refined": (REFINE, "x_.data() + at * kRemainder, eights_", "x_.data(), eights_"),
-    "x below the threshold, refined": (REFINE, "kept.norm == nullptr || !(", "true || !("),
+    "x below the threshold, refined": (REFINE, "bits_[k / 64] >> (k % 64) & 1 ? x[k] : 0.0f", "x[k]"),
     "the remainder of another output": (REFINE, "remainder_ + output * width_, x_", "remainder_, x_"),
     "upper codes of a remainder": (ROWS, "static_cast<float>(row[j] >> 4)", "static_cast<float>(row[j] & 15)"),
     "scales of a remainder's first groups": (ROWS, "halves + g * sizeof *read, std::min", "halves, std::min"),
-    "the middle of a remainder": (ROWS, "return sums[0] - middle;", "return sums[0];"),
+    "the middle of a remainder": (ROWS, "return sums[j]; }) - middle;", "return sums[j]; });"),
 }  # fmt: skip
 OF_HALVES = Attention(form="fp16")
 VALUES = attention(OF_HALVES).inputs["v"]

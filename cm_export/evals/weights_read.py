@@ -81,9 +81,8 @@ def _read(runner: Runner, products: float, exact: bool) -> WeightsRead:
     row = 4.0 * shape.hidden
     if packed is not None and runner.backend.name == DEFAULT and (name := packed.table_entry):
         entry = packed.entries[name]
-        row = _entry_bytes(packed, name, 1.0) / (entry.panels * PANEL) + (
-            row_bytes(entry.inputs) if entry.refined else 0
-        )
+        row = _entry_bytes(packed, name, 1.0) / (entry.panels * PANEL)
+        row += row_bytes(entry.inputs) if entry.refined else 0
     return WeightsRead(products + row, counted_weights(shape), exact)
 
 

@@ -84,10 +84,7 @@ def numbers(packed: PackedRows) -> np.ndarray:
     if packed.bits == 32:
         return packed.codes[:, : packed.outputs]
     codes, scale, zero = unpack(packed)
-    found = _numbers(codes, scale, zero, packed)
-    if packed.remainder is not None:
-        found += remainder.numbers(packed.remainder)[:, : packed.inputs].T
-    return found
+    return _refined(_numbers(codes, scale, zero, packed), packed, slice(packed.inputs), slice(packed.outputs))
 
 
 def numbers_between(packed: PackedRows, inputs: tuple[int, int], outputs: tuple[int, int]) -> np.ndarray:
@@ -106,9 +103,7 @@ def numbers_between(packed: PackedRows, inputs: tuple[int, int], outputs: tuple[
         remainder=None,
     )
     found = numbers(part)[row - group * packed.group :, column - panel :]
-    if packed.remainder is not None:
-        found += remainder.numbers(packed.remainder[column:last_column])[:, row:last_row].T
-    return found
+    return _refined(found, packed, slice(row, last_row), slice(column, last_column))
 
 
 def numbers_of(packed: PackedRows, outputs: np.ndarray) -> np.ndarray:
@@ -121,9 +116,14 @@ def numbers_of(packed: PackedRows, outputs: np.ndarray) -> np.ndarray:
     else:
         codes = packed.codes[:, panel * (PANEL // 2) + places] >> (4 * half).astype(np.uint8) & 15
     zero = packed.zero[:, outputs] if packed.zero.size else None
-    found = np.ascontiguousarray(_numbers(codes[: packed.inputs], packed.scale[:, outputs], zero, packed).T)
+    found = _numbers(codes[: packed.inputs], packed.scale[:, outputs], zero, packed)
+    return np.ascontiguousarray(_refined(found, packed, slice(packed.inputs), outputs).T)
+
+
+def _refined(found: np.ndarray, packed: PackedRows, inputs: slice, outputs: slice | np.ndarray) -> np.ndarray:
+    """found [K,N], the numbers of these inputs and outputs, with their remainder, if there is one."""
     if packed.remainder is not None:
-        found += remainder.numbers(packed.remainder[outputs])[:, : packed.inputs]
+        found += remainder.numbers(packed.remainder[outputs])[:, inputs].T
     return found
 
 

@@ -29,6 +29,7 @@ constexpr int kStep = 16;         // floats: what attention computes with is fil
 constexpr int kMaxHead = 512;     // numbers of a head of attention
 constexpr int kMaxHeads = 32;     // of a token, or tokens of a head, attended to in one task
 constexpr int kRemainder = 32;    // inputs of a remainder that share a scale
+constexpr int kRemainderBytes = kRemainder / 2 + 2;  // of their codes and their scale
 constexpr int kRounded = 32;      // numbers of a row of the cache that share a scale, where they are bytes
 
 struct Matrix {

@@ -583,7 +583,7 @@ static CM_INLINE void add_directly(const Matrix& m, const Rows& rows, int row, i
 // All rows of x, two or three at a time.
 template <class Ask>
 static CM_INLINE void directly(const Matrix& m, const Rows& rows, int64_t g, const Span& span, int64_t panel, int64_t last,
-                     const uint8_t* const* now, Ask ask_for, bool fresh) {
+                              const uint8_t* const* now, Ask ask_for, bool fresh) {
     for (; panel < last; ++panel) {
         float* y = span.y + (panel - span.begin) * kPanel;
         // out of line, 16 rows take 1.3 times as long

@@ -34,13 +34,14 @@ public:
           remainder_(static_cast<const uint8_t*>(remainder.data)),
           outputs_(remainder.shape[0]),
           width_(static_cast<size_t>(remainder.shape[1])),
-          groups_(remainder.shape[1] / (kRemainder / 2 + 2)),
+          groups_(remainder.shape[1] / kRemainderBytes),
           blocks_of_row_((outputs_ + kBlock - 1) / kBlock),
           logits_(logits),
           y_(y),
           rows_(static_cast<size_t>(rows)) {
         margins_.resize(rows_), blocks_.resize(rows_ * blocks_of_row_);
         x_.resize(rows_ * groups_ * kRemainder), eights_.resize(rows_ * groups_);
+        bits_.resize((groups_ * kRemainder + 63) / 64);
     }
 
     void run(const float* x, int64_t inputs, const Selection& kept) {
@@ -58,8 +59,8 @@ private:
     // x where it counts, filled up, and 8 times the sums of its groups.
     void take(const float* x, int64_t inputs, const Selection& kept, size_t row) {
         float* taken = x_.data() + row * groups_ * kRemainder;
-        for (int64_t k = 0; k < inputs; ++k)
-            if (kept.norm == nullptr || !(std::fabs(x[k]) * kept.norm[k] < kept.of(row))) taken[k] = x[k];
+        kernels().keep(x, kept.norm, kept.of(row), inputs, bits_.data());
+        for (int64_t k = 0; k < inputs; ++k) taken[k] = bits_[k / 64] >> (k % 64) & 1 ? x[k] : 0.0f;
         for (int64_t g = 0; g < groups_; ++g) {
             float sum = 0.0f;
             for (int i = 0; i < kRemainder; ++i) sum += taken[g * kRemainder + i];
@@ -149,6 +150,7 @@ private:
     float* y_;
     size_t rows_;
     std::vector<float> margins_, blocks_, x_, eights_;  // [rows], [rows, blocks], [rows, inputs filled up], [rows, groups]
+    std::vector<uint64_t> bits_;  // of the inputs that a row keeps
     std::vector<Output> listed_;
 };
 
@@ -167,7 +169,7 @@ struct RefineLogits {
         Tensor read;
         const Tensor logits = input(context, 0), x = input(context, 1), &remainder = of_remainder.of(context, read);
         const Shape shape = shape_of_x(x, kName);
-        const int64_t width = (shape.columns + kRemainder - 1) / kRemainder * kRemainder * 9 / 16;
+        const int64_t width = (shape.columns + kRemainder - 1) / kRemainder * kRemainderBytes;
         if (remainder.shape.size() != 2 || remainder.shape[0] < 1 || remainder.shape[1] != width)
             fail(kName, "the remainder is " + text_of(remainder.shape) + " for x " + text_of(x.shape));
         std::vector<int64_t> expected = x.shape;

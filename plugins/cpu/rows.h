@@ -29,6 +29,7 @@ static void normalise(const float* __restrict x, const float* __restrict added, 
 // then the scales, float16. Sums of every 16th input are apart until the end.
 static float remainder(const uint8_t* __restrict row, const float* __restrict x, const float* __restrict eights, int64_t groups) {
     constexpr int kHalf = kRemainder / 2;
+    static_assert(kHalf % kStep == 0);
     const uint8_t* halves = row + groups * kHalf;
     float sums[kHalf] = {}, middle = 0.0f, scales[kStep];
     for (int64_t g = 0; g < groups; ++g, row += kHalf, x += kRemainder) {
@@ -42,7 +43,5 @@ static float remainder(const uint8_t* __restrict row, const float* __restrict x,
             sums[j] += scale * (x[j] * static_cast<float>(row[j] & 15) + x[kHalf + j] * static_cast<float>(row[j] >> 4));
         middle += scale * eights[g];
     }
-    for (int half = kHalf / 2; half > 0; half /= 2)
-        for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
-    return sums[0] - middle;
+    return add_all(kHalf, [&](int64_t j) { return sums[j]; }) - middle;
 }

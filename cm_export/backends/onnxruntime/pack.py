@@ -155,11 +155,11 @@ class Packing:
         norm, threshold = limits or ["packed/none"] * 2
         width = entry.columns
         y = f"{base}/y"
+        four = f"{base}/four" if entry.refined else y
         if self.native:
             inputs = [x, *(f"{name}.{part}" for part in PARTS), norm, threshold]
             # The head reads one row of a prompt, for which tiles are slower.
             x_bytes = max(self.x_bytes, 1) if name == "head" else self.x_bytes
-            four = f"{base}/four" if entry.refined else y
             self._add("PackedMatMul", inputs, [four], domain=NATIVE, bits=entry.bits, group=entry.group, N=width,
                       x_bytes=x_bytes)  # fmt: skip
             if entry.refined:
@@ -168,9 +168,7 @@ class Packing:
             if limits:
                 x = self._add("Kept", [x, norm, threshold], [f"{base}/kept"], domain=DOMAIN)
             inputs = [x, *(f"{name}.nbits.{part}" for part in PARTS)]
-            four = self._nbits(
-                inputs, f"{base}/four" if entry.refined else y, entry.inputs, width, entry.bits, entry.group
-            )
+            self._nbits(inputs, four, entry.inputs, width, entry.bits, entry.group)
             if entry.refined:
                 rest = [f"{name}.nbits.{REMAINDER}.{part}" for part in PARTS]
                 rest_y = self._nbits([x, *rest], f"{base}/rest", entry.inputs, width, 4, remainder.GROUP)

@@ -99,11 +99,11 @@ def _kept(name: str, entry: Entry, file: WeightFile, codes: Codes, note: Any) ->
 def _planned(name: str, entry: Entry, zeros: bool, make: Any) -> list[Planned]:
     """The tensors of an entry; whichever is written first makes all of them."""
     columns, groups = entry.panels * rows.PANEL, entry.rows // entry.group
-    shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {
-        "codes": ((groups * entry.group, columns * entry.bits // 8), np.dtype("u1")),
-        "scale": ((groups, columns), np.dtype("<f2")),
-        "zero": ((groups, columns) if zeros else (0,), np.dtype("u1")),
-        REMAINDER: ((entry.columns, row_bytes(entry.inputs)), np.dtype("u1")),
+    tensors: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
+        "codes": (np.dtype("u1"), (groups * entry.group, columns * entry.bits // 8)),
+        "scale": (np.dtype("<f2"), (groups, columns)),
+        "zero": (np.dtype("u1"), (groups, columns) if zeros else (0,)),
+        REMAINDER: (np.dtype("u1"), (entry.columns, row_bytes(entry.inputs))),
     }
     made: dict[str, np.ndarray] = {}
 
@@ -113,7 +113,7 @@ def _planned(name: str, entry: Entry, zeros: bool, make: Any) -> list[Planned]:
             made.update({p: getattr(found, p) for p in entry.parts})
         return [made.pop(part)]
 
-    return [Planned(f"{name}.{part}", shapes[part][1], shapes[part][0], partial(read, part)) for part in entry.parts]
+    return [Planned(f"{name}.{part}", *tensors[part], partial(read, part)) for part in entry.parts]
 
 
 def _stored(job: "Job") -> StoredWeights:
